@@ -1,0 +1,178 @@
+"""Bytes: of a model's parameters, of the KV cache it really holds, and at the peak of a computation.
+
+KV bytes are counted from the cache's own tensors, never from a config, so grouped heads, sliding
+windows and dropped attention layers (whose cache entry holds nothing) come out as they are.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dropformer.prune.errors import EvaluationError
+
+T = TypeVar("T")
+
+_LENGTHS = (16, 48)  # tokens of the two prefills whose difference is the cost of one more token
+_KV_NAMES = ("keys", "values", "indexer_keys", "_quantized_keys", "_quantized_values")
+_STATE_NAMES = ("conv_states", "recurrent_states")
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most memory a computation held above what was held before it, in bytes, and how it was read."""
+
+    nbytes: int
+    source: str  # "cuda", "rss" or "rss (lifetime)"
+
+    def __str__(self) -> str:
+        return f"{self.nbytes / 2**20:.1f} MiB ({self.source})"
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes of the keys and values a transformers `Cache` holds now; for a StaticCache all it has reserved.
+
+    Linear-attention states are not keys or values: see `state_bytes`.
+    """
+    return sum(layer_kv_bytes(cache))
+
+
+def layer_kv_bytes(cache: Any) -> list[int]:
+    """KV bytes layer by layer; 0 where the layer has no cache (a dropped attention layer's DummyLayer)."""
+    return [_bytes_of(getattr(layer, name, None) for name in _KV_NAMES) for layer in _layers(cache)]
+
+
+def state_bytes(cache: Any) -> int:
+    """Bytes of the convolution and recurrent states of linear-attention layers: constant in the context."""
+    return sum(_bytes_of(getattr(layer, name, None) for name in _STATE_NAMES) for layer in _layers(cache))
+
+
+@torch.inference_mode()
+def layer_kv_bytes_per_token(model: nn.Module) -> list[int]:
+    """What one more token of context adds to each layer's cache, in bytes, for one sequence.
+
+    Two short prefills of the model itself, and the difference between them: a constant state cancels,
+    and a layer whose window is shorter than both adds nothing.  Works on a model of the meta device,
+    where nothing is computed.  Raises EvaluationError if the model returns no cache.
+    """
+    short, long = (layer_kv_bytes(_prefill(model, length)) for length in _LENGTHS)
+    step = _LENGTHS[1] - _LENGTHS[0]
+    short += [0] * (len(long) - len(short))
+    return [(after - before) // step for before, after in zip(short, long, strict=True)]
+
+
+def kv_bytes_per_token(model: nn.Module) -> int:
+    """Bytes that one more token of context adds to the whole KV cache, measured: see the layered form."""
+    return sum(layer_kv_bytes_per_token(model))
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters, a tied one counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters as they are held, a tied one counted once."""
+    return _bytes_of(model.parameters())
+
+
+def peak_of(function: Callable[[], T], device: torch.device | str = "cpu") -> tuple[T, Peak]:
+    """Run `function` and return its result with the peak memory it added.
+
+    On CUDA: `max_memory_allocated` above what was allocated before, which is what the tensors took
+    (the allocator's cache and the context are not in it).  On Linux: the resident set's high-water mark
+    (VmHWM, reset first) above the resident set before, after the C allocator has given its free pages
+    back.  That counts pages touched by the whole process in that time: other threads, pages of the
+    weights read for the first time, and libraries loaded by the call are in it, so run the function
+    once before measuring.  Elsewhere only the lifetime's high-water mark can be read: its growth, which
+    is 0 when an earlier peak was higher; `Peak.source` then says "rss (lifetime)".
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return _peak_cuda(function, device)
+    _trim()
+    before, source = _start_rss()
+    result = function()
+    after = _high_water() if source == "rss" else _lifetime_peak()
+    return result, Peak(max(0, after - before), source)
+
+
+def _peak_cuda(function: Callable[[], T], device: torch.device) -> tuple[T, Peak]:
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    result = function()
+    torch.cuda.synchronize(device)
+    return result, Peak(torch.cuda.max_memory_allocated(device) - before, "cuda")
+
+
+def _prefill(model: nn.Module, length: int) -> Any:
+    ids = torch.ones((1, length), dtype=torch.long, device=next(model.parameters()).device)
+    cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
+    if cache is None:
+        raise EvaluationError(
+            f"{type(model).__name__} returned no KV cache; expected a decoder that accepts use_cache=True"
+        )
+    return cache
+
+
+def _layers(cache: Any) -> list[Any]:
+    if hasattr(cache, "self_attention_cache"):  # EncoderDecoderCache
+        return _layers(cache.self_attention_cache) + _layers(cache.cross_attention_cache)
+    return list(cache.layers)
+
+
+def _bytes_of(values: Iterable[Any]) -> int:
+    return sum(
+        tensor.numel() * tensor.element_size() for tensor in chain.from_iterable(map(_tensors, values))
+    )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def _start_rss() -> tuple[int, str]:
+    """Reset the high-water mark where the kernel lets a process do so, and read the resident set."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status("VmRSS"), "rss"
+    except OSError:
+        return _lifetime_peak(), "rss (lifetime)"
+
+
+def _high_water() -> int:
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(field)
+
+
+def _lifetime_peak() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _trim() -> None:
+    """Ask glibc to return free heap pages, so that reusing them counts as growth; elsewhere do nothing."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return
