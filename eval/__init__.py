@@ -1,0 +1,1 @@
+"""What a drop costs and saves: perplexity, tasks, speed, memory, comparison, report."""

@@ -1,0 +1,1 @@
+"""What to drop and how: architecture, plan, surgery, checkpoint, load, export formats."""

@@ -1,0 +1,127 @@
+"""What a Transformer is made of: stacks of blocks, each block's branches, and where to read the stream.
+
+These are plain values. `discover` finds them by watching a forward pass; analysis reads the taps,
+surgery replaces the modules named in `Branch.modules`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dropformer.prune.errors import PlanError
+
+BranchKind = Literal["attn", "mlp", "cross"]
+LayerKind = Literal["attn", "mlp", "cross", "block"]
+KIND_NAMES: dict[str, str] = {"attn": "attention", "mlp": "MLP", "cross": "cross-attention", "block": "block"}
+
+
+@dataclass(frozen=True, order=True)
+class Layer:
+    """One droppable thing, in the original model's numbering.  Prints as people write it: `attn:12`."""
+
+    kind: LayerKind
+    index: int
+    stack: str = ""  # "" for a model with one stack, else e.g. "encoder", "decoder"
+
+    def __str__(self) -> str:
+        return f"{self.stack}.{self.kind}:{self.index}" if self.stack else f"{self.kind}:{self.index}"
+
+    @classmethod
+    def parse(cls, text: str) -> Layer:
+        """The layer that `str` printed.  Raises PlanError for any other text."""
+        name, _, index = text.partition(":")
+        stack, _, kind = name.rpartition(".")
+        if kind not in KIND_NAMES or not index.isdecimal():
+            raise PlanError(f"`{text}` is not a layer; expected for example attn:12 or encoder.mlp:3")
+        return cls(kind, int(index), stack)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A tensor that a forward hook can read: one input or output of a module.
+
+    `key` is the position or the keyword of an input, the index or the field of an output, None for an
+    output that is the tensor itself.
+    """
+
+    module: str
+    side: Literal["input", "output"]
+    key: int | str | None = None
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What a block adds to its residual stream: the attention layer or the MLP layer, with its norms.
+
+    `modules` maps each module that belongs to the branch alone (path relative to the block) to what
+    it returns once it is dropped, in the form that `modeling.Skipped` takes: "zeros" for the module
+    whose output is added to the stream, "input" for those before it, inside a list for a tuple.
+    The stream is read at `before` and `after`; where no module sees it after the branch (a parallel
+    block), `delta` is the branch's own output and after = before + delta.
+    """
+
+    kind: BranchKind
+    modules: dict[str, Any]
+    before: Tap
+    after: Tap | None = None
+    delta: tuple[Tap, ...] = ()
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of a stack: its module path, where its input and output are read, its branches."""
+
+    index: int
+    path: str
+    input: Tap
+    output: Tap
+    branches: tuple[Branch, ...]
+    parallel: bool = False
+
+    def branch(self, kind: str) -> Branch | None:
+        return next((branch for branch in self.branches if branch.kind == kind), None)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of blocks through which one residual stream flows."""
+
+    name: str
+    path: str
+    blocks: tuple[Block, ...]
+
+    def layers(self) -> Iterator[Layer]:
+        for block in self.blocks:
+            yield Layer("block", block.index, self.name)
+            for branch in block.branches:
+                yield Layer(branch.kind, block.index, self.name)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Every stack of a model, as found and proven by `discover`."""
+
+    stacks: tuple[Stack, ...]
+
+    def stack(self, name: str) -> Stack:
+        for stack in self.stacks:
+            if stack.name == name:
+                return stack
+        known = ", ".join(stack.name or "(the only one)" for stack in self.stacks)
+        raise PlanError(f"the model has no stack `{name}`; it has {known}")
+
+    def layers(self) -> list[Layer]:
+        return [layer for stack in self.stacks for layer in stack.layers()]
+
+    def block(self, layer: Layer) -> Block:
+        return self.stack(layer.stack).blocks[layer.index]
+
+    def branches(self, layer: Layer) -> tuple[Branch, ...]:
+        """The branches that go when `layer` is dropped: one, or all of a block's."""
+        block = self.block(layer)
+        if layer.kind == "block":
+            return block.branches
+        branch = block.branch(layer.kind)
+        return (branch,) if branch else ()

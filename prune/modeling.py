@@ -1,0 +1,200 @@
+"""A pruned Transformer as a subclass of its native transformers classes.
+
+This file is self-contained (torch and transformers only): dropformer registers it with transformers'
+Auto classes, and every exported checkpoint carries a copy, so that `trust_remote_code=True` loads the
+same model where dropformer is not installed.  Nothing here knows any model family.
+
+The checkpoint's config.json says what is missing:
+
+    "model_type": "dropformer",
+    "base_model_type": "llama",
+    "per_layer_config": {"12": {"skip": ["attention"]}},
+    "dropformer_modules": {"model.layers.12.self_attn": ["zeros", null],
+                           "model.layers.12.input_layernorm": "input"}
+
+Each named module is replaced by `Skipped`, which has no weights and does no work.  The cache entry of a
+block without attention holds nothing, so lengths and masks come from blocks that do attend.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+MODEL_TYPE = "dropformer"
+FIELDS = ("base_model_type", "dropformer_modules", "dropformer_no_cache")
+
+
+class Skipped(nn.Module):
+    """What stands where a dropped branch's module was: the module's output form, without its work.
+
+    `form` is "zeros" (zeros like the hidden states: the branch adds nothing), "input" (the hidden states as
+    they came), "input:KEY" (the input at that position or keyword), None, or a list of these for a tuple.
+    Hidden states: [..., D] -> [..., D].
+    """
+
+    def __init__(self, form: Any) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.form, list):
+            return tuple(self._value(form, args, kwargs) for form in self.form)
+        return self._value(self.form, args, kwargs)
+
+    def _value(self, form: str | None, args: tuple, kwargs: dict) -> torch.Tensor | None:
+        if form is None:
+            return None
+        word, _, key = form.partition(":")
+        if key:
+            hidden = args[int(key)] if key.isdecimal() else kwargs[key]
+        else:
+            hidden = _hidden(args, kwargs)
+        return torch.zeros_like(hidden) if word == "zeros" else hidden
+
+    def extra_repr(self) -> str:
+        return repr(self.form)
+
+
+def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:
+    """The hidden states among a module's inputs: named so, or the first tensor."""
+    if isinstance(kwargs.get("hidden_states"), torch.Tensor):
+        return kwargs["hidden_states"]
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+
+
+def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
+    """Replace each named module of `model` by `Skipped`; its weights are gone."""
+    for path, form in modules.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, Skipped(form))
+
+
+class DropformerConfig(PreTrainedConfig):
+    """Stands for `model_type: dropformer`; reading one gives a config of the base family's own class."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):  # type: ignore[no-untyped-def]
+        if "base_model_type" not in config_dict:
+            raise ValueError(
+                "config.json has model_type dropformer but no base_model_type: not a pruned checkpoint"
+            )
+        base = CONFIG_MAPPING[config_dict["base_model_type"]]
+        fields = dict(config_dict)
+        fields["per_layer_config"] = without_skips(fields.get("per_layer_config"))
+        if fields["per_layer_config"] is None:
+            del fields["per_layer_config"]
+        return pruned_config_class(base).from_dict(fields, **kwargs)
+
+
+def without_skips(per_layer: dict[str, dict] | None) -> dict[str, dict] | None:
+    """`per_layer_config` less its skip entries: this file skips, transformers must not do it again."""
+    rest = {i: {k: v for k, v in layer.items() if k != "skip"} for i, layer in (per_layer or {}).items()}
+    return {i: layer for i, layer in rest.items() if layer} or None
+
+
+@cache
+def pruned_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The subclass of a family's config class that pruned checkpoints of the family use."""
+
+    class PrunedConfig(base):  # type: ignore[misc, valid-type]
+        base_config_class = base
+
+        @property
+        def kv_sharing_modes(self) -> list[str | None]:
+            """What transformers' caches ask: "reuse" marks the blocks whose cache entry holds nothing."""
+            own = getattr(super(), "kv_sharing_modes", None) or [None] * self.num_hidden_layers
+            missing = set(getattr(self, "dropformer_no_cache", []))
+            return ["reuse" if i in missing else mode for i, mode in enumerate(own)]
+
+        def to_dict(self) -> dict[str, Any]:
+            fields = super().to_dict()
+            fields["model_type"] = MODEL_TYPE
+            fields["base_model_type"] = base.model_type
+            skips = getattr(self, "dropformer_skips", {})
+            layers = dict(fields.get("per_layer_config") or {})
+            for index, names in skips.items():
+                layers[index] = {**layers.get(index, {}), "skip": names}
+            if layers:
+                fields["per_layer_config"] = layers
+            return fields
+
+    PrunedConfig.__name__ = PrunedConfig.__qualname__ = f"Dropformer{base.__name__}"
+    _register(base, PrunedConfig)
+    return PrunedConfig
+
+
+def _register(base: type[PreTrainedConfig], pruned: type[PreTrainedConfig]) -> None:
+    """Let every Auto class that knows the family's config find the pruned subclass of its model."""
+    for auto in vars(modeling_auto).values():
+        mapping = getattr(auto, "_model_mapping", None)
+        if isinstance(auto, type) and mapping is not None and base in mapping:
+            native = mapping[base]
+            if isinstance(native, type) and issubclass(native, PreTrainedModel):
+                auto.register(pruned, pruned_model_class(native), exist_ok=True)
+
+
+@cache
+def pruned_model_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The subclass of a native model class that builds itself without the modules its config drops."""
+
+    class PrunedModel(native):  # type: ignore[misc, valid-type]
+        def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            skip_modules(self, own_modules(self, getattr(config, "dropformer_modules", {})))
+
+    PrunedModel.__name__ = PrunedModel.__qualname__ = f"Dropformer{native.__name__}"
+    PrunedModel.__module__ = __name__
+    return PrunedModel
+
+
+def own_modules(model: PreTrainedModel, modules: dict[str, Any]) -> dict[str, Any]:
+    """Module paths as `model` names them: a bare trunk lacks the prefix that a model with a head has."""
+    prefix = f"{model.base_model_prefix}."
+    if not modules or hasattr(model, model.base_model_prefix):
+        return modules
+    return {path.removeprefix(prefix): form for path, form in modules.items()}
+
+
+def _factory(auto_name: str) -> type:
+    """A class that remote code can name in `auto_map`: loads the right pruned class for a config."""
+
+    class Factory:
+        @classmethod
+        def register_for_auto_class(cls, auto_class: Any = None) -> None:
+            """Nothing to note: the checkpoint already carries this file."""
+
+        @classmethod
+        def _class(cls, config: PreTrainedConfig) -> type[PreTrainedModel]:
+            return getattr(modeling_auto, auto_name)._model_mapping[type(config)]
+
+        @classmethod
+        def from_pretrained(
+            cls, path: str, *args: Any, config: PreTrainedConfig, **kwargs: Any
+        ) -> PreTrainedModel:
+            return cls._class(config).from_pretrained(path, *args, config=config, **kwargs)
+
+        @classmethod
+        def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+            return cls._class(config)._from_config(config, **kwargs)
+
+    Factory.__name__ = Factory.__qualname__ = f"Pruned{auto_name}"
+    Factory.__module__ = __name__
+    return Factory
+
+
+PrunedAutoModel = _factory("AutoModel")
+PrunedAutoModelForCausalLM = _factory("AutoModelForCausalLM")
+PrunedAutoModelForMaskedLM = _factory("AutoModelForMaskedLM")
+PrunedAutoModelForSeq2SeqLM = _factory("AutoModelForSeq2SeqLM")
+PrunedAutoModelForImageClassification = _factory("AutoModelForImageClassification")
+PrunedAutoModelForImageTextToText = _factory("AutoModelForImageTextToText")
+
+AutoConfig.register(MODEL_TYPE, DropformerConfig, exist_ok=True)

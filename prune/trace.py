@@ -1,0 +1,161 @@
+"""Watch one forward pass: every tensor operation, the module it ran in, and what flowed where.
+
+The result is a dataflow graph whose values are numbered in the order they appeared.  It works on real
+and on meta tensors alike, so a model's structure can be read without its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation: its ATen name, the module whose forward issued it, its input and output values."""
+
+    name: str
+    scope: str
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclass
+class Call:
+    """One call of a module: the values it was given and gave back, and its operations [first, last)."""
+
+    path: str
+    first: int
+    inputs: dict[int | str, int]
+    last: int = 0
+    outputs: dict[int | str | None, int] = field(default_factory=dict)
+    form: Any = None  # the output's structure: "tensor", None, or a list of these
+
+
+@dataclass
+class Trace:
+    """The operations and the module calls of one forward pass."""
+
+    ops: list[Op] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    tensors: list[Tensor] = field(default_factory=list)  # value -> tensor, kept alive so that ids stay unique
+
+    def calls_of(self, path: str) -> list[Call]:
+        return [call for call in self.calls if call.path == path]
+
+
+class _Recorder(TorchDispatchMode):
+    """Numbers tensors by identity; an in-place write gives the tensor, and its storage, a new value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trace = Trace()
+        self.scopes: list[str] = []
+        self._value: dict[int, int] = {}
+        self._written: dict[int, int] = {}  # storage -> the last value written into it in place
+
+    def value(self, tensor: Tensor) -> int:
+        if id(tensor) not in self._value:
+            self._new(tensor)
+        return self._value[id(tensor)]
+
+    def _new(self, tensor: Tensor) -> int:
+        self.trace.tensors.append(tensor)
+        self._value[id(tensor)] = len(self.trace.tensors) - 1
+        return self._value[id(tensor)]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        read = list(tensors_in((args, kwargs)))
+        inputs = [self.value(t) for t in read]
+        inputs += [self._written[s] for s in map(_storage, read) if s in self._written]
+        out = func(*args, **kwargs)
+        outputs = []
+        in_place = func._schema.is_mutable
+        known = {id(t) for t in read}
+        for tensor in tensors_in(out):
+            outputs.append(self._new(tensor) if id(tensor) not in known or in_place else self.value(tensor))
+            if in_place and id(tensor) in known:
+                self._written[_storage(tensor)] = outputs[-1]
+        scope = self.scopes[-1] if self.scopes else ""
+        self.trace.ops.append(Op(func._schema.name, scope, tuple(dict.fromkeys(inputs)), tuple(outputs)))
+        return out
+
+
+@contextmanager
+def tracing(model: nn.Module) -> Iterator[Trace]:
+    """Record every forward pass of `model` inside the `with`, without gradients.
+
+    Modules are named as in `model.named_modules()`.  Hooks are gone on exit.
+    """
+    recorder = _Recorder()
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            for handle in _hook(module, path, recorder):
+                stack.callback(handle.remove)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(recorder)
+        yield recorder.trace
+
+
+def _hook(module: nn.Module, path: str, recorder: _Recorder):  # type: ignore[no-untyped-def]
+    open_calls: list[Call] = []
+
+    def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        named = {**dict(enumerate(args)), **kwargs}
+        inputs = {key: recorder.value(value) for key, value in named.items() if isinstance(value, Tensor)}
+        open_calls.append(Call(path, len(recorder.trace.ops), inputs))
+        recorder.trace.calls.append(open_calls[-1])
+        recorder.scopes.append(path)
+
+    def after(_module: nn.Module, _args: tuple, output: Any) -> None:
+        call = open_calls.pop()
+        recorder.scopes.pop()
+        call.last = len(recorder.trace.ops)
+        call.form = form_of(output)
+        call.outputs = {key: recorder.value(tensor) for key, tensor in outputs_of(output)}
+
+    # First before, last after: what other hooks do (accelerate placing weights) happens inside the call.
+    yield module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+    yield module.register_forward_hook(after)
+
+
+def outputs_of(output: Any) -> Iterator[tuple[int | str | None, Tensor]]:
+    """The tensors of a module's output with the key that picks each: None, an index or a field."""
+    if isinstance(output, Tensor):
+        yield None, output
+    elif isinstance(output, (tuple, list)):
+        yield from ((i, item) for i, item in enumerate(output) if isinstance(item, Tensor))
+    elif isinstance(output, dict):
+        yield from ((key, item) for key, item in output.items() if isinstance(item, Tensor))
+
+
+def form_of(output: Any) -> Any:
+    """The structure of a module's output: "tensor", a list for a tuple, None for anything else."""
+    if isinstance(output, Tensor):
+        return "tensor"
+    if isinstance(output, (tuple, list)):
+        return [form_of(item) if isinstance(item, Tensor) else None for item in output]
+    return None
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and dicts."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from tensors_in(item)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
