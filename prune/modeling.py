@@ -24,10 +24,13 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.auto import modeling_auto
 
 MODEL_TYPE = "dropformer"
-FIELDS = ("base_model_type", "dropformer_modules", "dropformer_no_cache")
 
 
 class Skipped(nn.Module):
@@ -83,21 +86,20 @@ class DropformerConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):  # type: ignore[no-untyped-def]
         if "base_model_type" not in config_dict:
-            raise ValueError(
-                "config.json has model_type dropformer but no base_model_type: not a pruned checkpoint"
-            )
+            raise ValueError("config.json has model_type dropformer but no base_model_type: not a pruned checkpoint")
         base = CONFIG_MAPPING[config_dict["base_model_type"]]
-        fields = dict(config_dict)
-        fields["per_layer_config"] = without_skips(fields.get("per_layer_config"))
-        if fields["per_layer_config"] is None:
-            del fields["per_layer_config"]
+        layers = config_dict.get("per_layer_config") or {}
+        fields = {key: value for key, value in config_dict.items() if key not in ("model_type", "per_layer_config")}
+        fields["dropformer_skips"] = {i: layer["skip"] for i, layer in layers.items() if "skip" in layer}
+        if rest := without_skips(layers):
+            fields["per_layer_config"] = rest
         return pruned_config_class(base).from_dict(fields, **kwargs)
 
 
-def without_skips(per_layer: dict[str, dict] | None) -> dict[str, dict] | None:
+def without_skips(per_layer: dict[str, dict]) -> dict[str, dict]:
     """`per_layer_config` less its skip entries: this file skips, transformers must not do it again."""
-    rest = {i: {k: v for k, v in layer.items() if k != "skip"} for i, layer in (per_layer or {}).items()}
-    return {i: layer for i, layer in rest.items() if layer} or None
+    rest = {i: {k: v for k, v in layer.items() if k != "skip"} for i, layer in per_layer.items()}
+    return {i: layer for i, layer in rest.items() if layer}
 
 
 @cache
@@ -118,13 +120,12 @@ def pruned_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
             fields = super().to_dict()
             fields["model_type"] = MODEL_TYPE
             fields["base_model_type"] = base.model_type
-            skips = getattr(self, "dropformer_skips", {})
-            layers = dict(fields.get("per_layer_config") or {})
-            for index, names in skips.items():
+            layers = {str(i): layer for i, layer in (fields.get("per_layer_config") or {}).items()}
+            for index, names in fields.get("dropformer_skips", {}).items():
                 layers[index] = {**layers.get(index, {}), "skip": names}
             if layers:
                 fields["per_layer_config"] = layers
-            return fields
+            return {key: value for key, value in fields.items() if key != "dropformer_skips"}
 
     PrunedConfig.__name__ = PrunedConfig.__qualname__ = f"Dropformer{base.__name__}"
     _register(base, PrunedConfig)
@@ -138,21 +139,35 @@ def _register(base: type[PreTrainedConfig], pruned: type[PreTrainedConfig]) -> N
         if isinstance(auto, type) and mapping is not None and base in mapping:
             native = mapping[base]
             if isinstance(native, type) and issubclass(native, PreTrainedModel):
-                auto.register(pruned, pruned_model_class(native), exist_ok=True)
+                auto.register(pruned, pruned_model_class(native, pruned), exist_ok=True)
 
 
 @cache
-def pruned_model_class(native: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def pruned_model_class(native: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     """The subclass of a native model class that builds itself without the modules its config drops."""
 
     class PrunedModel(native):  # type: ignore[misc, valid-type]
+        config_class = config
+
         def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
             skip_modules(self, own_modules(self, getattr(config, "dropformer_modules", {})))
+            empty_cache_entries(config)
 
     PrunedModel.__name__ = PrunedModel.__qualname__ = f"Dropformer{native.__name__}"
     PrunedModel.__module__ = __name__
+    renames = get_checkpoint_conversion_mapping(native.__name__)
+    renames = renames or get_checkpoint_conversion_mapping(getattr(native.config_class, "model_type", ""))
+    if renames:  # transformers looks these up by class name for classes that are not its own
+        register_checkpoint_conversion_mapping(PrunedModel.__name__, renames, overwrite=True)
     return PrunedModel
+
+
+def empty_cache_entries(config: PreTrainedConfig) -> None:
+    """Tell a composite config's text part, which makes the cache, where it holds nothing."""
+    text, missing = config.get_text_config(decoder=True), set(getattr(config, "dropformer_no_cache", []))
+    if text is not config and missing:
+        text.kv_sharing_modes = ["reuse" if i in missing else None for i in range(text.num_hidden_layers)]
 
 
 def own_modules(model: PreTrainedModel, modules: dict[str, Any]) -> dict[str, Any]:
@@ -176,9 +191,7 @@ def _factory(auto_name: str) -> type:
             return getattr(modeling_auto, auto_name)._model_mapping[type(config)]
 
         @classmethod
-        def from_pretrained(
-            cls, path: str, *args: Any, config: PreTrainedConfig, **kwargs: Any
-        ) -> PreTrainedModel:
+        def from_pretrained(cls, path: str, *args: Any, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
             return cls._class(config).from_pretrained(path, *args, config=config, **kwargs)
 
         @classmethod

@@ -1,0 +1,119 @@
+"""From dropped layers to the blocks that remain, packed into whole ones where they pair up.
+
+The surviving branches of a stack are a sequence A M A M ...  Where it can be paired again as (A, M), the
+model is a plain shorter one that loads anywhere.  Where it cannot, blocks that lost everything go and
+the others stay with a part skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from dropformer.prune.architecture import Layer
+from dropformer.prune.outline import Outline, StackOutline
+
+
+@dataclass(frozen=True)
+class NewBlock:
+    """One block of the pruned stack, by the original blocks that its parts come from.
+
+    `mlp` differs from `source` only where a block's attention is paired with a later block's MLP;
+    `skipped` are the kinds of branch that it lacks.
+    """
+
+    source: int
+    mlp: int
+    skipped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """The pruned stacks, by name, in order."""
+
+    stacks: dict[str, tuple[NewBlock, ...]]
+
+    @property
+    def packed(self) -> bool:
+        """True when no block lacks a part: the model is a stock, shorter one."""
+        return not any(block.skipped for blocks in self.stacks.values() for block in blocks)
+
+    @property
+    def in_place(self) -> bool:
+        """True when every block is where it was, so that nothing needs a new number."""
+        return all(b.source == b.mlp == i for blocks in self.stacks.values() for i, b in enumerate(blocks))
+
+
+def arrange(outline: Outline, dropped: Iterable[Layer], shorten: bool = True) -> Arrangement:
+    """The arrangement that drops these layers; with `shorten=False` every block stays, skipped or not."""
+    gone = set(outline.branch_layers(dropped))
+    stacks = {}
+    for stack in outline.stacks:
+        kept = [
+            NewBlock(i, i, tuple(b.kind for b in stack.of_block(i) if Layer(b.kind, i, stack.name) in gone))  # type: ignore[arg-type]
+            for i in range(stack.blocks)
+        ]
+        stacks[stack.name] = (_paired(stack, kept) or _without_empty(stack, kept)) if shorten else tuple(kept)
+    return Arrangement(stacks)
+
+
+def _without_empty(stack: StackOutline, blocks: list[NewBlock]) -> tuple[NewBlock, ...]:
+    return tuple(b for b in blocks if len(b.skipped) < len(stack.of_block(b.source)) or not stack.of_block(b.source))
+
+
+def _paired(stack: StackOutline, blocks: list[NewBlock]) -> tuple[NewBlock, ...] | None:
+    """The survivors as (attention, MLP) pairs, or None where they do not alternate or blocks differ."""
+    if stack.parallel or sorted(b.kind for b in stack.branches) != ["attn", "mlp"]:
+        return None
+    survivors = [(kind, b.source) for b in blocks for kind in ("attn", "mlp") if kind not in b.skipped]
+    if [kind for kind, _ in survivors] != ["attn", "mlp"] * (len(survivors) // 2):
+        return None
+    attention, mlps = survivors[::2], survivors[1::2]
+    return tuple(NewBlock(a, m) for (_, a), (_, m) in zip(attention, mlps, strict=True))
+
+
+def skipped_modules(outline: Outline, arrangement: Arrangement) -> dict[str, Any]:
+    """Module path in the new numbering -> what `Skipped` returns there."""
+    modules = {}
+    for stack in outline.stacks:
+        for new, block in enumerate(arrangement.stacks[stack.name]):
+            for kind in block.skipped:
+                for name, form in stack.branch(kind, block.source).modules.items():  # type: ignore[union-attr]
+                    modules[f"{stack.path}.{new}.{name}"] = form
+    return modules
+
+
+def original_blocks(arrangement: Arrangement) -> dict[str, Any]:
+    """Map from new to original block: an index, or {attention, mlp} where the two come from different ones."""
+
+    def original(block: NewBlock) -> Any:
+        return block.source if block.source == block.mlp else {"attention": block.source, "mlp": block.mlp}
+
+    maps = {
+        name: {str(new): original(block) for new, block in enumerate(blocks)}
+        for name, blocks in arrangement.stacks.items()
+    }
+    return maps[""] if list(maps) == [""] else maps
+
+
+def new_name(outline: Outline, arrangement: Arrangement, name: str) -> str | None:
+    """A parameter's name in the pruned model, or None when it goes.  Names are the modules', not the files'."""
+    for stack in outline.stacks:
+        prefix = stack.path + "."
+        if not name.startswith(prefix):
+            continue
+        index_text, _, rest = name.removeprefix(prefix).partition(".")
+        if not index_text.isdecimal() or int(index_text) >= stack.blocks:
+            return name
+        index = int(index_text)
+        kind = next((b.kind for b in stack.of_block(index) if _owns(b.modules, rest)), None)
+        for new, block in enumerate(arrangement.stacks[stack.name]):
+            if (block.mlp if kind == "mlp" else block.source) == index:
+                return None if kind in block.skipped else f"{prefix}{new}.{rest}"
+        return None
+    return name
+
+
+def _owns(modules: dict[str, Any], rest: str) -> bool:
+    return any(rest == module or rest.startswith(module + ".") for module in modules)

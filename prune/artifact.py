@@ -1,0 +1,77 @@
+"""The JSON artifacts' common ground: schema, tool version, model, reading and writing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from dropformer import __version__
+from dropformer.prune.errors import DropformerError
+
+A = TypeVar("A", bound="Artifact")
+
+
+class Part(BaseModel):
+    """A part of an artifact: unknown keys are errors, values do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelRef(Part):
+    """Which model an artifact speaks of.  `fingerprint` is that of the weights' headers and a sample of bytes."""
+
+    name: str
+    revision: str | None = None
+    fingerprint: str | None = None
+    model_type: str | None = None
+    license: str | None = None
+
+
+class Artifact(Part):
+    """A JSON file that names its schema and the version that wrote it."""
+
+    kind: ClassVar[str] = "artifact"
+    schema_version: int = Field(1, alias="schema")
+    artifact: str = ""
+    dropformer: str = __version__
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_itself(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            if data.get("artifact", cls.kind) != cls.kind:
+                raise ValueError(f"this is a {data['artifact']}, not a {cls.kind}")
+            return {**data, "artifact": cls.kind}
+        return data
+
+    def to_json(self) -> str:
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, allow_nan=False) + "\n"
+
+    def write(self, path: Path | str) -> Path:
+        """Write the artifact as indented JSON; an existing file is replaced at once."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(self.to_json(), encoding="utf-8")
+        temporary.replace(path)
+        return path
+
+    @classmethod
+    def read(cls: type[A], path: Path | str) -> A:
+        """Raises DropformerError, in one line, for a file that is missing, not JSON or of another kind."""
+        try:
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise DropformerError(f"{path} does not exist; expected a {cls.kind} file") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise DropformerError(f"{path} cannot be read as a {cls.kind}: {error}") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            said = first["msg"].removeprefix("Value error, ")
+            raise DropformerError(f"{path} is not a {cls.kind} file that this version reads: {where}: {said}") from None

@@ -1,0 +1,63 @@
+"""Count what each branch of a model owns: parameters, and cache elements per token."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from dropformer.prune.architecture import Architecture, Block, Branch, Stack
+from dropformer.prune.inputs import sample_inputs
+from dropformer.prune.outline import BranchOutline, Outline, StackOutline
+
+
+def outline_of(model: nn.Module, architecture: Architecture) -> Outline:
+    """The architecture as data, with what each branch weighs.  Meta models will do."""
+    kv = _cache_elements(model, architecture)
+    stacks = [_stack(model, stack, kv if len(architecture.stacks) == 1 else {}) for stack in architecture.stacks]
+    return Outline(stacks=stacks, parameters=sum(p.numel() for p in model.parameters()))
+
+
+def _stack(model: nn.Module, stack: Stack, kv: dict[int, int]) -> StackOutline:
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    samples: dict[tuple, dict[str, Any]] = {}
+    for block in stack.blocks:
+        for branch in block.branches:
+            cache = kv.get(block.index, 0) if branch.kind == "attn" else 0
+            fields = {
+                "kind": branch.kind,
+                "modules": branch.modules,
+                "parameters": branch_parameters(model, block, branch),
+                "kv": cache,
+            }
+            key = (branch.kind, repr(branch.modules), fields["parameters"], cache)
+            groups[key].append(block.index)
+            samples[key] = fields
+    branches = [BranchOutline(blocks=blocks, **samples[key]) for key, blocks in groups.items()]
+    parallel = any(block.parallel for block in stack.blocks)
+    return StackOutline(
+        name=stack.name, path=stack.path, blocks=len(stack.blocks), parallel=parallel, branches=branches
+    )
+
+
+def branch_parameters(model: nn.Module, block: Block, branch: Branch) -> int:
+    """Parameters that go with a branch; each shared one counts once."""
+    owned = [model.get_submodule(f"{block.path}.{name}") for name in branch.modules]
+    return sum(p.numel() for p in {id(p): p for module in owned for p in module.parameters()}.values())
+
+
+def _cache_elements(model: nn.Module, architecture: Architecture) -> dict[int, int]:
+    """Cache elements per token of each block, read off the cache of a tiny forward pass."""
+    inputs = sample_inputs(model)
+    if "use_cache" not in inputs:
+        return {}
+    with torch.no_grad():
+        cache = getattr(model(**{**inputs, "use_cache": True}), "past_key_values", None)
+    tokens = inputs["input_ids"].numel()
+    elements = {}
+    for index, layer in enumerate(getattr(cache, "layers", [])):
+        held = [getattr(layer, name, None) for name in ("keys", "values")]
+        elements[index] = sum(t.numel() for t in held if isinstance(t, torch.Tensor)) // tokens
+    return elements

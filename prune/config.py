@@ -1,0 +1,98 @@
+"""A config.json that follows the surgery: block counts and every per-layer list, by name and never by guess."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from dropformer.prune.architecture import KIND_NAMES
+from dropformer.prune.arrange import Arrangement, NewBlock, skipped_modules
+from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.outline import Outline, StackOutline
+
+# What counts the blocks of a stack, by the stack's name.
+COUNTS = {
+    "": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_hidden_blocks"),
+    "encoder": ("encoder_layers", "num_encoder_layers", "num_layers"),
+    "decoder": ("decoder_layers", "num_decoder_layers"),
+}
+# One entry a block: the entries of blocks that stay.
+PER_BLOCK = {"layer_types", "attention_layers", "layers_block_type", "block_types", "no_rope_layers"}
+# One entry a block, following the MLP.
+PER_MLP = {"mlp_layer_types", "moe_layer_freq"}
+# Indices of blocks: those that stay, renumbered.
+INDICES = {"mlp_only_layers": "mlp", "moe_layers": "mlp", "attn_layer_indices": "source"}
+# A number of leading blocks: how many of those stay.
+LEADING = {"first_k_dense_replace": "mlp", "num_dense_layers": "mlp"}
+
+
+def pruned_config(config: dict[str, Any], outline: Outline, arrangement: Arrangement) -> dict[str, Any]:
+    """The config of the pruned model: a stock one when it packs, else of model_type `dropformer`.
+
+    `config` is config.json as read.  Raises ArchitectureError for a per-block list that it does not know.
+    """
+    new = copy.deepcopy(config)
+    for stack in outline.stacks:
+        blocks = arrangement.stacks[stack.name]
+        if any(b.source != i or b.mlp != i for i, b in enumerate(blocks)) or len(blocks) != stack.blocks:
+            _shorten(_section(new, stack), stack, blocks)
+    return new if arrangement.packed else _as_pruned(new, outline, arrangement)
+
+
+def _section(config: dict[str, Any], stack: StackOutline) -> dict[str, Any]:
+    """The part of a composite config that describes the stack."""
+    for key in ("text_config", "language_config", "llm_config", stack.name, f"{stack.name}_config"):
+        if isinstance(config.get(key), dict) and (stack.name in ("", "decoder") or key.startswith(stack.name)):
+            return config[key]
+    return config
+
+
+def _shorten(config: dict[str, Any], stack: StackOutline, blocks: tuple[NewBlock, ...]) -> None:
+    counts = [k for k in COUNTS.get(stack.name, COUNTS[""]) if config.get(k) == stack.blocks]
+    if not counts:
+        raise ArchitectureError(
+            f"config.json does not say in a known field that {stack.path} has {stack.blocks} blocks"
+        )
+    for key in counts:
+        config[key] = len(blocks)
+    for key, value in list(config.items()):
+        follow = _follower(key, value, stack)
+        if follow:
+            config[key] = follow(value, blocks)
+    layers = config.get("per_layer_config")
+    if layers:
+        renumbered = {str(new): layers[str(b.source)] for new, b in enumerate(blocks) if str(b.source) in layers}
+        config["per_layer_config"] = renumbered
+
+
+def _follower(key: str, value: Any, stack: StackOutline):  # type: ignore[no-untyped-def]
+    if key in INDICES and isinstance(value, list):
+        part = INDICES[key]
+        return lambda v, blocks: [new for new, b in enumerate(blocks) if getattr(b, part) in v]
+    if key in LEADING and isinstance(value, int):
+        part = LEADING[key]
+        return lambda v, blocks: sum(getattr(b, part) < v for b in blocks)
+    if not isinstance(value, list) or len(value) != stack.blocks or stack.blocks < 2:
+        return None
+    if key in PER_BLOCK:
+        return lambda v, blocks: [v[b.source] for b in blocks]
+    if key in PER_MLP:
+        return lambda v, blocks: [v[b.mlp] for b in blocks]
+    raise ArchitectureError(
+        f"config.json has a list `{key}` with one entry a block, and dropformer does not know how it follows a drop"
+    )
+
+
+def _as_pruned(config: dict[str, Any], outline: Outline, arrangement: Arrangement) -> dict[str, Any]:
+    """Give the config our own model_type, so that no stock loader fills the gaps with random weights."""
+    config["base_model_type"] = config["model_type"]
+    config["model_type"] = "dropformer"
+    config["dropformer_modules"] = skipped_modules(outline, arrangement)
+    main = next((s for s in outline.stacks if s.name in ("", "decoder")), outline.stacks[0])
+    blocks = arrangement.stacks[main.name]
+    skips = {i: sorted(KIND_NAMES[k].lower() for k in b.skipped) for i, b in enumerate(blocks) if b.skipped}
+    config["dropformer_no_cache"] = [i for i, names in skips.items() if "attention" in names]
+    layers = config.get("per_layer_config") or {}
+    merged = {str(i): {**layers.get(str(i), {}), "skip": names} for i, names in skips.items()}
+    config["per_layer_config"] = {**layers, **merged}
+    return config

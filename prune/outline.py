@@ -1,0 +1,89 @@
+"""A model's anatomy as data: what an artifact needs to plan and to cut without opening the model again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from dropformer.prune.architecture import KIND_NAMES, Layer
+from dropformer.prune.artifact import Part
+from dropformer.prune.errors import PlanError
+
+
+class BranchOutline(Part):
+    """Branches of one kind that are alike: in which blocks, which modules they own, what each weighs.
+
+    `modules` are paths relative to the block with the form each takes once dropped (`modeling.Skipped`);
+    `parameters` are those owned by one branch; `kv` counts the cache elements one token costs in it.
+    """
+
+    kind: str
+    blocks: list[int]
+    modules: dict[str, Any]
+    parameters: int
+    kv: int = 0
+
+
+class StackOutline(Part):
+    """One stack: its module path, how many blocks, whether a block's branches read the same stream."""
+
+    name: str = ""
+    path: str
+    blocks: int
+    parallel: bool = False
+    branches: list[BranchOutline]
+
+    def branch(self, kind: str, index: int) -> BranchOutline | None:
+        return next((b for b in self.branches if b.kind == kind and index in b.blocks), None)
+
+    def of_block(self, index: int) -> list[BranchOutline]:
+        return [b for b in self.branches if index in b.blocks]
+
+
+class Outline(Part):
+    """Every stack of a model."""
+
+    stacks: list[StackOutline]
+    parameters: int
+
+    def stack(self, name: str) -> StackOutline:
+        for stack in self.stacks:
+            if stack.name == name:
+                return stack
+        known = ", ".join(f"`{stack.name}`" for stack in self.stacks)
+        raise PlanError(
+            f"the model has no stack named `{name}`; write one of {known} before the kind, as in encoder.attn:3"
+        )
+
+    def layers(self, kind: str, stack: str = "") -> list[Layer]:
+        """Every layer of a kind in a stack, in order of depth."""
+        part = self.stack(stack)
+        if kind == "block":
+            return [Layer("block", i, stack) for i in range(part.blocks)]
+        return [Layer(kind, i, stack) for i in range(part.blocks) if part.branch(kind, i)]  # type: ignore[arg-type]
+
+    def branch_layers(self, layers: Iterable[Layer]) -> list[Layer]:
+        """The layers with every block replaced by its branches, sorted, each once."""
+        return sorted(set(self._branch_layers(layers)))
+
+    def _branch_layers(self, layers: Iterable[Layer]) -> Iterator[Layer]:
+        for layer in layers:
+            if layer.kind != "block":
+                yield layer
+                continue
+            for branch in self.stack(layer.stack).of_block(layer.index):
+                yield Layer(branch.kind, layer.index, layer.stack)  # type: ignore[arg-type]
+
+    def branch(self, layer: Layer) -> BranchOutline:
+        branch = self.stack(layer.stack).branch(layer.kind, layer.index)
+        if branch is None:
+            raise PlanError(f"the model has no {KIND_NAMES[layer.kind]} layer {layer.index} ({layer})")
+        return branch
+
+    def dropped_parameters(self, layers: Iterable[Layer]) -> int:
+        return sum(self.branch(layer).parameters for layer in self.branch_layers(layers))
+
+    def kv_per_token(self, dropped: Iterable[Layer] = ()) -> int:
+        """Cache elements that one token costs, over all stacks, without the dropped layers."""
+        total = sum(branch.kv * len(branch.blocks) for stack in self.stacks for branch in stack.branches)
+        return total - sum(self.branch(layer).kv for layer in self.branch_layers(dropped))

@@ -1,0 +1,262 @@
+"""From a drop spec and a ranking to the layers that go.
+
+    attn:8  mlp:4  block:4      the N most redundant of a kind
+    attn:25%                    a share of the kind, rounded down
+    joint:12                    one ranking over attention and MLP layers together
+    attn=20,21,25               these, in the original model's numbering
+    published:attn:8            the list a recipe gives
+    attn:8,mlp:2                combined; encoder.attn:3 names a stack
+
+Ties go to the deeper layer (arXiv 2406.15786 finds the deep ones redundant).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dropformer.prune.architecture import KIND_NAMES, Layer
+from dropformer.prune.artifact import Artifact, ModelRef, Part
+from dropformer.prune.errors import PlanError
+from dropformer.prune.outline import Outline
+
+EXPECTED = "expected for example attn:8, mlp:25%, block:4, joint:12 or attn=20,21,25, combined by commas"
+_ITEM = re.compile(
+    r"(?P<published>published:)?(?:(?P<stack>\w+)\.)?(?P<kind>attn|mlp|cross|block|joint)"
+    r"(?::(?P<count>\d+)(?P<percent>%)?|=(?P<indices>-?\d+(?:,-?\d+)*))"
+)
+
+
+@dataclass(frozen=True)
+class Selector:
+    """One item of a drop spec.  Prints as it was written."""
+
+    kind: str
+    stack: str = ""
+    count: int = 0
+    percent: bool = False
+    indices: tuple[int, ...] | None = None
+    published: bool = False
+
+    def __str__(self) -> str:
+        name = ("published:" if self.published else "") + (f"{self.stack}." if self.stack else "") + self.kind
+        if self.indices is not None:
+            return f"{name}={','.join(map(str, self.indices))}"
+        return f"{name}:{self.count}{'%' if self.percent else ''}"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return ("attn", "mlp") if self.kind == "joint" else (self.kind,)
+
+
+def parse_spec(text: str) -> tuple[Selector, ...]:
+    """The selectors of a drop spec.  Raises PlanError saying what was expected."""
+    spec = re.sub(r"\s+", "", text)
+    selectors = []
+    position = 0
+    while position < len(spec) or not selectors:
+        match = _ITEM.match(spec, position)
+        if not match or (match.end() < len(spec) and spec[match.end()] != ","):
+            raise PlanError(f"drop spec `{text}` cannot be read at `{spec[position:] or text}`; {EXPECTED}")
+        selectors.append(_selector(text, match))
+        position = match.end() + 1
+    return tuple(selectors)
+
+
+def _selector(text: str, match: re.Match[str]) -> Selector:
+    indices = match["indices"]
+    selector = Selector(
+        match["kind"],
+        match["stack"] or "",
+        int(match["count"] or 0),
+        bool(match["percent"]),
+        tuple(int(i) for i in indices.split(",")) if indices else None,
+        bool(match["published"]),
+    )
+    if selector.indices is None and not selector.count:
+        raise PlanError(f"drop spec `{text}`: `{selector}` drops nothing; {EXPECTED}")
+    if selector.percent and selector.count > 100:
+        raise PlanError(f"drop spec `{text}`: `{selector}` is more than all; {EXPECTED}")
+    if selector.kind == "joint" and selector.indices is not None:
+        raise PlanError(f"drop spec `{text}`: joint takes a count; name layers as attn=20,21 or mlp=3")
+    if selector.published and (selector.indices is not None or selector.percent or selector.kind == "joint"):
+        raise PlanError(f"drop spec `{text}`: a published list takes a count, as in published:attn:8")
+    return selector
+
+
+def parse_keep(text: str) -> tuple[int, ...]:
+    """Block indices that `--keep` protects; negative ones count from the end."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise PlanError(f"--keep `{text}` cannot be read; expected block indices such as 0,1,-1") from None
+
+
+class Drop(Part):
+    """One dropped layer with the similarity that chose it (None where a list named it)."""
+
+    layer: str
+    similarity: float | None = None
+
+
+class Savings(Part):
+    """What a plan takes away: parameters, and cache elements per token, before and after."""
+
+    parameters: int
+    parameters_after: int
+    kv: int
+    kv_after: int
+
+
+class Plan(Artifact):
+    """Which layers go, why, and what that saves.  Indices are those of the original model."""
+
+    kind = "plan"
+    model: ModelRef
+    spec: str
+    keep: list[int] = []
+    metric: str | None = None
+    calibration: dict[str, Any] | None = None
+    drops: list[Drop]
+    outline: Outline
+    savings: Savings
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The dropped layers, most redundant first within each item of the spec."""
+        return [Layer.parse(drop.layer) for drop in self.drops]
+
+    def dropped(self) -> dict[str, Any]:
+        """{attention: [..], mlp: [..], blocks: [..]} in original indices; one such entry a stack where several."""
+        stacks = {stack.name: _by_kind(self.layers, stack.name) for stack in self.outline.stacks}
+        return stacks[""] if list(stacks) == [""] else {name or "main": kinds for name, kinds in stacks.items()}
+
+
+def _by_kind(layers: Sequence[Layer], stack: str) -> dict[str, list[int]]:
+    names = {"attn": "attention", "mlp": "mlp", "cross": "cross_attention", "block": "blocks"}
+    found = {
+        name: sorted(l.index for l in layers if l.kind == kind and l.stack == stack) for kind, name in names.items()
+    }
+    return {name: indices for name, indices in found.items() if indices or name != "cross_attention"}
+
+
+PublishedLists = Callable[[str, int], Sequence[int]]
+
+
+def choose(
+    outline: Outline,
+    spec: str,
+    similarity: Mapping[Layer, float] | None = None,
+    keep: Sequence[int] = (),
+    published: PublishedLists | None = None,
+) -> list[Layer]:
+    """The layers that a spec drops, most redundant first.
+
+    `similarity` maps every layer to the score that ranks it (highest goes first).  Raises PlanError when
+    the spec asks for more than there is, for a protected or unknown layer, or lacks what it needs.
+    """
+    selectors = sorted(parse_spec(spec), key=lambda s: s.kind != "block")  # what a whole block takes is gone
+    chosen: list[Layer] = []
+    for selector in selectors:
+        free = _candidates(outline, selector, keep, chosen)
+        if selector.indices is not None:
+            picked = _named(outline, selector, selector.indices, free, keep)
+        elif selector.published:
+            picked = _named(outline, selector, _published(selector, published), free, keep)
+        else:
+            picked = _top(outline, selector, free, similarity)
+        chosen += picked
+    _check_attention_left(outline, chosen)
+    return chosen
+
+
+def _published(selector: Selector, published: PublishedLists | None) -> Sequence[int]:
+    if published is None:
+        raise PlanError(
+            f"`{selector}` needs a recipe with published lists; see `prune recipes`, or write {selector.kind}:N"
+        )
+    return published(selector.kind, selector.count)
+
+
+def _candidates(outline: Outline, selector: Selector, keep: Sequence[int], chosen: Sequence[Layer]) -> list[Layer]:
+    blocks = outline.stack(selector.stack).blocks
+    for index in keep:
+        if not -blocks <= index < blocks:
+            raise PlanError(f"--keep names block {index}, but the blocks are 0 to {blocks - 1}")
+    kept = {index % blocks for index in keep}
+    gone = set(outline.branch_layers(chosen))
+    layers = [layer for kind in selector.kinds for layer in outline.layers(kind, selector.stack)]
+    return [l for l in layers if l.index not in kept and not gone.intersection(outline.branch_layers([l]))]
+
+
+def _named(
+    outline: Outline, selector: Selector, indices: Sequence[int], free: Sequence[Layer], keep: Sequence[int]
+) -> list[Layer]:
+    layers = outline.layers(selector.kind, selector.stack)
+    blocks = outline.stack(selector.stack).blocks
+    known = {layer.index: layer for layer in layers}
+    picked = []
+    for index in indices:
+        layer = known.get(index + blocks if index < 0 else index)
+        if layer is None:
+            raise PlanError(
+                f"`{selector}` names {KIND_NAMES[selector.kind]} layer {index}, but the model has "
+                f"{len(layers)} of them in blocks 0 to {blocks - 1}"
+            )
+        if layer not in free:
+            raise PlanError(f"`{selector}` names {layer}, which is protected by --keep or dropped by another item")
+        if layer in picked:
+            raise PlanError(f"`{selector}` names {layer} twice")
+        picked.append(layer)
+    return picked
+
+
+def _top(
+    outline: Outline, selector: Selector, free: Sequence[Layer], similarity: Mapping[Layer, float] | None
+) -> list[Layer]:
+    total = sum(len(outline.layers(kind, selector.stack)) for kind in selector.kinds)
+    count = total * selector.count // 100 if selector.percent else selector.count
+    what = " and ".join(KIND_NAMES[kind] for kind in selector.kinds)
+    if count > len(free):
+        rest = "" if len(free) == total else f", {total - len(free)} of them protected or dropped already"
+        raise PlanError(f"`{selector}` drops {count} {what} layers, but the model has {total}{rest}; ask for fewer")
+    if count == 0:
+        raise PlanError(f"`{selector}` rounds down to no layer: the model has {total} {what} layers; ask for more")
+    if similarity is None:
+        raise PlanError(
+            f"`{selector}` needs scores; run `prune analyze` first, or name the layers as {selector.kind}=20,21"
+        )
+    missing = [layer for layer in free if not similarity.get(layer, float("nan")) <= float("inf")]
+    if missing:
+        raise PlanError(f"the scores hold no number for {missing[0]}; analyze the model again")
+    return sorted(free, key=lambda layer: (-similarity[layer], -layer.index, layer.kind))[:count]
+
+
+def _check_attention_left(outline: Outline, chosen: Sequence[Layer]) -> None:
+    gone = set(outline.branch_layers(chosen))
+    for stack in outline.stacks:
+        attention = outline.layers("attn", stack.name)
+        if attention and gone.issuperset(attention):
+            raise PlanError("the plan drops every attention layer, and a model without any mixes no tokens; keep one")
+
+
+def make_plan(
+    outline: Outline,
+    model: ModelRef,
+    spec: str,
+    layers: Sequence[Layer],
+    similarity: Mapping[Layer, float] | None = None,
+    **fields: Any,
+) -> Plan:
+    """The plan artifact for the chosen layers; `fields` are the artifact's other ones (keep, calibration, ...)."""
+    gone = outline.dropped_parameters(layers)
+    savings = Savings(
+        parameters=outline.parameters,
+        parameters_after=outline.parameters - gone,
+        kv=outline.kv_per_token(),
+        kv_after=outline.kv_per_token(layers),
+    )
+    drops = [Drop(layer=str(layer), similarity=(similarity or {}).get(layer)) for layer in layers]
+    return Plan(model=model, spec=spec, drops=drops, outline=outline, savings=savings, **fields)

@@ -1,0 +1,159 @@
+"""Take layers out of a live model: the dropped branches cost nothing and hold no KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from dropformer.prune.architecture import Layer
+from dropformer.prune.arrange import Arrangement, arrange, skipped_modules
+from dropformer.prune.config import pruned_config
+from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.modeling import DropformerConfig, empty_cache_entries, pruned_model_class, skip_modules
+from dropformer.prune.outline import Outline
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """What was done to a model: the outline it had, the layers that went, the blocks that remain.
+
+    `note` says why blocks that lost everything stayed as empty ones, where that is so.
+    """
+
+    outline: Outline
+    layers: tuple[Layer, ...]
+    arrangement: Arrangement
+    note: str = ""
+
+
+def operate(outline: Outline, layers: Sequence[Layer], config: dict[str, Any], model: PreTrainedModel) -> Surgery:
+    """Decide how `layers` leave: the shortest form whose blocks come out as they are now.
+
+    A shortened model is used only if a model built from its config has the same modules and settings
+    in every block; else blocks stay, empty, where they are.  `model` may be on the meta device.
+    """
+    arrangement = arrange(outline, layers)
+    note = ""
+    if not arrangement.in_place:
+        try:
+            _check_shortened(model, outline, arrangement, pruned_config(config, outline, arrangement))
+        except ArchitectureError as error:
+            arrangement, note = arrange(outline, layers, shorten=False), str(error)
+    return Surgery(outline, tuple(layers), arrangement, note)
+
+
+def cut(model: nn.Module, surgery: Surgery) -> nn.Module:
+    """Perform a surgery on the model itself, which is changed and returned.
+
+    A transformers model becomes a subclass of its native class (or stays what it is when it packs) and
+    its config follows; any other module only has the dropped branches' modules replaced.
+    """
+    if not isinstance(model, PreTrainedModel):
+        skip_modules(model, skipped_modules(surgery.outline, arrange(surgery.outline, surgery.layers, shorten=False)))
+        return model
+    fields = pruned_config(model.config.to_dict(), surgery.outline, surgery.arrangement)
+    for stack in surgery.outline.stacks:
+        _rearrange(model, surgery, stack.path, stack.name)
+    skip_modules(model, skipped_modules(surgery.outline, surgery.arrangement))
+    _adopt(model.config, config_from(fields))
+    if not surgery.arrangement.packed:
+        model.__class__ = pruned_model_class(type(model), type(model.config))
+        empty_cache_entries(model.config)
+    return model
+
+
+def config_from(fields: dict[str, Any]) -> PreTrainedConfig:
+    """The config object that a config.json describes, pruned or stock."""
+    from transformers import CONFIG_MAPPING
+
+    if fields["model_type"] == DropformerConfig.model_type:
+        return DropformerConfig.from_dict(fields)
+    return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+
+
+def _adopt(config: PreTrainedConfig, new: PreTrainedConfig) -> None:
+    """Turn `config` into `new` in place, because every submodule holds a reference to it."""
+    kept = {key: value for key, value in vars(config).items() if key.startswith("_")}
+    for key, value in vars(new).items():
+        old = vars(config).get(key)
+        if isinstance(old, PreTrainedConfig) and isinstance(value, PreTrainedConfig):
+            _adopt(old, value)
+            new.__dict__[key] = old
+    config.__class__ = new.__class__
+    config.__dict__.clear()
+    config.__dict__.update(vars(new) | {k: v for k, v in kept.items() if k != "_heterogeneity_spec"})
+
+
+def _rearrange(model: nn.Module, surgery: Surgery, path: str, name: str) -> None:
+    """Give the stack its new blocks and the blocks their new numbers."""
+    old = list(model.get_submodule(path))  # type: ignore[arg-type]
+    blocks = surgery.arrangement.stacks[name]
+    if all(b.source == b.mlp == i for i, b in enumerate(blocks)) and len(blocks) == len(old):
+        return
+    stack = surgery.outline.stack(name)
+    mlps = {}
+    for b in blocks:
+        branch = stack.branch("mlp", b.mlp)
+        mlps[b.mlp] = {n: old[b.mlp].get_submodule(n) for n in branch.modules} if branch and b.mlp != b.source else {}
+    for new, b in enumerate(blocks):
+        for module_name, module in mlps[b.mlp].items():
+            parent, _, leaf = module_name.rpartition(".")
+            setattr(old[b.source].get_submodule(parent), leaf, module)
+        for module in old[b.source].modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = new  # type: ignore[assignment]
+    parent, _, leaf = path.rpartition(".")
+    container = type(model.get_submodule(path))
+    setattr(model.get_submodule(parent), leaf, container([old[b.source] for b in blocks]))
+
+
+def _check_shortened(
+    model: PreTrainedModel, outline: Outline, arrangement: Arrangement, fields: dict[str, Any]
+) -> None:
+    """Raise ArchitectureError unless a model built from the new config has the blocks that we keep."""
+    config = config_from(fields)
+    native = type(model)
+    target = native if arrangement.packed else pruned_model_class(native, type(config))
+    with torch.device("meta"):
+        built = target._from_config(config) if arrangement.packed else target(config)
+    if not arrangement.packed:
+        skip_modules(built, {})
+    for stack in outline.stacks:
+        old, new = model.get_submodule(stack.path), built.get_submodule(stack.path)
+        for i, block in enumerate(arrangement.stacks[stack.name]):
+            mine = _signature(old[block.source], stack, block.source, block.mlp, old)  # type: ignore[index]
+            theirs = _signature(new[i], stack, block.source, block.source, new)  # type: ignore[index]
+            skipped = {n for kind in block.skipped for n in stack.branch(kind, block.source).modules}  # type: ignore[union-attr]
+            for path in set(mine) | set(theirs):
+                if any(path == n or path.startswith(n + ".") for n in skipped):
+                    continue
+                if mine.get(path) != theirs.get(path):
+                    raise ArchitectureError(
+                        f"block {block.source} cannot become block {i}: {path or 'it'} depends on its position"
+                    )
+
+
+def _signature(block: nn.Module, stack: Any, source: int, mlp: int, blocks: Any) -> dict[str, Any]:
+    """What a block is made of: for each module its class, its parameters' shapes and its settings."""
+    found = {name: _settings(module) for name, module in block.named_modules()}
+    if mlp != source:
+        for name in stack.branch("mlp", mlp).modules:
+            found = {n: s for n, s in found.items() if n != name and not n.startswith(name + ".")}
+            for inner, module in blocks[mlp].get_submodule(name).named_modules():
+                found[f"{name}.{inner}" if inner else name] = _settings(module)
+    return found
+
+
+def _settings(module: nn.Module) -> Any:
+    plain = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, (int, float, str, bool)) and key not in ("layer_idx", "training", "_is_hf_initialized")
+    }
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+    return type(module).__name__, plain, shapes
