@@ -1,0 +1,337 @@
+"""Speed: prefill and decode measured apart, with the real KV cache, models interleaved in one run.
+
+A prefill is one forward pass over the prompt that fills the cache and computes the last position's
+logits; a decode step is one forward pass over one token that reads the cache.  Both go through the
+model's own forward, so what is measured is what `generate` does without its bookkeeping.
+"""
+
+from __future__ import annotations
+
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+
+from dropformer.eval.memory import Peak, kv_bytes, peak_of
+from dropformer.eval.work import Work, work_of
+from dropformer.prune.errors import EvaluationError
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the grid: batch, tokens of the prompt, tokens decoded after it."""
+
+    prompt: int
+    new: int
+    batch: int | Literal["max"] = 1
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, {self.prompt} + {self.new} tokens"
+
+
+PAPER = Setting(prompt=2048, new=2048, batch="max")  # as arXiv 2406.15786 measures its speed-ups
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """Median and quartiles over the repeats."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range."""
+        return self.high - self.low
+
+    def __str__(self) -> str:
+        return f"{self.median:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One model at one setting.  Speeds in tokens/s; ratios over the first model, repeat by repeat.
+
+    bound_prefill, bound_decode: the ratios that FLOPs, and parameter and KV bytes, allow.  A measured
+    ratio above its bound means that the dropped layers also cost something else: copies of the cache,
+    launches of small operations.
+    """
+
+    model: str
+    setting: Setting
+    prefill: Quartiles
+    decode: Quartiles
+    prefill_ratio: Quartiles
+    decode_ratio: Quartiles
+    bound_prefill: float
+    bound_decode: float
+    kv_bytes: int
+    peak: Peak
+
+
+@dataclass(frozen=True)
+class SpeedTable:
+    """Every model at every setting, and on what they ran."""
+
+    rows: tuple[Speed, ...]
+    device: str
+    threads: int
+    dtype: str
+    repeats: int
+    compiled: bool
+
+    def row(self, model: str, setting: Setting | None = None) -> Speed:
+        """The row of a model (at its first setting if none is named).  Raises KeyError if there is none."""
+        for row in self.rows:
+            if row.model == model and setting in (None, row.setting):
+                return row
+        raise KeyError(model)
+
+    def __str__(self) -> str:
+        """A table for the terminal: speeds in tokens/s, medians over the repeats with quartiles."""
+        head = f"{self.device}, {self.threads} threads, {self.dtype}, {self.repeats} repeats"
+        return "\n".join([head, *(_line(row) for row in self.rows)])
+
+
+@dataclass(frozen=True)
+class _Run:
+    prefill: float  # seconds
+    decode: float
+    kv_bytes: int
+
+
+def grid(batches: Iterable[int], prompts: Iterable[int], new: int) -> list[Setting]:
+    """Every batch with every prompt length."""
+    return [Setting(prompt, new, batch) for batch, prompt in product(batches, prompts)]
+
+
+def measure(
+    models: Mapping[str, nn.Module],
+    settings: Sequence[Setting],
+    repeats: int = 5,
+    *,
+    compile: bool = False,
+    warm: bool = True,
+) -> SpeedTable:
+    """Measure every model at every setting; the first model is what the others are compared with.
+
+    In each repeat every model runs once, and the order rotates from repeat to repeat, so that a
+    machine that slows down slows all of them.  `compile`: decode through torch.compile with a
+    StaticCache.  Raises EvaluationError for an empty grid, or batch "max" without a GPU.
+    """
+    if not models or not settings or repeats < 1:
+        raise EvaluationError("nothing to measure; expected at least one model, one setting and one repeat")
+    steps = {name: _decoder(model, compile) for name, model in models.items()}
+    works = {name: work_of(model) for name, model in models.items()}
+    rows: list[Speed] = []
+    for setting in settings:
+        setting = _with_batch(models, steps, setting, compile)
+        rows += _measure_one(models, steps, works, setting, _Plan(repeats, compile, warm))
+    first = next(iter(models.values()))
+    return SpeedTable(
+        tuple(rows),
+        _device_name(_device(first)),
+        torch.get_num_threads(),
+        str(next(first.parameters()).dtype).removeprefix("torch."),
+        repeats,
+        compile,
+    )
+
+
+def quick(models: Mapping[str, nn.Module], seconds: float = 18.0, repeats: int = 3) -> SpeedTable:
+    """`measure` at batch 1, with prompt and new tokens chosen to take about `seconds` in all.
+
+    A short run of every model, which also warms it up, tells how many tokens the time allows.
+    """
+    start = time.perf_counter()
+    trial = Setting(prompt=32, new=4)
+    runs = [_run(model, model, trial, False) for model in models.values()]
+    left = max(0.0, seconds - (time.perf_counter() - start)) / repeats
+    prompt = 0.4 * left / sum(run.prefill for run in runs) * trial.prompt
+    new = 0.6 * left / sum(run.decode for run in runs) * trial.new
+    setting = Setting(prompt=_clamp(prompt, 16, 512), new=_clamp(new, 4, 128))
+    return measure(models, [setting], repeats, warm=False)
+
+
+def bounds(reference: Work, work: Work, setting: Setting) -> tuple[float, float]:
+    """The ratios over `reference` that work alone allows: prefill by FLOPs, decode by bytes read.
+
+    Decode is counted half-way through the new tokens.  setting.batch must be a number.
+    """
+    batch, context = int(setting.batch), setting.prompt + setting.new // 2
+    prefill = reference.prefill_flops(batch, setting.prompt) / work.prefill_flops(batch, setting.prompt)
+    decode = reference.decode_elements(batch, context) / work.decode_elements(batch, context)
+    return prefill, decode
+
+
+@dataclass(frozen=True)
+class _Plan:
+    repeats: int
+    compile: bool
+    warm: bool
+
+
+def _measure_one(
+    models: Mapping[str, nn.Module],
+    steps: Mapping[str, Callable[..., Any]],
+    works: Mapping[str, Work],
+    setting: Setting,
+    plan: _Plan,
+) -> list[Speed]:
+    names = list(models)
+    if plan.warm:
+        for name in names:
+            _run(models[name], steps[name], Setting(setting.prompt, 2, setting.batch), plan.compile)
+    runs: dict[str, list[_Run]] = {name: [] for name in names}
+    peaks: dict[str, Peak] = {}
+    for repeat in range(plan.repeats):
+        turn = repeat % len(names)
+        for name in names[turn:] + names[:turn]:
+            run, peak = _run_peak(models[name], steps[name], setting, plan.compile, repeat == 0)
+            runs[name].append(run)
+            peaks.setdefault(name, peak)
+    return [_speed(name, setting, runs, peaks[name], works) for name in names]
+
+
+def _speed(name: str, setting: Setting, runs: Mapping[str, list[_Run]], peak: Peak, works: Mapping[str, Work]) -> Speed:
+    reference, own, batch = next(iter(runs)), runs[name], int(setting.batch)
+    pairs = list(zip(runs[reference], own, strict=True))
+    bound_prefill, bound_decode = bounds(works[reference], works[name], setting)
+    return Speed(
+        model=name,
+        setting=setting,
+        prefill=Quartiles.of([batch * setting.prompt / run.prefill for run in own]),
+        decode=Quartiles.of([batch * setting.new / run.decode for run in own]),
+        prefill_ratio=Quartiles.of([before.prefill / after.prefill for before, after in pairs]),
+        decode_ratio=Quartiles.of([before.decode / after.decode for before, after in pairs]),
+        bound_prefill=bound_prefill,
+        bound_decode=bound_decode,
+        kv_bytes=own[0].kv_bytes,
+        peak=peak,
+    )
+
+
+def _run_peak(
+    model: nn.Module, step: Callable[..., Any], setting: Setting, static: bool, watch: bool
+) -> tuple[_Run, Peak]:
+    """A run, with its peak memory if `watch` (reading the resident set's peak costs a little time)."""
+    if not watch:
+        return _run(model, step, setting, static), Peak(0, "")
+    return peak_of(lambda: _run(model, step, setting, static), _device(model))
+
+
+@torch.inference_mode()
+def _run(model: nn.Module, step: Callable[..., Any], setting: Setting, static: bool) -> _Run:
+    """One prefill and `setting.new` greedy decode steps, each timed as a whole."""
+    device = _device(model)
+    ids = _prompt(model, setting)
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    cache = _static_cache(model, setting) if static else None
+
+    def prefill() -> Any:
+        return model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
+
+    output, prefill_seconds = _timed(prefill, device)
+    past, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+
+    def decode() -> None:
+        nonlocal token
+        for _ in range(setting.new):
+            if static and device.type == "cuda":
+                torch.compiler.cudagraph_mark_step_begin()
+            token = step(input_ids=token, past_key_values=past, use_cache=True).logits[:, -1:].argmax(-1)
+
+    _, decode_seconds = _timed(decode, device)
+    return _Run(prefill_seconds, decode_seconds, kv_bytes(past))
+
+
+def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """Its result and its seconds: CUDA events on a GPU, the clock elsewhere."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        return function(), time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    begin.record()
+    result = function()
+    end.record()
+    torch.cuda.synchronize(device)
+    return result, begin.elapsed_time(end) / 1000
+
+
+def _with_batch(
+    models: Mapping[str, nn.Module], steps: Mapping[str, Callable[..., Any]], setting: Setting, static: bool
+) -> Setting:
+    """Replace batch "max" by the largest power of two at which every model still fits, so that all run alike."""
+    if setting.batch != "max":
+        return setting
+    if any(_device(model).type != "cuda" for model in models.values()):
+        raise EvaluationError("batch `max` fills a GPU's memory, and the model is not on one; give a number")
+    batch = 0
+    while all(_fits(models[name], steps[name], setting, max(1, 2 * batch), static) for name in models):
+        batch = max(1, 2 * batch)
+    if not batch:
+        raise EvaluationError(f"{setting} does not fit in this GPU's memory even at batch 1; use fewer tokens")
+    return Setting(setting.prompt, setting.new, batch)
+
+
+def _fits(model: nn.Module, step: Callable[..., Any], setting: Setting, batch: int, static: bool) -> bool:
+    """Whether a prompt as long as the whole context, and one step, run without exhausting the GPU."""
+    try:
+        _run(model, step, Setting(setting.prompt + setting.new - 1, 1, batch), static)
+        return True
+    except torch.cuda.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.empty_cache()
+
+
+def _decoder(model: nn.Module, compile: bool) -> Callable[..., Any]:
+    return torch.compile(model, mode="reduce-overhead") if compile else model
+
+
+def _static_cache(model: nn.Module, setting: Setting) -> StaticCache:
+    return StaticCache(config=model.config, max_cache_len=setting.prompt + setting.new)  # type: ignore[arg-type]
+
+
+def _prompt(model: nn.Module, setting: Setting) -> Tensor:
+    """Random token ids, the same for every model of one vocabulary.  [batch, prompt]"""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr, operator]
+    generator = torch.Generator().manual_seed(0)
+    shape = (int(setting.batch), setting.prompt)
+    return torch.randint(vocabulary, shape, generator=generator).to(_device(model))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _clamp(value: float, low: int, high: int) -> int:
+    return int(min(max(value, low), high))
+
+
+def _line(row: Speed) -> str:
+    return (
+        f"{row.model:<20} {row.setting}: prefill {row.prefill} tokens/s, {row.prefill_ratio.median:.3f}x"
+        f" (work allows {row.bound_prefill:.3f}x); decode {row.decode} tokens/s, {row.decode_ratio.median:.3f}x"
+        f" (bytes allow {row.bound_decode:.3f}x); KV {row.kv_bytes / 2**20:.2f} MiB, peak {row.peak}"
+    )
