@@ -1,0 +1,104 @@
+"""Where calibration and evaluation text comes from: a name or a file gives an iterator of documents."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dropformer.prune.errors import CalibrationError
+
+HELD_OUT_SHARE = 4  # one builtin topic in four is never calibrated on
+
+
+def documents(name: str) -> Iterator[str]:
+    """The documents of a named text (`builtin`, `heldout`, `c4`, `wikitext`) or of a .txt, .jsonl or .parquet file.
+
+    Files: .txt is one document; .jsonl and .parquet have one a row, in the column `text`.
+    Raises CalibrationError for an unknown name, a file that cannot be read, or no network.
+    """
+    if name in NAMED:
+        return NAMED[name]()
+    path = Path(name)
+    if path.suffix not in READERS:
+        names, kinds = ", ".join(NAMED), ", ".join(READERS)
+        raise CalibrationError(f"text `{name}` is unknown; expected one of {names}, or a file ending in {kinds}")
+    if not path.is_file():
+        raise CalibrationError(f"text file {path} does not exist")
+    return READERS[path.suffix](path)
+
+
+def _builtin() -> Iterator[str]:
+    """Python's own documentation topics (`pydoc_data.topics`), less those held out."""
+    return (text for key, text in _topics() if not _is_held_out(key))
+
+
+def _held_out() -> Iterator[str]:
+    """The documentation topics that `builtin` never gives: for perplexity after calibration on it."""
+    return (text for key, text in _topics() if _is_held_out(key))
+
+
+def _topics() -> list[tuple[str, str]]:
+    from pydoc_data.topics import topics
+
+    return sorted(topics.items())
+
+
+def _is_held_out(key: str) -> bool:
+    return zlib.crc32(key.encode()) % HELD_OUT_SHARE == 0
+
+
+def _hub(path: str, config: str, split: str, **fields: str) -> Iterator[str]:
+    """A Hub data set, streamed.  The validation splits are what the published drop lists were made on."""
+    from datasets import load_dataset
+
+    try:
+        for row in load_dataset(path, config, split=split, streaming=True, **fields):
+            if row["text"].strip():
+                yield row["text"]
+    except (OSError, ValueError, RuntimeError) as error:
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CalibrationError(
+            f"data set {path} cannot be read ({said}); check the network, or use --calibration builtin or a file"
+        ) from None
+
+
+NAMED: dict[str, Callable[[], Iterator[str]]] = {
+    "builtin": _builtin,
+    "heldout": _held_out,
+    "c4": lambda: _hub("allenai/c4", "en", "validation"),
+    "wikitext": lambda: _hub("Salesforce/wikitext", "wikitext-2-raw-v1", "validation"),
+}
+
+
+def _txt(path: Path) -> Iterator[str]:
+    try:
+        yield path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"text file {path} is not UTF-8: {error}") from None
+
+
+def _jsonl(path: Path) -> Iterator[str]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError):
+                raise CalibrationError(f'{path}, line {number}: expected a JSON object with a "text" field') from None
+
+
+def _parquet(path: Path) -> Iterator[str]:
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(path)
+        if "text" not in table.schema_arrow.names:
+            raise CalibrationError(f"{path} has no column `text`; its columns: {', '.join(table.schema_arrow.names)}")
+        for batch in table.iter_batches(columns=["text"]):
+            yield from (text for text in batch.column(0).to_pylist() if text)
+    except OSError as error:
+        raise CalibrationError(f"{path} cannot be read as parquet: {error}") from None
+
+
+READERS: dict[str, Callable[[Path], Iterator[str]]] = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet}
