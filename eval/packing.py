@@ -1,0 +1,175 @@
+"""How many token sequences become few, full rows without padding and without computing a prefix twice.
+
+Sorted, the sequences are a trie read depth first: each adds to the one before it only what follows their
+common prefix. A **row** is a run of them packed as that trie: every token once, attending to its ancestors
+alone. A prefix that more than one row would repeat is a **trunk**: computed once, its keys and values kept
+for every row below it. Trunks nest (all of MMLU, one subject's few shots). Nothing here touches a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+
+MAX_DEPTH = 32
+"""Trunks nested deeper than this are not worth their caches; it also bounds the recursion."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`tokens` a row may hold (one longer sequence is a row of its own); `shared`, the least that a prefix
+    must save to be computed apart: a short forward costs as much as some tens of tokens."""
+
+    tokens: int = 512
+    shared: int = 32
+
+
+@dataclass(frozen=True)
+class Query:
+    """Token ids, and the first position whose next-token distribution is asked for."""
+
+    tokens: tuple[int, ...]
+    first: int
+
+
+@dataclass
+class Trunk:
+    """Tokens [start, stop) of sequence `example`, after the trunk above it; then rows of sequence indices
+    that continue at `stop`, and trunks that do."""
+
+    start: int
+    stop: int
+    example: int
+    rows: list[list[int]] = field(default_factory=list)
+    inner: list[Trunk] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One row: `tokens` [Q] and their `positions` [Q], `visible` [Q, Q] (may the row's token attend to the
+    column's?), and for each sequence the places of its asked positions."""
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    visible: np.ndarray
+    asked: list[np.ndarray]
+
+    @property
+    def is_chain(self) -> bool:
+        """One sequence and its prefixes: plain causal attention will do."""
+        return bool((np.diff(self.positions) == 1).all())
+
+
+def plan(sequences: Sequence[Query], limits: Limits) -> Trunk:
+    """The trunks and rows that cover `sequences`, which must be sorted by their tokens."""
+    if not sequences:
+        return Trunk(0, 0, 0)
+    shared = [0, *(common_prefix(one.tokens, two.tokens) for one, two in pairwise(sequences))]
+    return _Planner(sequences, shared, limits).trunk(0, len(sequences), 0, 0)
+
+
+def pack(sequences: Sequence[Query], start: int) -> Packed:
+    """One row of sorted sequences that have [0, start) in common and behind them."""
+    pairs = pairwise(sequences)
+    keeps = [0, *(common_prefix(one.tokens, two.tokens) - start for one, two in pairs)]
+    news = [len(s.tokens) - start - kept for s, kept in zip(sequences, keeps, strict=True)]
+    total = sum(news)
+    tokens, positions = np.zeros(total, np.int64), np.zeros(total, np.int64)
+    visible = np.zeros((total, total), bool)
+    path, asked, used = np.zeros(0, np.int64), [], 0
+    for sequence, kept, new in zip(sequences, keeps, news, strict=True):
+        fresh = slice(used, used + new)
+        tokens[fresh] = sequence.tokens[start + kept :]
+        positions[fresh] = np.arange(start + kept, len(sequence.tokens))
+        visible[fresh, path[:kept]] = True
+        visible[fresh, fresh] = np.tri(new, dtype=bool)
+        path = np.concatenate([path[:kept], np.arange(used, used + new)])
+        asked.append(path[sequence.first - start :])
+        used += new
+    return Packed(tokens, positions, visible, asked)
+
+
+def common_prefix(one: Sequence[int], two: Sequence[int]) -> int:
+    """Length of the longest common prefix, found by halving: slices compare at C speed."""
+    low, high = 0, min(len(one), len(two))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == two[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@dataclass(frozen=True)
+class _Planner:
+    sequences: Sequence[Query]
+    shared: list[int]
+    limits: Limits
+
+    def trunk(self, low: int, high: int, start: int, depth: int) -> Trunk:
+        """Covers sequences [low, high), which have [0, start) behind them."""
+        branch = self._shared_by(low, high)
+        stop = min(branch, *(s.first for s in self.sequences[low:high]))
+        if stop - start < self.limits.shared or self._tokens(low, high, start) <= self.limits.tokens:
+            stop = start
+        out, loose = Trunk(start, stop, low), []
+        for left, right in self._children(low, high, branch):
+            big = right - left > 1 and self._tokens(left, right, stop) > self.limits.tokens
+            below = self.trunk(left, right, stop, depth + 1) if big and depth < MAX_DEPTH else None
+            if below is None:
+                loose.extend(range(left, right))
+            elif below.stop > below.start:
+                out.inner.append(below)
+            else:
+                out.rows.extend(below.rows)
+                out.inner.extend(below.inner)
+        out.rows.extend(self._rows(loose, stop))
+        return out
+
+    def _rows(self, loose: list[int], start: int) -> list[list[int]]:
+        """Fills rows in order; a full row ends where going on costs the least repetition."""
+        rows: list[list[int]] = []
+        row: list[int] = []
+        costs: list[int] = []
+        for index in loose:
+            cost = self._cost(row[-1] if row else None, index, start)
+            if row and sum(costs) + cost > self.limits.tokens:
+                cut = self._cut([*row, index], start)
+                rows.append(row[:cut])
+                row = row[cut:]
+                costs = [self._cost(a, b, start) for a, b in zip([None, *row], row, strict=False)]
+                cost = self._cost(row[-1] if row else None, index, start)
+                if row and sum(costs) + cost > self.limits.tokens:
+                    rows.append(row)
+                    row, costs, cost = [], [], self._cost(None, index, start)
+            row.append(index)
+            costs.append(cost)
+        return [*rows, row] if row else rows
+
+    def _cut(self, row: list[int], start: int) -> int:
+        """Where in the second half of `row` its two sides share the least."""
+        places = range(len(row) // 2 or 1, len(row))
+        return min(reversed(places), key=lambda i: self._shared_by(row[i - 1], row[i] + 1))
+
+    def _cost(self, before: int | None, index: int, start: int) -> int:
+        """Tokens that a sequence adds to a row in which `before` is the last."""
+        kept = start if before is None else max(start, self._shared_by(before, index + 1))
+        return len(self.sequences[index].tokens) - kept
+
+    def _tokens(self, low: int, high: int, start: int) -> int:
+        """Tokens of the trie of [low, high) that lie after `start`."""
+        lengths = sum(len(s.tokens) for s in self.sequences[low:high])
+        return lengths - sum(self.shared[low + 1 : high]) - start
+
+    def _shared_by(self, low: int, high: int) -> int:
+        """Length of the prefix that sequences [low, high) have in common."""
+        return min(self.shared[low + 1 : high], default=len(self.sequences[low].tokens))
+
+    def _children(self, low: int, high: int, branch: int) -> list[tuple[int, int]]:
+        """Runs of [low, high) that have more than `branch` tokens in common."""
+        edges = [low, *(i for i in range(low + 1, high) if self.shared[i] <= branch), high]
+        return list(pairwise(edges))

@@ -1,0 +1,98 @@
+"""Two models, the same questions: what a drop changed, judged question by question.
+
+Both models answer the same questions, so the test is paired: McNemar's exact test (Quinn McNemar, Psychometrika
+12, 1947) asks whether the questions that only one of them answers right split evenly. It sees differences that
+two separate standard errors hide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+
+from dropformer.prune.artifact import Part
+from dropformer.prune.errors import EvaluationError
+
+
+class Paired(Part):
+    """Dense against pruned on `questions` questions.
+
+    lost: only dense is right; gained: only pruned. p_value: McNemar's, exact, two-sided. retained: pruned
+    accuracy over dense, None when dense answers none; its standard error by the delta method, paired.
+    difference: pruned minus dense accuracy, with its paired standard error.
+    """
+
+    questions: int
+    dense: float
+    pruned: float
+    lost: int
+    gained: int
+    p_value: float
+    difference: float
+    difference_stderr: float
+    retained: float | None
+    retained_stderr: float | None
+
+    def __str__(self) -> str:
+        kept = "n/a" if self.retained is None else f"{self.retained:.1%} ± {self.retained_stderr:.1%}"
+        return f"{self.dense:.1%} → {self.pruned:.1%}, retained {kept}, p = {self.p_value:.3g}"
+
+
+def compare(dense: Mapping[Hashable, bool], pruned: Mapping[Hashable, bool]) -> Paired:
+    """Compares two models' correctness, keyed by question.
+
+    Raises EvaluationError unless both answered exactly the same questions, at least one.
+    """
+    if not dense or dense.keys() != pruned.keys():
+        raise EvaluationError(
+            f"the two models answered {len(dense)} and {len(pruned)} questions, "
+            f"{len(dense.keys() & pruned.keys())} of them the same; a paired test needs the same ones: "
+            "use one task, limit and seed for both"
+        )
+    pairs = [(bool(dense[key]), bool(pruned[key])) for key in dense]
+    lost = sum(one and not two for one, two in pairs)
+    gained = sum(two and not one for one, two in pairs)
+    return _paired(len(pairs), sum(one for one, _ in pairs), lost, gained)
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Two-sided exact p-value of `lost` against `gained` discordant pairs under a fair coin."""
+    n, k = lost + gained, min(lost, gained)
+    if lost == gained:
+        return 1.0
+    tail = sum(math.comb(n, i) for i in range(k + 1))
+    return min(1.0, 2 * math.exp(math.log(tail) - n * math.log(2)))
+
+
+def _paired(n: int, right: int, lost: int, gained: int) -> Paired:
+    """From the counts: n questions, `right` by dense, and the discordant ones."""
+    dense, pruned = right / n, (right - lost + gained) / n
+    difference = pruned - dense
+    variance = ((lost + gained) / n - difference**2) / max(n - 1, 1)
+    retained, stderr = None, None
+    if right:
+        retained = pruned / dense
+        stderr = _ratio_stderr(n, dense, pruned, both=(right - lost) / n)
+    return Paired(
+        questions=n,
+        dense=dense,
+        pruned=pruned,
+        lost=lost,
+        gained=gained,
+        p_value=mcnemar(lost, gained),
+        difference=difference,
+        difference_stderr=math.sqrt(max(variance, 0.0)),
+        retained=retained,
+        retained_stderr=stderr,
+    )
+
+
+def _ratio_stderr(n: int, dense: float, pruned: float, both: float) -> float:
+    """Standard error of pruned / dense, two means over the same n questions, `both` right in both.
+
+    Delta method: Var(q / p) = (Var q - 2 r Cov(p, q) + r² Var p) / p², r = q / p.
+    """
+    ratio = pruned / dense
+    covariance = both - dense * pruned
+    variance = pruned * (1 - pruned) - 2 * ratio * covariance + ratio**2 * dense * (1 - dense)
+    return math.sqrt(max(variance, 0.0) / max(n - 1, 1)) / dense

@@ -1,0 +1,28 @@
+"""A sample of questions that keeps the proportions of the tasks it is taken from."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+
+def stratified(sizes: Mapping[str, int], limit: int, seed: int) -> dict[str, list[int]]:
+    """At most `limit` question indices over the tasks, in proportion to `sizes`, each task's sorted.
+
+    Shares are rounded by largest remainder, so every total is exact; a task whose share rounds to nothing is
+    absent. The draw within a task depends on the seed and the task's name alone: the same questions whatever
+    else is evaluated with it at the same share.
+    """
+    total = sum(sizes.values())
+    if limit >= total:
+        return {name: list(range(size)) for name, size in sizes.items() if size}
+    shares = {name: limit * size / total for name, size in sizes.items()}
+    counts = {name: int(share) for name, share in shares.items()}
+    by_remainder = sorted(sizes, key=lambda name: (counts[name] - shares[name], name))
+    for name in by_remainder[: limit - sum(counts.values())]:
+        counts[name] += 1
+    return {name: _draw(name, sizes[name], count, seed) for name, count in counts.items() if count}
+
+
+def _draw(name: str, size: int, count: int, seed: int) -> list[int]:
+    return sorted(random.Random(f"{seed}:{name}").sample(range(size), count))
