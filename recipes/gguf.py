@@ -1,0 +1,163 @@
+"""GGUF file -> Hugging Face folder: config, safetensors, tokenizer, generation config, chat template.
+
+The weights are written exactly as the file defines them.  A quantized value is a scale times an
+integer plus an offset, which 16 bits cannot hold, so quantized files become float32; rounding them to
+bfloat16 would halve the folder and make it a slightly different model from the one that was given.
+A file whose values all fit bfloat16 or float16 is kept in that.  A folder is made once and kept.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers.utils import logging
+
+from dropformer.prune.errors import CheckpointError
+from dropformer.recipes.cache import Progress, building, cache_folder, place, silent
+from dropformer.recipes.gguf_header import GgufHeader, read_gguf_header
+from dropformer.recipes.tokens import gguf_tokenizer
+
+LAYOUT = 1
+"""Raised whenever this module writes something else for the same file."""
+SAMPLE = 1 << 20
+# Not parameters: rotary frequency tables, which transformers derives from the config.
+TABLES = ("rope_freqs.", "rope_factors_long.", "rope_factors_short.")
+
+
+def convert_gguf(path: Path, progress: Progress = silent) -> Path:
+    """The Hugging Face folder for the GGUF file at `path`, converted now or earlier.
+
+    Raises CheckpointError if the file is corrupt or of a kind that cannot be converted exactly,
+    OutputError if the cache cannot be written.
+    """
+    path = path.resolve()
+    target = cache_folder() / "gguf" / f"{path.stem}-{fingerprint(path)}"
+    if target.is_dir():
+        return target
+    with building(target, progress) as scratch:
+        if not target.is_dir():
+            progress(f"converting {path.name} (once)")
+            place(write_folder(path, scratch / "folder"), target)
+    return target
+
+
+def fingerprint(path: Path) -> str:
+    """16 hex digits that change with the file's size, time, ends, and with what converts it."""
+    try:
+        status = path.stat()
+        with path.open("rb") as file:
+            head = file.read(SAMPLE)
+            file.seek(max(0, status.st_size - SAMPLE))
+            tail = file.read(SAMPLE)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    digest = hashlib.sha256(head + tail)
+    facts = (status.st_size, status.st_mtime_ns, LAYOUT, transformers.__version__)
+    digest.update(repr(facts).encode())
+    return digest.hexdigest()[:16]
+
+
+def write_folder(path: Path, folder: Path) -> Path:
+    """Convert the GGUF file at `path` into the new `folder`.  Raises CheckpointError."""
+    with _quiet():
+        header = read_gguf_header(path)
+        with _one_line_errors(path):
+            tokenizer = gguf_tokenizer(path, header)
+            model, info = _load(path)
+        _all_accounted_for(path, header, model, info)
+        plain = _made_plain(model).to(exact_dtype(model))  # type: ignore[call-arg, arg-type]
+        plain.save_pretrained(folder)
+        tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _made_plain(model: PreTrainedModel) -> PreTrainedModel:
+    """`model` without the marks of where it came from; that of being quantized would forbid to save it."""
+    for owner, mark in (
+        (model, "hf_quantizer"),
+        (model.config, "quantization_config"),
+        (model.config, "_model_name_or_path"),
+    ):
+        if hasattr(owner, mark):
+            delattr(owner, mark)
+    return model
+
+
+def _load(path: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model in the file in float32, and which parameters were not there."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        str(path.parent),
+        gguf_file=path.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+        output_loading_info=True,
+    )
+    model, info = loaded
+    return model, info
+
+
+def _all_accounted_for(path: Path, header: GgufHeader, model: PreTrainedModel, info: dict[str, Any]) -> None:
+    """Raises CheckpointError unless every parameter came from the file and every tensor went into one."""
+    wrong = sorted([*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])])
+    if wrong:
+        raise CheckpointError(
+            f"{path.name} lacks {len(wrong)} of the model's parameters ({wrong[0]}); use its Hugging Face folder"
+        )
+    if any(name.startswith(TABLES) for name in header.tensors):
+        raise CheckpointError(
+            f"{path.name} scales its rotary frequencies by a table, which transformers would ignore; "
+            "use the model's Hugging Face folder"
+        )
+    have = sum(header.tensors.values())
+    if model.config.tie_word_embeddings:
+        have -= header.tensors.get("output.weight", 0)
+    used = sum(parameter.numel() for parameter in model.parameters())
+    if have != used:
+        raise CheckpointError(
+            f"{path.name} holds {have} weights and transformers made a model of {used} of them; "
+            "use the model's Hugging Face folder"
+        )
+
+
+def exact_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The first of bfloat16, float16, float32 that holds every parameter without rounding."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if all(torch.equal(tensor.to(dtype).float(), tensor) for tensor in model.parameters()):
+            return dtype
+    return torch.float32
+
+
+@contextmanager
+def _one_line_errors(path: Path) -> Iterator[None]:
+    """Say in one line what is wrong with the file at `path`, whichever of its many readers noticed."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # struct, numpy, key, unicode, memory map ...: a corrupt file can cause any
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path.name} cannot be read as a GGUF model ({type(error).__name__}: {reason}); get it again"
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars or warnings of transformers meanwhile; one bar heeds no switch, only stderr."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

