@@ -1,0 +1,52 @@
+# make venv    an environment in .venv with the versions in constraints.txt
+# make demo    drop four attention layers of SmolLM2-135M and write the smaller model
+# make test    the tests that need no GPU, no other engine, and no more than minutes
+# make check   lint, format, types
+#
+# Needs Python 3.10 or newer and make.  Override: make PYTHON=python3.12 VENV=/some/where test
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_FLAGS ?= -q
+MODEL ?= smollm2-135m
+DROP ?= attn:4
+DEMO ?= demo/smollm2-135m-attn4
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+PACKAGES := prune metrics recipes eval
+
+.PHONY: venv demo test check clean
+.DELETE_ON_ERROR:
+
+venv: $(VENV)/.installed
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[test]'
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[dev]'
+	touch $@
+
+demo: venv
+	rm -rf $(DEMO)
+	$(BIN)/prune --model $(MODEL) --drop $(DROP) --out $(DEMO)
+
+test: venv
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m 'not slow and not engine and not gpu'
+
+# The package is this folder under another name, which mypy finds through a folder of links.
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/types && mkdir -p build/types/dropformer
+	for part in $(wildcard *.py) py.typed $(PACKAGES); do ln -s ../../../$$part build/types/dropformer/; done
+	cd build/types && MYPYPATH=. $(abspath $(BIN))/mypy --cache-dir ../mypy -p dropformer
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
