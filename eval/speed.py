@@ -82,6 +82,7 @@ class Speed:
     bound_decode: float
     kv_bytes: int
     peak: Peak
+    repeats: int
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,6 @@ class SpeedTable:
     device: str
     threads: int
     dtype: str
-    repeats: int
     compiled: bool
 
     def row(self, model: str, setting: Setting | None = None) -> Speed:
@@ -104,7 +104,7 @@ class SpeedTable:
 
     def __str__(self) -> str:
         """A table for the terminal: speeds in tokens/s, medians over the repeats with quartiles."""
-        head = f"{self.device}, {self.threads} threads, {self.dtype}, {self.repeats} repeats"
+        head = f"{self.device}, {self.threads} threads, {self.dtype}{', compiled' if self.compiled else ''}"
         return "\n".join([head, *(_line(row) for row in self.rows)])
 
 
@@ -126,13 +126,14 @@ def measure(
     repeats: int = 5,
     *,
     compile: bool = False,
-    warm: bool = True,
+    seconds: float | None = None,
 ) -> SpeedTable:
     """Measure every model at every setting; the first model is what the others are compared with.
 
     In each repeat every model runs once, and the order rotates from repeat to repeat, so that a
     machine that slows down slows all of them.  `compile`: decode through torch.compile with a
-    StaticCache.  Raises EvaluationError for an empty grid, or batch "max" without a GPU.
+    StaticCache.  `seconds`: start no further repeat of a setting once it has taken so long (each
+    is repeated once at least).  Raises EvaluationError for an empty grid, or batch "max" without a GPU.
     """
     if not models or not settings or repeats < 1:
         raise EvaluationError("nothing to measure; expected at least one model, one setting and one repeat")
@@ -141,14 +142,13 @@ def measure(
     rows: list[Speed] = []
     for setting in settings:
         setting = _with_batch(models, steps, setting, compile)
-        rows += _measure_one(models, steps, works, setting, _Plan(repeats, compile, warm))
+        rows += _measure_one(models, steps, works, setting, _Plan(repeats, compile, seconds))
     first = next(iter(models.values()))
     return SpeedTable(
         tuple(rows),
         _device_name(_device(first)),
         torch.get_num_threads(),
         str(next(first.parameters()).dtype).removeprefix("torch."),
-        repeats,
         compile,
     )
 
@@ -156,16 +156,18 @@ def measure(
 def quick(models: Mapping[str, nn.Module], seconds: float = 18.0, repeats: int = 3) -> SpeedTable:
     """`measure` at batch 1, with prompt and new tokens chosen to take about `seconds` in all.
 
-    A short run of every model, which also warms it up, tells how many tokens the time allows.
+    A short run of every model, after one that warms it up, tells how many tokens the time allows.
     """
     start = time.perf_counter()
     trial = Setting(prompt=32, new=4)
+    for model in models.values():
+        _run(model, model, Setting(prompt=8, new=1), False)
     runs = [_run(model, model, trial, False) for model in models.values()]
     left = max(0.0, seconds - (time.perf_counter() - start)) / repeats
     prompt = 0.4 * left / sum(run.prefill for run in runs) * trial.prompt
     new = 0.6 * left / sum(run.decode for run in runs) * trial.new
     setting = Setting(prompt=_clamp(prompt, 16, 512), new=_clamp(new, 4, 128))
-    return measure(models, [setting], repeats, warm=False)
+    return measure(models, [setting], repeats, seconds=0.8 * seconds)
 
 
 def bounds(reference: Work, work: Work, setting: Setting) -> tuple[float, float]:
@@ -183,7 +185,7 @@ def bounds(reference: Work, work: Work, setting: Setting) -> tuple[float, float]
 class _Plan:
     repeats: int
     compile: bool
-    warm: bool
+    seconds: float | None
 
 
 def _measure_one(
@@ -194,12 +196,16 @@ def _measure_one(
     plan: _Plan,
 ) -> list[Speed]:
     names = list(models)
-    if plan.warm:
-        for name in names:
-            _run(models[name], steps[name], Setting(setting.prompt, 2, setting.batch), plan.compile)
+    # A compiled step is specialised to the cache's length, so its warm-up must be as long as the run.
+    warm_up = setting if plan.compile else Setting(min(setting.prompt, 64), 2, setting.batch)
+    for name in names:
+        _run(models[name], steps[name], warm_up, plan.compile)
     runs: dict[str, list[_Run]] = {name: [] for name in names}
     peaks: dict[str, Peak] = {}
+    start = time.perf_counter()
     for repeat in range(plan.repeats):
+        if repeat and plan.seconds is not None and time.perf_counter() - start > plan.seconds:
+            break
         turn = repeat % len(names)
         for name in names[turn:] + names[:turn]:
             run, peak = _run_peak(models[name], steps[name], setting, plan.compile, repeat == 0)
@@ -223,6 +229,7 @@ def _speed(name: str, setting: Setting, runs: Mapping[str, list[_Run]], peak: Pe
         bound_decode=bound_decode,
         kv_bytes=own[0].kv_bytes,
         peak=peak,
+        repeats=len(own),
     )
 
 
@@ -330,8 +337,11 @@ def _clamp(value: float, low: int, high: int) -> int:
 
 
 def _line(row: Speed) -> str:
-    return (
-        f"{row.model:<20} {row.setting}: prefill {row.prefill} tokens/s, {row.prefill_ratio.median:.3f}x"
-        f" (work allows {row.bound_prefill:.3f}x); decode {row.decode} tokens/s, {row.decode_ratio.median:.3f}x"
-        f" (bytes allow {row.bound_decode:.3f}x); KV {row.kv_bytes / 2**20:.2f} MiB, peak {row.peak}"
+    return "; ".join(
+        (
+            f"{row.model:<12} {row.setting}",
+            f"prefill {row.prefill} tokens/s, {row.prefill_ratio.median:.3f}x (work allows {row.bound_prefill:.3f}x)",
+            f"decode {row.decode} tokens/s, {row.decode_ratio.median:.3f}x (bytes allow {row.bound_decode:.3f}x)",
+            f"KV {row.kv_bytes / 2**20:.2f} MiB, peak {row.peak}, {row.repeats} repeats",
+        )
     )

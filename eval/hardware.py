@@ -1,0 +1,118 @@
+"""Peak speeds of the devices an estimate knows, from their vendors' datasheets, and this machine's, measured.
+
+flops: dense 16-bit tensor operations with 32-bit accumulation (sparsity, which datasheets like to
+quote, halves away).  A measured machine's figures are in the dtype it was measured with.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from dropformer.prune.errors import EvaluationError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """flops: FLOP/s.  bandwidth, copy: bytes/s read, and moved by a concatenation.  memory: bytes.
+
+    launch: seconds that one small operation costs where it cannot hide behind the one before it (a
+    CPU); 0 on a GPU, whose queue hides it as long as the device is the bottleneck.
+    compute_share, memory_share: what programs reach of the peaks, 1 for measured figures.  A datasheet
+    says nothing about it: 0.6 and 0.8 are what large matrix products and streaming kernels commonly
+    reach, and the same for dense and pruned, so a speed-up hardly depends on them.
+    """
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: float
+    source: str
+    copy: float = 0.0
+    launch: float = 0.0
+    compute_share: float = 0.6
+    memory_share: float = 0.8
+
+    def seconds(self, flops: float, nbytes: float) -> float:
+        """Roofline: the longer of computing and of reading."""
+        return max(flops / (self.flops * self.compute_share), nbytes / (self.bandwidth * self.memory_share))
+
+    def copy_seconds(self, nbytes: float) -> float:
+        return nbytes / ((self.copy or self.bandwidth) * self.memory_share)
+
+
+HARDWARE: dict[str, Hardware] = {
+    hardware.name: hardware
+    for hardware in (
+        Hardware("a6000", 154.8e12, 768e9, 48e9, "NVIDIA RTX A6000 datasheet (309.7 TFLOPS with sparsity)"),
+        Hardware("a100-80g", 312e12, 2039e9, 80e9, "NVIDIA A100 datasheet, SXM 80 GB"),
+        Hardware("h100-sxm", 989.4e12, 3350e9, 80e9, "NVIDIA H100 datasheet, SXM (1,979 TFLOPS with sparsity)"),
+        Hardware("rtx4090", 165.2e12, 1008e9, 24e9, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
+        Hardware("l4", 121e12, 300e9, 24e9, "NVIDIA L4 datasheet (242 TFLOPS with sparsity)"),
+    )
+}
+
+
+def hardware(name: str, dtype: torch.dtype = torch.float32) -> Hardware:
+    """A device of the table, or `cpu`: this machine, measured now.  Raises EvaluationError for another."""
+    if name == "cpu":
+        return measure_cpu(dtype)
+    if name not in HARDWARE:
+        raise EvaluationError(f"unknown hardware `{name}`; expected cpu (this machine) or {', '.join(HARDWARE)}")
+    return HARDWARE[name]
+
+
+@torch.inference_mode()
+def measure_cpu(dtype: torch.dtype = torch.float32) -> Hardware:
+    """This machine's speeds with torch's present number of threads; takes about two seconds.
+
+    flops: a 1024 x 1024 matrix product.  bandwidth: products of one vector with 1024 x 1024 matrices
+    that together exceed the caches, as decoding reads weights.  copy: joining one row to a tensor of
+    the size of a layer's keys.  launch: adding two tensors of four elements.
+    """
+    size = torch.empty((), dtype=dtype).element_size()
+    square = torch.randn(1024, 1024).to(dtype)
+    matrices = [square.clone() for _ in range(48)]
+    vector = torch.randn(1, 1024).to(dtype)
+    keys, row, tiny = torch.zeros(1, 3, 512, 64), torch.zeros(1, 3, 1, 64), torch.zeros(4)
+    keys, row = keys.to(dtype), row.to(dtype)
+    layers = [keys.clone() for _ in range(60)]
+
+    product = _seconds(lambda: square @ square)
+    stream = _seconds(lambda: [torch.nn.functional.linear(vector, matrix) for matrix in matrices])
+    joined = _seconds(lambda: [torch.cat([layer, row], dim=-2) for layer in layers])
+    launch = _seconds(lambda: [tiny + tiny for _ in range(1000)]) / 1000
+    return Hardware(
+        name="cpu",
+        flops=2 * 1024**3 / product,
+        bandwidth=len(matrices) * square.numel() * size / stream,
+        memory=_total_memory(),
+        source=f"measured here: {torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}",
+        copy=2 * len(layers) * keys.numel() * size / joined,
+        launch=launch,
+        compute_share=1.0,
+        memory_share=1.0,
+    )
+
+
+def _seconds(function: Callable[[], object], repeats: int = 7) -> float:
+    """Median time of a call after one warm-up."""
+    times = []
+    function()
+    for _ in range(repeats):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _total_memory() -> float:
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return float("inf")
