@@ -6,8 +6,8 @@ keeps which questions were answered right, so that two models can be compared qu
 
 from __future__ import annotations
 
-import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 
 import lm_eval
 import torch.distributed as dist
+from accelerate import PartialState
 from lm_eval.api.group import Group
 from lm_eval.api.model import LM
 from lm_eval.defaults import DEFAULT_OTHER_SEED
@@ -29,8 +30,6 @@ from dropformer.eval.responses import RememberingLM, SharingLM, fingerprint
 from dropformer.eval.sampling import stratified
 from dropformer.prune.artifact import Artifact, Part
 from dropformer.prune.errors import EvaluationError
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -121,6 +120,7 @@ def evaluate_tasks(
     kind of model cannot run.
     """
     options = options or TaskOptions()
+    _join_launch(model)
     found = find_tasks(tasks, options.mmlu_data, options.include)
     samples = _sample(found, options)
     _set_shots(found, options.shots)
@@ -192,6 +192,12 @@ def _remembered(
     rank = dist.get_rank() if dist.is_initialized() else 0
     name = f"{fingerprint(model, tokenizer)}-{options.backend}-{rank}.db"
     return RememberingLM(lm, options.cache / name)
+
+
+def _join_launch(model: PreTrainedModel) -> None:
+    """Meets the other processes of an `accelerate launch` or `torchrun`, if there are any."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        PartialState(cpu=model.device.type == "cpu")
 
 
 def _distributed(lm: Any) -> Any:
