@@ -1,0 +1,206 @@
+"""A KV cache of constant size: attention sinks and a rolling window (StreamingLLM, arXiv 2309.17453).
+
+The first tokens, on which attention rests its surplus weight, and the most recent ones are kept; what
+lies between is evicted.  Positions are those inside the cache, so they never exceed its size: keys
+are stored as they were before the rotary embedding and rotated by slot whenever they are read.
+
+No forward is copied.  How a model rotates its keys is found by looking: one token is computed at two
+positions, and the keys that the model itself caches must differ by exactly one of the rotations that
+its own frequencies allow.  A model for which none fits is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
+
+from dropformer.prune.errors import ArchitectureError, EvaluationError
+
+_POSITIONS = (0, 37)  # where the probe token is computed
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative; 16-bit keys get the default
+_TOLERANCE_16_BIT = 4e-2
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """sinks: first tokens kept for good; window: recent tokens kept, the ones being computed included.
+
+    chunk: tokens computed at once.  The first of a chunk sees window - chunk recent tokens before it,
+    the last sees window - 1; chunk 1 is the paper's case.
+    """
+
+    sinks: int = 4
+    window: int = 1020
+    chunk: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0 or not 1 <= self.chunk <= self.window:
+            raise EvaluationError(
+                f"cannot stream with {self.sinks} sinks, a window of {self.window} and chunks of {self.chunk}; "
+                "expected 0 or more sinks and 1 <= chunk <= window"
+            )
+
+    @property
+    def size(self) -> int:
+        """The most tokens that attention sees."""
+        return self.sinks + self.window
+
+    def __str__(self) -> str:
+        return f"{self.sinks} sinks + {self.window} recent tokens"
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """A rotary embedding's rotation of keys (arXiv 2104.09864): angle = position x frequency.
+
+    pairing: the two numbers of a pair lie half the rotated part apart ("half") or side by side
+    ("interleaved"); "none" leaves keys as they are (a layer without positions).
+    """
+
+    frequencies: Tensor  # [r], so that the first 2r numbers of a head are rotated
+    pairing: Literal["half", "interleaved", "none"]
+
+    def turn(self, keys: Tensor, positions: Tensor) -> Tensor:
+        """Rotate keys [B, H, T, D] by positions [T] (negative: back), computed in float32."""
+        if self.pairing == "none":
+            return keys
+        angles = positions.to(torch.float32)[:, None] * self.frequencies.to(keys.device)
+        cos, sin = angles.cos(), angles.sin()
+        first, second = self._pair(keys.float())
+        turned = keys.float().clone()
+        target_first, target_second = self._pair(turned)
+        target_first.copy_(first * cos - second * sin)
+        target_second.copy_(second * cos + first * sin)
+        return turned.to(keys.dtype)
+
+    def _pair(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Views of the two numbers of every rotated pair, each [..., r]."""
+        r = len(self.frequencies)
+        if self.pairing == "half":
+            return keys[..., :r], keys[..., r : 2 * r]
+        return keys[..., 0 : 2 * r : 2], keys[..., 1 : 2 * r : 2]
+
+
+class SinkLayer(DynamicLayer):
+    """One layer's keys (not rotated) and values of the kept tokens."""
+
+    def __init__(self, shape: Sinks, rotation: Rotation) -> None:
+        super().__init__()
+        self.shape, self.rotation = shape, rotation
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add tokens and return what attention may see: keys rotated by slot, and values.
+
+        The model has rotated `key_states` by the slots after those filled, because that is the length
+        this layer reports.  Afterwards only what leaves room for the next chunk stays.
+        """
+        start = self.get_seq_length()
+        slots = torch.arange(start + key_states.shape[-2], device=key_states.device)
+        plain = self.rotation.turn(key_states, -slots[start:])
+        keys, values = super().update(plain, value_states)
+        self._evict()
+        return self.rotation.turn(keys, slots), values
+
+    def _evict(self) -> None:
+        assert self.keys is not None and self.values is not None
+        recent = self.shape.window - self.shape.chunk
+        if self.get_seq_length() <= self.shape.sinks + recent:
+            return
+        self.keys = self._kept(self.keys, recent)
+        self.values = self._kept(self.values, recent)
+
+    def _kept(self, states: Tensor, recent: int) -> Tensor:
+        tail = states.shape[-2] - recent
+        return torch.cat([states[..., : self.shape.sinks, :], states[..., tail:, :]], dim=-2)
+
+
+def sink_cache(model: nn.Module, shape: Sinks) -> Cache:
+    """An empty cache for `model`, to be passed as `past_key_values`, at most `shape.chunk` tokens at a time.
+
+    Dropped attention layers keep their empty entry, linear-attention layers their state.  Raises
+    ArchitectureError for a model whose keys are not rotated by position, with the layer and reason.
+    """
+    rotations = key_rotations(model)
+    layers = DynamicCache(config=model.config).layers  # type: ignore[arg-type]
+    return Cache(layers=[_sink_layer(layer, rotations.get(i), shape) for i, layer in enumerate(layers)])
+
+
+def _sink_layer(layer: Any, rotation: Rotation | None, shape: Sinks) -> Any:
+    if not isinstance(layer, CacheLayerMixin) or rotation is None:
+        return layer
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        raise ArchitectureError(
+            "cannot stream: a layer mixes linear attention with attention; expected attention or linear layers"
+        )
+    return SinkLayer(shape, rotation)
+
+
+@torch.inference_mode()
+def key_rotations(model: nn.Module) -> dict[int, Rotation]:
+    """How each layer that caches keys rotates them, by the layer's index in the cache; proven, see the module.
+
+    Raises ArchitectureError if a layer's keys do not follow any rotation of the model's frequencies.
+    """
+    before, after = (_probe(model, position) for position in _POSITIONS)
+    candidates = list(_candidates(model))
+    found = {}
+    for index, (start, end) in enumerate(zip(before, after, strict=True)):
+        if start is not None and end is not None:
+            found[index] = _fitting(candidates, start, end, index, type(model).__name__)
+    return found
+
+
+def _fitting(candidates: list[Rotation], start: Tensor, end: Tensor, index: int, name: str) -> Rotation:
+    for rotation in candidates:
+        if 2 * len(rotation.frequencies) <= start.shape[-1]:
+            turned = rotation.turn(start, torch.tensor([_POSITIONS[1] - _POSITIONS[0]], device=start.device))
+            error = (turned.float() - end.float()).norm() / end.float().norm()
+            if error < _TOLERANCE.get(start.dtype, _TOLERANCE_16_BIT):
+                return rotation
+    raise ArchitectureError(
+        f"{name} cannot stream: the keys of layer {index} are not rotated by position; "
+        "attention sinks need rotary positions (or none)"
+    )
+
+
+def _candidates(model: nn.Module) -> Iterator[Rotation]:
+    yield Rotation(torch.zeros(0), "none")
+    seen: list[Tensor] = []
+    for name, buffer in model.named_buffers():
+        if not name.endswith("inv_freq") or name.endswith("original_inv_freq") or buffer.dim() != 1:
+            continue
+        frequencies = buffer.detach().float()
+        if not any(torch.equal(frequencies, other) for other in seen):
+            seen.append(frequencies)
+            yield Rotation(frequencies, "half")
+            yield Rotation(frequencies, "interleaved")
+
+
+def _probe(model: nn.Module, position: int) -> list[Tensor | None]:
+    """The keys that each layer caches for single tokens at `position`, [B, H, 1, D]; None where it caches none."""
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 4, device=device)[:, None]
+    cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+    try:
+        model(
+            input_ids=ids,
+            position_ids=torch.full_like(ids, position),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    except TypeError as error:
+        raise ArchitectureError(
+            f"{type(model).__name__} cannot stream: it takes no position_ids; attention sinks need rotary positions"
+        ) from error
+    return [_keys_of(layer) for layer in cache.layers]
+
+
+def _keys_of(layer: Any) -> Tensor | None:
+    keys = getattr(layer, "keys", None)
+    return keys if isinstance(keys, Tensor) and keys.dim() == 4 and keys.numel() else None
