@@ -42,7 +42,7 @@ def read_gguf_header(path: Path) -> GgufHeader:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
             return _Reader(view, path.name).header()
-    except (struct.error, UnicodeDecodeError, ValueError, OverflowError) as error:
+    except (struct.error, ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is damaged: its GGUF header makes no sense ({error})") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error

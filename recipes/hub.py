@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -127,6 +128,6 @@ def _unreachable(error: Exception, model: str) -> Exception:
         return ModelError(f"the Hub refused {model} ({' '.join(str(error).split())[:200]}){instead}")
     if not _is_network(error):
         return error
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE:
         return ModelError(f"{model} is not whole in the Hub's cache and HF_HUB_OFFLINE is set; unset it{instead}")
     return ModelError(f"the Hub cannot be reached for {model} ({type(error).__name__}){instead}")

@@ -62,6 +62,7 @@ class Recipe(_Strict):
     licence: str
     calibration: Calibration
     wheel: Wheel | None = None
+    config: Mapping[str, str | bool | int] = Field(default_factory=dict)  # enough of config.json to estimate from
     source: str | None = None
     lists: Mapping[Kind, tuple[Index, ...]] = Field(default_factory=dict)
     results: tuple[Result, ...] = ()

@@ -79,6 +79,21 @@ def open_config(name: str, revision: str | None = None, progress: Progress | Non
     return Source(name if known else model, found.path, found.revision, known or recipe_of(model), "hub")
 
 
+def locate(name: str) -> Path | None:
+    """The local folder called `name`, checked; None for what must be fetched or converted first.
+
+    Raises what `open_source` raises for a name that it could not take, without any network.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return check_folder(path, name)
+    if path.exists() and path.suffix.lower() != ".gguf":
+        raise ModelError(f"{name} is a file of a kind that cannot be opened; expected {ACCEPTED}")
+    if not path.exists() and name not in recipes() and not is_hub_id(_split_revision(name, None)[0]):
+        raise _unknown(name)
+    return None
+
+
 def _open_path(name: str, path: Path, tell: Progress) -> Source:
     if path.is_dir():
         return Source(name, check_folder(path, name), None, None, "folder")
