@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dropformer.metrics.calibration import Windows
+from dropformer.metrics.windows import Windows
 from dropformer.metrics.capture import capturing
-from dropformer.metrics.scores import Scores, summarize
-from dropformer.prune.architecture import Architecture
+from dropformer.metrics.scores import LayerScore, Scores
+from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.census import outline_of
 from dropformer.prune.discover import discover
@@ -60,6 +60,25 @@ def analyze_model(
         layers=summarize(architecture.layers(), all_sums, all_tokens.double()),
         outline=outline_of(model, architecture),
     )
+
+
+def summarize(layers: Sequence[Layer], sums: Tensor, tokens: Tensor) -> list[LayerScore]:
+    """Scores from per-window sums [N, layers] and scored tokens per window [N], in float64.
+
+    Similarity is the mean over all tokens; the standard error is that of the windows' means, None for
+    one window.  Raises CalibrationError where a layer gave no finite number.
+    """
+    mean = sums.sum(0) / tokens.sum()
+    bad = (~torch.isfinite(mean)).nonzero()
+    if len(bad):
+        raise CalibrationError(f"{layers[int(bad[0])]} has no finite similarity: the model's hidden states overflow or a "
+                               "layer did not run; try --dtype float32")  # fmt: skip
+    each = sums / tokens[:, None]
+    error = each.std(0) / len(each) ** 0.5 if len(each) > 1 else None
+    return [
+        LayerScore(layer=str(layer), similarity=float(mean[i]), stderr=None if error is None else float(error[i]))
+        for i, layer in enumerate(layers)
+    ]
 
 
 def calibrated(scores: Scores, windows: Windows) -> Scores:

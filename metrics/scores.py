@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-
-import torch
-from torch import Tensor
-
 from dropformer.metrics.calibration import CalibrationRef
 from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import Artifact, ModelRef, Part
-from dropformer.prune.errors import CalibrationError
 from dropformer.prune.outline import Outline
 
 
@@ -52,30 +45,3 @@ class Scores(Artifact):
             model.fingerprint,
             calibration,
         )
-
-
-def summarize(layers: Sequence[Layer], sums: Tensor, tokens: Tensor) -> list[LayerScore]:
-    """Scores from per-window sums [N, layers] and scored tokens per window [N], in float64.
-
-    Similarity is the mean over all tokens; the standard error is that of the windows' means, None for
-    one window.  Raises CalibrationError where a layer gave no finite number.
-    """
-    mean = sums.sum(0) / tokens.sum()
-    bad = (~torch.isfinite(mean)).nonzero()
-    if len(bad):
-        raise CalibrationError(f"{layers[int(bad[0])]} has no finite similarity: the model's hidden states overflow or a "
-                               "layer did not run; try --dtype float32")  # fmt: skip
-    each = sums / tokens[:, None]
-    error = each.std(0) / len(each) ** 0.5 if len(each) > 1 else None
-    return [
-        LayerScore(layer=str(layer), similarity=float(mean[i]), stderr=None if error is None else float(error[i]))
-        for i, layer in enumerate(layers)
-    ]
-
-
-def read_scores(path: Path | str) -> Scores:
-    return Scores.read(path)
-
-
-def as_mapping(scores: Scores | Mapping[Layer, float]) -> Mapping[Layer, float]:
-    return scores.similarity() if isinstance(scores, Scores) else scores

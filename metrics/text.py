@@ -20,13 +20,20 @@ def documents(name: str) -> Iterator[str]:
     """
     if name in NAMED:
         return NAMED[name]()
+    check_name(name)
+    return READERS[Path(name).suffix](Path(name))
+
+
+def check_name(name: str) -> None:
+    """Raise CalibrationError unless `name` is a text that `documents` can read."""
     path = Path(name)
+    if name in NAMED:
+        return
     if path.suffix not in READERS:
         names, kinds = ", ".join(NAMED), ", ".join(READERS)
         raise CalibrationError(f"text `{name}` is unknown; expected one of {names}, or a file ending in {kinds}")
     if not path.is_file():
         raise CalibrationError(f"text file {path} does not exist")
-    return READERS[path.suffix](path)
 
 
 def _builtin() -> Iterator[str]:

@@ -1,0 +1,185 @@
+"""The public functions: analyze, plan, drop, save, load."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from dropformer.metrics.analyze import analyze_model, calibrated
+from dropformer.metrics.calibration import Calibration
+from dropformer.metrics.planning import plan_from as plan
+from dropformer.metrics.scores import Scores
+from dropformer.metrics.windows import windows
+from dropformer.prune.artifact import ModelRef
+from dropformer.prune.census import outline_of
+from dropformer.prune.checkpoint import export, reference, save_in_memory
+from dropformer.prune.discover import discover
+from dropformer.prune.errors import ModelError, OutputError, PlanError
+from dropformer.prune.load import load, quiet_transformers
+from dropformer.prune.outline import Outline
+from dropformer.prune.plan import Plan, choose, make_plan
+from dropformer.prune.proof import prove
+from dropformer.prune.surgery import Surgery, cut, operate
+from dropformer.recipes import Recipe, open_source
+
+__all__ = ["Calibration", "Opened", "analyze", "drop", "load", "open_model", "plan", "save"]
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a model computes.  None: float32 on a CPU, the checkpoint's dtype on the first GPU."""
+
+    dtype: str | None = None
+    device: str | None = None
+    device_map: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model in memory, its tokenizer (None where it has none), and where its files lie."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    path: Path
+    ref: ModelRef
+    recipe: Recipe | None
+
+
+def open_model(
+    name: str | Path, revision: str | None = None, placement: Placement | None = None, tell: Tell | None = None
+) -> Opened:
+    """Fetch, convert and load whatever `--model` takes.  Raises ModelError or CheckpointError."""
+    place = placement or Placement()
+    source = open_source(str(name), revision, tell)
+    licence = source.recipe.licence if source.recipe else None
+    ref = reference(str(source.name), source.path, source.revision, licence)
+    if tell:
+        tell(f"loading {source}")
+    model = load(source.path, _dtype(place.dtype), place.device, place.device_map, place.trust_remote_code)
+    return Opened(model, open_tokenizer(source.path, place.trust_remote_code), source.path, ref, source.recipe)
+
+
+def open_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder, or None where there is none (a vision model)."""
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
+def _dtype(name: str | None) -> torch.dtype | str | None:
+    if name in (None, "auto"):
+        return name
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ModelError(f"dtype `{name}` is unknown; expected float32, bfloat16, float16 or auto")
+    return dtype
+
+
+def analyze(
+    model: str | Path | Opened | nn.Module,
+    batches: Iterable[Any] | None = None,
+    calibration: Calibration | None = None,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """How redundant every block, attention layer and MLP layer is, from one forward pass.
+
+    `model` is whatever `--model` takes, calibrated on `calibration` (default: the recipe's, else
+    builtin), or any torch module with `batches` of its inputs (tensors or mappings, with the batch
+    first).  Raises ModelError, ArchitectureError or CalibrationError.
+    """
+    if isinstance(model, nn.Module):
+        if batches is None:
+            raise ModelError("analyze(module) needs batches of its inputs; give analyze(module, batches)")
+        return analyze_model(model, batches, progress=progress)
+    opened = model if isinstance(model, Opened) else open_model(model)
+    if opened.tokenizer is None:
+        raise ModelError(
+            f"{opened.ref.name} has no tokenizer, so text cannot calibrate it; use analyze(model, batches)"
+        )
+    data = windows(calibration or default_calibration(opened.recipe), opened.tokenizer)
+    scores = analyze_model(opened.model, data.batches(batch_size), ref=opened.ref, progress=progress)
+    return calibrated(scores, data)
+
+
+def default_calibration(recipe: Recipe | None) -> Calibration:
+    """The recipe's calibration, else the builtin text."""
+    if recipe is None:
+        return Calibration()
+    return Calibration(recipe.calibration.name, recipe.calibration.windows, recipe.calibration.length)
+
+
+def plan_unscored(
+    ref: ModelRef, outline: Outline, spec: str, keep: Sequence[int], published: Callable[[str, int], Any] | None
+) -> Plan:
+    """A plan from explicit or published lists, which need no scores.  Raises PlanError."""
+    layers = choose(outline, spec, None, keep, published)
+    return make_plan(outline, ref, spec, layers, keep=list(keep))
+
+
+def outline(model: nn.Module) -> Outline:
+    """The proven anatomy of a model.  Raises ArchitectureError."""
+    architecture = discover(model)
+    prove(model, architecture)
+    return outline_of(model, architecture)
+
+
+def drop(model: str | Path | Opened | nn.Module, plan: Plan) -> nn.Module:
+    """A new model without the plan's layers, sharing the kept weights with the one given.
+
+    The dropped layers cost nothing and hold no KV cache.  Raises PlanError when the plan was made for
+    other weights.
+    """
+    opened = model if isinstance(model, Opened) else None if isinstance(model, nn.Module) else open_model(model)
+    dense = opened.model if opened else model
+    assert isinstance(dense, nn.Module)
+    if opened and plan.model.fingerprint and plan.model.fingerprint != opened.ref.fingerprint:
+        raise PlanError(f"the plan was made for other weights than {opened.ref.name}; analyze this model first")
+    pruned = sharing_copy(dense)
+    surgery = Surgery(plan.outline, tuple(plan.layers), None)  # type: ignore[arg-type]
+    if isinstance(dense, PreTrainedModel):
+        surgery = operate(plan.outline, plan.layers, dense.config.to_dict(), dense)
+    cut(pruned, surgery)
+    pruned.dropformer = Cut(plan, surgery, opened.path if opened else None)  # type: ignore[assignment]
+    return pruned
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What `drop` leaves on a model for `save`: the plan, the surgery, and the folder of the dense weights."""
+
+    plan: Plan
+    surgery: Surgery
+    source: Path | None
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module tree whose parameters and buffers are the same tensors: no memory, no aliasing of structure."""
+    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def save(model: nn.Module, out: str | Path, progress: Callable[[int, int], None] | None = None) -> Any:
+    """Write a pruned model as a checkpoint, reload it, and keep it only if it gives the same logits.
+
+    Kept tensors are copied from the dense checkpoint byte for byte; a model that was only ever in
+    memory is written from there.  Raises OutputError, CheckpointError or VerificationError.
+    """
+    made = getattr(model, "dropformer", None)
+    if not isinstance(made, Cut) or not isinstance(model, PreTrainedModel):
+        raise OutputError("save takes what drop returned for a transformers model; drop layers first")
+    if made.source is None:
+        return save_in_memory(model, made.surgery, made.plan, Path(out))
+    return export(model, made.surgery, made.plan, made.source, Path(out), progress)

@@ -1,0 +1,236 @@
+"""The `prune` command: parse, call the library, print.  Everything heavy is imported when it is needed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from dropformer import __version__
+from dropformer.prune.errors import DropformerError
+
+if TYPE_CHECKING:
+    from dropformer.job import Overrides
+    from dropformer.show import Terminal
+
+app = typer.Typer(
+    name="prune",
+    help="Find the layers a Transformer can do without, take them out, and prove what that cost and saved.",
+    epilog="Example: prune --model smollm2-135m --drop attn:4",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Text = Optional[str]  # noqa: UP045  typer reads annotations at run time on Python 3.10
+MODEL = "A folder, a Hub id[@revision], a .gguf file, or a recipe (see `prune recipes`)."
+DROP = "What to drop: attn:8, mlp:25%, block:4, joint:12, attn=20,21, published:attn:8, or several by commas."
+Keep = Annotated[str, typer.Option(help="Blocks to leave whole, such as 0,1,-1.")]
+Out = Annotated[Optional[Path], typer.Option(help="Where to write; must not exist or be empty.")]  # noqa: UP045
+Revision = Annotated[Text, typer.Option(help="Branch, tag or commit of a Hub model.")]
+CalibrationText = Annotated[
+    Text, typer.Option("--calibration", help="builtin, c4, wikitext, or a .txt, .jsonl or .parquet file.")
+]
+Samples = Annotated[Optional[int], typer.Option(min=1, help="Calibration windows.")]  # noqa: UP045
+Length = Annotated[Optional[int], typer.Option(min=2, help="Tokens in a window.")]  # noqa: UP045
+Seed = Annotated[Optional[int], typer.Option(help="Which windows are drawn.")]  # noqa: UP045
+SkipFirst = Annotated[
+    Optional[int], typer.Option(min=0, help="Leading tokens of a window that are run but not scored.")
+]  # noqa: UP045
+BatchSize = Annotated[int, typer.Option(min=1, help="Windows run at once.")]
+Dtype = Annotated[Text, typer.Option(help="Computation: float32, bfloat16, float16, auto. The export never casts.")]
+Device = Annotated[Text, typer.Option(help="cpu, cuda, cuda:1, ...")]
+DeviceMap = Annotated[Text, typer.Option(help="Passed to accelerate, for models larger than one GPU: auto.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dropformer {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def prune(
+    context: typer.Context,
+    model: Annotated[Text, typer.Option("--model", "-m", help=MODEL)] = None,
+    drop: Annotated[Text, typer.Option("--drop", "-d", help=DROP)] = None,
+    out: Out = None,
+    keep: Keep = "",
+    plan: Annotated[Optional[Path], typer.Option(help="A plan.json to follow instead of --drop.")] = None,  # noqa: UP045
+    scores: Annotated[Optional[Path], typer.Option(help="A scores.json of this model to plan from.")] = None,  # noqa: UP045
+    revision: Revision = None,
+    calibration: CalibrationText = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    skip_first: SkipFirst = None,
+    batch_size: BatchSize = 1,
+    text: Annotated[str, typer.Option(help="Text for the report's perplexity, as for --calibration.")] = "heldout",
+    seconds: Annotated[float, typer.Option(min=0, help="Time for the speed measurement; 0 leaves it out.")] = 18.0,
+    dtype: Dtype = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: TrustRemoteCode = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop at the plan and say what it would save.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The main job: score, plan, drop, export, reload, verify, report."""
+    if context.invoked_subcommand:
+        return
+    if not model or (drop is None) == (plan is None):
+        raise DropformerError(
+            "prune needs --model and one of --drop or --plan; for example: prune --model smollm2-135m --drop attn:4"
+        )
+    from dropformer import preflight
+
+    preflight.check(model, drop, calibration, None if dry_run else out or preflight.default_out(model, drop, plan))
+    from dropformer import job, show
+    from dropformer.prune.plan import parse_keep
+
+    request = job.Request(
+        model, drop, out, parse_keep(keep), plan, scores, revision, batch_size,
+        _overrides(calibration, samples, length, seed, skip_first),
+        _placement(dtype, device, device_map, trust_remote_code), text, seconds,
+    )  # fmt: skip
+    watcher = show.Terminal(quiet)
+    if dry_run:
+        made = job.plan_only(request, watcher)
+        _print(made.to_json() if as_json else None, show.plan_table(made), show.savings_line(made))
+        return
+    outcome = job.run(request, watcher)
+    notes = [*show.report_notes(outcome.report), _done(outcome)]
+    _print(outcome.report.to_json() if as_json else None, show.report_table(outcome.report), *notes)
+
+
+def _done(outcome: Any) -> str:
+    form = (
+        "a stock, shorter model: loads anywhere"
+        if outcome.exported.packed
+        else "import dropformer, or trust_remote_code=True, to load it"
+    )
+    return f"wrote {outcome.out} ({form}); reloaded, logits equal to {outcome.exported.max_difference:.1e}"
+
+
+@app.command()
+def analyze(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    out: Annotated[Optional[Path], typer.Option(help="Folder for scores.json and similarity.png.")] = None,  # noqa: UP045
+    revision: Revision = None,
+    calibration: CalibrationText = None,
+    samples: Samples = None,
+    length: Length = None,
+    seed: Seed = None,
+    skip_first: SkipFirst = None,
+    batch_size: BatchSize = 1,
+    dtype: Dtype = None,
+    device: Device = None,
+    device_map: DeviceMap = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score every block, attention layer and MLP layer; write scores.json and a picture."""
+    from dropformer import preflight
+
+    preflight.check(model, None, calibration)
+    from dropformer import job, show
+
+    request = job.Request(
+        model, out=out, revision=revision, batch_size=batch_size,
+        calibration=_overrides(calibration, samples, length, seed, skip_first),
+        placement=_placement(dtype, device, device_map, trust_remote_code),
+    )  # fmt: skip
+    scores, folder = job.analyze(request, show.Terminal(quiet))
+    _print(
+        scores.to_json() if as_json else None,
+        show.scores_table(scores),
+        f"wrote {folder}/scores.json and {folder}/similarity.png",
+    )
+
+
+@app.command()
+def plan(
+    scores: Annotated[Path, typer.Argument(help="A scores.json that `prune analyze` wrote.")],
+    drop: Annotated[str, typer.Option("--drop", "-d", help=DROP)],
+    keep: Keep = "",
+    out: Annotated[Optional[Path], typer.Option(help="Where to write the plan, for --plan.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Make another plan from the same scores, without the model."""
+    from dropformer import show
+    from dropformer.metrics.planning import plan_from
+    from dropformer.prune.plan import parse_keep
+
+    made = plan_from(scores, drop, parse_keep(keep))
+    if out:
+        made.write(out)
+    _print(made.to_json() if as_json else None, show.plan_table(made), show.savings_line(made))
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the models that dropformer knows by name."""
+    from dropformer import show
+    from dropformer.recipes import recipes as known
+
+    text = json.dumps({name: recipe.model_dump(mode="json") for name, recipe in known().items()}, indent=1)
+    _print(text if as_json else None, show.recipes_table(known()))
+
+
+def _overrides(calibration: Text, samples: Any, length: Any, seed: Any, skip_first: Any) -> Overrides:
+    from dropformer.job import Overrides
+
+    return Overrides(calibration, samples, length, seed, skip_first)
+
+
+def _placement(dtype: Text, device: Text, device_map: Text, trust_remote_code: bool) -> Any:
+    from dropformer.api import Placement
+
+    return Placement(dtype, device, device_map, trust_remote_code)
+
+
+def _print(as_json: str | None, *parts: Any) -> None:
+    from dropformer import show
+
+    if as_json is not None:
+        sys.stdout.write(as_json if as_json.endswith("\n") else as_json + "\n")
+        return
+    for part in parts:
+        show.out.print(part, markup=not isinstance(part, str))
+
+
+def main() -> None:
+    """Run the command; what a user can cause ends in one line on stderr and exit status 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except DropformerError as error:
+        _fail(" ".join(str(error).split()))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        _fail(f"cannot write: {error.strerror} ({error.filename or 'output'})")
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing was left half-written", err=True)
+        sys.exit(130)
+
+
+def _fail(line: str) -> None:
+    typer.echo(f"prune: {line}", err=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""The main job, end to end: fetch, calibrate, score, plan, drop, measure, export, reload, verify, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dropformer import api
+from dropformer.eval.report import Measured, Report, TextRef, card_lines, measure_quality, measure_speed, sizes
+from dropformer.metrics.calibration import Calibration, CalibrationRef
+from dropformer.metrics.picture import similarity_by_depth
+from dropformer.metrics.scores import Scores
+from dropformer.metrics.windows import Windows, windows
+from dropformer.prune.checkpoint import Exported, export
+from dropformer.preflight import check_out, default_out, short_name
+from dropformer.prune.errors import ModelError, PlanError
+from dropformer.prune.files import CopyReport
+from dropformer.prune.plan import Plan, parse_spec
+from dropformer.recipes import Recipe
+from dropformer.recipes.cache import cache_folder
+
+HELD_OUT = Calibration("heldout", samples=8, length=512, seed=1)
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What the user said about calibration; None leaves the recipe's choice, or builtin."""
+
+    calibration: str | None = None
+    samples: int | None = None
+    length: int | None = None
+    seed: int | None = None
+    skip_first: int | None = None
+
+    def of(self, recipe: Recipe | None) -> Calibration:
+        said = {"name" if k == "calibration" else k: v for k, v in vars(self).items() if v is not None}
+        base = api.default_calibration(recipe)
+        if "name" in said and said["name"] != base.name:
+            base = Calibration()  # the recipe's sizes belong to the recipe's text
+        return replace(base, **said)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run of the main job."""
+
+    model: str
+    drop: str | None = None
+    out: Path | None = None
+    keep: tuple[int, ...] = ()
+    plan: Path | None = None
+    scores: Path | None = None
+    revision: str | None = None
+    batch_size: int = 1
+    calibration: Overrides = field(default_factory=Overrides)
+    placement: api.Placement = field(default_factory=api.Placement)
+    text: str = HELD_OUT.name
+    seconds: float = 18.0
+
+
+class Watcher:
+    """Hears what the job does; the command line shows it, a script may ignore it."""
+
+    def say(self, text: str) -> None:
+        """One line about what happens now."""
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
+        """A piece of long work; the callback takes how much is done, and a second count to show beside it."""
+        yield lambda done, count: None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the main job made."""
+
+    out: Path
+    plan: Plan
+    report: Report
+    exported: Exported
+
+
+def get_scores(opened: api.Opened, request: Request, watcher: Watcher) -> Scores:
+    """The scores of a model: those of the same weights on the same tokens if any are kept, else new ones."""
+    if request.scores:
+        scores = Scores.read(request.scores)
+        if scores.model.fingerprint != opened.ref.fingerprint:
+            raise PlanError(
+                f"{request.scores} was measured on other weights than {opened.ref.name}; analyze this model"
+            )
+        return scores
+    if opened.tokenizer is None:
+        raise ModelError(
+            f"{opened.ref.name} has no tokenizer, so text cannot calibrate it; use dropformer.analyze in Python"
+        )
+    settings = request.calibration.of(opened.recipe)
+    why = "the recipe's" if opened.recipe and settings == api.default_calibration(opened.recipe) else "as asked"
+    if not opened.recipe and request.calibration.calibration is None:
+        why = "the default, no recipe names another"
+    watcher.say(f"calibration: {settings.name}, {settings.samples} windows of {settings.length} tokens ({why})")
+    data = windows(settings, opened.tokenizer)
+    kept = scores_cache(opened.ref.fingerprint or "", data.ref)
+    if kept.exists() and (scores := Scores.read(kept)).matches(opened.ref, data.ref):
+        watcher.say(f"scores: reused, same weights and same tokens ({kept})")
+        return scores
+    scores = measure_scores(opened, data, request.batch_size, watcher)
+    scores.write(kept)
+    return scores
+
+
+def scores_cache(fingerprint: str, calibration: CalibrationRef) -> Path:
+    return cache_folder() / "scores" / f"{fingerprint[:16]}-{calibration.hash[:16]}.json"
+
+
+def measure_scores(opened: api.Opened, data: Windows, batch_size: int, watcher: Watcher) -> Scores:
+    with watcher.stage("scoring", len(data)) as progress:
+        scores = api.analyze_model(opened.model, data.batches(batch_size), ref=opened.ref, progress=progress)
+    return api.calibrated(scores, data)
+
+
+def make_plan(opened: api.Opened, request: Request, watcher: Watcher) -> tuple[Plan, Scores | None]:
+    """The plan from a file, from lists (no calibration needed), or from scores."""
+    if request.plan:
+        plan = Plan.read(request.plan)
+        if plan.model.fingerprint != opened.ref.fingerprint:
+            raise PlanError(f"{request.plan} was made for other weights than {opened.ref.name}; plan this model")
+        return plan, None
+    spec = request.drop or ""
+    published = opened.recipe.published if opened.recipe else None  # type: ignore[union-attr]
+    if all(s.published or s.indices is not None for s in parse_spec(spec)):
+        outline = api.outline(opened.model)
+        return api.plan_unscored(opened.ref, outline, spec, request.keep, published), None  # type: ignore[arg-type]
+    scores = get_scores(opened, request, watcher)
+    return api.plan(scores, spec, request.keep, published), scores  # type: ignore[arg-type]
+
+
+def plan_only(request: Request, watcher: Watcher | None = None) -> Plan:
+    """The plan that `run` would follow."""
+    watcher = watcher or Watcher()
+    with watcher.stage("opening the model"):
+        opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
+    return make_plan(opened, request, watcher)[0]
+
+
+def run(request: Request, watcher: Watcher | None = None) -> Outcome:
+    """Do the whole job.  Raises a DropformerError, and then nothing is left of the output."""
+    watcher = watcher or Watcher()
+    out = request.out or default_out(request.model, request.drop, request.plan)
+    check_out(out)
+    with watcher.stage("opening the model"):
+        opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
+    plan, scores = make_plan(opened, request, watcher)
+    watcher.say(f"dropping {', '.join(map(str, plan.layers))}")
+    pruned = api.drop(opened, plan)
+    cut = pruned.dropformer
+    if cut.surgery.note:
+        watcher.say(f"dropped blocks stay as empty ones: {cut.surgery.note}")
+    quality, speed = _measure(opened, pruned, request, watcher)
+    made: list[Report] = []
+
+    def finish(folder: Path, copied: CopyReport) -> list[str]:
+        made.append(_report(opened, pruned, plan, copied, quality, speed))
+        _write_artifacts(folder, made[0], plan, scores)
+        return card_lines(made[0])
+
+    with watcher.stage("exporting, reloading and verifying") as progress:
+        exported = export(pruned, cut.surgery, plan, opened.path, out, progress, finish)
+    return Outcome(out, plan, made[0], exported)
+
+
+def _measure(opened: api.Opened, pruned: Any, request: Request, watcher: Watcher) -> tuple[Measured, Measured]:
+    nothing = Measured({}, {}, {})
+    quality = speed = nothing
+    if opened.tokenizer is not None and hasattr(pruned, "generate") and not pruned.config.is_encoder_decoder:
+        data = windows(replace(HELD_OUT, name=request.text), opened.tokenizer)
+        text = TextRef(name=request.text, windows=len(data), length=data.ids.shape[1], hash=data.ref.hash)
+        with watcher.stage(f"perplexity on {request.text}"):
+            quality = measure_quality(opened.model, pruned, data.ids, text)
+        if request.seconds > 0:
+            with watcher.stage("speed, dense and pruned interleaved"):
+                speed = measure_speed(opened.model, pruned, request.seconds)
+    return quality, speed
+
+
+def _report(
+    opened: api.Opened, pruned: Any, plan: Plan, copied: CopyReport, quality: Measured, speed: Measured
+) -> Report:
+    before = sizes(opened.model, copied.bytes_kept + copied.bytes_dropped)
+    after = sizes(pruned, copied.bytes_kept)
+    return Report(
+        model=plan.model,
+        spec=plan.spec,
+        dropped=plan.dropped(),
+        dense={**before, **quality.dense, **speed.dense},  # type: ignore[arg-type]
+        pruned={**after, **quality.pruned, **speed.pruned},  # type: ignore[arg-type]
+        **quality.fields,
+        **speed.fields,
+    )
+
+
+def _write_artifacts(folder: Path, report: Report, plan: Plan, scores: Scores | None) -> None:
+    report.write(folder / "report.json")
+    plan.write(folder / "plan.json")
+    if scores:
+        scores.write(folder / "scores.json")
+        similarity_by_depth(scores, folder / "similarity.png", plan.outline.branch_layers(plan.layers))
+
+
+def analyze(request: Request, watcher: Watcher | None = None) -> tuple[Scores, Path]:
+    """Score a model and write scores.json and similarity.png into a folder; the folder too."""
+    watcher = watcher or Watcher()
+    with watcher.stage("opening the model"):
+        opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
+    scores = get_scores(opened, request, watcher)
+    out = request.out or Path(f"{short_name(request.model)}-scores")
+    scores.write(out / "scores.json")
+    similarity_by_depth(scores, out / "similarity.png")
+    return scores, out

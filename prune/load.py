@@ -1,0 +1,120 @@
+"""Load a checkpoint, dense or pruned, and accept it only whole: nothing missing, nothing unexpected."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from dropformer.prune import modeling
+from dropformer.prune.errors import CheckpointError, ModelError
+
+HEADS = (
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForImageClassification",
+    "AutoModel",
+)
+
+
+def load(
+    path: Path | str,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model in a checkpoint folder, as a subclass of its native class where layers are missing.
+
+    `dtype` None means float32 on a CPU and the checkpoint's own elsewhere.  Raises CheckpointError when
+    tensors are missing, unexpected or of another shape: a model is never filled with random weights.
+    """
+    path = Path(path)
+    device = torch.device(device) if device is not None else default_device()
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" and device_map is None else "auto"
+    place = {"device_map": device_map} if device_map is not None else {}
+    config = read_model_config(path, trust_remote_code)
+    auto = auto_class(config)
+    try:
+        with quiet_transformers():
+            model, info = auto.from_pretrained(
+                path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **place
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+        raise CheckpointError(f"{path} cannot be loaded: {_first_line(error)}") from error
+    _check_whole(path, info)
+    return model if place else model.to(device)
+
+
+def default_device() -> torch.device:
+    """The first GPU, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def read_model_config(path: Path, trust_remote_code: bool = False) -> transformers.PreTrainedConfig:
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # config classes validate in many ways, none of which is ours to list
+        raise CheckpointError(
+            f"{path / 'config.json'} is not a config that transformers can use: {_first_line(error)}"
+        ) from error
+
+
+def auto_class(config: transformers.PreTrainedConfig) -> Any:
+    """The Auto class that loads a config's model with the head it was saved with."""
+    base = getattr(type(config), "base_config_class", type(config))
+    modeling.pruned_config_class(base)  # registers the pruned classes with every Auto class
+    architecture = (getattr(config, "architectures", None) or [""])[0].removeprefix("Dropformer")
+    known = [auto for auto in HEADS if base in getattr(modeling_auto, auto)._model_mapping]
+    for auto in known:
+        native = getattr(modeling_auto, auto)._model_mapping[base]
+        if getattr(native, "__name__", "") == architecture:
+            return getattr(transformers, auto)
+    if known:
+        return getattr(transformers, known[0])
+    if hasattr(config, "auto_map"):
+        return transformers.AutoModelForCausalLM
+    raise ModelError(f"transformers has no model for configs of type {config.model_type}")
+
+
+def _check_whole(path: Path, info: dict[str, Any]) -> None:
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        found = sorted(map(str, info.get(problem) or []))
+        if found:
+            what = problem.replace("_", " ")
+            raise CheckpointError(
+                f"{path} does not hold the model its config describes: {len(found)} {what}, the first {found[0]}; "
+                "get a complete copy of the checkpoint"
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and no advice on stderr: what matters is raised as an error."""
+    from transformers.utils import logging as hf_logging
+
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()

@@ -1,0 +1,160 @@
+"""What the command line prints: results as tables on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from dropformer.eval.report import Report
+    from dropformer.metrics.scores import Scores
+    from dropformer.prune.plan import Plan
+    from dropformer.recipes import Recipe
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Terminal:
+    """A `job.Watcher` that shows a line for each thing said and a bar for long work; silent if quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            err.print(text, markup=False)
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
+        columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn()]
+        columns += [
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+        ]
+        short = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+        with Progress(*(columns if total else short), console=err, disable=self.quiet, transient=False) as progress:
+            task = progress.add_task(name, total=total, note="")
+            yield lambda done, count: progress.update(task, completed=done, note=_rate(progress, task, count))
+            progress.update(task, completed=total or 1, total=total or 1)
+
+
+def _rate(progress: Progress, task: Any, count: int) -> str:
+    elapsed = progress.tasks[task].elapsed
+    return f"{count / elapsed:,.0f} tokens/s" if elapsed else ""
+
+
+def scores_table(scores: Scores) -> Table:
+    """Every layer's similarity by depth, the most redundant of each kind marked with its rank."""
+    calibration = scores.calibration
+    on = f", {calibration.name}" if calibration else ""
+    table = Table(title=f"{scores.model.name}: similarity over {scores.tokens:,} tokens{on}", title_justify="left")
+    similarity, stderr = scores.similarity(), scores.stderr()
+    columns = list(dict.fromkeys((layer.stack, layer.kind) for layer in similarity))
+    table.add_column("block", justify="right")
+    rank = {}
+    for stack, kind in columns:
+        table.add_column(f"{stack}.{kind}" if stack else kind, justify="right")
+        rank |= {layer: i + 1 for i, layer in enumerate(scores.ranking(kind, stack))}
+    for index in range(max(layer.index for layer in similarity) + 1):
+        row = [str(index)]
+        for stack, kind in columns:
+            layer = next((x for x in similarity if (x.stack, x.kind, x.index) == (stack, kind, index)), None)
+            row.append("" if layer is None else _cell(similarity[layer], stderr[layer], rank[layer]))
+        table.add_row(*row)
+    return table
+
+
+def _cell(value: float, error: float | None, rank: int) -> str:
+    text = f"{value:.4f}" + (f" ±{error:.4f}" if error is not None else "")
+    return f"[bold]{text} #{rank}[/bold]" if rank <= 8 else text
+
+
+def plan_table(plan: Plan) -> Table:
+    """The layers that go and what that saves."""
+    table = Table(title=f"{plan.model.name}: {plan.spec}", title_justify="left")
+    for name in ("layer", "similarity"):
+        table.add_column(name, justify="right")
+    for drop in plan.drops:
+        table.add_row(drop.layer, "" if drop.similarity is None else f"{drop.similarity:.4f}")
+    return table
+
+
+def savings_line(plan: Plan) -> str:
+    saved = plan.savings
+    text = f"parameters {saved.parameters:,} → {saved.parameters_after:,} ({_change(saved.parameters, saved.parameters_after)})"
+    if saved.kv:
+        text += f", KV cache {_change(saved.kv, saved.kv_after)} per token"
+    return text
+
+
+def report_table(report: Report) -> Table:
+    """Dense and pruned side by side."""
+    table = Table(title=f"{report.model.name}: {report.spec}", title_justify="left")
+    for name in ("", "dense", "pruned", "change"):
+        table.add_column(name, justify="left" if not name else "right")
+    for label, key, form in ROWS:
+        before, after = getattr(report.dense, key), getattr(report.pruned, key)
+        if before is not None and after is not None:
+            change = f"{after / before:.3f}x" if key in RATIOS and before else _change(before, after)
+            table.add_row(label, form(before), form(after), change)
+    return table
+
+
+def report_notes(report: Report) -> list[str]:
+    """What the numbers were measured on."""
+    notes = []
+    if report.text:
+        text = report.text
+        notes.append(
+            f"perplexity: {text.windows} windows of {text.length} tokens of `{text.name}`, not calibrated on; "
+            f"KL(dense || pruned) {report.kl:.4f} nats a token"
+        )
+    if report.speed:
+        speed = report.speed
+        notes.append(
+            f"speed: {speed.device}, {speed.dtype}, batch {speed.batch}, {speed.prompt} + {speed.new} tokens, interleaved; "
+            f"work allows prefill {speed.prefill_bound:.2f}x, decode {speed.decode_bound:.2f}x"
+        )
+    return notes
+
+
+def _change(before: float, after: float) -> str:
+    return f"{(after - before) / before:+.1%}" if before else ""
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("parameters", "parameters", lambda v: f"{v:,}"),
+    ("checkpoint", "checkpoint_bytes", _bytes),
+    ("KV cache per token", "kv_bytes_per_token", _bytes),
+    ("perplexity", "perplexity", lambda v: f"{v:.2f}"),
+    ("prefill tokens/s", "prefill_tokens_per_s", lambda v: f"{v:,.1f}"),
+    ("decode tokens/s", "decode_tokens_per_s", lambda v: f"{v:,.1f}"),
+)
+RATIOS = {"perplexity", "prefill_tokens_per_s", "decode_tokens_per_s"}
+
+
+def recipes_table(recipes: Mapping[str, Recipe]) -> Table:
+    table = Table()
+    for name in ("recipe", "model", "calibration", "published lists"):
+        table.add_column(name)
+    for name, recipe in recipes.items():
+        c = recipe.calibration
+        lists = ", ".join(f"{kind}:{len(layers)}" for kind, layers in dict(recipe.lists).items())
+        table.add_row(name, recipe.model, f"{c.name} {c.windows} x {c.length}", lists)
+    return table

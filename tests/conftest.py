@@ -1,0 +1,54 @@
+"""Tiny random models that every test may use."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def build(model_type: str, **changes: Any) -> PreTrainedModel:
+    """A tiny random causal LM of a family, the same every time."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**SHAPE, **changes})).eval()
+
+
+@pytest.fixture
+def tiny() -> Callable[..., PreTrainedModel]:
+    return build
+
+
+@pytest.fixture
+def ids() -> torch.Tensor:
+    return torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def llama_folder(tmp_path: Path) -> Path:
+    """A tiny Llama as a checkpoint folder, in float32."""
+    build("llama").save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Scores that tests keep go to a folder of their own; the real model's download is shared."""
