@@ -1,6 +1,8 @@
 """Models of the Hugging Face Hub: only safetensors, JSON and tokenizer files, never a pickle."""
 
+import contextlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +37,10 @@ class Snapshot:
     revision: str
 
 
+Fetch = Callable[[str, str | None, bool], Snapshot]
+"""(model, revision, from the cache only) -> what there is."""
+
+
 def is_hub_id(name: str) -> bool:
     """Whether `name` has the form of a Hub id, org/name."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
@@ -45,40 +51,43 @@ def fetch_snapshot(model: str, revision: str | None = None, progress: Progress =
 
     Raises ModelError if it cannot be had, CheckpointError if its weights are only pickles.
     """
+    return _online_or_cached(_snapshot, model, revision, progress)
+
+
+def fetch_config(model: str, revision: str | None = None, progress: Progress = silent) -> Snapshot:
+    """Like `fetch_snapshot`, of config.json alone."""
+    return _online_or_cached(_config, model, revision, progress)
+
+
+def _online_or_cached(fetch: Fetch, model: str, revision: str | None, progress: Progress) -> Snapshot:
+    """What `fetch` gets from the Hub or, when there is no network, had got earlier."""
     try:
+        # Without network this fails at once, where the downloads below would try again for half a minute.
         info = huggingface_hub.model_info(model, revision=revision)
-        _refuse_pickles(model, [file.rfilename for file in info.siblings or []])
+        if fetch is _snapshot:
+            _refuse_pickles(model, [file.rfilename for file in info.siblings or []])
         progress(f"fetching {model} from the Hugging Face Hub")
-        return _snapshot(model, info.sha)
+        return fetch(model, revision, False)
     except Exception as error:
-        if _is_network(error) and (cached := _cached(model, revision)):
-            return cached
+        if _is_network(error):
+            with contextlib.suppress(LocalEntryNotFoundError):
+                return fetch(model, revision, True)
         raise _translated(error, model, revision) from error
 
 
-def fetch_config(model: str, revision: str | None = None) -> Snapshot:
-    """Download only config.json of `model`.  Raises ModelError if it cannot be had."""
-    try:
-        path = Path(huggingface_hub.hf_hub_download(model, "config.json", revision=revision))
-    except Exception as error:
-        raise _translated(error, model, revision) from error
-    return Snapshot(path.parent, path.parent.name)
-
-
-def _snapshot(model: str, revision: str | None, offline: bool = False) -> Snapshot:
+def _snapshot(model: str, revision: str | None, offline: bool) -> Snapshot:
     folder = huggingface_hub.snapshot_download(
         model, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED, local_files_only=offline
     )
-    return Snapshot(Path(folder), Path(folder).name)
+    found = Snapshot(Path(folder), Path(folder).name)
+    if offline and not any(found.path.glob("*.safetensors")):  # only its config was fetched earlier
+        raise LocalEntryNotFoundError(f"{model} has no weights in the cache")
+    return found
 
 
-def _cached(model: str, revision: str | None) -> Snapshot | None:
-    """What an earlier run downloaded, if that has weights."""
-    try:
-        found = _snapshot(model, revision, offline=True)
-    except LocalEntryNotFoundError:
-        return None
-    return found if any(found.path.glob("*.safetensors")) else None
+def _config(model: str, revision: str | None, offline: bool) -> Snapshot:
+    path = huggingface_hub.hf_hub_download(model, "config.json", revision=revision, local_files_only=offline)
+    return Snapshot(Path(path).parent, Path(path).parent.name)
 
 
 def _refuse_pickles(model: str, names: list[str]) -> None:

@@ -74,7 +74,7 @@ def open_config(name: str, revision: str | None = None, progress: Progress | Non
     model, revision = (known.model, revision) if known else _split_revision(name, revision)
     if not is_hub_id(model):
         raise _unknown(name)
-    found = fetch_config(model, revision)
+    found = fetch_config(model, revision, progress or silent)
     read_config(found.path, model)
     return Source(name if known else model, found.path, found.revision, known or recipe_of(model), "hub")
 

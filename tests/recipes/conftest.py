@@ -146,6 +146,4 @@ def own_cache(tmp_path, monkeypatch, request):
 @pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
     """The makers above (a conftest cannot be imported)."""
-    return SimpleNamespace(
-        llama=tiny_llama, write=write_gguf, tensors=tensors_of, vocabulary=vocabulary, merges=MERGES
-    )
+    return SimpleNamespace(llama=tiny_llama, write=write_gguf, tensors=tensors_of, vocabulary=vocabulary, merges=MERGES)

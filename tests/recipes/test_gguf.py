@@ -13,9 +13,7 @@ from dropformer.prune.errors import CheckpointError
 from dropformer.recipes.gguf import convert_gguf
 from dropformer.recipes.gguf_header import read_gguf_header
 
-F32, F16, BF16, Q4_1, Q8_0 = (
-    gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q4_1", "Q8_0")
-)
+F32, F16, BF16, Q4_1, Q8_0 = (gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q4_1", "Q8_0"))
 
 
 def weights(folder):

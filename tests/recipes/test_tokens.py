@@ -4,6 +4,7 @@ Reference: cut the text by llama.cpp's expressions for the pre-tokenizer "smollm
 each applied to the pieces that the one before left; then merge the bytes of each piece by rank.
 """
 
+import itertools
 import json
 
 import pytest
@@ -52,7 +53,7 @@ def cut(piece, expression):
 def merged(piece, ranks):
     symbols = [bytes_to_unicode()[byte] for byte in piece.encode()]
     while len(symbols) > 1:
-        rank, at = min((ranks.get(pair, len(ranks)), at) for at, pair in enumerate(zip(symbols, symbols[1:])))  # noqa: B905
+        rank, at = min((ranks.get(pair, len(ranks)), at) for at, pair in enumerate(itertools.pairwise(symbols)))
         if rank == len(ranks):
             break
         symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]

