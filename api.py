@@ -136,21 +136,18 @@ def outline(model: nn.Module) -> Outline:
     return outline_of(model, architecture)
 
 
-def drop(model: str | Path | Opened | nn.Module, plan: Plan) -> nn.Module:
+def drop(model: str | Path | Opened | nn.Module, plan: Plan) -> Any:
     """A new model without the plan's layers, sharing the kept weights with the one given.
 
     The dropped layers cost nothing and hold no KV cache.  Raises PlanError when the plan was made for
     other weights.
     """
-    opened = model if isinstance(model, Opened) else None if isinstance(model, nn.Module) else open_model(model)
-    dense = opened.model if opened else model
-    assert isinstance(dense, nn.Module)
+    opened = None if isinstance(model, nn.Module) else model if isinstance(model, Opened) else open_model(model)
+    dense = model if isinstance(model, nn.Module) else opened.model  # type: ignore[union-attr]
     if opened and plan.model.fingerprint and plan.model.fingerprint != opened.ref.fingerprint:
         raise PlanError(f"the plan was made for other weights than {opened.ref.name}; analyze this model first")
     pruned = sharing_copy(dense)
-    surgery = Surgery(plan.outline, tuple(plan.layers), None)  # type: ignore[arg-type]
-    if isinstance(dense, PreTrainedModel):
-        surgery = operate(plan.outline, plan.layers, dense.config.to_dict(), dense)
+    surgery = operate(plan.outline, plan.layers, dense)
     cut(pruned, surgery)
     pruned.dropformer = Cut(plan, surgery, opened.path if opened else None)  # type: ignore[assignment]
     return pruned
@@ -165,6 +162,14 @@ class Cut:
     source: Path | None
 
 
+def cut_of(model: nn.Module) -> Cut:
+    """What was done to a model that `drop` returned.  Raises OutputError for any other."""
+    made = getattr(model, "dropformer", None)
+    if not isinstance(made, Cut):
+        raise OutputError("this takes the model that drop returned; drop layers first")
+    return made
+
+
 def sharing_copy(model: nn.Module) -> nn.Module:
     """A copy of the module tree whose parameters and buffers are the same tensors: no memory, no aliasing of structure."""
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
@@ -177,9 +182,9 @@ def save(model: nn.Module, out: str | Path, progress: Callable[[int, int], None]
     Kept tensors are copied from the dense checkpoint byte for byte; a model that was only ever in
     memory is written from there.  Raises OutputError, CheckpointError or VerificationError.
     """
-    made = getattr(model, "dropformer", None)
-    if not isinstance(made, Cut) or not isinstance(model, PreTrainedModel):
-        raise OutputError("save takes what drop returned for a transformers model; drop layers first")
+    made = cut_of(model)
+    if not isinstance(model, PreTrainedModel):
+        raise OutputError("save takes a transformers model; save the state_dict of any other module yourself")
     if made.source is None:
         return save_in_memory(model, made.surgery, made.plan, Path(out))
     return export(model, made.surgery, made.plan, made.source, Path(out), progress)

@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 
 Text = Optional[str]  # noqa: UP045  typer reads annotations at run time on Python 3.10
-MODEL = "A folder, a Hub id[@revision], a .gguf file, or a recipe (see `prune recipes`)."
+MODEL = "A folder, a Hub id or id@revision, a .gguf file, or a recipe (see `prune recipes`)."
 DROP = "What to drop: attn:8, mlp:25%, block:4, joint:12, attn=20,21, published:attn:8, or several by commas."
 Keep = Annotated[str, typer.Option(help="Blocks to leave whole, such as 0,1,-1.")]
 Out = Annotated[Optional[Path], typer.Option(help="Where to write; must not exist or be empty.")]  # noqa: UP045

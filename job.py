@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from dropformer.prune.files import CopyReport
 from dropformer.prune.plan import Plan, parse_spec
 from dropformer.recipes import Recipe
 from dropformer.recipes.cache import cache_folder
+from dropformer.watcher import Watcher
 
 HELD_OUT = Calibration("heldout", samples=8, length=512, seed=1)
 
@@ -59,18 +58,6 @@ class Request:
     placement: api.Placement = field(default_factory=api.Placement)
     text: str = HELD_OUT.name
     seconds: float = 18.0
-
-
-class Watcher:
-    """Hears what the job does; the command line shows it, a script may ignore it."""
-
-    def say(self, text: str) -> None:
-        """One line about what happens now."""
-
-    @contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
-        """A piece of long work; the callback takes how much is done, and a second count to show beside it."""
-        yield lambda done, count: None
 
 
 @dataclass(frozen=True)
@@ -155,9 +142,9 @@ def run(request: Request, watcher: Watcher | None = None) -> Outcome:
     plan, scores = make_plan(opened, request, watcher)
     watcher.say(f"dropping {', '.join(map(str, plan.layers))}")
     pruned = api.drop(opened, plan)
-    cut = pruned.dropformer
-    if cut.surgery.note:
-        watcher.say(f"dropped blocks stay as empty ones: {cut.surgery.note}")
+    surgery = api.cut_of(pruned).surgery
+    if surgery.note:
+        watcher.say(f"dropped blocks stay as empty ones: {surgery.note}")
     quality, speed = _measure(opened, pruned, request, watcher)
     made: list[Report] = []
 
@@ -167,7 +154,7 @@ def run(request: Request, watcher: Watcher | None = None) -> Outcome:
         return card_lines(made[0])
 
     with watcher.stage("exporting, reloading and verifying") as progress:
-        exported = export(pruned, cut.surgery, plan, opened.path, out, progress, finish)
+        exported = export(pruned, surgery, plan, opened.path, out, progress, finish)
     return Outcome(out, plan, made[0], exported)
 
 

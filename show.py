@@ -11,6 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.progress import TimeRemainingColumn
 from rich.table import Table
 
+from dropformer.watcher import Watcher
+
 if TYPE_CHECKING:
     from dropformer.eval.report import Report
     from dropformer.metrics.scores import Scores
@@ -21,8 +23,8 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-class Terminal:
-    """A `job.Watcher` that shows a line for each thing said and a bar for long work; silent if quiet."""
+class Terminal(Watcher):
+    """Shows a line for each thing said and a bar for long work; silent if quiet."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet

@@ -18,6 +18,7 @@ block without attention holds nothing, so lengths and masks come from blocks tha
 
 from __future__ import annotations
 
+from collections import namedtuple
 from functools import cache
 from typing import Any
 
@@ -37,28 +38,39 @@ class Skipped(nn.Module):
     """What stands where a dropped branch's module was: the module's output form, without its work.
 
     `form` is "zeros" (zeros like the hidden states: the branch adds nothing), "input" (the hidden states as
-    they came), "input:KEY" (the input at that position or keyword), None, or a list of these for a tuple.
-    Hidden states: [..., D] -> [..., D].
+    they came), either with ":KEY" for the input at that position or keyword and zeros with "/N" for a last
+    dimension of N, None, or a list of these for a tuple, {"list": [...]} for a list, {"fields": {...}} for
+    named fields.  Hidden states: [..., D] -> [..., D].
     """
 
     def __init__(self, form: Any) -> None:
         super().__init__()
         self.form = form
+        # Empty: some blocks ask a norm's weight for its dtype before they call it.
+        self.register_buffer("weight", torch.empty(0), persistent=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self.form, list):
             return tuple(self._value(form, args, kwargs) for form in self.form)
+        if isinstance(self.form, dict) and "list" in self.form:
+            return [self._value(form, args, kwargs) for form in self.form["list"]]
+        if isinstance(self.form, dict):
+            fields = {name: self._value(form, args, kwargs) for name, form in self.form["fields"].items()}
+            return namedtuple("Dropped", fields)(**fields)
         return self._value(self.form, args, kwargs)
 
-    def _value(self, form: str | None, args: tuple, kwargs: dict) -> torch.Tensor | None:
+    def _value(self, form: str | None, args: tuple, kwargs: dict) -> Any:
         if form is None:
             return None
-        word, _, key = form.partition(":")
+        word, _, width = form.partition("/")
+        word, _, key = word.partition(":")
         if key:
-            hidden = args[int(key)] if key.isdecimal() else kwargs[key]
+            hidden = args[int(key)] if key.isdecimal() else kwargs.get(key)
         else:
             hidden = _hidden(args, kwargs)
-        return torch.zeros_like(hidden) if word == "zeros" else hidden
+        if word == "input":
+            return hidden
+        return hidden.new_zeros(*hidden.shape[:-1], int(width)) if width else torch.zeros_like(hidden)
 
     def extra_repr(self) -> str:
         return repr(self.form)
@@ -103,7 +115,7 @@ def without_skips(per_layer: dict[str, dict]) -> dict[str, dict]:
 
 
 @cache
-def pruned_config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+def pruned_config_class(base: Any) -> type[PreTrainedConfig]:
     """The subclass of a family's config class that pruned checkpoints of the family use."""
 
     class PrunedConfig(base):  # type: ignore[misc, valid-type]
@@ -143,7 +155,7 @@ def _register(base: type[PreTrainedConfig], pruned: type[PreTrainedConfig]) -> N
 
 
 @cache
-def pruned_model_class(native: type[PreTrainedModel], config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
+def pruned_model_class(native: Any, config: Any) -> type[PreTrainedModel]:
     """The subclass of a native model class that builds itself without the modules its config drops."""
 
     class PrunedModel(native):  # type: ignore[misc, valid-type]

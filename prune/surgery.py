@@ -31,17 +31,19 @@ class Surgery:
     note: str = ""
 
 
-def operate(outline: Outline, layers: Sequence[Layer], config: dict[str, Any], model: PreTrainedModel) -> Surgery:
+def operate(outline: Outline, layers: Sequence[Layer], model: nn.Module) -> Surgery:
     """Decide how `layers` leave: the shortest form whose blocks come out as they are now.
 
     A shortened model is used only if a model built from its config has the same modules and settings
-    in every block; else blocks stay, empty, where they are.  `model` may be on the meta device.
+    in every block; else blocks stay, empty, where they are, as they do in any module that is not a
+    transformers model.  `model` may be on the meta device.
     """
-    arrangement = arrange(outline, layers)
+    arrangement = arrange(outline, layers, shorten=isinstance(model, PreTrainedModel))
     note = ""
-    if not arrangement.in_place:
+    if isinstance(model, PreTrainedModel) and not arrangement.in_place:
         try:
-            _check_shortened(model, outline, arrangement, pruned_config(config, outline, arrangement))
+            fields = pruned_config(model.config.to_dict(), outline, arrangement)
+            _check_shortened(model, outline, arrangement, fields)
         except ArchitectureError as error:
             arrangement, note = arrange(outline, layers, shorten=False), str(error)
     return Surgery(outline, tuple(layers), arrangement, note)
@@ -54,7 +56,7 @@ def cut(model: nn.Module, surgery: Surgery) -> nn.Module:
     its config follows; any other module only has the dropped branches' modules replaced.
     """
     if not isinstance(model, PreTrainedModel):
-        skip_modules(model, skipped_modules(surgery.outline, arrange(surgery.outline, surgery.layers, shorten=False)))
+        skip_modules(model, skipped_modules(surgery.outline, surgery.arrangement))
         return model
     fields = pruned_config(model.config.to_dict(), surgery.outline, surgery.arrangement)
     for stack in surgery.outline.stacks:
@@ -91,7 +93,7 @@ def _adopt(config: PreTrainedConfig, new: PreTrainedConfig) -> None:
 
 def _rearrange(model: nn.Module, surgery: Surgery, path: str, name: str) -> None:
     """Give the stack its new blocks and the blocks their new numbers."""
-    old = list(model.get_submodule(path))  # type: ignore[arg-type]
+    old = list(model.get_submodule(path).children())
     blocks = surgery.arrangement.stacks[name]
     if all(b.source == b.mlp == i for i, b in enumerate(blocks)) and len(blocks) == len(old):
         return

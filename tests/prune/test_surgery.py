@@ -19,7 +19,7 @@ FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "mixt
 def pruned(model, spec):
     outline = outline_of(model, discover(model))
     copied = copy.deepcopy(model)
-    surgery = operate(outline, choose(outline, spec), copied.config.to_dict(), copied)
+    surgery = operate(outline, choose(outline, spec), copied)
     return cut(copied, surgery), surgery
 
 
