@@ -7,7 +7,7 @@ surgery replaces the modules named in `Branch.modules`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dropformer.prune.errors import PlanError
@@ -59,7 +59,8 @@ class Branch:
     it returns once it is dropped, in the form that `modeling.Skipped` takes: "zeros" for the module
     whose output is added to the stream, "input" for those before it, inside a list for a tuple.
     The stream is read at `before` and `after`; where no module sees it after the branch (a parallel
-    block), `delta` is the branch's own output and after = before + delta.
+    block), `delta` is the branch's own output and after = before + delta.  `scaled`: the block multiplies
+    its stream by constants of its own (MiniMax, Gemma 4), which stay when the branch goes.
     """
 
     kind: BranchKind
@@ -67,11 +68,18 @@ class Branch:
     before: Tap
     after: Tap | None = None
     delta: tuple[Tap, ...] = ()
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a stack: its module path, where its input and output are read, its branches."""
+    """One block of a stack: its module path, where its input and output are read, its branches.
+
+    `kept` maps each kind of branch that cannot be dropped to the reason; such a block cannot go as a
+    whole either.  `form` is what stands for the whole block once it is gone (`modeling.Skipped`).
+    `inplace`: the block writes into its stream, so that a tap must be copied to be held.  `plain`: without
+    its branches the block returns its input as it came, which post-norm and scaled blocks do not.
+    """
 
     index: int
     path: str
@@ -79,6 +87,10 @@ class Block:
     output: Tap
     branches: tuple[Branch, ...]
     parallel: bool = False
+    kept: dict[str, str] = field(default_factory=dict)
+    form: Any = None
+    inplace: bool = False
+    plain: bool = True
 
     def branch(self, kind: str) -> Branch | None:
         return next((branch for branch in self.branches if branch.kind == kind), None)
@@ -94,7 +106,8 @@ class Stack:
 
     def layers(self) -> Iterator[Layer]:
         for block in self.blocks:
-            yield Layer("block", block.index, self.name)
+            if not block.kept:
+                yield Layer("block", block.index, self.name)
             for branch in block.branches:
                 yield Layer(branch.kind, block.index, self.name)
 

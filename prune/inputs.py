@@ -21,6 +21,7 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str
         return {"pixel_values": _pixels(config, batch).to(device)}
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     vocab = int(getattr(text, "vocab_size", 0) or 32)
+    batch *= getattr(config, "num_codebooks", 1) if getattr(config, "audio_channels", None) else 1  # MusicGen
     ids = torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
     inputs: dict[str, Any] = {"input_ids": ids}
     if "use_cache" in inspect.signature(model.forward).parameters:

@@ -6,6 +6,7 @@ and on meta tensors alike, so a model's structure can be read without its weight
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +36,9 @@ class Call:
     inputs: dict[int | str, int]
     last: int = 0
     outputs: dict[int | str | None, int] = field(default_factory=dict)
-    form: Any = None  # the output's structure: "tensor", None, or a list of these
+    shape: str = ""  # the output's container: "tensor", "tuple", "list", "fields" or "" for anything else
+    keys: tuple[int | str | None, ...] = ()  # the keys of all its members, tensors or not
+    passed: dict[int | str | None, int | str] = field(default_factory=dict)  # member -> the input it is, unchanged
 
 
 @dataclass
@@ -106,11 +109,13 @@ def tracing(model: nn.Module) -> Iterator[Trace]:
 
 def _hook(module: nn.Module, path: str, recorder: _Recorder):  # type: ignore[no-untyped-def]
     open_calls: list[Call] = []
+    given: list[dict[int | str, Any]] = []
 
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
         named = {**dict(enumerate(args)), **kwargs}
         inputs = {key: recorder.value(value) for key, value in named.items() if isinstance(value, Tensor)}
         open_calls.append(Call(path, len(recorder.trace.ops), inputs))
+        given.append(named)
         recorder.trace.calls.append(open_calls[-1])
         recorder.scopes.append(path)
 
@@ -118,31 +123,42 @@ def _hook(module: nn.Module, path: str, recorder: _Recorder):  # type: ignore[no
         call = open_calls.pop()
         recorder.scopes.pop()
         call.last = len(recorder.trace.ops)
-        call.form = form_of(output)
-        call.outputs = {key: recorder.value(tensor) for key, tensor in outputs_of(output)}
+        members, named = members_of(output), given.pop()
+        call.shape, call.keys = shape_of(output), tuple(members)
+        call.outputs = {key: recorder.value(item) for key, item in members.items() if isinstance(item, Tensor)}
+        same = {id(value): key for key, value in named.items() if isinstance(value, (Tensor, list, dict))}
+        call.passed = {key: same[id(item)] for key, item in members.items() if id(item) in same}
 
     # First before, last after: what other hooks do (accelerate placing weights) happens inside the call.
     yield module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
     yield module.register_forward_hook(after)
 
 
-def outputs_of(output: Any) -> Iterator[tuple[int | str | None, Tensor]]:
-    """The tensors of a module's output with the key that picks each: None, an index or a field."""
-    if isinstance(output, Tensor):
-        yield None, output
-    elif isinstance(output, (tuple, list)):
-        yield from ((i, item) for i, item in enumerate(output) if isinstance(item, Tensor))
-    elif isinstance(output, dict):
-        yield from ((key, item) for key, item in output.items() if isinstance(item, Tensor))
+def members_of(output: Any) -> dict[int | str | None, Any]:
+    """The parts of a module's output under the key that picks each: None, an index or a field."""
+    if isinstance(output, tuple) and hasattr(output, "_fields"):
+        return output._asdict()
+    if isinstance(output, (tuple, list)):
+        return dict(enumerate(output))
+    if isinstance(output, dict):
+        return dict(output)
+    if dataclasses.is_dataclass(output):
+        return {f.name: getattr(output, f.name) for f in dataclasses.fields(output)}
+    return {None: output}
 
 
-def form_of(output: Any) -> Any:
-    """The structure of a module's output: "tensor", a list for a tuple, None for anything else."""
+def outputs_of(output: Any) -> dict[int | str | None, Tensor]:
+    """The tensors of a module's output, by key."""
+    return {key: item for key, item in members_of(output).items() if isinstance(item, Tensor)}
+
+
+def shape_of(output: Any) -> str:
+    """How a module's output holds its tensors: "tensor", "tuple", "list", "fields", or "" for anything else."""
     if isinstance(output, Tensor):
         return "tensor"
-    if isinstance(output, (tuple, list)):
-        return [form_of(item) if isinstance(item, Tensor) else None for item in output]
-    return None
+    if isinstance(output, dict) or hasattr(output, "_fields") or dataclasses.is_dataclass(output):
+        return "fields"
+    return {tuple: "tuple", list: "list"}.get(type(output), "")
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:

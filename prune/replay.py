@@ -1,0 +1,147 @@
+"""Run single blocks again on the inputs they had in a forward pass, with some of their modules skipped."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from dropformer.prune.architecture import Tap
+from dropformer.prune.dataflow import Flow, Term
+from dropformer.prune.modeling import Skipped
+from dropformer.prune.trace import outputs_of
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the `with`: evaluation mode, no gradients."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def skipped(model: nn.Module, block: str, modules: Mapping[str, Any]) -> Iterator[None]:
+    """Inside the `with`, these modules of a block are `Skipped`; afterwards they are back."""
+    with ExitStack() as undo:
+        for name, form in modules.items():
+            parent, _, leaf = f"{block}.{name}".rpartition(".")
+            owner = model.get_submodule(parent)
+            undo.callback(setattr, owner, leaf, getattr(owner, leaf))
+            setattr(owner, leaf, Skipped(form))
+        yield
+
+
+@contextmanager
+def reading(model: nn.Module, taps: list[Tap]) -> Iterator[dict[Tap, Tensor]]:
+    """Collect what flows past each tap during forward passes inside the `with` (the last value each)."""
+    values: dict[Tap, Tensor] = {}
+    with ExitStack() as hooks:
+        for tap in taps:
+            hooks.callback(on_tap(model, tap, lambda tensor, tap=tap: values.__setitem__(tap, tensor.clone())))
+        yield values
+
+
+def on_tap(model: nn.Module, tap: Tap, see: Any) -> Any:
+    """Call `see(tensor)` whenever a tensor passes `tap`; returns the function that removes the hook."""
+    module = model.get_submodule(tap.module)
+    if tap.side == "input":
+
+        def before(_m: nn.Module, args: tuple, kwargs: dict) -> None:
+            see(args[tap.key] if isinstance(tap.key, int) else kwargs[tap.key])
+
+        return module.register_forward_pre_hook(before, with_kwargs=True).remove
+
+    def after(_m: nn.Module, _args: tuple, output: Any) -> None:
+        see(outputs_of(output)[tap.key])
+
+    return module.register_forward_hook(after).remove
+
+
+class Replay:
+    """The inputs of every block in one forward pass, kept so that a block can run again by itself."""
+
+    def __init__(self, model: nn.Module, blocks: list[str], inputs: Mapping[str, Any]) -> None:
+        self.model = model
+        self.seen: dict[str, tuple[tuple, dict]] = {}
+        with ExitStack() as hooks:
+            for path in blocks:
+
+                def note(_m: nn.Module, args: tuple, kwargs: dict, path: str = path) -> None:
+                    self.seen[path] = (_copied(args), _copied(kwargs))
+
+                hook = model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True, prepend=True)
+                hooks.callback(hook.remove)
+            model(**inputs)
+
+    def run(self, block: str) -> Any:
+        """The block's output on a fresh copy of its inputs."""
+        args, kwargs = self.seen[block]
+        return self.model.get_submodule(block)(*_copied(args), **_copied(kwargs))
+
+    def problem(self, block: str, modules: Mapping[str, Any]) -> str:
+        """What goes wrong in the block with these modules skipped; "" when it runs."""
+        try:
+            with skipped(self.model, block, modules):
+                self.run(block)
+        except Exception as error:  # whatever the model's own code raises once a module is gone
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    def mixes_tokens(self, flow: Flow, term: Term) -> bool:
+        """Does the branch carry anything from one token to another?  Settled by changing the first token.
+
+        The module that reads the stream for the branch gets a changed first token; the branch mixes when
+        its output changes elsewhere.  Where tensors hold no numbers (meta), the operations tell.
+        """
+        calls = [call for call in flow.calls if any(call.first <= i < call.last for i in term.ops)]
+        first = next(((c, k) for c in calls for k, v in c.inputs.items() if v in term.reads), None)
+        last = next(((c, k) for c in calls for k, v in c.outputs.items() if v == term.value), None)
+        if first is None or last is None or self.seen[flow.call.path] == () or _on_meta(self.model):
+            mixing = ("scaled_dot_product", "softmax", "convolution", "bmm", "cumsum")
+            return any(word in flow.ops[i].name for i in term.ops for word in mixing)
+        outputs = [self._output(flow, first, last, change) for change in (0.0, 1.0)]
+        return not torch.equal(outputs[0][:, 1:], outputs[1][:, 1:])
+
+    def _output(self, flow: Flow, first: tuple, last: tuple, change: float) -> Tensor:
+        """The branch's output with `change` added to its first token."""
+
+        def disturb(_m: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            named = {**dict(enumerate(args)), **kwargs}
+            named[first[1]] = named[first[1]].clone()
+            named[first[1]][:, 0] += change
+            return tuple(named[i] for i in range(len(args))), {k: named[k] for k in kwargs}
+
+        hook = self.model.get_submodule(first[0].path).register_forward_pre_hook(disturb, with_kwargs=True)
+        tap = Tap(last[0].path, "output", last[1])
+        try:
+            with reading(self.model, [tap]) as values:
+                self.run(flow.call.path)
+        finally:
+            hook.remove()
+        return values[tap]
+
+
+def _on_meta(model: nn.Module) -> bool:
+    return any(p.is_meta for p in model.parameters())
+
+
+def _copied(tree: Any) -> Any:
+    """Containers rebuilt, tensors and caches cloned: a block may write into what it is given."""
+    if isinstance(tree, Tensor):
+        return tree.clone()
+    if type(tree) in (tuple, list):
+        return type(tree)(_copied(item) for item in tree)
+    if type(tree) is dict:
+        return {key: _copied(item) for key, item in tree.items()}
+    return copy.deepcopy(tree) if isinstance(tree, Cache) else tree
