@@ -188,9 +188,9 @@ class Scorer:
         if max(len(w.tokens) for w in wants) > self.longest:
             return False, f"the model sees only the last {self.longest} tokens"
         limits, stats = self.limits, self.stats
-        self.stats = Stats()
+        self.limits, self.stats = Limits(tokens=1000), Stats()
         try:
-            alone = [self._alone(want) for want in wants]
+            alone = self.score(wants)  # packs is still False: padded, as a causal model cannot see
             for trial in (Limits(tokens=1000, shared=1000), Limits(tokens=14, shared=4)):
                 self.limits, self.packs = trial, True
                 worst = max(abs(a.logprob - b.logprob) for a, b in zip(alone, self.score(wants), strict=True))
@@ -201,11 +201,6 @@ class Scorer:
             return False, f"{type(error).__name__} on a packed row: {str(error).splitlines()[:1]}"
         finally:
             self.limits, self.stats = limits, stats
-
-    def _alone(self, want: Want) -> Score:
-        out: list[Score] = []
-        self._batch(_distinct([want]), lambda _, score: out.append(score))
-        return out[0]
 
 
 def _distinct(wants: Sequence[Want]) -> list[_Asked]:
