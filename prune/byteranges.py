@@ -1,0 +1,69 @@
+"""Copying and comparing ranges of bytes between open files, at the speed of the page cache.
+
+The kernel copies a range by itself (copy_file_range, which may even share the blocks), but it does that
+page by page: a range that begins elsewhere in its page than its copy does costs twice the time.  Such a
+range goes through a buffer that stays in the processor's cache instead.
+"""
+
+import errno
+import os
+from collections.abc import Callable
+
+PAGE = 4096
+"""Bytes in a page of the page cache, and in a block of most file systems."""
+
+KERNEL_CHUNK = 64 << 20
+BUFFER = 1 << 20
+
+_UNSUPPORTED = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, errno.ETXTBSY)
+
+
+def copy_range(source: int, target: int, start: int, at: int, length: int, moved: Callable[[int], None]) -> bool:
+    """Copy `length` bytes from offset `start` of one descriptor to offset `at` of another.
+
+    moved: called with the number of bytes of every chunk, for progress.
+    Returns False if the source ends too early.
+    """
+    in_kernel = (start - at) % PAGE == 0 and hasattr(os, "copy_file_range")
+    while length:
+        copy = _in_kernel if in_kernel else _through_buffer
+        count = copy(source, target, start, at, length)
+        if not count and not in_kernel:
+            return False
+        in_kernel = in_kernel and count > 0
+        start, at, length = start + count, at + count, length - count
+        moved(count)
+    return True
+
+
+def same_range(source: int, target: int, start: int, at: int, length: int) -> bool:
+    """Whether two descriptors hold the same `length` bytes at offsets `start` and `at`."""
+    for done in range(0, length, BUFFER):
+        count = min(BUFFER, length - done)
+        there = os.pread(target, count, at + done)
+        if len(there) < count or there != os.pread(source, count, start + done):
+            return False
+    return True
+
+
+def write_at(target: int, data: memoryview, at: int) -> None:
+    """Write all of `data` at offset `at`."""
+    while data:
+        count = os.pwrite(target, data, at)
+        data, at = data[count:], at + count
+
+
+def _in_kernel(source: int, target: int, start: int, at: int, length: int) -> int:
+    """Bytes copied; 0 where this pair of files cannot be copied so, or the source has ended."""
+    try:
+        return os.copy_file_range(source, target, min(length, KERNEL_CHUNK), start, at)
+    except OSError as error:
+        if error.errno in _UNSUPPORTED:
+            return 0
+        raise
+
+
+def _through_buffer(source: int, target: int, start: int, at: int, length: int) -> int:
+    data = os.pread(source, min(length, BUFFER), start)
+    write_at(target, memoryview(data), at)
+    return len(data)
