@@ -4,6 +4,7 @@ import pytest
 
 from dropformer.prune.errors import CheckpointError, ModelError
 from dropformer.recipes import open_config, open_source
+from dropformer.recipes.source import locate
 
 
 @pytest.fixture
@@ -111,3 +112,11 @@ def test_a_revision_is_for_hub_models_only_and_given_once(folder):
         open_source("org/name@v1", revision="v2")
     with pytest.raises(ModelError, match="give one revision"):
         open_source("org/name@")
+
+
+def test_what_can_be_told_without_network_is_told_by_locate(folder, tmp_path):
+    assert locate(str(folder)) == folder
+    assert locate("smollm2-135m") is None and locate("org/name@v1") is None
+    for name in ("smolm2", str(tmp_path / "none"), str(folder / "model.safetensors")):
+        with pytest.raises(ModelError, match="expected a folder"):
+            locate(name)
