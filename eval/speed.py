@@ -69,7 +69,8 @@ class Speed:
 
     bound_prefill, bound_decode: the ratios that FLOPs, and parameter and KV bytes, allow.  A measured
     ratio above its bound means that the dropped layers also cost something else: copies of the cache,
-    launches of small operations.
+    launches of small operations.  The cpu ratios compare processor time instead of the clock's: other
+    programs on a busy machine disturb them least; they say nothing on a GPU.
     """
 
     model: str
@@ -78,6 +79,8 @@ class Speed:
     decode: Quartiles
     prefill_ratio: Quartiles
     decode_ratio: Quartiles
+    prefill_cpu_ratio: Quartiles
+    decode_cpu_ratio: Quartiles
     bound_prefill: float
     bound_decode: float
     kv_bytes: int
@@ -109,9 +112,17 @@ class SpeedTable:
 
 
 @dataclass(frozen=True)
+class Took:
+    """Seconds on the clock, and seconds of all of this process's threads (of no meaning on a GPU)."""
+
+    wall: float
+    cpu: float
+
+
+@dataclass(frozen=True)
 class _Run:
-    prefill: float  # seconds
-    decode: float
+    prefill: Took
+    decode: Took
     kv_bytes: int
 
 
@@ -164,8 +175,8 @@ def quick(models: Mapping[str, nn.Module], seconds: float = 18.0, repeats: int =
         _run(model, model, Setting(prompt=8, new=1), False)
     runs = [_run(model, model, trial, False) for model in models.values()]
     left = max(0.0, seconds - (time.perf_counter() - start)) / repeats
-    prompt = 0.4 * left / sum(run.prefill for run in runs) * trial.prompt
-    new = 0.6 * left / sum(run.decode for run in runs) * trial.new
+    prompt = 0.4 * left / sum(run.prefill.wall for run in runs) * trial.prompt
+    new = 0.6 * left / sum(run.decode.wall for run in runs) * trial.new
     setting = Setting(prompt=_clamp(prompt, 16, 512), new=_clamp(new, 4, 128))
     return measure(models, [setting], repeats, seconds=0.8 * seconds)
 
@@ -217,14 +228,20 @@ def _measure_one(
 def _speed(name: str, setting: Setting, runs: Mapping[str, list[_Run]], peak: Peak, works: Mapping[str, Work]) -> Speed:
     reference, own, batch = next(iter(runs)), runs[name], int(setting.batch)
     pairs = list(zip(runs[reference], own, strict=True))
+
+    def ratio(seconds: Callable[[_Run], float]) -> Quartiles:
+        return Quartiles.of([seconds(before) / seconds(after) for before, after in pairs])
+
     bound_prefill, bound_decode = bounds(works[reference], works[name], setting)
     return Speed(
         model=name,
         setting=setting,
-        prefill=Quartiles.of([batch * setting.prompt / run.prefill for run in own]),
-        decode=Quartiles.of([batch * setting.new / run.decode for run in own]),
-        prefill_ratio=Quartiles.of([before.prefill / after.prefill for before, after in pairs]),
-        decode_ratio=Quartiles.of([before.decode / after.decode for before, after in pairs]),
+        prefill=Quartiles.of([batch * setting.prompt / run.prefill.wall for run in own]),
+        decode=Quartiles.of([batch * setting.new / run.decode.wall for run in own]),
+        prefill_ratio=ratio(lambda run: run.prefill.wall),
+        decode_ratio=ratio(lambda run: run.decode.wall),
+        prefill_cpu_ratio=ratio(lambda run: run.prefill.cpu),
+        decode_cpu_ratio=ratio(lambda run: run.decode.cpu),
         bound_prefill=bound_prefill,
         bound_decode=bound_decode,
         kv_bytes=own[0].kv_bytes,
@@ -253,7 +270,7 @@ def _run(model: nn.Module, step: Callable[..., Any], setting: Setting, static: b
     def prefill() -> Any:
         return model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
 
-    output, prefill_seconds = _timed(prefill, device)
+    output, prefill_took = _timed(prefill, device)
     past, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
 
     def decode() -> None:
@@ -263,22 +280,24 @@ def _run(model: nn.Module, step: Callable[..., Any], setting: Setting, static: b
                 torch.compiler.cudagraph_mark_step_begin()
             token = step(input_ids=token, past_key_values=past, use_cache=True).logits[:, -1:].argmax(-1)
 
-    _, decode_seconds = _timed(decode, device)
-    return _Run(prefill_seconds, decode_seconds, kv_bytes(past))
+    _, decode_took = _timed(decode, device)
+    return _Run(prefill_took, decode_took, kv_bytes(past))
 
 
-def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
-    """Its result and its seconds: CUDA events on a GPU, the clock elsewhere."""
+def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, Took]:
+    """Its result and its seconds: CUDA events on a GPU, the clock and processor time elsewhere."""
     if device.type != "cuda":
-        start = time.perf_counter()
-        return function(), time.perf_counter() - start
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = function()
+        return result, Took(time.perf_counter() - wall, time.process_time() - cpu)
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize(device)
+    cpu = time.process_time()
     begin.record()
     result = function()
     end.record()
     torch.cuda.synchronize(device)
-    return result, begin.elapsed_time(end) / 1000
+    return result, Took(begin.elapsed_time(end) / 1000, time.process_time() - cpu)
 
 
 def _with_batch(
@@ -342,6 +361,7 @@ def _line(row: Speed) -> str:
             f"{row.model:<12} {row.setting}",
             f"prefill {row.prefill} tokens/s, {row.prefill_ratio.median:.3f}x (work allows {row.bound_prefill:.3f}x)",
             f"decode {row.decode} tokens/s, {row.decode_ratio.median:.3f}x (bytes allow {row.bound_decode:.3f}x)",
+            f"processor time {row.prefill_cpu_ratio.median:.3f}x, {row.decode_cpu_ratio.median:.3f}x",
             f"KV {row.kv_bytes / 2**20:.2f} MiB, peak {row.peak}, {row.repeats} repeats",
         )
     )

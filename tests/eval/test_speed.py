@@ -98,6 +98,7 @@ def test_a_layer_that_waits_in_decode_slows_decode_and_not_prefill():
     table = measure({"slow": slow, "fast": llama()}, [Setting(16, 2)], repeats=2)
     assert table.row("fast").decode_ratio.median > 2
     assert table.row("slow").decode.median < 10
+    assert table.row("fast").decode_cpu_ratio.median < 4  # waiting takes no processor time
     assert table.row("slow").prefill.median > 16 / 0.1  # the whole prompt took less than one such wait
 
 
