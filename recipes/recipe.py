@@ -66,6 +66,8 @@ class Recipe(_Strict):
     source: str | None = None
     lists: Mapping[Kind, tuple[Index, ...]] = Field(default_factory=dict)
     results: tuple[Result, ...] = ()
+    revisions: tuple[str, ...] = ()  # of the Hub repository, in the order of training: what `prune compare` opens
+    note: str | None = None  # why there are none, if one would expect some
 
     @field_validator("lists")
     @classmethod
