@@ -48,11 +48,11 @@ class CopyReport:
 
     tensors_kept: int
     tensors_dropped: int
-    tensors_replaced: int
     bytes_kept: int
     bytes_dropped: int
-    linked: tuple[str, ...]
-    files: tuple[str, ...]
+    tensors_replaced: int = 0
+    linked: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
     @property
     def tensors_written(self) -> int:
@@ -251,4 +251,4 @@ def _report(
     sizes = {name: span.nbytes for name, span in source.tensors.items()}
     kept = [sizes[old] for old, new in renamed.items() if new is not None and new not in replace]
     dropped = [sizes[old] for old, new in renamed.items() if new is None]
-    return CopyReport(len(kept), len(dropped), len(replace), sum(kept), sum(dropped), linked, files)
+    return CopyReport(len(kept), len(dropped), sum(kept), sum(dropped), len(replace), linked, files)

@@ -61,7 +61,7 @@ def byte_size(dtype: str, shape: Iterable[int]) -> int:
         raise ValueError(f"unknown dtype {shown(dtype)!r}")
     count = 1
     for size in shape:
-        if type(size) is not int or size < 0:
+        if type(size) is not int or not 0 <= size <= _COUNT_LIMIT:
             raise ValueError(f"{shown(size)!r} is not a dimension")
         count *= size
         if count > _COUNT_LIMIT:
@@ -113,8 +113,8 @@ def encode_header(
         table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode()
-    free = phase is None or phase % 8
-    text += b" " * (-len(text) % 8 if free else (phase - 8 - len(text)) % PAGE)
+    padding = -len(text) % 8 if phase is None or phase % 8 else (phase - 8 - len(text)) % PAGE
+    text += b" " * padding
     if len(text) > MAX_BYTES:
         raise OutputError(f"the header would take {len(text)} bytes, more than readers accept ({MAX_BYTES})")
     return len(text).to_bytes(8, "little") + text

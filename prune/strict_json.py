@@ -1,6 +1,7 @@
 """JSON from strangers: one object, no repeated key, no NaN, no bottomless nesting, one line if refused."""
 
 import json
+from collections import Counter
 from typing import Any, NoReturn
 
 from dropformer.prune.errors import CheckpointError
@@ -38,10 +39,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
-    seen: set[str] = set()
-    # set.add returns None, so this is the first key that was there before
-    twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-    raise ValueError(f"the key {shown(twice)!r} occurs twice")
+    counts = Counter(key for key, _ in pairs)
+    raise ValueError(f"the key {shown(counts.most_common(1)[0][0])!r} occurs twice")
 
 
 def _no_constant(name: str) -> NoReturn:
