@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dropformer.metrics.windows import Windows
-from dropformer.metrics.capture import capturing
+from dropformer.metrics.capture import Rows, capturing
 from dropformer.metrics.scores import LayerScore, Scores
+from dropformer.metrics.windows import Windows
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.census import outline_of
@@ -24,7 +27,7 @@ Batch = Mapping[str, Tensor] | Tensor
 
 def analyze_model(
     model: nn.Module,
-    batches: Iterable[tuple[Batch, Tensor | None]],
+    batches: Iterable[tuple[Batch, Tensor | None] | Batch],
     architecture: Architecture | None = None,
     ref: ModelRef | None = None,
     progress: Progress | None = None,
@@ -37,48 +40,90 @@ def analyze_model(
     CalibrationError when there is nothing to average.
     """
     first, batches = _peek(batches)
-    if architecture is None:
-        sample = None if hasattr(model, "config") else as_inputs(model, _few(first[0]))
-        architecture = discover(model, sample)
-        prove(model, architecture, sample)
-    sums, tokens = [], []
-    with torch.inference_mode(), evaluating(model), capturing(model, architecture) as capture:
+    architecture = architecture or proven(model, first[0])
+    parts: list[Rows] = []
+    with measuring(model, architecture) as run:
         for inputs, scored in batches:
-            capture.scored = scored
-            inputs = as_inputs(model, inputs)
-            trunk(model)(**inputs)
-            rows = capture.take()
-            sums.append(rows)
-            tokens.append(_count(scored, inputs, len(rows)))
+            parts.append(run(inputs, scored))
             if progress:
-                progress(sum(map(len, tokens)), int(sum(t.sum() for t in tokens)))
-    all_sums, all_tokens = torch.cat(sums), torch.cat(tokens)
+                progress(sum(map(len, parts)), sum(part.total() for part in parts))
+    return scores_of(model, architecture, joined(parts), ref)
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of all parts, one after another."""
+    return Rows(torch.cat([part.sums for part in parts]), torch.cat([part.tokens for part in parts]))
+
+
+def proven(model: nn.Module, batch: Batch | None = None) -> Architecture:
+    """The architecture of a model, found and proven.  A module without a config needs a batch of its inputs."""
+    sample = None if hasattr(model, "config") or batch is None else as_inputs(model, _few(batch))
+    architecture = discover(model, sample)
+    prove(model, architecture, sample)
+    return architecture
+
+
+@contextmanager
+def measuring(model: nn.Module, architecture: Architecture) -> Iterator[Callable[[Batch, Tensor | None], Rows]]:
+    """Inside the `with`, a function that runs one batch through the trunk and returns its rows."""
+    part = trunk(model)
+    with torch.inference_mode(), evaluating(model), capturing(model, architecture) as capture:
+
+        def run(batch: Batch, scored: Tensor | None) -> Rows:
+            capture.scored = scored
+            inputs = as_inputs(part, batch)
+            part(**inputs)
+            return capture.take()
+
+        yield run
+
+
+def scores_of(model: nn.Module, architecture: Architecture, rows: Rows, ref: ModelRef | None = None) -> Scores:
+    """Scores from the rows of all windows.  Raises CalibrationError where a layer has no finite number."""
     return Scores(
         model=ref or ModelRef(name=type(model).__name__),
-        windows=len(all_sums),
-        tokens=int(all_tokens.sum()),
-        layers=summarize(architecture.layers(), all_sums, all_tokens.double()),
+        windows=len(rows),
+        tokens=rows.total(),
+        layers=summarize(architecture.layers(), rows),
         outline=outline_of(model, architecture),
     )
 
 
-def summarize(layers: Sequence[Layer], sums: Tensor, tokens: Tensor) -> list[LayerScore]:
-    """Scores from per-window sums [N, layers] and scored tokens per window [N], in float64.
+def summarize(layers: Sequence[Layer], rows: Rows) -> list[LayerScore]:
+    """The mean over all tokens, and its standard error over windows, of each layer.
 
-    Similarity is the mean over all tokens; the standard error is that of the windows' means, None for
-    one window.  Raises CalibrationError where a layer gave no finite number.
+    Raises CalibrationError where a layer gave no finite number.
     """
-    mean = sums.sum(0) / tokens.sum()
+    mean, error = means(rows), standard_error(rows)
     bad = (~torch.isfinite(mean)).nonzero()
     if len(bad):
-        raise CalibrationError(f"{layers[int(bad[0])]} has no finite similarity: the model's hidden states overflow or a "
-                               "layer did not run; try --dtype float32")  # fmt: skip
-    each = sums / tokens[:, None]
-    error = each.std(0) / len(each) ** 0.5 if len(each) > 1 else None
+        raise CalibrationError(
+            f"{layers[int(bad[0])]} has no finite similarity: the model's hidden states overflow or a layer did not "
+            "run; try --dtype float32"
+        )
     return [
         LayerScore(layer=str(layer), similarity=float(mean[i]), stderr=None if error is None else float(error[i]))
         for i, layer in enumerate(layers)
     ]
+
+
+def means(rows: Rows) -> Tensor:
+    """Similarity averaged over all tokens, [layers] float64."""
+    return rows.sums.sum(0) / rows.tokens.sum(0)
+
+
+def standard_error(rows: Rows) -> Tensor | None:
+    """Standard error of `means`, [layers] float64; None for fewer than two windows.
+
+    Windows are the sampling unit and may differ in length, so it is that of a ratio of totals (Cochran,
+    Sampling Techniques, 1977, chapter 6); for equal lengths, the standard deviation of the windows'
+    means over sqrt(N).
+    """
+    n, tokens = len(rows), rows.tokens.double()
+    if n < 2:
+        return None
+    residuals = rows.sums - tokens * means(rows)
+    return (residuals.square().sum(0) / (n - 1) / n).sqrt() / tokens.mean(0)
 
 
 def calibrated(scores: Scores, windows: Windows) -> Scores:
@@ -91,26 +136,23 @@ def trunk(model: nn.Module) -> nn.Module:
     return getattr(model, getattr(model, "base_model_prefix", "") or "-", model)
 
 
-class evaluating:
-    """Inside the `with`, no dropout and no cache; the training mode is back on exit."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.training = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *_: Any) -> None:
-        self.model.train(self.training)
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the `with`, no dropout; the training mode of every module is back on exit."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
 
 
 def as_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Forward arguments on the model's device; a lone tensor goes to the first parameter of forward."""
-    import inspect
-
     names = inspect.signature(model.forward).parameters
     fields = {next(iter(names)): batch} if isinstance(batch, Tensor) else dict(batch)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in fields.items()}
     return moved | {"use_cache": False} if "use_cache" in names else moved
 
@@ -120,17 +162,8 @@ def _few(batch: Batch) -> Batch:
 
 
 def _peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    from itertools import chain
-
     iterator = ((b if isinstance(b, tuple) else (b, None)) for b in batches)
     first = next(iterator, None)
     if first is None:
         raise CalibrationError("there are no calibration batches; give at least one")
     return first, chain([first], iterator)
-
-
-def _count(scored: Tensor | None, inputs: Mapping[str, Any], rows: int) -> Tensor:
-    if scored is not None:
-        return scored.reshape(scored.shape[0], -1).sum(1)
-    ids = next(v for v in inputs.values() if isinstance(v, Tensor))
-    return torch.full((rows,), ids.shape[1] if ids.ndim > 1 else 1)

@@ -1,70 +1,123 @@
-"""Score every layer during a forward pass: hooks read the residual stream, sums are all that is kept."""
+"""Score every layer during a forward pass: hooks read the residual stream, sums are all that is kept.
+
+What a layer costs: one dot product where it ends, and one norm for each new state of the stream (the
+end of a block is the beginning of the next, so its norm is taken once).  A stream is held from where a
+layer begins to where its block ends, no longer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dropformer.metrics.similarity import cosine, dot
+from dropformer.metrics.similarity import cosine, dot, norm
 from dropformer.prune.architecture import Architecture, Block, Branch, Layer, Tap
 from dropformer.prune.proof import on_tap
 
 
-class Capture:
-    """Per-window sums of the similarity of every layer, over the forward passes it has seen.
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream at one tap, [..., D] in float32, and its norm per token, [...]."""
 
-    Set `scored` [B, T] (bool) before each pass; read `take()` after: sums [B, layers] in float64.
+    values: Tensor
+    norm: Tensor
+
+    def to(self, device: torch.device) -> Stream:
+        return self if self.values.device == device else Stream(self.values.to(device), self.norm.to(device))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A row a window: similarity summed over scored tokens, float64, and how many those are, int64.  [N, layers]"""
+
+    sums: Tensor
+    tokens: Tensor
+
+    def __len__(self) -> int:
+        return self.sums.shape[0]
+
+    def total(self) -> int:
+        """Scored tokens of all windows."""
+        return int(self.tokens.amax(1).sum()) if len(self) else 0
+
+
+class Capture:
+    """The similarity of every layer, for each window of the forward passes it has seen.
+
+    Set `scored` [B, T] (bool; None: all tokens) before each pass; read `take()` after.
     """
 
     def __init__(self, architecture: Architecture) -> None:
         self.layers = architecture.layers()
         self.scored: Tensor | None = None
         self._column = {layer: i for i, layer in enumerate(self.layers)}
-        self._sums: dict[int, Tensor] = {}
-        self._held: dict[Tap, tuple[Tensor, Tensor]] = {}  # tap -> (stream, its squared norm)
-        self._last: tuple[Tensor, Tensor] | None = None
+        self._similarity: dict[int, Tensor] = {}  # column -> per token, until `take`
+        self._held: dict[Tap, Stream] = {}
+        self._last: tuple[Tensor, Stream] | None = None
 
-    def take(self) -> Tensor:
-        """Sums over the scored tokens of the last pass, [B, layers] float64 on the CPU; NaN where a layer did not run."""
-        rows = next(iter(self._sums.values())).shape[0]
-        missing = torch.full((rows,), torch.nan, dtype=torch.float64)
-        found = {i: s.to("cpu", torch.float64) for i, s in self._sums.items()}
-        self._sums, self._held, self._last = {}, {}, None
-        return torch.stack([found.get(i, missing) for i in range(len(self.layers))], dim=1)
+    def take(self) -> Rows:
+        """Sums over the scored tokens since the last call, and how many those were.
 
-    def hold(self, tap: Tap, stream: Tensor, copy: bool = False) -> None:
-        """Keep the stream at a tap until the layers that start there have been scored."""
-        self._held[tap] = (stream.clone() if copy else stream, self._norm(stream))
+        The sum is NaN where a layer did not run.
+        """
+        batch = next(iter(self._similarity.values())).shape[0] if self._similarity else 0
+        sums = torch.full((batch, len(self.layers)), torch.nan, dtype=torch.float64)
+        tokens = torch.zeros((batch, len(self.layers)), dtype=torch.int64)
+        for columns in self._alike():
+            total, counted = self._sum(torch.stack([self._similarity[i] for i in columns]))
+            sums[:, columns], tokens[:, columns] = total.T.cpu(), counted[:, None].cpu()
+        self._similarity, self._held, self._last = {}, {}, None
+        return Rows(sums, tokens)
 
-    def score(self, layer: Layer, before: Tap, stream: Tensor) -> None:
+    def hold(self, tap: Tap, stream: Tensor, inplace: bool = False) -> None:
+        """Keep the stream at a tap until its block has ended; a copy if the block writes into it."""
+        self._held[tap] = self._stream(stream.clone() if inplace else stream, inplace)
+
+    def score(self, layer: Layer, before: Tap, stream: Tensor, inplace: bool = False) -> None:
         """Add the similarity of a layer: the stream held at `before` against `stream` after it."""
-        x, xx = self._held[before]
-        if x.device != stream.device:
-            x, xx = x.to(stream.device), xx.to(stream.device)
-        self._add(layer, cosine(dot(x, stream), xx, self._norm(stream)))
+        self._add(layer, self._held[before].to(stream.device), self._stream(stream, inplace))
 
     def score_delta(self, layer: Layer, before: Tap, delta: list[Tensor]) -> None:
         """The same for a parallel branch: after = before + its output."""
-        x, xx = self._held[before]
-        after = x.float() + sum(d.reshape(x.shape).to(x.device).float() for d in delta)
-        self._add(layer, cosine(dot(x, after), xx, dot(after, after)))
+        x = self._held[before]
+        after = x.values + sum(d.reshape(x.values.shape).to(x.values.device) for d in delta)
+        self._add(layer, x, Stream(after, norm(after)))
 
-    def _norm(self, stream: Tensor) -> Tensor:
-        if self._last is None or self._last[0] is not stream:  # a block's output is the next one's input
-            self._last = (stream, dot(stream, stream))
+    def release(self, taps: list[Tap]) -> None:
+        """Let go of what is held at these taps."""
+        for tap in taps:
+            self._held.pop(tap, None)
+
+    def _stream(self, tensor: Tensor, inplace: bool) -> Stream:
+        """The tensor in float32 with its norm; taken once for a tensor that one module hands to the next."""
+        if inplace or self._last is None or self._last[0] is not tensor:
+            values = tensor.float()
+            self._last = (tensor, Stream(values, norm(values)))
         return self._last[1]
 
-    def _add(self, layer: Layer, similarity: Tensor) -> None:
-        """Sum over scored tokens.  similarity: [B, T], or [B, H, W] for images -> [B]."""
-        flat = similarity.reshape(similarity.shape[0], -1).double()
-        if self.scored is not None and self.scored.numel() == flat.numel():
-            scored = self.scored.to(flat.device).reshape(self.scored.shape[0], -1)
-            flat = torch.where(scored, flat.reshape(scored.shape), 0.0)
-        self._sums[self._column[layer]] = flat.sum(1)
+    def _add(self, layer: Layer, x: Stream, y: Stream) -> None:
+        self._similarity[self._column[layer]] = cosine(dot(x.values, y.values), x.norm, y.norm)
+
+    def _alike(self) -> list[list[int]]:
+        """Columns whose similarities can be stacked: of one shape, on one device."""
+        groups: dict[tuple, list[int]] = {}
+        for column, similarity in self._similarity.items():
+            groups.setdefault((similarity.device, similarity.shape), []).append(column)
+        return list(groups.values())
+
+    def _sum(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
+        """[layers, B, T], or [layers, B, H, W] for images -> sums [layers, B] in float64 and tokens [B]."""
+        flat = similarity.flatten(2) if similarity.ndim > 2 else similarity.unsqueeze(2)
+        if self.scored is None or self.scored.numel() != flat[0].numel():
+            return flat.sum(2, dtype=torch.float64), torch.full((flat.shape[1],), flat.shape[2])
+        scored = self.scored.to(flat.device).reshape(flat.shape[1:])
+        kept = torch.where(scored, flat, 0.0)  # not a product: what padding gives may be NaN
+        return kept.sum(2, dtype=torch.float64), scored.sum(1)
 
 
 @contextmanager
@@ -81,20 +134,22 @@ def capturing(model: nn.Module, architecture: Architecture) -> Iterator[Capture]
 
 def _hook_block(model: nn.Module, block: Block, stack: str, capture: Capture) -> Iterator[Any]:
     """Hold where a layer begins, score where it ends; inputs are hooked before outputs of the same module."""
-    copy = getattr(block, "inplace", False)
-    for tap in dict.fromkeys([block.input, *(b.before for b in block.branches)]):
-        yield on_tap(model, tap, lambda stream, tap=tap: capture.hold(tap, stream, copy))
+    if not block.branches:
+        return  # nothing of it can be dropped, nothing is scored
+    befores = list(dict.fromkeys([block.input, *(b.before for b in block.branches)]))
+    for tap in befores:
+        yield on_tap(model, tap, lambda stream, tap=tap: capture.hold(tap, stream, block.inplace))
     for branch in block.branches:
         layer = Layer(branch.kind, block.index, stack)
         if branch.after:
-            yield _score_at(model, branch.after, capture, layer, branch.before)
+            yield _score_at(model, branch.after, capture, layer, branch, block)
         else:
             yield from _score_sum(model, branch, capture, layer)
-    yield _score_at(model, block.output, capture, Layer("block", block.index, stack), block.input)
+    yield _end(model, block, capture, Layer("block", block.index, stack), befores)
 
 
-def _score_at(model: nn.Module, tap: Tap, capture: Capture, layer: Layer, before: Tap) -> Any:
-    return on_tap(model, tap, lambda stream: capture.score(layer, before, stream))
+def _score_at(model: nn.Module, tap: Tap, capture: Capture, layer: Layer, branch: Branch, block: Block) -> Any:
+    return on_tap(model, tap, lambda stream: capture.score(layer, branch.before, stream, block.inplace))
 
 
 def _score_sum(model: nn.Module, branch: Branch, capture: Capture, layer: Layer) -> Iterator[Any]:
@@ -108,3 +163,14 @@ def _score_sum(model: nn.Module, branch: Branch, capture: Capture, layer: Layer)
 
     for tap in branch.delta:
         yield on_tap(model, tap, see)
+
+
+def _end(model: nn.Module, block: Block, capture: Capture, layer: Layer, held: list[Tap]) -> Any:
+    """Score the block as a whole, unless some of it must stay, and let go of its streams."""
+
+    def see(stream: Tensor) -> None:
+        if not block.kept:
+            capture.score(layer, block.input, stream, block.inplace)
+        capture.release(held)
+
+    return on_tap(model, block.output, see)
