@@ -59,12 +59,17 @@ def fetch_config(model: str, revision: str | None = None, progress: Progress = s
     return _online_or_cached(_config, model, revision, progress)
 
 
+def fetch_side_files(model: str, revision: str | None = None, progress: Progress = silent) -> Snapshot:
+    """Like `fetch_snapshot`, of everything but the weights: config, tokenizer, what dropformer wrote."""
+    return _online_or_cached(_side_files, model, revision, progress)
+
+
 def _online_or_cached(fetch: Fetch, model: str, revision: str | None, progress: Progress) -> Snapshot:
     """What `fetch` gets from the Hub or, when there is no network, had got earlier."""
     try:
         # Without network this fails at once, where the downloads below would try again for half a minute.
         info = huggingface_hub.model_info(model, revision=revision)
-        if fetch is _snapshot:
+        if fetch is not _config:
             _refuse_pickles(model, [file.rfilename for file in info.siblings or []])
         progress(f"fetching {model} from the Hugging Face Hub")
         return fetch(model, revision, False)
@@ -83,6 +88,13 @@ def _snapshot(model: str, revision: str | None, offline: bool) -> Snapshot:
     if offline and not any(found.path.glob("*.safetensors")):  # only its config was fetched earlier
         raise LocalEntryNotFoundError(f"{model} has no weights in the cache")
     return found
+
+
+def _side_files(model: str, revision: str | None, offline: bool) -> Snapshot:
+    folder = huggingface_hub.snapshot_download(
+        model, revision=revision, allow_patterns=WANTED[1:], ignore_patterns=UNWANTED, local_files_only=offline
+    )
+    return Snapshot(Path(folder), Path(folder).name)
 
 
 def _config(model: str, revision: str | None, offline: bool) -> Snapshot:
