@@ -47,9 +47,11 @@ def _held_out() -> Iterator[str]:
 
 
 def _topics() -> list[tuple[str, str]]:
+    """Topics by name; a text that stands under several names counts under the first, so that no text is both."""
     from pydoc_data.topics import topics
 
-    return sorted(topics.items())
+    first = {text: key for key, text in sorted(topics.items(), reverse=True)}
+    return sorted((key, text) for text, key in first.items())
 
 
 def _is_held_out(key: str) -> bool:
@@ -87,12 +89,15 @@ def _txt(path: Path) -> Iterator[str]:
 
 
 def _jsonl(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:  # json decodes, so that bytes that are not UTF-8 are an error of their line
         for number, line in enumerate(lines, 1):
             try:
-                yield json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError):
-                raise CalibrationError(f'{path}, line {number}: expected a JSON object with a "text" field') from None
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError, RecursionError):
+                text = None
+            if not isinstance(text, str):
+                raise CalibrationError(f'{path}, line {number}: expected a JSON object with a text under "text"')
+            yield text
 
 
 def _parquet(path: Path) -> Iterator[str]:
@@ -100,11 +105,12 @@ def _parquet(path: Path) -> Iterator[str]:
 
     try:
         table = pq.ParquetFile(path)
-        if "text" not in table.schema_arrow.names:
-            raise CalibrationError(f"{path} has no column `text`; its columns: {', '.join(table.schema_arrow.names)}")
+        columns = {field.name: str(field.type) for field in table.schema_arrow}
+        if "string" not in columns.get("text", ""):
+            raise CalibrationError(f"{path} has no column `text` of strings; its columns: {', '.join(columns)}")
         for batch in table.iter_batches(columns=["text"]):
             yield from (text for text in batch.column(0).to_pylist() if text)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
         raise CalibrationError(f"{path} cannot be read as parquet: {error}") from None
 
 
