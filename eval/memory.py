@@ -7,6 +7,7 @@ windows and dropped attention layers (whose cache entry holds nothing) come out 
 from __future__ import annotations
 
 import ctypes
+import inspect
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -62,9 +63,13 @@ def layer_kv_bytes_per_token(model: nn.Module) -> list[int]:
 
     Two short prefills of the model itself, and the difference between them: a constant state cancels,
     and a layer whose window is shorter than both adds nothing.  Works on a model of the meta device,
-    where nothing is computed.  Raises EvaluationError if the model returns no cache.
+    where nothing is computed.  Empty for a model that keeps no cache (an encoder, an image model).  Raises
+    EvaluationError if the model cannot be run on token ids alone.
     """
-    short, long = (layer_kv_bytes(_prefill(model, length)) for length in _LENGTHS)
+    caches = [_prefill(model, length) for length in _LENGTHS]
+    if any(not hasattr(cache, "layers") and not hasattr(cache, "self_attention_cache") for cache in caches):
+        return []
+    short, long = (layer_kv_bytes(cache) for cache in caches)
     step = _LENGTHS[1] - _LENGTHS[0]
     short += [0] * (len(long) - len(short))
     return [(after - before) // step for before, after in zip(short, long, strict=True)]
@@ -116,13 +121,20 @@ def _peak_cuda(function: Callable[[], T], device: torch.device) -> tuple[T, Peak
 
 
 def _prefill(model: nn.Module, length: int) -> Any:
+    """The cache after reading `length` tokens; None for a model that keeps none."""
+    if "input_ids" not in inspect.signature(model.forward).parameters:
+        return None
     ids = torch.ones((1, length), dtype=torch.long, device=next(model.parameters()).device)
-    cache = getattr(model(input_ids=ids, use_cache=True), "past_key_values", None)
-    if cache is None:
+    inputs = {"input_ids": ids, "use_cache": True}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids
+    try:
+        return getattr(model(**inputs), "past_key_values", None)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:120]
         raise EvaluationError(
-            f"{type(model).__name__} returned no KV cache; expected a decoder that accepts use_cache=True"
-        )
-    return cache
+            f"{type(model).__name__} cannot be run on {length} token ids ({reason}); its KV cache cannot be measured"
+        ) from error
 
 
 def _layers(cache: Any) -> list[Any]:
@@ -132,9 +144,7 @@ def _layers(cache: Any) -> list[Any]:
 
 
 def _bytes_of(values: Iterable[Any]) -> int:
-    return sum(
-        tensor.numel() * tensor.element_size() for tensor in chain.from_iterable(map(_tensors, values))
-    )
+    return sum(tensor.numel() * tensor.element_size() for tensor in chain.from_iterable(map(_tensors, values)))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

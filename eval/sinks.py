@@ -145,28 +145,68 @@ def _sink_layer(layer: Any, rotation: Rotation | None, shape: Sinks) -> Any:
 def key_rotations(model: nn.Module) -> dict[int, Rotation]:
     """How each layer that caches keys rotates them, by the layer's index in the cache; proven, see the module.
 
-    Raises ArchitectureError if a layer's keys do not follow any rotation of the model's frequencies.
+    Raises ArchitectureError if a layer's keys do not follow any rotation of the model's frequencies, if
+    its values depend on the position, or if the model does not take positions from the cache's length.
     """
     before, after = (_probe(model, position) for position in _POSITIONS)
     candidates = list(_candidates(model))
-    found = {}
+    found: dict[int, Rotation] = {}
     for index, (start, end) in enumerate(zip(before, after, strict=True)):
-        if start is not None and end is not None:
-            found[index] = _fitting(candidates, start, end, index, type(model).__name__)
+        if start is None or end is None:
+            continue
+        found[index] = _fitting(candidates, start, end, _refusal(model, f"the keys of layer {index}"))
+        if not _close(start.values, end.values):
+            raise _refusal(model, f"the values of layer {index}")
+    _check_default_positions(model, found)
     return found
 
 
-def _fitting(candidates: list[Rotation], start: Tensor, end: Tensor, index: int, name: str) -> Rotation:
+@dataclass(frozen=True)
+class _Cached:
+    """What a layer caches for single tokens.  [B, H, 1, D]"""
+
+    keys: Tensor
+    values: Tensor
+
+
+def _fitting(candidates: list[Rotation], start: _Cached, end: _Cached, refusal: ArchitectureError) -> Rotation:
+    turn = torch.tensor([_POSITIONS[1] - _POSITIONS[0]], device=start.keys.device)
     for rotation in candidates:
-        if 2 * len(rotation.frequencies) <= start.shape[-1]:
-            turned = rotation.turn(start, torch.tensor([_POSITIONS[1] - _POSITIONS[0]], device=start.device))
-            error = (turned.float() - end.float()).norm() / end.float().norm()
-            if error < _TOLERANCE.get(start.dtype, _TOLERANCE_16_BIT):
-                return rotation
-    raise ArchitectureError(
-        f"{name} cannot stream: the keys of layer {index} are not rotated by position; "
-        "attention sinks need rotary positions (or none)"
+        if 2 * len(rotation.frequencies) <= start.keys.shape[-1] and _close(rotation.turn(start.keys, turn), end.keys):
+            return rotation
+    raise refusal
+
+
+def _check_default_positions(model: nn.Module, rotations: dict[int, Rotation]) -> None:
+    """Prove that a forward without position_ids counts on from the length of the cache.
+
+    Only the first caching layer can tell (the keys of deeper ones depend on the tokens before), and
+    only if no linear-attention layer comes before it.
+    """
+    layers = DynamicCache(config=model.config).layers  # type: ignore[arg-type]
+    first = min(rotations, default=None)
+    if first is None or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers[:first]):
+        return
+    cache, ids = DynamicCache(config=model.config), _probe_ids(model)  # type: ignore[arg-type]
+    for tokens in (ids.expand(-1, 5), ids):
+        model(input_ids=tokens, past_key_values=cache, use_cache=True)
+    keys = cache.layers[first].keys
+    asked = _probe(model, 5)[first]
+    if keys is None or asked is None or not _close(keys[..., -1:, :], asked.keys):
+        raise _refusal(model, f"positions given to layer {first}", "are not those it counts itself")
+
+
+def _refusal(model: nn.Module, what: str, why: str = "do not rotate with the position alone") -> ArchitectureError:
+    return ArchitectureError(
+        f"{type(model).__name__} cannot stream: {what} {why}; attention sinks need rotary positions, or none"
     )
+
+
+def _close(one: Tensor, two: Tensor) -> bool:
+    if one.shape != two.shape:
+        return False
+    error = (one.float() - two.float()).norm()
+    return bool(error <= _TOLERANCE.get(two.dtype, _TOLERANCE_16_BIT) * two.float().norm())
 
 
 def _candidates(model: nn.Module) -> Iterator[Rotation]:
@@ -182,25 +222,28 @@ def _candidates(model: nn.Module) -> Iterator[Rotation]:
             yield Rotation(frequencies, "interleaved")
 
 
-def _probe(model: nn.Module, position: int) -> list[Tensor | None]:
-    """The keys that each layer caches for single tokens at `position`, [B, H, 1, D]; None where it caches none."""
-    device = next(model.parameters()).device
-    ids = torch.arange(1, 4, device=device)[:, None]
+def _probe_ids(model: nn.Module) -> Tensor:
+    """Three sequences of one token.  [3, 1]"""
+    return torch.arange(1, 4, device=next(model.parameters()).device)[:, None]
+
+
+def _probe(model: nn.Module, position: int) -> list[_Cached | None]:
+    """What each layer caches for single tokens at `position`; None where it caches no keys."""
+    ids = _probe_ids(model)
     cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
     try:
-        model(
-            input_ids=ids,
-            position_ids=torch.full_like(ids, position),
-            past_key_values=cache,
-            use_cache=True,
-        )
-    except TypeError as error:
+        model(input_ids=ids, position_ids=torch.full_like(ids, position), past_key_values=cache, use_cache=True)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:100]
         raise ArchitectureError(
-            f"{type(model).__name__} cannot stream: it takes no position_ids; attention sinks need rotary positions"
+            f"{type(model).__name__} cannot stream: a token with position_ids cannot be run ({reason}); "
+            "attention sinks need a decoder with rotary positions, or none"
         ) from error
-    return [_keys_of(layer) for layer in cache.layers]
+    return [_cached(layer) for layer in cache.layers]
 
 
-def _keys_of(layer: Any) -> Tensor | None:
+def _cached(layer: Any) -> _Cached | None:
     keys = getattr(layer, "keys", None)
-    return keys if isinstance(keys, Tensor) and keys.dim() == 4 and keys.numel() else None
+    if not isinstance(keys, Tensor) or keys.dim() != 4 or not keys.numel():
+        return None
+    return _Cached(keys, layer.values)

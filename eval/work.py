@@ -143,15 +143,14 @@ class Work:
 def work_of(model: nn.Module) -> Work:
     """Read a decoder's work from its modules (real or of the meta device) and from its own KV cache.
 
-    Raises ArchitectureError if the model has no recognisable blocks or branches.
+    Raises ArchitectureError if the model has no blocks, EvaluationError if it cannot be run on token ids.
     """
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     counts = branch_parameters(model)
     kv = _kv_elements(model, len(counts))
     blocks = tuple(_block(config, index, *pair) for index, pair in enumerate(zip(counts, kv, strict=True)))
     blocks = tuple(
-        replace(block, experts=experts)
-        for block, experts in zip(blocks, _experts(model, config), strict=True)
+        replace(block, experts=experts) for block, experts in zip(blocks, _experts(model, config), strict=True)
     )
     inside = sum(sum(count.values()) for count in counts)
     head, lookup = _head_and_lookup(model)
@@ -162,7 +161,7 @@ def branch_parameters(model: nn.Module) -> list[dict[str, int]]:
     """Parameters of each block by branch: [{"attn": n, "mlp": n, "shared": n}, ...], norms with their branch.
 
     Told from the names that decoders give their modules; a norm that both branches of a parallel
-    block read is "shared".
+    block read, and whatever has no known name (a Mamba mixer), is "shared".
     """
     return [_branches(block) for block in decoder_blocks(model)]
 
@@ -177,7 +176,7 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     return list(max(lists, key=parameter_count))
 
 
-_MLP_NAMES = ("mlp", "feed_forward", "ffn", "moe", "fc1", "fc2", "expert", "gate")
+_MLP_NAMES = ("mlp", "feed_forward", "ffn", "moe", "fc1", "fc2", "expert", "gate", "intermediate", "output")
 _MLP_NORMS = ("ln_2", "ln_mlp", "final_layer_norm", "feedforward", "ffn_norm", "mlp_norm", "norm2")
 
 
@@ -185,20 +184,19 @@ def _branches(block: nn.Module) -> dict[str, int]:
     counts: Counter[str] = Counter({"attn": 0, "mlp": 0, "shared": 0})
     names = [name for name, _ in block.named_children()]
     for name, child in block.named_children():
-        counts[_owner(name, type(child).__name__, names)] += parameter_count(child)
+        counts[_owner(name, _is_norm(child), names)] += parameter_count(child)
     counts["shared"] += sum(parameter.numel() for parameter in block.parameters(recurse=False))
-    if not counts["attn"] and not counts["mlp"] and counts["shared"]:
-        raise ArchitectureError(
-            f"{type(block).__name__} has no branch that can be told; its children are {', '.join(names)}"
-        )
     return dict(counts)
 
 
-def _owner(name: str, kind: str, siblings: Collection[str]) -> str:
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() and all(p.dim() < 2 for p in module.parameters())
+
+
+def _owner(name: str, norm: bool, siblings: Collection[str]) -> str:
     """The branch a block's child belongs to."""
-    norm = "norm" in name.lower() or "Norm" in kind or name.startswith("ln_")
     if not norm:
-        if "attn" in name or "attention" in name.lower():
+        if "attn" in name or "attention" in name.lower() or name.endswith("_att"):
             return "attn"
         return "mlp" if any(part in name for part in _MLP_NAMES) else "shared"
     if any(part in name for part in _MLP_NORMS):
@@ -214,14 +212,23 @@ def _block(config: Any, index: int, counts: Mapping[str, int], kv: int) -> Block
     attention = counts["attn"]
     if not attention:
         return BlockWork(0, counts["mlp"], counts["shared"])
-    heads = config.num_attention_heads
+    whole, config = config, _layer_config(config, index)
+    heads = getattr(config, "num_attention_heads", 0)
+    if not heads:
+        return BlockWork(attention, counts["mlp"], counts["shared"], kv=kv)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     key_size = getattr(config, "qk_head_dim", None) or size
     value_size = getattr(config, "v_head_dim", None) or size
     groups = heads // (getattr(config, "num_key_value_heads", None) or heads)
     width = heads * (key_size + value_size) // 2
-    window = _window(config, index)
+    window = _window(whole, index)
     return BlockWork(attention, counts["mlp"], counts["shared"], width, kv, heads, groups, window)
+
+
+def _layer_config(config: Any, index: int) -> Any:
+    """The config of one layer, where layers differ (Gemma 4)."""
+    layers = getattr(config, "per_layer_config", None)
+    return layers[index] if layers is not None and index < len(layers) else config
 
 
 def _window(config: Any, index: int) -> int | None:
@@ -247,11 +254,7 @@ def _experts(model: nn.Module, config: Any) -> Iterator[Experts | None]:
     for block in decoder_blocks(model):
         experts = next((module for name, module in block.named_modules() if name.endswith("experts")), None)
         total = parameter_count(experts) if experts is not None else 0
-        yield (
-            Experts(_expert_count(experts), int(used), total // _expert_count(experts))
-            if total and used
-            else None
-        )
+        yield (Experts(_expert_count(experts), int(used), total // _expert_count(experts)) if total and used else None)
 
 
 _USED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
@@ -266,13 +269,9 @@ def _expert_count(experts: Any) -> int:
 def _head_and_lookup(model: nn.Module) -> tuple[int, int]:
     """Parameters of the output head, and of embedding tables that are only looked up."""
     head = model.get_output_embeddings()  # type: ignore[operator]
-    multiplied = (
-        {id(parameter): parameter.numel() for parameter in head.parameters()} if head is not None else {}
-    )
+    multiplied = {id(parameter): parameter.numel() for parameter in head.parameters()} if head is not None else {}
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    looked_up = {
-        id(table.weight): table.weight.numel() for table in tables if id(table.weight) not in multiplied
-    }
+    looked_up = {id(table.weight): table.weight.numel() for table in tables if id(table.weight) not in multiplied}
     return sum(multiplied.values()), sum(looked_up.values())
 
 

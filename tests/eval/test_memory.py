@@ -1,7 +1,18 @@
 import pytest
 import torch
 from torch import nn
-from transformers import Cache, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import (
+    Cache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTModel,
+)
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from dropformer.eval.memory import (
@@ -73,6 +84,17 @@ def test_kv_bytes_per_token_needs_no_weights():
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**SIZES))
     assert kv_bytes_per_token(model) == kv_bytes_per_token(llama()) == 3 * 128
+
+
+def test_a_model_without_a_cache_keeps_nothing_per_token():
+    config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, image_size=32)
+    assert kv_bytes_per_token(ViTModel(config)) == 0
+
+
+def test_an_encoder_decoder_keeps_keys_of_both_its_attentions():
+    config = T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    model = T5ForConditionalGeneration(config).eval()
+    assert kv_bytes_per_token(model) == 2 * 2 * (2 * 4 * 8) * 4  # layers, self and cross, key and value, float32
 
 
 def test_the_state_of_linear_attention_is_counted_apart_from_kv():

@@ -137,7 +137,21 @@ def test_recomputing_scores_each_chunk_behind_the_same_number_of_tokens():
 
 def test_learned_positions_are_refused_with_the_reason():
     model = build("gpt2", n_positions=64)
-    with pytest.raises(ArchitectureError, match="layer 0 are not rotated"):
+    with pytest.raises(ArchitectureError, match="the keys of layer 0 do not rotate"):
+        sink_cache(model, Sinks())
+
+
+def test_positions_that_the_model_counts_itself_are_refused():
+    # its keys ignore position_ids, which would pass for a model without positions
+    model = build("roformer", is_decoder=True, embedding_size=64)
+    with pytest.raises(ArchitectureError, match="not those it counts itself"):
+        sink_cache(model, Sinks())
+
+
+def test_positions_hidden_in_cached_values_are_refused():
+    sizes = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    model = build("deepseek_v3", **sizes, n_routed_experts=4, num_key_value_heads=4, n_group=1, topk_group=1)
+    with pytest.raises(ArchitectureError, match="the values of layer 0"):
         sink_cache(model, Sinks())
 
 

@@ -113,6 +113,13 @@ def test_a_drop_that_the_model_does_not_have_is_refused(drops):
         work_of(build("llama", "meta")).drop(drops)
 
 
+def test_what_has_no_known_name_belongs_to_neither_branch():
+    model = build("mamba2", "meta", num_heads=8, state_size=8, n_groups=1)
+    counts = branch_parameters(model)[0]
+    assert counts["shared"] > 0
+    assert counts["attn"] == counts["mlp"] == 0
+
+
 def test_a_model_without_blocks_is_refused():
     with pytest.raises(ArchitectureError, match="no list of blocks"):
         decoder_blocks(nn.Linear(2, 2))
