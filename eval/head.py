@@ -29,7 +29,7 @@ class SplitModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
         self.trunk = _trunk(model)
-        self.device = model.get_input_embeddings().weight.device
+        self.device = torch.device(str(model.get_input_embeddings().weight.device))
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0]) if _has_head(model) else 0
         self.how = "whole"
         with torch.inference_mode():

@@ -116,7 +116,8 @@ class _Planner:
         stop = min(branch, *(s.first for s in self.sequences[low:high]))
         if stop - start < self.limits.shared or self._tokens(low, high, start) <= self.limits.tokens:
             stop = start
-        out, loose = Trunk(start, stop, low), []
+        out = Trunk(start, stop, low)
+        loose: list[int] = []
         for left, right in self._children(low, high, branch):
             big = right - left > 1 and self._tokens(left, right, stop) > self.limits.tokens
             below = self.trunk(left, right, stop, depth + 1) if big and depth < MAX_DEPTH else None

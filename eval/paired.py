@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
+from typing import TypeVar
 
 from dropformer.prune.artifact import Part
 from dropformer.prune.errors import EvaluationError
+
+Q = TypeVar("Q", bound=Hashable)
 
 
 class Paired(Part):
@@ -38,7 +41,7 @@ class Paired(Part):
         return f"{self.dense:.1%} → {self.pruned:.1%}, retained {kept}, p = {self.p_value:.3g}"
 
 
-def compare(dense: Mapping[Hashable, bool], pruned: Mapping[Hashable, bool]) -> Paired:
+def compare(dense: Mapping[Q, bool], pruned: Mapping[Q, bool]) -> Paired:
     """Compares two models' correctness, keyed by question.
 
     Raises EvaluationError unless both answered exactly the same questions, at least one.

@@ -66,7 +66,7 @@ class Scorer:
 
     def __init__(self, model: PreTrainedModel, limits: Limits | None = None, pack: bool = True) -> None:
         self.split = SplitModel(model)
-        self.device = self.split.device
+        self.device: torch.device = self.split.device
         self.limits = limits or Limits(tokens=512 if self.device.type == "cpu" else 4096)
         self.stats = Stats()
         self.longest = _longest_packed(model)

@@ -215,7 +215,7 @@ def _results(raw: Any, found: Found, options: TaskOptions, lm: LM) -> TaskResult
     named = tuple(name for name in found.tops if name in tasks)
     samples = raw.get("samples", {})
     correct = {name: _correct(samples.get(name, []), tasks[name].metric) for name in found.leaves if name in tasks}
-    return TaskResults(
+    return TaskResults(  # type: ignore[call-arg]  # the schema has a default, behind its alias
         named=named,
         tasks={name: task for name, task in tasks.items() if task.questions},
         correct={name: answers for name, answers in correct.items() if answers},

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dropformer.metrics.calibration import bos
 from dropformer.metrics.text import documents
+from dropformer.metrics.windows import bos
 from dropformer.prune.errors import CalibrationError, EvaluationError
 
 
