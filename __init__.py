@@ -17,7 +17,7 @@ from dropformer.prune.registration import register_when_transformers_loads
 
 __version__ = "0.1.0"
 
-_API = {name: "dropformer.api" for name in ("Calibration", "analyze", "drop", "load", "open_model", "plan", "save")}
+_API = dict.fromkeys(("Calibration", "analyze", "drop", "load", "open_model", "plan", "save"), "dropformer.api")
 _API |= {"DropformerError": "dropformer.prune.errors", "discover": "dropformer.prune.discover"}
 __all__ = ["__version__", *_API]
 

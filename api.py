@@ -171,7 +171,7 @@ def cut_of(model: nn.Module) -> Cut:
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree whose parameters and buffers are the same tensors: no memory, no aliasing of structure."""
+    """A copy of the module tree whose parameters and buffers are the same tensors, so it takes no memory."""
     shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,6 @@ from dropformer.prune.errors import DropformerError
 
 if TYPE_CHECKING:
     from dropformer.job import Overrides
-    from dropformer.show import Terminal
 
 app = typer.Typer(
     name="prune",
@@ -27,21 +26,19 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Text = Optional[str]  # noqa: UP045  typer reads annotations at run time on Python 3.10
+Text = str | None
 MODEL = "A folder, a Hub id or id@revision, a .gguf file, or a recipe (see `prune recipes`)."
 DROP = "What to drop: attn:8, mlp:25%, block:4, joint:12, attn=20,21, published:attn:8, or several by commas."
 Keep = Annotated[str, typer.Option(help="Blocks to leave whole, such as 0,1,-1.")]
-Out = Annotated[Optional[Path], typer.Option(help="Where to write; must not exist or be empty.")]  # noqa: UP045
+Out = Annotated[Path | None, typer.Option(help="Where to write; must not exist or be empty.")]
 Revision = Annotated[Text, typer.Option(help="Branch, tag or commit of a Hub model.")]
 CalibrationText = Annotated[
     Text, typer.Option("--calibration", help="builtin, c4, wikitext, or a .txt, .jsonl or .parquet file.")
 ]
-Samples = Annotated[Optional[int], typer.Option(min=1, help="Calibration windows.")]  # noqa: UP045
-Length = Annotated[Optional[int], typer.Option(min=2, help="Tokens in a window.")]  # noqa: UP045
-Seed = Annotated[Optional[int], typer.Option(help="Which windows are drawn.")]  # noqa: UP045
-SkipFirst = Annotated[
-    Optional[int], typer.Option(min=0, help="Leading tokens of a window that are run but not scored.")
-]  # noqa: UP045
+Samples = Annotated[int | None, typer.Option(min=1, help="Calibration windows.")]
+Length = Annotated[int | None, typer.Option(min=2, help="Tokens in a window.")]
+Seed = Annotated[int | None, typer.Option(help="Which windows are drawn.")]
+SkipFirst = Annotated[int | None, typer.Option(min=0, help="Leading tokens of a window that are run but not scored.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows run at once.")]
 Dtype = Annotated[Text, typer.Option(help="Computation: float32, bfloat16, float16, auto. The export never casts.")]
 Device = Annotated[Text, typer.Option(help="cpu, cuda, cuda:1, ...")]
@@ -64,8 +61,8 @@ def prune(
     drop: Annotated[Text, typer.Option("--drop", "-d", help=DROP)] = None,
     out: Out = None,
     keep: Keep = "",
-    plan: Annotated[Optional[Path], typer.Option(help="A plan.json to follow instead of --drop.")] = None,  # noqa: UP045
-    scores: Annotated[Optional[Path], typer.Option(help="A scores.json of this model to plan from.")] = None,  # noqa: UP045
+    plan: Annotated[Path | None, typer.Option(help="A plan.json to follow instead of --drop.")] = None,
+    scores: Annotated[Path | None, typer.Option(help="A scores.json of this model to plan from.")] = None,
     revision: Revision = None,
     calibration: CalibrationText = None,
     samples: Samples = None,
@@ -126,7 +123,7 @@ def _done(outcome: Any) -> str:
 @app.command()
 def analyze(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    out: Annotated[Optional[Path], typer.Option(help="Folder for scores.json and similarity.png.")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="Folder for scores.json and similarity.png.")] = None,
     revision: Revision = None,
     calibration: CalibrationText = None,
     samples: Samples = None,
@@ -165,7 +162,7 @@ def plan(
     scores: Annotated[Path, typer.Argument(help="A scores.json that `prune analyze` wrote.")],
     drop: Annotated[str, typer.Option("--drop", "-d", help=DROP)],
     keep: Keep = "",
-    out: Annotated[Optional[Path], typer.Option(help="Where to write the plan, for --plan.")] = None,  # noqa: UP045
+    out: Annotated[Path | None, typer.Option(help="Where to write the plan, for --plan.")] = None,
     as_json: Json = False,
 ) -> None:
     """Make another plan from the same scores, without the model."""

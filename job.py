@@ -12,8 +12,8 @@ from dropformer.metrics.calibration import Calibration, CalibrationRef
 from dropformer.metrics.picture import similarity_by_depth
 from dropformer.metrics.scores import Scores
 from dropformer.metrics.windows import Windows, windows
-from dropformer.prune.checkpoint import Exported, export
 from dropformer.preflight import check_out, default_out, short_name
+from dropformer.prune.checkpoint import Exported, export
 from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.plan import Plan, parse_spec

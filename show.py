@@ -7,8 +7,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from dropformer.watcher import Watcher
@@ -91,7 +98,8 @@ def plan_table(plan: Plan) -> Table:
 
 def savings_line(plan: Plan) -> str:
     saved = plan.savings
-    text = f"parameters {saved.parameters:,} → {saved.parameters_after:,} ({_change(saved.parameters, saved.parameters_after)})"
+    change = _change(saved.parameters, saved.parameters_after)
+    text = f"parameters {saved.parameters:,} → {saved.parameters_after:,} ({change})"
     if saved.kv:
         text += f", KV cache {_change(saved.kv, saved.kv_after)} per token"
     return text
@@ -122,8 +130,8 @@ def report_notes(report: Report) -> list[str]:
     if report.speed:
         speed = report.speed
         notes.append(
-            f"speed: {speed.device}, {speed.dtype}, batch {speed.batch}, {speed.prompt} + {speed.new} tokens, interleaved; "
-            f"work allows prefill {speed.prefill_bound:.2f}x, decode {speed.decode_bound:.2f}x"
+            f"speed: {speed.device}, {speed.dtype}, batch {speed.batch}, {speed.prompt} + {speed.new} tokens, "
+            f"interleaved; work allows prefill {speed.prefill_bound:.2f}x, decode {speed.decode_bound:.2f}x"
         )
     return notes
 

@@ -55,9 +55,10 @@ def export(
 ) -> Exported:
     """Write the checkpoint of a pruned model by copying the kept tensors' bytes from its source folder.
 
-    `model` is the pruned model in memory.  The result is reloaded and compared with it: a missing or
-    unexpected tensor or a different logit raises VerificationError and leaves nothing behind.
-    `finish` may add files to the folder before that and returns lines for the model card.  Raises OutputError where `out` exists and is not empty, CheckpointError for a bad source.
+    `model` is the pruned model in memory.  `finish` may add files to the folder and returns lines for
+    the model card.  The result is reloaded and compared with `model`: a missing or unexpected tensor or
+    a different logit raises VerificationError and leaves nothing behind.  Raises OutputError where `out`
+    exists and is not empty, CheckpointError for a bad source.
     """
     config = read_config(source)
     checkpoint = open_checkpoint(source)
@@ -162,8 +163,8 @@ def verify(folder: Path, model: PreTrainedModel) -> float:
     difference = float((mine - theirs).abs().max())
     if not difference <= 1e-4 * max(1.0, float(mine.abs().max())):
         raise VerificationError(
-            f"the written checkpoint gives other logits than the model in memory (largest difference {difference:.3g}); "
-            "nothing was kept"
+            "the written checkpoint gives other logits than the model in memory (largest difference "
+            f"{difference:.3g}); nothing was kept"
         )
     return difference
 
