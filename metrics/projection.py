@@ -1,0 +1,88 @@
+"""Find the linear module that writes a branch's output into the residual stream: o_proj, down_proj and their like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dropformer.metrics.stepping import Stepper
+from dropformer.prune.architecture import Block, Branch, Layer
+from dropformer.prune.proof import on_tap
+from dropformer.prune.trace import outputs_of
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The last linear module of a branch: what it gives is what the branch adds to the stream."""
+
+    layer: Layer
+    path: str
+    transposed: bool  # GPT-2 keeps its weights as [in, out]
+
+    def module(self, model: nn.Module) -> nn.Module:
+        return model.get_submodule(self.path)
+
+    def matrix(self, model: nn.Module) -> Tensor:
+        """The weight as [out, in], a view."""
+        weight = self.module(model).weight
+        return weight.T if self.transposed else weight  # type: ignore[return-value]
+
+
+def projections(stepper: Stepper) -> dict[Layer, Projection]:
+    """The projection of every branch that has one; experts and branches that end in a norm have none.
+
+    Costs one pass over the first batch's first window.
+    """
+    found: dict[Layer, Projection] = {}
+    with torch.inference_mode():
+        stream = stepper.start(0)
+        for i, block in enumerate(stepper.blocks):
+            with watching(stepper.model, block) as seen:
+                stream = stepper.step(i, 0, stream)
+            for branch in block.branches:
+                path = _last_linear(stepper.model, block, branch, seen)
+                if path:
+                    layer = Layer(branch.kind, block.index, stepper.stack.name)
+                    found[layer] = Projection(layer, path, isinstance(stepper.model.get_submodule(path), Conv1D))
+    return found
+
+
+@contextmanager
+def watching(model: nn.Module, block: Block) -> Iterator[dict[Any, Tensor]]:
+    """Outputs of the block's linear modules by path in order of calls, and the stream at its taps."""
+    seen: dict[Any, Tensor] = {}
+    with ExitStack() as hooks:
+        for tap in {t for b in block.branches for t in (b.before, b.after, *b.delta) if t}:
+            hooks.callback(on_tap(model, tap, lambda value, tap=tap: seen.__setitem__(tap, value.clone())))
+        for name, module in model.get_submodule(block.path).named_modules():
+            if isinstance(module, (nn.Linear, Conv1D)):
+                hooks.callback(module.register_forward_hook(_note(seen, f"{block.path}.{name}")).remove)
+        yield seen
+
+
+def _note(seen: dict[Any, Tensor], path: str) -> Any:
+    def note(_m: nn.Module, _args: tuple, output: Any) -> None:
+        seen[path] = outputs_of(output)[None]
+
+    return note
+
+
+def _last_linear(model: nn.Module, block: Block, branch: Branch, seen: dict[Any, Tensor]) -> str | None:
+    prefixes = tuple(f"{block.path}.{name}" for name in branch.modules)
+    paths = [
+        p for p in seen if isinstance(p, str) and (p in prefixes or p.startswith(tuple(f"{q}." for q in prefixes)))
+    ]
+    if branch.after:
+        added, size = seen[branch.after] - seen[branch.before], seen[branch.after].abs().max()
+    else:
+        added, size = sum(seen[tap] for tap in branch.delta), seen[branch.before].abs().max()  # type: ignore[assignment]
+    for path in reversed(paths):
+        if seen[path].shape == added.shape and (seen[path] - added).abs().max() <= 1e-5 * size:
+            return path
+    return None
