@@ -43,12 +43,14 @@ class Tap:
     """A tensor that a forward hook can read: one input or output of a module.
 
     `key` is the position or the keyword of an input, the index or the field of an output, None for an
-    output that is the tensor itself.
+    output that is the tensor itself.  `like` is a tap whose shape the tensor gets where the module itself
+    sees it flattened (OPT's norms see [B * T, D]).
     """
 
     module: str
     side: Literal["input", "output"]
     key: int | str | None = None
+    like: Tap | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dropformer.prune.architecture import BranchKind, Tap
@@ -244,8 +244,14 @@ class BranchReader:
                 found += [(depth, 0, Tap(call.path, "input", k)) for k, given in call.inputs.items() if given == v]
                 found += [(depth, 1, Tap(call.path, "output", k)) for k, made in call.outputs.items() if made == v]
             if found:
-                return min(found, key=lambda item: item[:2])[2]
+                return self._in_shape(min(found, key=lambda item: item[:2])[2], v)
         return None
+
+    def _in_shape(self, tap: Tap, value: int) -> Tap:
+        tensors, flow = self.flow.trace.tensors, self.flow
+        if tensors[value].shape == tensors[flow.x].shape:
+            return tap
+        return replace(tap, like=Tap(self.path, "input", flow.in_key))
 
 
 def _silences(form: Any) -> bool:

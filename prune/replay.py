@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,6 +55,8 @@ def reading(model: nn.Module, taps: list[Tap]) -> Iterator[dict[Tap, Tensor]]:
 
 def on_tap(model: nn.Module, tap: Tap, see: Any) -> Any:
     """Call `see(tensor)` whenever a tensor passes `tap`; returns the function that removes the hook."""
+    if tap.like is not None:
+        return _on_tap_like(model, tap, see)
     module = model.get_submodule(tap.module)
     if tap.side == "input":
 
@@ -66,6 +69,15 @@ def on_tap(model: nn.Module, tap: Tap, see: Any) -> Any:
         see(outputs_of(output)[tap.key])
 
     return module.register_forward_hook(after).remove
+
+
+def _on_tap_like(model: nn.Module, tap: Tap, see: Any) -> Any:
+    assert tap.like is not None
+    shapes: list[torch.Size] = [torch.Size()]
+    hooks = ExitStack()
+    hooks.callback(on_tap(model, tap.like, lambda tensor: shapes.__setitem__(0, tensor.shape)))
+    hooks.callback(on_tap(model, replace(tap, like=None), lambda tensor: see(tensor.reshape(shapes[0]))))
+    return hooks.close
 
 
 class Replay:
