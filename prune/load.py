@@ -39,7 +39,7 @@ def load(
     tensors are missing, unexpected or of another shape: a model is never filled with random weights.
     """
     path = Path(path)
-    device = torch.device(device) if device is not None else default_device()
+    device = usable_device(device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" and device_map is None else "auto"
     place = {"device_map": device_map} if device_map is not None else {}
@@ -56,9 +56,17 @@ def load(
     return model if place else model.to(device)
 
 
-def default_device() -> torch.device:
-    """The first GPU, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def usable_device(name: torch.device | str | None) -> torch.device:
+    """The named device; None is the first GPU, else the CPU.  Raises ModelError for one that is not here."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = _first_line(error)
+        raise ModelError(f"device `{name}` cannot be used ({said}); expected cpu, cuda or cuda:N of this machine") from None
+    return device
 
 
 def read_model_config(path: Path, trust_remote_code: bool = False) -> transformers.PreTrainedConfig:

@@ -1,0 +1,224 @@
+"""The command line: every bad input is one line and exit status 2, and nothing is left behind."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import dropformer
+from dropformer import cli
+
+
+def run(*args: str, capsys) -> tuple[int, str, str]:
+    """Run the command in this process: exit status, stdout, stderr."""
+    sys.argv = ["prune", *map(str, args)]
+    try:
+        cli.main()
+        status = 0
+    except SystemExit as end:
+        status = int(end.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DROPFORMER_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.fixture
+def model(llama_folder, here) -> Path:
+    """A tiny Llama with a tokenizer of 64 tokens: letters, digits, punctuation."""
+    letters = [chr(c) for c in range(97, 123)] + list("0123456789 .,:;()_-'\"`*=<>/[]{}\n#")
+    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters][:64])}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(llama_folder)
+    return llama_folder
+
+
+SMALL = ("--samples", "3", "--length", "16", "--seconds", "0", "--quiet")
+
+
+def bad(*args: str, capsys, here: Path, said: str) -> None:
+    before = sorted(p for p in here.rglob("*") if "cache" not in p.parts)
+    status, out, err = run(*args, capsys=capsys)
+    assert status == 2, err
+    assert out == ""
+    assert said in err
+    assert err.count("\n") == 1 and "Traceback" not in err
+    assert sorted(p for p in here.rglob("*") if "cache" not in p.parts) == before
+
+
+def test_the_whole_command_writes_a_checkpoint_and_a_report(model, here, capsys):
+    status, out, err = run("--model", model, "--drop", "attn:1", *SMALL, capsys=capsys)
+    assert (status, err) == (0, "")
+    assert "perplexity" in out and "wrote llama-attn1" in out
+    report = json.loads((here / "llama-attn1" / "report.json").read_text())
+    assert report["pruned"]["checkpoint_bytes"] < report["dense"]["checkpoint_bytes"]
+    assert report["pruned"]["kv_bytes_per_token"] * 4 == report["dense"]["kv_bytes_per_token"] * 3
+    assert dropformer.load(here / "llama-attn1").config.num_hidden_layers == 4
+
+
+def test_json_is_all_that_stdout_holds(model, here, capsys):
+    _, out, _ = run("--model", model, "--drop", "attn=1", "--json", *SMALL, capsys=capsys)
+    assert json.loads(out)["dropped"] == {"attention": [1], "mlp": [], "blocks": []}
+
+
+def test_scores_are_reused_for_the_same_weights_and_tokens(model, here, capsys):
+    options = ("--samples", "3", "--length", "16")
+    run("analyze", model, *options, capsys=capsys)
+    status, _, err = run("analyze", model, *options, capsys=capsys)
+    assert status == 0 and "scores: reused" in err
+    _, _, err = run("analyze", model, "--samples", "4", "--length", "16", capsys=capsys)
+    assert "scores: reused" not in err
+
+
+def test_analyze_then_plan_then_prune_follows_the_plan(model, here, capsys):
+    assert run("analyze", model, "--samples", "3", "--length", "16", "-q", capsys=capsys)[0] == 0
+    assert (here / "llama-scores" / "similarity.png").read_bytes()[:4] == b"\x89PNG"
+    status, out, _ = run("plan", "llama-scores/scores.json", "--drop", "joint:2", "--out", "plan.json", capsys=capsys)
+    assert status == 0 and "parameters" in out
+    assert run("--model", model, "--plan", "plan.json", "--out", "small", *SMALL, capsys=capsys)[0] == 0
+    wanted = json.loads((here / "plan.json").read_text())["drops"]
+    assert json.loads((here / "small" / "plan.json").read_text())["drops"] == wanted
+
+
+def test_a_dry_run_writes_nothing(model, here, capsys):
+    status, out, _ = run("--model", model, "--drop", "mlp:1", "--dry-run", *SMALL, capsys=capsys)
+    assert status == 0 and "mlp:" in out and "→" in out
+    assert not (here / "llama-mlp1").exists()
+
+
+@pytest.mark.parametrize(
+    ("drop", "said"),
+    [
+        ("attn", "cannot be read"),
+        ("attn:9", "drops 9"),
+        ("attn=4", "names attention layer 4"),
+        ("joint:99", "drops 99"),
+        ("encoder.attn:1", "no stack named"),
+        ("published:attn:1", "recipe"),
+    ],
+)
+def test_a_wrong_drop_spec(model, here, capsys, drop, said):
+    bad("--model", model, "--drop", drop, *SMALL, capsys=capsys, here=here, said=said)
+
+
+def test_an_unknown_model(here, capsys):
+    bad("--model", "smollm", "--drop", "attn:1", capsys=capsys, here=here, said="smollm2-135m")
+
+
+def test_no_network(here, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    bad("--model", "nobody/nothing", "--drop", "attn:1", "-q", capsys=capsys, here=here, said="nobody/nothing")
+
+
+def test_an_output_that_is_not_empty(model, here, capsys):
+    (here / "full").mkdir()
+    (here / "full" / "x").write_text("x")
+    bad("--model", model, "--drop", "attn:1", "--out", "full", capsys=capsys, here=here, said="not an empty folder")
+
+
+def test_a_truncated_safetensors_file(model, here, capsys):
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    bad("--model", model, "--drop", "attn:1", capsys=capsys, here=here, said="model.safetensors")
+
+
+def test_a_header_that_lies(model, here, capsys):
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
+    bad("--model", model, "--drop", "attn:1", capsys=capsys, here=here, said="model.safetensors")
+
+
+def test_an_index_that_points_outside(model, here, capsys):
+    shutil.copy(model / "model.safetensors", here / "secret.safetensors")
+    (model / "model.safetensors").rename(model / "part.safetensors")
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "../secret.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    bad("--model", model, "--drop", "attn:1", capsys=capsys, here=here, said="..")
+
+
+def test_a_checkpoint_of_pickles_only(model, here, capsys):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    bad("--model", model, "--drop", "attn:1", capsys=capsys, here=here, said="safetensors")
+
+
+@pytest.mark.parametrize(
+    "config", ["{", "[]", "{}", '{"model_type": "nosuch"}', '{"model_type": "llama", "num_hidden_layers": -1}']
+)
+def test_a_config_without_what_it_needs(model, here, capsys, config):
+    (model / "config.json").write_text(config)
+    bad("--model", model, "--drop", "attn=1", "-q", capsys=capsys, here=here, said="config")
+
+
+def test_calibration_text_that_is_not_there_or_too_short(model, here, capsys):
+    bad(
+        "--model", model, "--drop", "attn:1", "--calibration", "no.txt", capsys=capsys, here=here, said="does not exist"
+    )
+    (here / "short.txt").write_text("a few words")
+    bad(
+        "--model", model, "--drop", "attn:1", "--calibration", "short.txt", "-q",
+        capsys=capsys, here=here, said="lower --samples",
+    )  # fmt: skip
+
+
+def test_a_wrong_dtype_or_device(model, here, capsys):
+    bad("--model", model, "--drop", "attn=1", "--dtype", "int8", "-q", capsys=capsys, here=here, said="float32")
+    bad("--model", model, "--drop", "attn=1", "--device", "tpu9", "-q", capsys=capsys, here=here, said="tpu9")
+
+
+def test_no_space_left_ends_in_one_line_and_leaves_nothing(model, here, capsys):
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000));"
+        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "from dropformer import cli; cli.main()"
+    )
+    command = [sys.executable, "-c", script, "--model", str(model), "--drop", "attn=1", "--seconds", "0", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=here, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+    assert sorted(p.name for p in here.iterdir() if not p.name.startswith("cache")) == ["llama"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["--version"],
+        ["--model", "nosuch", "--drop", "attn:1"],
+        ["--model", "smollm2-135m", "--drop", "attn"],
+    ],
+)
+def test_help_and_input_errors_import_nothing_heavy(args, here):
+    script = (
+        "import sys; sys.argv = ['prune', *sys.argv[1:]]\n"
+        "from dropformer import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'lm_eval', 'matplotlib'} & set(sys.modules)\n"
+        "print('HEAVY', sorted(heavy))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *args], capture_output=True, text=True, cwd=here, check=True)
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_the_five_lines_of_python(model, here):
+    scores = dropformer.analyze(str(model), calibration=dropformer.Calibration(samples=3, length=16))
+    plan = dropformer.plan(scores, "attn:1")
+    small = dropformer.drop(str(model), plan)
+    dropformer.save(small, here / "small")
+    again = dropformer.load(here / "small")
+    ids = torch.arange(3, 15)[None]
+    assert torch.equal(again(ids).logits, small(ids).logits)
+    assert (here / "small" / "model.safetensors").stat().st_size < (model / "model.safetensors").stat().st_size
