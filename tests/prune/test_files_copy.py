@@ -37,7 +37,7 @@ def write(folder: Path, shards: list[dict[str, Tensor]], **metadata: str) -> Che
     return open_checkpoint(folder)
 
 
-def held(folder: Path) -> dict[str, Tensor]:
+def held(folder: Path, aligned: bool = True) -> dict[str, Tensor]:
     """Every tensor of a folder as the safetensors library finds it, and as the index places it."""
     found: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -49,7 +49,7 @@ def held(folder: Path) -> dict[str, Tensor]:
         assert names == table.keys() - {"__metadata__"} and not found.keys() & names
         for name in names:
             start, end = table[name]["data_offsets"]
-            assert start % max(BITS[table[name]["dtype"]] // 8, 1) == 0
+            assert not aligned or start % max(BITS[table[name]["dtype"]] // 8, 1) == 0
             found[name] = (table[name]["dtype"], tuple(table[name]["shape"]), content[base + start : base + end])
         if (folder / INDEX).exists():
             placed = json.loads((folder / INDEX).read_text())["weight_map"]
@@ -70,6 +70,10 @@ def blocks(shards: int = 3, per_shard: int = 4, shape: tuple[int, ...] = (3, 8))
 
 def joined(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: value for shard in shards for name, value in shard.items()}
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 def same(name: str) -> str:
@@ -112,7 +116,7 @@ def test_one_shard_left_is_called_model_and_needs_no_index(tmp_path: Path) -> No
     report = copy_checkpoint(
         write(tmp_path / "in", shards), tmp_path / "out", lambda name: name if name in shards[2] else None
     )
-    assert report.files == ("model.safetensors",) and os.listdir(tmp_path / "out") == ["model.safetensors"]
+    assert report.files == ("model.safetensors",) and listing(tmp_path / "out") == ["model.safetensors"]
     assert held(tmp_path / "out") == shards[2]
 
 
@@ -204,10 +208,10 @@ def test_links_across_file_systems_become_copies(tmp_path: Path) -> None:
 
 def test_a_folder_that_holds_a_checkpoint_is_not_mixed_with_another(tmp_path: Path) -> None:
     source = write(tmp_path / "in", blocks())
-    before = sorted(os.listdir(tmp_path / "in"))
+    before = listing(tmp_path / "in")
     with pytest.raises(OutputError, match="there is a checkpoint already"):
         copy_checkpoint(source, tmp_path / "in", same)
-    assert sorted(os.listdir(tmp_path / "in")) == before
+    assert listing(tmp_path / "in") == before
 
 
 def test_long_runs_in_and_out_of_phase_are_copied_whole(tmp_path: Path) -> None:
@@ -238,7 +242,7 @@ def test_a_source_cut_short_meanwhile_leaves_nothing(tmp_path: Path, monkeypatch
         return copy(*arguments)
 
     monkeypatch.setattr(os, "copy_file_range", cut_then_copy)
-    with pytest.raises(CheckpointError, match="start again|changed while in use"):
+    with pytest.raises(CheckpointError, match=r"start again"):
         copy_checkpoint(source, tmp_path / "out", same)
     assert not (tmp_path / "out").exists()
 
@@ -295,10 +299,10 @@ def test_any_drop_renaming_and_replacement_gives_what_was_asked_for(
     try:
         report = copy_checkpoint(source, base / "out", names.get, replace=replace, link=link, verify=verify)
     except OutputError:
-        assert not expected and os.listdir(base) == ["in"]
+        assert not expected and listing(base) == ["in"]
         return
-    assert held(base / "out") == expected
-    assert sorted(os.listdir(base)) == ["in", "out"] and sorted(os.listdir(base / "out")) == sorted(report.files)
+    assert held(base / "out", aligned=not report.linked) == expected  # a link is as the source was
+    assert listing(base) == ["in", "out"] and listing(base / "out") == sorted(report.files)
     assert report.tensors_written == len(expected)
     assert {path.name: path.read_bytes() for path in (base / "in").iterdir()} == before
 
@@ -333,7 +337,7 @@ def test_a_file_that_may_not_grow_further_ends_in_one_line_and_nothing(limit: in
     before = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
     said = run_copy(tmp_path / "in", tmp_path / "out", before)
     assert said.startswith("OutputError") and "free some space" in said and said.count("\n") == 1
-    assert os.listdir(tmp_path) == ["in"]
+    assert listing(tmp_path) == ["in"]
 
 
 def test_a_full_disk_ends_in_one_line_and_nothing(tmp_path: Path) -> None:
@@ -353,7 +357,7 @@ def test_a_full_disk_ends_in_one_line_and_nothing(tmp_path: Path) -> None:
 
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
-    shape = (64, 1 << 20)
+    shape = (32, 1 << 20)
     folder = tmp_path / "in"
     write(folder, [{"small": tensor()}])
     (folder / INDEX).unlink()
@@ -364,4 +368,4 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path) -> None:
     after = "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1])"
     peak = int(run_copy(folder, tmp_path / "out", after=after)) / 1024
     (tmp_path / "out" / "model.safetensors").unlink()
-    assert peak < 100 < size / 2**20
+    assert peak < 64 < size / 2**20
