@@ -173,7 +173,7 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
         raise ArchitectureError(
             f"{type(model).__name__} has no list of blocks; expected a decoder, an nn.ModuleList of blocks"
         )
-    return list(max(lists, key=parameter_count))
+    return list(max(lists, key=lambda blocks: parameter_count(blocks)))
 
 
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "moe", "fc1", "fc2", "expert", "gate", "intermediate", "output")
