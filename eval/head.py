@@ -29,7 +29,7 @@ class SplitModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
         self.trunk = _trunk(model)
-        self.device = torch.device(str(model.get_input_embeddings().weight.device))
+        self.device = _input_device(model)
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0]) if _has_head(model) else 0
         self.how = "whole"
         with torch.inference_mode():
@@ -98,6 +98,13 @@ def _has_head(model: PreTrainedModel) -> bool:
     return getattr(model.get_output_embeddings(), "weight", None) is not None
 
 
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go; a model spread by a device map keeps offloaded weights on no real device."""
+    embedding = model.get_input_embeddings()
+    execution = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return torch.device(execution if execution is not None else str(embedding.weight.device))
+
+
 def _trunk(model: PreTrainedModel) -> nn.Module | None:
     trunk = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     return trunk if trunk is not model and isinstance(trunk, nn.Module) else None
@@ -108,4 +115,5 @@ def _close(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape:
         return False
     allowed = 1e-4 if one.dtype in (torch.float32, torch.float64) else 3e-2
-    return bool((one.float() - other.float()).abs().max() <= allowed * other.float().abs().max())
+    left, right = one.float().cpu(), other.float().cpu()
+    return bool((left - right).abs().max() <= allowed * right.abs().max())

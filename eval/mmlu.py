@@ -81,7 +81,7 @@ def read_csv(path: Path, subject: str) -> list[dict[str, Any]]:
     Raises EvaluationError, naming the line, for a row that is not question, A, B, C, D, letter.
     """
     rows = []
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
         for row in reader:
             if len(row) != 6 or row[5].strip() not in LETTERS or not row[5].strip():

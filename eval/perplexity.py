@@ -69,7 +69,7 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> Perplexity:
     sums = torch.zeros(len(windows), dtype=torch.float64)
     with torch.inference_mode():
         for i, window in enumerate(windows):
-            hidden, targets = _hidden(split, window), window[1:].to(split.device)
+            hidden, targets = _hidden(split, window), window[1:]
             for piece in split.pieces(hidden[:-1]):
                 logits = split.logits(hidden[:-1][piece])
                 sums[i] += _nll(logits, targets[piece])
@@ -117,14 +117,14 @@ def side_by_side(dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tenso
 def _compare(one: SplitModel, two: SplitModel, window: Tensor) -> Tensor:
     """Sums over one window [T]: nll dense, nll pruned, KL(dense || pruned), equal first choices."""
     left, right = _hidden(one, window), _hidden(two, window)
-    targets = torch.cat([window[1:], window[:1]]).to(one.device)
+    targets = torch.cat([window[1:], window[:1]])
+    scored = torch.arange(len(window)) < len(window) - 1
     sums = torch.zeros(4, dtype=torch.float64)
-    scored = torch.arange(len(window), device=one.device) < len(window) - 1
     for piece in one.pieces(left):
         p = F.log_softmax(one.logits(left[piece]), dim=-1)
         q = F.log_softmax(two.logits(right[piece]).to(p.device), dim=-1)
         for column, scores in enumerate((p, q)):
-            picked = scores.gather(1, targets[piece, None]).squeeze(1)
+            picked = scores.gather(1, targets[piece, None].to(p.device)).squeeze(1).cpu()
             sums[column] -= float(picked[scored[piece]].double().sum())
         sums[2] += float((p.exp() * (p - q)).sum(-1).double().sum())
         sums[3] += float((p.argmax(-1) == q.argmax(-1)).sum())

@@ -27,6 +27,10 @@ class RememberingLM(CachingLM):
         self.dbdict = SqliteDict(str(path), autocommit=True, encode=json.dumps, decode=json.loads)
         lm.set_cache_hook(self.get_cache_hook())
 
+    def close(self) -> None:
+        """Ends the file's writing thread; answers were committed as they came."""
+        self.dbdict.close()
+
 
 class SharingLM(LM):
     """Splits requests among the processes of one launch; every process gets every answer.

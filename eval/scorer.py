@@ -92,6 +92,8 @@ class Scorer:
         self.stats.needed += sum(len(a.query.tokens) for a in asked)
         fit = [a for a in asked if self.packs and len(a.query.tokens) <= self.longest]
         rest = [a for a in asked if not self.packs or len(a.query.tokens) > self.longest]
+        if self.packs and rest:
+            log.warning("%d sequences are longer than %d tokens and run padded", len(rest), self.longest)
         self._trunk(plan([a.query for a in fit], self.limits), fit, None, keep)
         for batch in _padded_batches(rest, self.limits.tokens):
             self._batch(batch, keep)

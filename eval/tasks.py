@@ -125,10 +125,11 @@ def evaluate_tasks(
     samples = _sample(found, options)
     _set_shots(found, options.shots)
     lm = _language_model(model, tokenizer, options)
+    remembered = _remembered(lm, model, tokenizer, options)
     evaluated = {name: task for name, task in found.leaves.items() if samples is None or name in samples}
     try:
         raw = evaluate(
-            _distributed(_remembered(lm, model, tokenizer, options)),
+            _distributed(remembered),
             {"tasks": evaluated, "groups": found.groups},
             samples=samples,
             bootstrap_iters=1000,
@@ -136,6 +137,9 @@ def evaluate_tasks(
     except (ValueError, AssertionError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise EvaluationError(f"lm-eval cannot run {', '.join(tasks)}: {said[:200]}") from error
+    finally:
+        if isinstance(remembered, RememberingLM):
+            remembered.close()
     return _results(raw, found, options, lm)
 
 

@@ -6,9 +6,11 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
 
+from dropformer.api import drop, outline, plan_unscored
 from dropformer.eval.backend import FastLM
 from dropformer.eval.mmlu import mmlu_group
 from dropformer.eval.packing import Limits
+from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import EvaluationError
 
 
@@ -158,3 +160,13 @@ def test_a_continuation_longer_than_the_context_is_refused(llama, tokenizer):
         FastLM(llama, tokenizer, max_length=4).loglikelihood(
             instances([("the", " bone heart nerve light star planet law")]), disable_tqdm=True
         )
+
+
+@pytest.mark.parametrize("spec", ["attn=0", "attn=1,2", "attn=0,mlp=1,block=2"])
+def test_pruned_models_are_packed_and_agree_too(spec, llama, tokenizer, mmlu_data, tiny):
+    plan = plan_unscored(ModelRef(name="tiny"), outline(llama), spec, [], None)
+    pruned = drop(llama, plan)
+    fast = FastLM(pruned, tokenizer, limits=Limits(96, 16))
+    assert fast.scorer.packs
+    pairs = mmlu_pairs(mmlu_data, shots=2)[:80] + endings_pairs(tiny.sentence, 6, 1)
+    assert_same(fast, hf(pruned, tokenizer), pairs)
