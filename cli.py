@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dropformer import __version__
+from dropformer.eval.compare_command import compare
 from dropformer.prune.errors import DropformerError
 
 if TYPE_CHECKING:
@@ -184,6 +185,9 @@ def recipes(as_json: Json = False) -> None:
 
     text = json.dumps({name: recipe.model_dump(mode="json") for name, recipe in known().items()}, indent=1)
     _print(text if as_json else None, show.recipes_table(known()))
+
+
+app.command()(compare)
 
 
 def _overrides(calibration: Text, samples: Any, length: Any, seed: Any, skip_first: Any) -> Overrides:

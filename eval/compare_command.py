@@ -1,0 +1,101 @@
+"""`prune compare`: parse, call, print.  Everything heavy is imported when the command runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from dropformer.eval.comparison import Comparison
+
+Text = str | None
+CHECKPOINTS = "Folders, Hub ids or id@revision, .gguf files, recipes, or the folder of a training run (checkpoint-N)."
+    "Folders, Hub ids or id@revision, .gguf files, recipes, or a folder with the checkpoint-N of a training run."
+)
+
+
+def compare(
+    checkpoints: Annotated[list[str], typer.Argument(help=CHECKPOINTS)],
+    drop: Annotated[Text, typer.Option("--drop", "-d", help="What to choose in each: attn:8, joint:25%, ...")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for compare.json, the pictures, the page.")] = None,
+    revisions: Annotated[Text, typer.Option(help="Revisions of one Hub model, by commas: step1000,step10000.")] = None,
+    tokenizer: Annotated[Text, typer.Option(help="Cut the text with this one's tokenizer, not the first's.")] = None,
+    keep: Annotated[str, typer.Option(help="Blocks that --drop leaves whole, such as 0,1,-1.")] = "",
+    keep_downloads: Annotated[bool, typer.Option("--keep-downloads", help="Leave fetched weights on disk.")] = False,
+    calibration: Annotated[Text, typer.Option(help="builtin, c4, wikitext, or a text file.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Calibration windows.")] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Tokens in a window.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Which windows are drawn.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows run at once.")] = 1,
+    dtype: Annotated[Text, typer.Option(help="Computation: float32, bfloat16, float16, auto.")] = None,
+    device: Annotated[Text, typer.Option(help="cpu, cuda, cuda:1, ...")] = None,
+    device_map: Annotated[Text, typer.Option(help="Passed to accelerate, for large models: auto.")] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
+) -> None:
+    """How redundancy and the layers to drop change over training, or between pruned variants."""
+    from dropformer.eval import compare_output
+    from dropformer.metrics.text import check_name
+    from dropformer.prune.plan import parse_keep, parse_spec
+
+    if drop:
+        parse_spec(drop)
+    if calibration:
+        check_name(calibration)
+    folder = out or Path(f"{Path(checkpoints[0].partition('@')[0]).resolve().name}-compare")
+    compare_output.check_out(folder)
+    from dropformer import show
+    from dropformer.api import Placement
+    from dropformer.eval.compare import CompareRequest
+    from dropformer.eval.compare import compare as run
+    from dropformer.job import Overrides
+    from dropformer.recipes.recipe import recipe_of, recipes
+
+    known = recipes().get(checkpoints[0]) or recipe_of(checkpoints[0].partition("@")[0])
+    request = CompareRequest(
+        checkpoints, drop, parse_keep(keep), [r for r in (revisions or "").replace(" ", "").split(",") if r], tokenizer,
+        Overrides(calibration, samples, length, seed).of(known), batch_size,
+        Placement(dtype, device, device_map, trust_remote_code), keep_downloads,
+    )  # fmt: skip
+    found = run(request, show.Terminal(quiet))
+    page = compare_output.write(found, folder)
+    if as_json:
+        sys.stdout.write(found.to_json())
+        return
+    show.out.print(comparison_table(found))
+    for line in (
+        compare_output.headline(found),
+        *compare_output.notes(found),
+        f"wrote {page} and {folder}/compare.json",
+    ):
+        show.out.print(line, markup=False)
+
+
+def comparison_table(found: Comparison) -> Table:
+    """A row a checkpoint; of each kind the mean similarity and the rank correlation with the last checkpoint."""
+    from rich.table import Table
+
+    from dropformer.eval.compare_output import decimals, kind_title, listed, title
+
+    table = Table(title=title(found), title_justify="left", caption_justify="left", caption=CAPTION)
+    table.add_column("step" if found.steps else "checkpoint", justify="right" if found.steps else "left")
+    for kind in found.kinds:
+        table.add_column(kind_title(kind), justify="right")
+    if found.overlap:
+        table.add_column("overlap", justify="right")
+        table.add_column(found.spec)
+    for i, c in enumerate(found.checkpoints):
+        row = [str(c.step) if found.steps else c.label]
+        row += [f"{decimals(c.mean[k], 3)} {decimals(found.spearman_to_last(k)[i], 2)}" for k in found.kinds]
+        row += [f"{found.overlap[i][-1]:.2f}", listed(c.chosen or [])] if found.overlap else []
+        table.add_row(*row)
+    return table
+
+
+CAPTION = "of each kind: mean similarity, rank correlation with the last checkpoint"
