@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -165,6 +166,8 @@ def interleave(slow: HFLM, fast: FastLM, slices: Sequence[list[Instance]]) -> Ru
         pairs = [(run.slow, slow), (run.fast, fast)]
         for took, lm in pairs if n % 2 == 0 else pairs[::-1]:
             took.time(lambda lm=lm, part=part: lm.loglikelihood(part, disable_tqdm=True))
+        ratio = run.slow.slices[-1] / run.fast.slices[-1]
+        print(f"{part[0].task_name}: {len(part) // 4} questions, {ratio:.2f} times faster", file=sys.stderr)
     return run
 
 
