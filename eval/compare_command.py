@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
 Text = str | None
 CHECKPOINTS = "Folders, Hub ids or id@revision, .gguf files, recipes, or the folder of a training run (checkpoint-N)."
-    "Folders, Hub ids or id@revision, .gguf files, recipes, or a folder with the checkpoint-N of a training run."
-)
 
 
 def compare(
