@@ -12,11 +12,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 from dropformer.metrics.damage import Dense, dropped_modules, first_block
 from dropformer.metrics.importance import Bench, PairScore, mean_over_tokens, similarity
 from dropformer.metrics.stepping import replaced
 from dropformer.prune.architecture import Architecture, Layer
+from dropformer.prune.errors import PlanError
 
 Cost = Callable[[Sequence[Layer]], float]
 
@@ -48,30 +50,56 @@ class Choice:
     costs: tuple[float, ...]
 
 
-def greedy(
-    candidates: Iterable[Layer], count: int, cost: Cost, start: Sequence[Layer] = (), width: int | None = None
-) -> Choice:
-    """`count` layers, one at a time, each the one that costs least on top of `start` and those before it.
+class Goal(Protocol):
+    """When to stop, and what a layer is worth: a layer is taken by what it costs for each unit it saves."""
 
-    A layer's extra cost from an earlier round stands in for the present one until the layer comes to the
+    def reached(self, layers: Sequence[Layer]) -> bool: ...
+
+    def saves(self, layer: Layer) -> float: ...
+
+
+@dataclass(frozen=True)
+class Count:
+    """So many layers, each worth the same."""
+
+    count: int
+
+    def reached(self, layers: Sequence[Layer]) -> bool:
+        return len(layers) >= self.count
+
+    def saves(self, layer: Layer) -> float:
+        return 1.0
+
+
+def greedy(
+    candidates: Iterable[Layer], goal: Goal, cost: Cost, start: Sequence[Layer] = (), width: int | None = None
+) -> Choice:
+    """Layers until the goal is reached, one at a time: least cost, for what it saves, on top of those gone.
+
+    `start` are gone already.  A layer's extra cost from an earlier round stands in for the present one until the layer comes to the
     front of the queue ("lazy" greedy, Minoux 1978), so most candidates are measured only in the first
     round; `width` bounds how many are measured in a later one (None: as many as come to the front).
-    Ties go to the deeper layer.
+    Ties go to the deeper layer.  Raises PlanError when all candidates do not reach the goal.
     """
-    chosen, costs = list(start), []
-    base = cost(chosen) if chosen else 0.0
-    extra = {layer: -math.inf for layer in candidates if layer not in chosen}
-    for turn in range(count):
-        best = _cheapest(extra, partial(_extra, cost, tuple(chosen), base), None if turn == 0 else width)
-        base += extra.pop(best)
-        chosen.append(best)
-        costs.append(base)
+    picked: list[Layer] = []
+    costs = [cost(start) if start else 0.0]
+    extra = {layer: -math.inf for layer in candidates if goal.saves(layer) > 0 and not _any_overlap(layer, start)}
+    while not goal.reached(picked):
+        if not extra:
+            raise PlanError(
+                f"{goal} cannot be reached with the layers that may go ({len(picked)} of them); ask for less"
+            )
+        measure = partial(_extra, cost, goal, (*start, *picked), costs[-1])
+        best = _cheapest(extra, measure, width if picked else None)
+        picked.append(best)
+        costs.append(cost([*start, *picked]))
         extra = {layer: value for layer, value in extra.items() if not _overlap(layer, best)}
-    return Choice(tuple(chosen[len(start) :]), tuple(costs))
+    return Choice(tuple(picked), tuple(costs[1:]))
 
 
-def _extra(cost: Cost, chosen: Sequence[Layer], base: float, layer: Layer) -> float:
-    return cost([*chosen, layer]) - base
+def _extra(cost: Cost, goal: Goal, chosen: Sequence[Layer], base: float, layer: Layer) -> float:
+    """What a layer adds to the cost, for each unit that it saves."""
+    return (cost([*chosen, layer]) - base) / goal.saves(layer)
 
 
 def _cheapest(extra: dict[Layer, float], measure: Callable[[Layer], float], width: int | None) -> Layer:
@@ -85,6 +113,10 @@ def _cheapest(extra: dict[Layer, float], measure: Callable[[Layer], float], widt
             return min(fresh, key=lambda layer: (extra[layer], -layer.index, layer.kind))
         extra[best] = measure(best)
         fresh.add(best)
+
+
+def _any_overlap(layer: Layer, others: Iterable[Layer]) -> bool:
+    return any(_overlap(layer, other) for other in others)
 
 
 def _overlap(one: Layer, other: Layer) -> bool:
@@ -138,8 +170,6 @@ def _stand_ins(layer: Layer, rest: Sequence[Layer], candidates: Iterable[Layer],
     free = [
         other
         for other in candidates
-        if (other.kind, other.stack) == (layer.kind, layer.stack)
-        and other != layer
-        and not any(_overlap(other, gone) for gone in rest)
+        if (other.kind, other.stack) == (layer.kind, layer.stack) and other != layer and not _any_overlap(other, rest)
     ]
     return sorted(free, key=lambda other: cost([other]))

@@ -7,7 +7,7 @@ import torch
 
 from dropformer.metrics.damage import Dense
 from dropformer.metrics.importance import Bench
-from dropformer.metrics.select import KL, greedy, iterative, refine
+from dropformer.metrics.select import KL, Count, greedy, iterative, refine
 from dropformer.metrics.stepping import Stepper
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discover import discover
@@ -42,15 +42,15 @@ def test_greedy_takes_the_cheapest_layer_each_time(kl, kinds):
     for _ in range(2):
         rest = [layer for layer in candidates if layer not in chosen]
         chosen.append(min(rest, key=lambda layer: kl([*chosen, layer])))
-    assert set(greedy(candidates, 2, kl).layers[:1]) == {chosen[0]}
-    assert greedy(candidates, 1, kl).costs == (min(kl([layer]) for layer in candidates),)
-    assert greedy(candidates, 2, kl).costs[1] == kl(greedy(candidates, 2, kl).layers)
+    assert set(greedy(candidates, Count(2), kl).layers[:1]) == {chosen[0]}
+    assert greedy(candidates, Count(1), kl).costs == (min(kl([layer]) for layer in candidates),)
+    assert greedy(candidates, Count(2), kl).costs[1] == kl(greedy(candidates, Count(2), kl).layers)
 
 
 def test_greedy_and_its_refinement_reach_the_best_pair_of_three(kl):
     candidates = layers("attn")
     best = min(combinations(candidates, 2), key=kl)
-    found = refine(greedy(candidates, 2, kl).layers, candidates, kl)
+    found = refine(greedy(candidates, Count(2), kl).layers, candidates, kl)
     assert set(found.layers) == set(best)
 
 
@@ -63,7 +63,7 @@ def test_refining_the_worst_pair_never_makes_it_worse_and_finds_the_best(kl):
 
 def test_lazy_greedy_measures_fewer_sets_than_there_are(kl):
     candidates = layers("attn") + layers("mlp")
-    greedy(candidates, 3, kl, width=2)
+    greedy(candidates, Count(3), kl, width=2)
     assert len(kl.measured) <= 6 + 2 + 2
 
 
@@ -71,18 +71,18 @@ def test_a_layer_is_measured_by_what_it_costs_on_top_of_those_gone():
     one, other, third = layers("attn")
     table = {frozenset({one}): 1.0, frozenset({other}): 2.0, frozenset({third}): 5.0}
     together = {frozenset({one, other}): 20.0, frozenset({one, third}): 6.5}
-    found = greedy([one, other, third], 2, lambda gone: {**table, **together}[frozenset(gone)])
+    found = greedy([one, other, third], Count(2), lambda gone: {**table, **together}[frozenset(gone)])
     assert found.layers == (one, third) and found.costs == (1.0, 6.5)
 
 
 def test_a_chosen_block_takes_its_branches_out_of_the_running():
     block, attn = Layer("block", 1), Layer("attn", 1)
-    found = greedy([block, attn, Layer("attn", 0)], 2, lambda gone: float(len(gone)))
+    found = greedy([block, attn, Layer("attn", 0)], Count(2), lambda gone: float(len(gone)))
     assert set(found.layers) in ({block, Layer("attn", 0)}, {attn, Layer("attn", 0)})
 
 
 def test_ties_drop_the_deeper_layer():
-    assert greedy(layers("attn"), 2, lambda gone: 0.0).layers == (Layer("attn", 2), Layer("attn", 1))
+    assert greedy(layers("attn"), Count(2), lambda gone: 0.0).layers == (Layer("attn", 2), Layer("attn", 1))
 
 
 def test_iterative_scores_the_model_without_what_has_gone(bench):

@@ -1,0 +1,107 @@
+"""Budgets instead of counts: kv:-25%, params:-20%, decode:1.3x."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from dropformer.metrics.select import Choice, Cost, greedy
+from dropformer.prune.architecture import Layer
+from dropformer.prune.errors import PlanError
+from dropformer.prune.outline import Outline
+
+_BUDGET = re.compile(r"(?P<what>kv|params):-(?P<share>\d+(?:\.\d+)?)%|decode:(?P<factor>\d+(?:\.\d+)?)x")
+EXPECTED = "expected kv:-25% (cache), params:-20% (weights) or decode:1.3x (tokens a second)"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What to save: a share of the KV cache or of the parameters, or decoding that much faster.
+
+    `amount` is the share that must go, in (0, 1); for decode that of the time a token takes.
+    """
+
+    what: str
+    amount: float
+
+    def __str__(self) -> str:
+        return (
+            f"decode:{1 / (1 - self.amount):g}x" if self.what == "decode" else f"{self.what}:-{100 * self.amount:.6g}%"
+        )
+
+
+def parse_budget(text: str) -> Budget:
+    """The budget that `--budget` names.  Raises PlanError saying what was expected."""
+    found = _BUDGET.fullmatch(text.replace(" ", ""))
+    if not found:
+        raise PlanError(f"budget `{text}` cannot be read; {EXPECTED}")
+    factor = float(found["factor"] or 0)
+    amount = 1 - 1 / factor if factor else float(found["share"] or 0) / 100
+    if not 0 < amount < 1:
+        raise PlanError(f"budget `{text}` saves nothing, or all; {EXPECTED}")
+    return Budget(found["what"] or "decode", amount)
+
+
+@dataclass(frozen=True)
+class Meter:
+    """A budget as a goal: each layer's share of the whole, and how much must go."""
+
+    budget: Budget
+    shares: Mapping[Layer, float]
+
+    def __str__(self) -> str:
+        return f"budget {self.budget}"
+
+    def reached(self, layers: Sequence[Layer]) -> bool:
+        return self.saved(layers) >= self.budget.amount - 1e-12
+
+    def saves(self, layer: Layer) -> float:
+        return self.shares.get(layer, 0.0)
+
+    def saved(self, layers: Iterable[Layer]) -> float:
+        return sum(map(self.saves, layers))
+
+
+def meter(
+    budget: Budget,
+    outline: Outline,
+    candidates: Iterable[Layer],
+    context: int = 2048,
+    seconds: Mapping[Layer, float] | None = None,
+    total_seconds: float = 0.0,
+) -> Meter:
+    """What each candidate saves of what the budget counts.
+
+    A decoded token costs the time to read every weight and the cache of `context` tokens, all of one dtype,
+    unless a measured table gives each layer's `seconds` and the model's.  Raises PlanError for a model
+    without what the budget counts.
+    """
+    if seconds and budget.what == "decode":
+        return Meter(budget, {layer: seconds.get(layer, 0.0) / total_seconds for layer in candidates})
+    weight = {"params": (1, 0), "kv": (0, 1), "decode": (1, context)}[budget.what]
+    whole = weight[0] * outline.parameters + weight[1] * outline.kv_per_token()
+    if not whole:
+        raise PlanError(f"budget `{budget}` counts the KV cache, and this model has none; use params:-20%")
+    return Meter(budget, {layer: _weighed(outline, layer, weight) / whole for layer in candidates})
+
+
+def _weighed(outline: Outline, layer: Layer, weight: tuple[int, int]) -> int:
+    kv = outline.kv_per_token() - outline.kv_per_token([layer])
+    return weight[0] * outline.dropped_parameters([layer]) + weight[1] * kv
+
+
+def within(goal: Meter, candidates: Iterable[Layer], cost: Cost, width: int | None = None) -> Choice:
+    """Layers that meet the budget, chosen jointly by damage for each unit saved; none that it can do without.
+
+    Greedy overshoots with its last layer, so layers that the budget no longer needs come back, dearest first.
+    Time: as for `greedy`, and one cost for each layer that comes back.  Raises PlanError where all
+    candidates together save too little.
+    """
+    found = greedy(candidates, goal, cost, width=width)
+    kept = list(found.layers)
+    for layer in sorted(found.layers, key=lambda layer: -goal.saves(layer)):
+        rest = [other for other in kept if other != layer]
+        if rest and goal.reached(rest):
+            kept = rest
+    return found if len(kept) == len(found.layers) else Choice(tuple(kept), (cost(kept),))
