@@ -76,9 +76,9 @@ def greedy(
 ) -> Choice:
     """Layers until the goal is reached, one at a time: least cost, for what it saves, on top of those gone.
 
-    `start` are gone already.  A layer's extra cost from an earlier round stands in for the present one until the layer comes to the
-    front of the queue ("lazy" greedy, Minoux 1978), so most candidates are measured only in the first
-    round; `width` bounds how many are measured in a later one (None: as many as come to the front).
+    `start` are gone already.  A layer's extra cost from an earlier round stands in for the present one until
+    the layer comes to the front of the queue ("lazy" greedy, Minoux 1978), so most candidates are measured
+    only in the first round; `width` bounds how many are measured in a later one (None: all that come up).
     Ties go to the deeper layer.  Raises PlanError when all candidates do not reach the goal.
     """
     picked: list[Layer] = []
