@@ -26,6 +26,9 @@ from dropformer.prune.errors import EvaluationError
 
 Tokenized = tuple[tuple[str, str] | None, list[int], list[int]]
 
+AT_ONCE = 16384
+"""Requests tokenized at a time: a few-shot prompt's token ids take more memory than its text."""
+
 
 class FastLM(HFLM):
     """lm-eval `LM` whose log-likelihoods come from packed rows.
@@ -54,8 +57,12 @@ class FastLM(HFLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability, is greedy) of each request's continuation: lm-eval's contract."""
-        with self._encoding_ahead(requests):
-            return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        answers: list[tuple[float, bool]] = []
+        for start in range(0, len(requests), AT_ONCE):
+            part = requests[start : start + AT_ONCE]
+            with self._encoding_ahead(part):
+                answers += super().loglikelihood(part, disable_tqdm=disable_tqdm)
+        return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each whole text, in windows of the model's context: lm-eval's contract."""

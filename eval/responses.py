@@ -89,10 +89,11 @@ def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
     """16 hex digits of the model's config, a sample of each weight, and the tokenizer."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
     for name, weight in model.state_dict().items():
-        flat = weight.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float32)
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
+        if not weight.is_meta:  # offloaded to disk
+            flat = weight.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)][:64].to("cpu", torch.float32)
+            digest.update(sample.numpy().tobytes())
     inner = getattr(tokenizer, "backend_tokenizer", None)
     digest.update((inner.to_str() if inner is not None else str(sorted(tokenizer.get_vocab()))).encode())
     return digest.hexdigest()[:16]

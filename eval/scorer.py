@@ -67,7 +67,7 @@ class Scorer:
     def __init__(self, model: PreTrainedModel, limits: Limits | None = None, pack: bool = True) -> None:
         self.split = SplitModel(model)
         self.device: torch.device = self.split.device
-        self.limits = limits or Limits(tokens=512 if self.device.type == "cpu" else 4096)
+        self.limits = limits or Limits(tokens=512 if self.device.type == "cpu" else 2048)
         self.stats = Stats()
         self.longest = _longest_packed(model)
         self.packs, self.why_not = False, "not asked for"

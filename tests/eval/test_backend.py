@@ -4,14 +4,25 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from dropformer.api import drop, outline, plan_unscored
+from dropformer.eval import backend
 from dropformer.eval.backend import FastLM
 from dropformer.eval.mmlu import mmlu_group
 from dropformer.eval.packing import Limits
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import EvaluationError
+from dropformer.recipes import open_source
 
 
 def instances(pairs, kind="loglikelihood"):
@@ -146,6 +157,29 @@ def test_other_architectures_agree_whether_rows_can_be_packed_or_not(name, token
 def test_a_model_that_cannot_pack_says_why(tokenizer, tiny, caplog):
     fast = FastLM(MODELS["mamba, a state and no attention"](tiny), tokenizer)
     assert fast.scorer.why_not and fast.scorer.why_not in caplog.text
+
+
+def test_requests_are_taken_in_slices_and_answered_in_order(llama, tokenizer, mmlu_data, monkeypatch):
+    pairs = mmlu_pairs(mmlu_data, shots=1)
+    whole = FastLM(llama, tokenizer).loglikelihood(instances(pairs), disable_tqdm=True)
+    monkeypatch.setattr(backend, "AT_ONCE", 30)
+    sliced = FastLM(llama, tokenizer).loglikelihood(instances(pairs), disable_tqdm=True)
+    assert [one for one, _ in sliced] == pytest.approx([one for one, _ in whole], abs=1e-4)
+
+
+@pytest.mark.real
+def test_smollm2_answers_real_questions_as_under_hf():
+    folder = open_source("smollm2-135m").path
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    shot = "Question: What is 2 + 3?\nAnswer: five\n\n"
+    asked = ["What is the capital of France?", "Which planet is the largest?", "Who wrote Hamlet?"]
+    answers = [" Paris", " Jupiter", " William Shakespeare, in 1600"]
+    pairs = [(f"{shot * 3}Question: {q}\nAnswer:", a) for q in asked for a in answers]
+    fast = FastLM(model, tokenizer)
+    assert_same(fast, hf(model, tokenizer), pairs)
+    found = fast.loglikelihood(instances(pairs), disable_tqdm=True)
+    assert [max(range(3), key=lambda i: found[3 * q + i][0]) for q in range(2)] == [0, 1]
 
 
 def test_without_packing_short_requests_are_padded_to_long_ones(llama, tokenizer, tiny):
