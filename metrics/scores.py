@@ -16,6 +16,25 @@ class LayerScore(Part):
     stderr: float | None = None
 
 
+class Settled(Part):
+    """Why an analysis stopped before its last window: the set that `spec` drops no longer changed.
+
+    `agreement` is the share of bootstrap resamples of the windows that choose the very same layers.
+    """
+
+    spec: str
+    windows: int
+    samples: int
+    tokens: int
+    agreement: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.spec} is settled after {self.windows} of {self.samples} windows ({self.tokens:,} tokens): the same "
+            f"layers in {self.agreement:.1%} of the bootstrap resamples"
+        )
+
+
 class Scores(Artifact):
     """The similarity of every layer: cos(residual stream before, after); importance is 1 - similarity."""
 
@@ -25,6 +44,7 @@ class Scores(Artifact):
     calibration: CalibrationRef | None = None
     windows: int
     tokens: int
+    settled: Settled | None = None
     layers: list[LayerScore]
     outline: Outline
 
@@ -40,8 +60,13 @@ class Scores(Artifact):
         return sorted(found, key=lambda layer: (-found[layer], -layer.index))
 
     def matches(self, model: ModelRef, calibration: CalibrationRef) -> bool:
-        """Were these measured on the same weights and the same tokens?  Only then may they be used again."""
-        return bool(model.fingerprint) and (self.model.fingerprint, self.calibration) == (
-            model.fingerprint,
-            calibration,
+        """Were these measured on the same weights and on all of the same tokens?  Only then may they be used again."""
+        return (
+            bool(model.fingerprint)
+            and self.settled is None
+            and (self.model.fingerprint, self.calibration)
+            == (
+                model.fingerprint,
+                calibration,
+            )
         )

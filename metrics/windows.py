@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +28,19 @@ class Windows:
         return self.ids.shape[0]
 
     def batches(self, size: int, start: int = 0) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """(model inputs, scored positions) for `size` windows at a time.  The mask is left out where none is padded."""
+        """(model inputs, scored positions) for `size` windows at a time; no mask where none is padded."""
         for first in range(start, len(self), size):
-            part = slice(first, first + size)
-            inputs = {"input_ids": self.ids[part]}
-            if not self.padding[part].all():
-                inputs["attention_mask"] = self.padding[part].long()
-            yield inputs, self.scored[part]
+            yield self.batch(range(first, min(first + size, len(self))))
+
+    def batch(self, which: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
+        """(model inputs, scored positions) of these windows, less the columns that are padding in all of them."""
+        rows = list(which)
+        width = int(self.padding[rows].sum(1).max())
+        padding = self.padding[rows, :width]
+        inputs = {"input_ids": self.ids[rows, :width]}
+        if not padding.all():
+            inputs["attention_mask"] = padding.long()
+        return inputs, self.scored[rows, :width]
 
 
 def windows(calibration: Calibration, tokenizer: Any) -> Windows:
