@@ -189,7 +189,7 @@ def _check_default_positions(model: nn.Module, rotations: dict[int, Rotation]) -
         return
     cache, ids = DynamicCache(config=model.config), _probe_ids(model)  # type: ignore[arg-type]
     for tokens in (ids.expand(-1, 5), ids):
-        model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        _forward(model, input_ids=tokens, past_key_values=cache)
     keys = cache.layers[first].keys
     asked = _probe(model, 5)[first]
     if keys is None or asked is None or not _close(keys[..., -1:, :], asked.keys):
@@ -210,7 +210,16 @@ def _close(one: Tensor, two: Tensor) -> bool:
 
 
 def _candidates(model: nn.Module) -> Iterator[Rotation]:
+    """None, then every set of frequencies in both pairings and both directions."""
     yield Rotation(torch.zeros(0), "none")
+    for frequencies in _frequencies(model):
+        for signed in (frequencies, -frequencies):  # NanoChat turns the other way
+            yield Rotation(signed, "half")
+            yield Rotation(signed, "interleaved")
+
+
+def _frequencies(model: nn.Module) -> Iterator[Tensor]:
+    """Those that the model holds; for GPT-J and CodeGen, which hold tables instead, those of their formula."""
     seen: list[Tensor] = []
     for name, buffer in model.named_buffers():
         if not name.endswith("inv_freq") or name.endswith("original_inv_freq") or buffer.dim() != 1:
@@ -218,8 +227,10 @@ def _candidates(model: nn.Module) -> Iterator[Rotation]:
         frequencies = buffer.detach().float()
         if not any(torch.equal(frequencies, other) for other in seen):
             seen.append(frequencies)
-            yield Rotation(frequencies, "half")
-            yield Rotation(frequencies, "interleaved")
+            yield frequencies
+    rotated = getattr(model.config, "rotary_dim", None)
+    if rotated:
+        yield 10000.0 ** (-torch.arange(0, rotated, 2, device=next(model.parameters()).device) / rotated)
 
 
 def _probe_ids(model: nn.Module) -> Tensor:
@@ -231,15 +242,19 @@ def _probe(model: nn.Module, position: int) -> list[_Cached | None]:
     """What each layer caches for single tokens at `position`; None where it caches no keys."""
     ids = _probe_ids(model)
     cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+    _forward(model, input_ids=ids, position_ids=torch.full_like(ids, position), past_key_values=cache)
+    return [_cached(layer) for layer in cache.layers]
+
+
+def _forward(model: nn.Module, **inputs: Any) -> None:
     try:
-        model(input_ids=ids, position_ids=torch.full_like(ids, position), past_key_values=cache, use_cache=True)
+        model(**inputs, use_cache=True)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
         reason = " ".join(str(error).split())[:100]
         raise ArchitectureError(
-            f"{type(model).__name__} cannot stream: a token with position_ids cannot be run ({reason}); "
+            f"{type(model).__name__} cannot stream: a token at a given position cannot be run ({reason}); "
             "attention sinks need a decoder with rotary positions, or none"
         ) from error
-    return [_cached(layer) for layer in cache.layers]
 
 
 def _cached(layer: Any) -> _Cached | None:

@@ -54,6 +54,8 @@ FAMILIES = {
     "qwen3": {"head_dim": 16},
     "phi": {"partial_rotary_factor": 0.5},
     "cohere": {},
+    "nanochat": {},
+    "gptj": {"rotary_dim": 8, "n_inner": 96},
     "gemma3_text": {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
 }
