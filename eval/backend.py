@@ -14,14 +14,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dropformer.eval.packing import Limits
 from dropformer.eval.scorer import Score, Scorer, Stats, Want
+from dropformer.eval.stem import Stem, longest_stem
 from dropformer.prune.errors import EvaluationError
 
 Tokenized = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -49,6 +52,7 @@ class FastLM(HFLM):
             super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, **options)
         self.scorer = Scorer(model, limits, pack)
         self._encoded: dict[str, list[int]] = {}
+        self._stem: Stem | None = None
 
     @property
     def stats(self) -> Stats:
@@ -84,6 +88,33 @@ class FastLM(HFLM):
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy or sampled text for each request, by lm-eval's own loop behind the prompts' common stem."""
+        self._stem = self._common_stem([request.args[0] for request in requests])
+        try:
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+        finally:
+            self._stem = None
+
+    def _common_stem(self, contexts: Sequence[str]) -> Stem | None:
+        """What all prompts begin with, computed; None where it is short, or the model has shown no trunk."""
+        if not self.scorer.packs or len(contexts) < 2:
+            return None
+        prompts = [self.tok_encode(context) for context in contexts]
+        length = longest_stem(prompts)
+        if length < self.scorer.limits.shared or max(map(len, prompts)) > self.scorer.longest:
+            return None
+        return Stem(torch.tensor(prompts[0][:length]), self.scorer.trunk_cache(prompts[0][:length]))
+
+    def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
+        mask = options.get("attention_mask")
+        if self._stem is not None and mask is not None and options.get("num_beams", 1) == 1:
+            moved = self._stem.under(context, mask)
+            if moved is not None:
+                context, options["attention_mask"] = moved
+                options["past_key_values"] = self._stem.cache_for(len(context))
+        return super()._model_generate(context, max_length, stop, **options)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Tokenized], disable_tqdm: bool = False, override_bs: int | None = None

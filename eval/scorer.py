@@ -8,7 +8,6 @@ be proven runs as batches padded on the right, which a causal model cannot see.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from transformers import Cache, PreTrainedModel
 
 from dropformer.eval.head import SplitModel
 from dropformer.eval.packing import Limits, Packed, Query, Trunk, pack, plan
+from dropformer.eval.stem import expanded
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +99,11 @@ class Scorer:
             self._batch(batch, keep)
         return [scores[i] for i in range(len(wants))]
 
+    @torch.no_grad()
+    def trunk_cache(self, tokens: Sequence[int]) -> Cache:
+        """Keys and values of one sequence."""
+        return self._forward(np.array(tokens), np.arange(len(tokens)), None, None, use_cache=True).past_key_values
+
     def _trunk(self, trunk: Trunk, asked: list[_Asked], cache: Cache | None, keep: Callable) -> None:
         """Extends the cache by the trunk's own tokens, then runs its rows and inner trunks."""
         if trunk.stop > trunk.start:
@@ -141,7 +146,7 @@ class Scorer:
             torch.from_numpy(tokens).unsqueeze(0).to(self.device),
             position_ids=torch.from_numpy(positions).unsqueeze(0).to(self.device),
             attention_mask=mask,
-            past_key_values=_fork(cache),
+            past_key_values=None if cache is None else expanded(cache, 1),
             use_cache=use_cache or cache is not None,
         )
 
@@ -245,15 +250,6 @@ def _padded_batches(asked: list[_Asked], tokens: int) -> Iterator[list[_Asked]]:
         batch.append(one)
     if batch:
         yield batch
-
-
-def _fork(cache: Cache | None) -> Cache | None:
-    """A cache that shares its tensors: appending to it makes new ones and leaves the original as it is."""
-    if cache is None:
-        return None
-    twin = copy.copy(cache)
-    twin.layers = [copy.copy(layer) for layer in cache.layers]
-    return twin
 
 
 def _longest_packed(model: PreTrainedModel) -> int:

@@ -122,6 +122,21 @@ def test_generation_is_that_of_lm_eval(llama, tokenizer, tiny):
     assert ours == theirs
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("spec", [None, "attn=0,mlp=1"])
+def test_generation_behind_a_shared_stem_is_that_of_lm_eval(spec, batch_size, llama, tokenizer, tiny):
+    model = drop(llama, plan_unscored(ModelRef(name="tiny"), outline(llama), spec, [], None)) if spec else llama
+    draw = random.Random(3)
+    stem = tiny.sentence(draw, 40, 40)
+    options = {"until": ["A"], "max_gen_toks": 12}
+    asked = instances([(f"{stem} {tiny.sentence(draw, 1, 20)}", options) for _ in range(7)], "generate_until")
+    fast = FastLM(model, tokenizer, batch_size=batch_size)
+    ours = fast.generate_until(asked, disable_tqdm=True)
+    slow = HFLM(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
+    assert ours == slow.generate_until(asked, disable_tqdm=True)
+    assert fast.stats.forwards == 1 and fast.stats.computed >= 40  # the stem, once
+
+
 MODELS = {
     "gpt2": lambda tiny: GPT2LMHeadModel(
         GPT2Config(vocab_size=400, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3)
