@@ -53,7 +53,8 @@ def expanded(cache: Cache, batch: int) -> Cache:
     twin = copy.copy(cache)
     twin.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in twin.layers:
-        if isinstance(layer.keys, Tensor) and layer.keys.numel():
-            layer.keys = layer.keys.expand(batch, -1, -1, -1)
-            layer.values = layer.values.expand(batch, -1, -1, -1)
+        for name in ("keys", "values"):
+            held = getattr(layer, name, None)
+            if isinstance(held, Tensor) and held.numel():
+                setattr(layer, name, held.expand(batch, -1, -1, -1))
     return twin
