@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dropformer import __version__
+from dropformer.eval.commands import estimate, evaluate, sweep
 from dropformer.eval.compare_command import compare
 from dropformer.prune.errors import DropformerError
 
@@ -188,6 +189,9 @@ def recipes(as_json: Json = False) -> None:
 
 
 app.command()(compare)
+app.command()(evaluate)
+app.command()(estimate)
+app.command()(sweep)
 
 
 def _overrides(calibration: Text, samples: Any, length: Any, seed: Any, skip_first: Any) -> Overrides:

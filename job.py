@@ -8,6 +8,7 @@ from typing import Any
 
 from dropformer import api
 from dropformer.eval.report import Measured, Report, TextRef, card_lines, measure_quality, measure_speed, sizes
+from dropformer.eval.sweep import Sweep, find_cliff, point
 from dropformer.metrics.calibration import Calibration, CalibrationRef
 from dropformer.metrics.picture import similarity_by_depth
 from dropformer.metrics.scores import Scores
@@ -206,3 +207,20 @@ def analyze(request: Request, watcher: Watcher | None = None) -> tuple[Scores, P
     scores.write(out / "scores.json")
     similarity_by_depth(scores, out / "similarity.png")
     return scores, out
+
+
+def sweep(request: Request, kind: str, counts: list[int], shape: tuple[int, int], watcher: Watcher) -> Sweep:
+    """Measure every number of drops of a kind, most redundant first, on windows of the shape (N, T)."""
+    with watcher.stage("opening the model"):
+        opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
+    scores = get_scores(opened, request, watcher)
+    data = windows(Calibration(request.text, *shape, seed=HELD_OUT.seed), opened.tokenizer)
+    points = []
+    with watcher.stage(f"perplexity on {request.text}", len(counts)) as progress:
+        for count in counts:
+            layers = api.plan(scores, f"{kind}:{count}").layers if count else []
+            pruned = api.drop(opened, api.plan(scores, f"{kind}:{count}")) if count else opened.model
+            points.append(point(opened.model, pruned, layers, data.ids))
+            progress(len(points), len(points) * data.ids.numel())
+    text = data.ref.model_dump()
+    return Sweep(model=opened.ref, of=kind, text=text, points=points, cliff=find_cliff(points))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -157,6 +157,16 @@ ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("decode tokens/s", "decode_tokens_per_s", lambda v: f"{v:,.1f}"),
 )
 RATIOS = {"perplexity", "prefill_tokens_per_s", "decode_tokens_per_s"}
+
+
+def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Rows of text under a head; the first column left, the others right."""
+    table = Table()
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def recipes_table(recipes: Mapping[str, Recipe]) -> Table:

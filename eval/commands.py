@@ -1,0 +1,189 @@
+"""`prune evaluate`, `prune estimate`, `prune sweep`: parse, call, print.  Heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Text = str | None
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Dtype = Annotated[Text, typer.Option(help="Computation: float32, bfloat16, float16, auto.")]
+Device = Annotated[Text, typer.Option(help="cpu, cuda, cuda:1, ...")]
+
+
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="The dense model, then pruned ones: anything --model takes.")],
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks by commas: mmlu,hellaswag,...")] = "",
+    shots: Annotated[int | None, typer.Option(min=0, help="Few-shot examples; default: each task's own.")] = None,
+    mmlu_data: Annotated[Path | None, typer.Option(help="MMLU's CSV files in the original layout, offline.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Questions per task, sampled in proportion.")] = None,
+    seed: Annotated[int, typer.Option(help="Which questions and windows are drawn.")] = 0,
+    backend: Annotated[str, typer.Option(help="fast, or hf for lm-eval's own.")] = "fast",
+    text: Annotated[
+        str, typer.Option(help="Text for perplexity and KL, as for --calibration; empty for none.")
+    ] = "heldout",
+    samples: Annotated[int, typer.Option(min=1, help="Windows of that text.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    probes: Annotated[bool, typer.Option(help="Copying, addition, and a needle in long context.")] = True,
+    speed: Annotated[bool, typer.Option("--speed", help="Measure prefill and decode.")] = False,
+    batch: Annotated[
+        str, typer.Option(help="Batch sizes by commas, or `paper`: 2048 in, 2048 out, largest batch.")
+    ] = "1",
+    context: Annotated[str, typer.Option(help="Prompt lengths by commas.")] = "512",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each prompt.")] = 32,
+    stream: Annotated[int, typer.Option(min=0, help="Read this many tokens with attention sinks.")] = 0,
+    cache: Annotated[Path | None, typer.Option(help="Folder of answers, so that a run cut off goes on.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.json and report.html.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    device_map: Annotated[Text, typer.Option(help="Passed to accelerate: auto.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """What a drop cost and what it saved: tasks, perplexity, probes, speed, memory, side by side."""
+    from dropformer import preflight
+    from dropformer.prune.errors import EvaluationError
+
+    for model in models:
+        preflight.check(model, None, text or None, out)
+    if backend not in ("fast", "hf"):
+        raise EvaluationError(f"backend `{backend}` is unknown; expected fast or hf")
+    settings = _settings(batch, context, new_tokens) if speed else ()
+    if quiet:
+        os.environ["TQDM_DISABLE"] = "1"  # lm-eval shows its own bars
+    from dropformer import api, show
+    from dropformer.eval import evaluation as ev
+    from dropformer.eval.tasks import TaskOptions
+    from dropformer.metrics.calibration import Calibration
+
+    watcher = show.Terminal(quiet)
+    placement = api.Placement(dtype, device, device_map)
+    opened = [api.open_model(name, None, placement, watcher.say) for name in models]
+    options = ev.EvaluationOptions(
+        tuple(t for t in tasks.replace(" ", "").split(",") if t),
+        TaskOptions(shots, limit, seed, mmlu_data, backend=backend, cache=cache),  # type: ignore[arg-type]
+        Calibration(text, samples, length, seed) if text else None,
+        probes, tuple(settings), stream=stream,
+    )  # fmt: skip
+    named = [ev.Candidate(preflight.short_name(m), o.model, o.tokenizer) for m, o in zip(models, opened, strict=True)]
+    found = ev.evaluate(named, options, watcher)
+    if out:
+        found.write(out / "report.json")
+        pictures = [(o.path / "similarity.png", f"{c.name}: similarity by depth, the dropped layers marked")
+                    for o, c in zip(opened, named, strict=True) if (o.path / "similarity.png").is_file()]  # fmt: skip
+        (out / "report.html").write_text(ev.html(found, pictures), encoding="utf-8")
+    if as_json:
+        sys.stdout.write(found.to_json())
+        return
+    show.out.print(show.plain_table(*ev.rows(found)))
+    for line in [*found.warnings, *([f"wrote {out}/report.json and {out}/report.html"] if out else [])]:
+        show.out.print(line, markup=False)
+
+
+def _settings(batch: str, context: str, new: int) -> list[Any]:
+    from dropformer.prune.errors import EvaluationError
+
+    if batch != "paper" and not all(p.isdecimal() and int(p) for p in f"{batch},{context}".split(",")):
+        raise EvaluationError(
+            f"--batch {batch} --context {context} cannot be read; expected numbers by commas, or --batch paper"
+        )
+    from dropformer.eval.speed import PAPER, grid
+
+    if batch == "paper":
+        return [PAPER]
+    return grid([int(b) for b in batch.split(",")], [int(c) for c in context.split(",")], new)
+
+
+def estimate(
+    model: Annotated[str, typer.Argument(help="A recipe, folder or Hub id; only its config is read.")],
+    drop: Annotated[str, typer.Option("--drop", "-d", help="attn:40, mlp:8, block:8, attn=20,21, ...")],
+    hardware: Annotated[
+        str, typer.Option(help="cpu (this machine, measured), a6000, a100-80g, h100-sxm, ...")
+    ] = "a6000",
+    context: Annotated[int, typer.Option(min=2, help="Tokens of prompt and answer together.")] = 4096,
+    new_tokens: Annotated[int | None, typer.Option(min=1, help="The last of them, generated; default half.")] = None,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    as_json: Json = False,
+) -> None:
+    """Predict from the config alone what a drop saves: bytes, FLOPs, roofline times, speed-up."""
+    from dropformer.eval.estimate_output import drops_of, estimate_rows
+    from dropformer.prune.plan import parse_spec
+
+    drops = drops_of(parse_spec(drop))
+    from dropformer import show
+    from dropformer.eval import estimate as es
+    from dropformer.eval.hardware import hardware as find
+    from dropformer.recipes import recipes
+
+    workload = es.Workload(context, batch, new_tokens)
+    found = es.estimate(es.named_config(model), drops, find(hardware), workload)
+    published = es.published_speedup(recipes().get(model), drop)
+    if as_json:
+        sys.stdout.write(json.dumps({**found.as_dict(), "published_speedup": published}, indent=1) + "\n")
+        return
+    show.out.print(show.plain_table(["", "dense", "pruned", "change"], estimate_rows(found)))
+    for line in _speedups(found, published, hardware):
+        show.out.print(line, markup=False)
+
+
+def _speedups(found: Any, published: float | None, hardware: str) -> list[str]:
+    workload, lines = found.dense.workload, []
+    for kernels in ("fused", "sdpa", "eager"):
+        s = found.speedup(kernels)
+        lines.append(
+            f"{kernels} attention: prefill {s.prefill:.2f}x, decode {s.decode:.2f}x, generation {s.generation:.2f}x "
+            f"(batch {workload.batch}, {workload.prompt} + {workload.new} tokens, {hardware})"
+        )
+    if published:
+        lines.append(f"published, measured: {published:.2f}x (arXiv 2406.15786)")
+    return lines
+
+
+def sweep(
+    model: Annotated[str, typer.Argument(help="Anything --model takes.")],
+    drop: Annotated[str, typer.Option("--drop", "-d", help="A range of counts: attn:0..12, mlp:0..8..2.")],
+    text: Annotated[str, typer.Option(help="Text for perplexity, as for --calibration.")] = "heldout",
+    samples: Annotated[int, typer.Option(min=1, help="Windows of that text.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
+    out: Annotated[Path | None, typer.Option(help="Folder for sweep.json and sweep.png.")] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quality for every number of drops, the speed-up the work allows, and where the cliff is."""
+    from dropformer import preflight
+    from dropformer.eval.ranges import parse_range
+    from dropformer.prune.plan import parse_spec
+
+    kind, counts = parse_range(drop)
+    parse_spec(f"{kind}:{counts[-1]}")
+    preflight.check(model, f"{kind}:{counts[-1]}", text, out)
+    from dropformer import job, show
+    from dropformer.api import Placement
+    from dropformer.eval import sweep as sw
+
+    request = job.Request(model, f"{kind}:{counts[-1]}", placement=Placement(dtype, device), text=text)
+    found = job.sweep(request, kind, counts, (samples, length), show.Terminal(quiet))
+    folder = out or Path(f"{preflight.short_name(model)}-sweep")
+    found.write(folder / "sweep.json")
+    sw.draw(found, folder / "sweep.png")
+    if as_json:
+        sys.stdout.write(found.to_json())
+        return
+    base = found.points[0].perplexity
+    body = [(str(p.drops), f"{p.perplexity:.2f}", f"{p.perplexity / base:.3f}x", f"{p.kl:.4f}", f"{p.decode_bound:.2f}x")
+            for p in found.points]  # fmt: skip
+    show.out.print(show.plain_table(["drops", "perplexity", "over dense", "KL, nats", "decode bound"], body))
+    beyond = (
+        f"cliff: quality leaves its trend at {found.cliff} drops"
+        if found.cliff is not None
+        else "no cliff in this range"
+    )
+    show.out.print(f"{beyond}; wrote {folder}/sweep.json and {folder}/sweep.png", markup=False)

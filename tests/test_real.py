@@ -1,0 +1,97 @@
+"""The main job on a real pretrained model, SmolLM2-135M: what a drop costs, and that it is a real drop."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import dropformer
+from dropformer import api, job
+from dropformer.eval.perplexity import perplexity
+from dropformer.metrics.calibration import Calibration
+from dropformer.metrics.windows import windows
+from dropformer.prune.plan import Plan
+
+pytestmark = pytest.mark.real
+
+DATA = Path(os.environ.get("DROPFORMER_DATA", Path(__file__).parents[2] / "shared" / "data"))
+WIKITEXT = DATA / "wikitext-2" / "valid.txt"
+# Perplexity over dense that an independent measurement found for attention dropped by similarity, and the slack
+# that other windows of the same text need.
+COST = {2: (1.1, 0.08), 4: (1.3, 0.12), 6: (1.45, 0.2), 8: (1.85, 0.3)}
+
+
+@pytest.fixture(scope="module")
+def dense() -> api.Opened:
+    return api.open_model("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> tuple[str, str]:
+    """Text to calibrate on and text to judge on: two halves of wikitext-2 where it is at hand."""
+    if not WIKITEXT.is_file():
+        return "builtin", "heldout"
+    folder, whole = tmp_path_factory.mktemp("text"), WIKITEXT.read_text(encoding="utf-8")
+    middle = whole.index("\n = ", len(whole) // 2)
+    for name, part in (("first.txt", whole[:middle]), ("second.txt", whole[middle:])):
+        (folder / name).write_text(part, encoding="utf-8")
+    return str(folder / "first.txt"), str(folder / "second.txt")
+
+
+@pytest.fixture(scope="module")
+def scores(dense, text) -> dropformer.api.Scores:
+    return api.analyze(dense, calibration=Calibration(text[0], samples=8, length=256))
+
+
+def test_dropping_by_similarity_costs_what_an_independent_measurement_found(dense, text, scores):
+    judged = windows(Calibration(text[1], samples=6, length=256), dense.tokenizer).ids
+    base = perplexity(dense.model, judged).value
+    found = {}
+    for count in COST:
+        plan = dropformer.plan(scores, f"attn:{count}")
+        found[count] = perplexity(dropformer.drop(dense, plan), judged).value / base
+    for count, (ratio, slack) in COST.items():
+        assert found[count] == pytest.approx(ratio, abs=slack), found
+    assert list(found.values()) == sorted(found.values())
+
+
+def test_cached_generation_equals_uncached_with_the_first_attention_gone(dense):
+    plan = api.plan_unscored(dense.ref, api.outline(dense.model), "attn=0,12,25", (), None)
+    small = dropformer.drop(dense, plan)
+    ids = dense.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    fields = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(small.generate(ids, **fields), small.generate(ids, use_cache=False, **fields))
+
+
+def test_the_checkpoint_is_smaller_by_exactly_the_dropped_tensors(dense, scores, tmp_path):
+    plan = dropformer.plan(scores, "attn:4")
+    exported = dropformer.save(dropformer.drop(dense, plan), tmp_path / "small")
+    prefixes = tuple(
+        f"model.layers.{layer.index}.{part}." for layer in plan.layers for part in ("self_attn", "input_layernorm")
+    )
+    with safe_open(dense.path / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+        gone = sum(file.get_tensor(n).nbytes for n in names if n.startswith(prefixes))
+        kept = sum(file.get_tensor(n).nbytes for n in names) - gone
+    with safe_open(tmp_path / "small" / "model.safetensors", "pt") as file:
+        assert sum(file.get_tensor(n).nbytes for n in file.keys()) == kept  # noqa: SIM118
+    assert exported.copied.bytes_dropped == gone > 0
+    record = json.loads((tmp_path / "small" / "dropformer.json").read_text())
+    assert record["dropped"]["attention"] == sorted(layer.index for layer in plan.layers)
+    assert record["after"]["kv_bytes_per_token"] * 30 == record["before"]["kv_bytes_per_token"] * 26
+
+
+def test_the_report_compares_both_on_text_that_was_not_calibrated_on(dense, scores, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scores.write(tmp_path / "scores.json")
+    monkeypatch.setattr(job, "HELD_OUT", Calibration("heldout", samples=2, length=128))
+    request = job.Request("smollm2-135m", "attn:4", scores=tmp_path / "scores.json", seconds=3)
+    outcome = job.run(request)
+    assert outcome.out == Path("smollm2-135m-attn4")
+    report = outcome.report
+    assert report.pruned.perplexity > report.dense.perplexity > 1
+    assert report.pruned.decode_tokens_per_s > 0
+    assert Plan.read(outcome.out / "plan.json").layers == outcome.plan.layers
