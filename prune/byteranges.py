@@ -1,8 +1,9 @@
 """Copying and comparing ranges of bytes between open files, at the speed of the page cache.
 
-The kernel copies a range by itself (copy_file_range, which may even share the blocks), but it does that
-page by page: a range that begins elsewhere in its page than its copy does costs twice the time.  Such a
-range goes through a buffer that stays in the processor's cache instead.
+The kernel copies a range by itself (copy_file_range), page by page: a range that begins elsewhere in its
+page than its copy does costs twice the time, so it goes through a buffer that stays in the processor's
+cache instead.  A range in phase is copied to the next page first: from there on, file systems that can
+(XFS, Btrfs) share the blocks as `cp` makes them do.
 """
 
 import errno
@@ -55,8 +56,9 @@ def write_at(target: int, data: memoryview, at: int) -> None:
 
 def _in_kernel(source: int, target: int, start: int, at: int, length: int) -> int:
     """Bytes copied; 0 where this pair of files cannot be copied so, or the source has ended."""
+    chunk = -start % PAGE or KERNEL_CHUNK
     try:
-        return os.copy_file_range(source, target, min(length, KERNEL_CHUNK), start, at)
+        return os.copy_file_range(source, target, min(length, chunk), start, at)
     except OSError as error:
         if error.errno in _UNSUPPORTED:
             return 0
