@@ -190,7 +190,7 @@ def _check_default_positions(model: nn.Module, rotations: dict[int, Rotation]) -
     cache, ids = DynamicCache(config=model.config), _probe_ids(model)  # type: ignore[arg-type]
     for tokens in (ids.expand(-1, 5), ids):
         _forward(model, input_ids=tokens, past_key_values=cache)
-    keys = cache.layers[first].keys
+    keys = getattr(cache.layers[first], "keys", None)
     asked = _probe(model, 5)[first]
     if keys is None or asked is None or not _close(keys[..., -1:, :], asked.keys):
         raise _refusal(model, f"positions given to layer {first}", "are not those it counts itself")

@@ -7,34 +7,21 @@ model's own forward, so what is measured is what `generate` does without its boo
 
 from __future__ import annotations
 
-import inspect
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from transformers import StaticCache
+from torch import nn
 
-from dropformer.eval.memory import Peak, kv_bytes, peak_of
+from dropformer.eval.memory import Peak, peak_of
+from dropformer.eval.timing import Run, Setting, Step, decoder, device_name, device_of, fits, time_run
 from dropformer.eval.work import Work, work_of
 from dropformer.prune.errors import EvaluationError
 
-
-@dataclass(frozen=True)
-class Setting:
-    """One point of the grid: batch, tokens of the prompt, tokens decoded after it."""
-
-    prompt: int
-    new: int
-    batch: int | Literal["max"] = 1
-
-    def __str__(self) -> str:
-        return f"batch {self.batch}, {self.prompt} + {self.new} tokens"
-
+__all__ = ["PAPER", "Quartiles", "Setting", "Speed", "SpeedTable", "bounds", "grid", "measure", "quick"]
 
 PAPER = Setting(prompt=2048, new=2048, batch="max")  # as arXiv 2406.15786 measures its speed-ups
 
@@ -111,21 +98,6 @@ class SpeedTable:
         return "\n".join([head, *(_line(row) for row in self.rows)])
 
 
-@dataclass(frozen=True)
-class Took:
-    """Seconds on the clock, and seconds of all of this process's threads (of no meaning on a GPU)."""
-
-    wall: float
-    cpu: float
-
-
-@dataclass(frozen=True)
-class _Run:
-    prefill: Took
-    decode: Took
-    kv_bytes: int
-
-
 def grid(batches: Iterable[int], prompts: Iterable[int], new: int) -> list[Setting]:
     """Every batch with every prompt length."""
     return [Setting(prompt, new, batch) for batch, prompt in product(batches, prompts)]
@@ -148,16 +120,16 @@ def measure(
     """
     if not models or not settings or repeats < 1:
         raise EvaluationError("nothing to measure; expected at least one model, one setting and one repeat")
-    steps = {name: _decoder(model, compile) for name, model in models.items()}
+    steps = {name: decoder(model, compile) for name, model in models.items()}
     works = {name: work_of(model) for name, model in models.items()}
     rows: list[Speed] = []
     for setting in settings:
-        setting = _with_batch(models, steps, setting, compile)
+        setting = _with_batch(models, setting)
         rows += _measure_one(models, steps, works, setting, _Plan(repeats, compile, seconds))
     first = next(iter(models.values()))
     return SpeedTable(
         tuple(rows),
-        _device_name(_device(first)),
+        device_name(device_of(first)),
         torch.get_num_threads(),
         str(next(first.parameters()).dtype).removeprefix("torch."),
         compile,
@@ -172,8 +144,8 @@ def quick(models: Mapping[str, nn.Module], seconds: float = 18.0, repeats: int =
     start = time.perf_counter()
     trial = Setting(prompt=32, new=4)
     for model in models.values():
-        _run(model, model, Setting(prompt=8, new=1), False)
-    runs = [_run(model, model, trial, False) for model in models.values()]
+        time_run(model, model, Setting(prompt=8, new=1), False)
+    runs = [time_run(model, model, trial, False) for model in models.values()]
     left = max(0.0, seconds - (time.perf_counter() - start)) / repeats
     prompt = 0.4 * left / sum(run.prefill.wall for run in runs) * trial.prompt
     new = 0.6 * left / sum(run.decode.wall for run in runs) * trial.new
@@ -201,7 +173,7 @@ class _Plan:
 
 def _measure_one(
     models: Mapping[str, nn.Module],
-    steps: Mapping[str, Callable[..., Any]],
+    steps: Mapping[str, Step],
     works: Mapping[str, Work],
     setting: Setting,
     plan: _Plan,
@@ -210,8 +182,8 @@ def _measure_one(
     # A compiled step is specialised to the cache's length, so its warm-up must be as long as the run.
     warm_up = setting if plan.compile else Setting(min(setting.prompt, 64), 2, setting.batch)
     for name in names:
-        _run(models[name], steps[name], warm_up, plan.compile)
-    runs: dict[str, list[_Run]] = {name: [] for name in names}
+        time_run(models[name], steps[name], warm_up, plan.compile)
+    runs: dict[str, list[Run]] = {name: [] for name in names}
     peaks: dict[str, Peak] = {}
     start = time.perf_counter()
     for repeat in range(plan.repeats):
@@ -225,11 +197,11 @@ def _measure_one(
     return [_speed(name, setting, runs, peaks[name], works) for name in names]
 
 
-def _speed(name: str, setting: Setting, runs: Mapping[str, list[_Run]], peak: Peak, works: Mapping[str, Work]) -> Speed:
+def _speed(name: str, setting: Setting, runs: Mapping[str, list[Run]], peak: Peak, works: Mapping[str, Work]) -> Speed:
     reference, own, batch = next(iter(runs)), runs[name], int(setting.batch)
     pairs = list(zip(runs[reference], own, strict=True))
 
-    def ratio(seconds: Callable[[_Run], float]) -> Quartiles:
+    def ratio(seconds: Callable[[Run], float]) -> Quartiles:
         return Quartiles.of([seconds(before) / seconds(after) for before, after in pairs])
 
     bound_prefill, bound_decode = bounds(works[reference], works[name], setting)
@@ -250,105 +222,25 @@ def _speed(name: str, setting: Setting, runs: Mapping[str, list[_Run]], peak: Pe
     )
 
 
-def _run_peak(
-    model: nn.Module, step: Callable[..., Any], setting: Setting, static: bool, watch: bool
-) -> tuple[_Run, Peak]:
+def _run_peak(model: nn.Module, step: Step, setting: Setting, static: bool, watch: bool) -> tuple[Run, Peak]:
     """A run, with its peak memory if `watch` (reading the resident set's peak costs a little time)."""
     if not watch:
-        return _run(model, step, setting, static), Peak(0, "")
-    return peak_of(lambda: _run(model, step, setting, static), _device(model))
+        return time_run(model, step, setting, static), Peak(0, "")
+    return peak_of(lambda: time_run(model, step, setting, static), device_of(model))
 
 
-@torch.inference_mode()
-def _run(model: nn.Module, step: Callable[..., Any], setting: Setting, static: bool) -> _Run:
-    """One prefill and `setting.new` greedy decode steps, each timed as a whole."""
-    device = _device(model)
-    ids = _prompt(model, setting)
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    cache = _static_cache(model, setting) if static else None
-
-    def prefill() -> Any:
-        return model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
-
-    output, prefill_took = _timed(prefill, device)
-    past, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
-
-    def decode() -> None:
-        nonlocal token
-        for _ in range(setting.new):
-            if static and device.type == "cuda":
-                torch.compiler.cudagraph_mark_step_begin()
-            token = step(input_ids=token, past_key_values=past, use_cache=True).logits[:, -1:].argmax(-1)
-
-    _, decode_took = _timed(decode, device)
-    return _Run(prefill_took, decode_took, kv_bytes(past))
-
-
-def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, Took]:
-    """Its result and its seconds: CUDA events on a GPU, the clock and processor time elsewhere."""
-    if device.type != "cuda":
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = function()
-        return result, Took(time.perf_counter() - wall, time.process_time() - cpu)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    cpu = time.process_time()
-    begin.record()
-    result = function()
-    end.record()
-    torch.cuda.synchronize(device)
-    return result, Took(begin.elapsed_time(end) / 1000, time.process_time() - cpu)
-
-
-def _with_batch(
-    models: Mapping[str, nn.Module], steps: Mapping[str, Callable[..., Any]], setting: Setting, static: bool
-) -> Setting:
+def _with_batch(models: Mapping[str, nn.Module], setting: Setting) -> Setting:
     """Replace batch "max" by the largest power of two at which every model still fits, so that all run alike."""
     if setting.batch != "max":
         return setting
-    if any(_device(model).type != "cuda" for model in models.values()):
+    if any(device_of(model).type != "cuda" for model in models.values()):
         raise EvaluationError("batch `max` fills a GPU's memory, and the model is not on one; give a number")
     batch = 0
-    while all(_fits(models[name], steps[name], setting, max(1, 2 * batch), static) for name in models):
+    while all(fits(model, setting, max(1, 2 * batch)) for model in models.values()):
         batch = max(1, 2 * batch)
     if not batch:
         raise EvaluationError(f"{setting} does not fit in this GPU's memory even at batch 1; use fewer tokens")
     return Setting(setting.prompt, setting.new, batch)
-
-
-def _fits(model: nn.Module, step: Callable[..., Any], setting: Setting, batch: int, static: bool) -> bool:
-    """Whether a prompt as long as the whole context, and one step, run without exhausting the GPU."""
-    try:
-        _run(model, step, Setting(setting.prompt + setting.new - 1, 1, batch), static)
-        return True
-    except torch.cuda.OutOfMemoryError:
-        return False
-    finally:
-        torch.cuda.empty_cache()
-
-
-def _decoder(model: nn.Module, compile: bool) -> Callable[..., Any]:
-    return torch.compile(model, mode="reduce-overhead") if compile else model
-
-
-def _static_cache(model: nn.Module, setting: Setting) -> StaticCache:
-    return StaticCache(config=model.config, max_cache_len=setting.prompt + setting.new)  # type: ignore[arg-type]
-
-
-def _prompt(model: nn.Module, setting: Setting) -> Tensor:
-    """Random token ids, the same for every model of one vocabulary.  [batch, prompt]"""
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr, operator]
-    generator = torch.Generator().manual_seed(0)
-    shape = (int(setting.batch), setting.prompt)
-    return torch.randint(vocabulary, shape, generator=generator).to(_device(model))
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def _clamp(value: float, low: int, high: int) -> int:

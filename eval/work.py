@@ -168,12 +168,12 @@ def branch_parameters(model: nn.Module) -> list[dict[str, int]]:
 
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """The model's blocks: the module list that holds most parameters.  Raises ArchitectureError if none."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         raise ArchitectureError(
             f"{type(model).__name__} has no list of blocks; expected a decoder, an nn.ModuleList of blocks"
         )
-    return list(max(lists, key=lambda blocks: parameter_count(blocks)))
+    return list(max(lists, key=parameter_count).children())
 
 
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "moe", "fc1", "fc2", "expert", "gate", "intermediate", "output")
