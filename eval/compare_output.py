@@ -6,11 +6,11 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from dropformer.eval.checkpoints import TRAINER
 from dropformer.eval.compare_pictures import agreement, heatmaps, over_training
-from dropformer.eval.comparison import CheckpointScores, Comparison, kind_title
+from dropformer.eval.comparison import Comparison, kind_title
 from dropformer.eval.page import Section, page, paragraph, picture, table
 from dropformer.prune.architecture import KIND_NAMES
 from dropformer.prune.errors import OutputError
@@ -118,7 +118,7 @@ def cells(found: Comparison, index: int) -> list[str]:
     for kind in found.kinds:
         row += [decimals(checkpoint.mean[kind], 4), decimals(found.spearman_to_last(kind)[index], 2)]
     if found.overlap:
-        row += [decimals(found.overlap[index][-1], 2), chosen(checkpoint)]
+        row += [decimals(found.overlap[index][-1], 2), escape(listed(checkpoint.chosen or []))]
     return row
 
 
@@ -136,11 +136,9 @@ def models_table(found: Comparison) -> Markup:
         (c.label, c.model.name, c.model.revision, (c.model.fingerprint or "")[:12], listed(c.gone, full=True))
         for c in found.checkpoints
     ]
-    return table(["checkpoint", "model", "revision", "fingerprint", "layers gone"], rows)
-
-
-def chosen(checkpoint: CheckpointScores) -> str:
-    return listed(checkpoint.chosen or [])
+    head = ("checkpoint", "model", "revision", "fingerprint", "layers gone")
+    used = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    return table([head[i] for i in used], [[row[i] for i in used] for row in rows])
 
 
 def listed(layers: list[str], full: bool = False) -> str:

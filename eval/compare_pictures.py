@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
 from dropformer.eval.comparison import Comparison, Matrix, kind_title
 from dropformer.metrics.picture import COLORS
@@ -37,7 +37,12 @@ def heatmaps(found: Comparison, path: Path) -> Path:
         _mark_chosen(axes, found, kind)
         axes.yaxis.set_major_locator(FixedLocator(_thinned(blocks)))
     panels[0].set_ylabel("block")
-    figure.colorbar(image, ax=list(panels), label="importance, 1 - similarity\n(the brighter, the more redundant)")
+    bar = figure.colorbar(
+        image, ax=list(panels), label="importance, 1 - similarity\n(the brighter, the more redundant)"
+    )
+    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    bar.ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    bar.ax.yaxis.set_minor_locator(NullLocator())
     return _saved(figure, path)
 
 
@@ -76,7 +81,7 @@ def agreement(found: Comparison, path: Path) -> Path:
     side = float(np.clip(0.36 * len(found.checkpoints) + 1.2, 2.8, 5.0))
     columns = min(2, len(parts))
     rows = -(-len(parts) // columns)
-    figure = Figure(figsize=(side * columns * 1.25, side * rows), layout="constrained")
+    figure = Figure(figsize=(side * columns * 1.1, side * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (title, matrix, low) in zip(panels, parts, strict=False):
         values = np.array([_numbers(row) for row in matrix])
@@ -87,8 +92,10 @@ def agreement(found: Comparison, path: Path) -> Path:
         axes.set_xlabel("")
         axes.yaxis.set_major_locator(FixedLocator(_thinned(len(values))))
         axes.set_yticklabels([_names(found)[i] for i in _thinned(len(values))], fontsize=7)
-        _write_values(axes, values)
-        figure.colorbar(image, ax=axes, fraction=0.046)
+        if len(values) <= NUMBERS:
+            _write_values(axes, values)
+        else:
+            figure.colorbar(image, ax=axes, fraction=0.046)
     for axes in panels[len(parts) :]:
         axes.remove()
     return _saved(figure, path)
@@ -112,8 +119,6 @@ def _mark_chosen(axes: Any, found: Comparison, kind: str) -> None:
 
 
 def _write_values(axes: Any, values: np.ndarray) -> None:
-    if len(values) > NUMBERS:
-        return
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
             color = "white" if abs(value) > 0.7 else "black"

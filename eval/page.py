@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from dropformer import __version__
 
+DPI, CSS_DPI = 150, 96
 ENVIRONMENT = Environment(autoescape=True, trim_blocks=True)
 TABLE = """<div class="wide"><table>
 <thead><tr>{% for name in head %}<th{{ number[loop.index0] }}>{{ name }}</th>{% endfor %}</tr></thead>
@@ -28,7 +29,8 @@ TABLE = """<div class="wide"><table>
 <tr>{% for cell in row %}<td{{ number[loop.index0] }}>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody></table></div>"""
-FIGURE = """<figure><img src="data:{{ kind }};base64,{{ data }}" alt="{{ alt }}">
+FIGURE = """<figure>
+<img src="data:{{ kind }};base64,{{ data }}" alt="{{ alt }}"{% if width %} width="{{ width }}"{% endif %}>
 {% if caption %}<figcaption>{{ caption }}</figcaption>{% endif %}
 </figure>"""
 
@@ -64,12 +66,18 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markup:
 
 
 def picture(image: Path | bytes, alt: str, caption: str = "") -> Markup:
-    """A PNG or SVG picture, put into the page; `alt` says what it shows to those who cannot see it."""
+    """A PNG (drawn at 150 dots an inch) or SVG picture, put into the page, no wider than it.
+
+    `alt` says what it shows to those who cannot see it.
+    """
     data = image if isinstance(image, bytes) else image.read_bytes()
-    kind = "image/png" if data.startswith(b"\x89PNG") else "image/svg+xml"
-    return Markup(
-        _part(FIGURE).render(kind=kind, data=base64.b64encode(data).decode("ascii"), alt=alt, caption=caption)
-    )
+    png = data.startswith(b"\x89PNG")
+    fields = {
+        "kind": "image/png" if png else "image/svg+xml",
+        "data": base64.b64encode(data).decode("ascii"),
+        "width": int.from_bytes(data[16:20], "big") * CSS_DPI // DPI if png else None,  # the header's first field
+    }
+    return Markup(_part(FIGURE).render(alt=alt, caption=caption, **fields))
 
 
 def _is_number(cell: Any) -> bool:
