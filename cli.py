@@ -170,9 +170,13 @@ def plan(
     """Make another plan from the same scores, without the model."""
     from dropformer import show
     from dropformer.metrics.planning import plan_from
+    from dropformer.metrics.scores import Scores
     from dropformer.prune.plan import parse_keep
+    from dropformer.recipes import recipes as known
 
-    made = plan_from(scores, drop, parse_keep(keep))
+    read = Scores.read(scores)
+    recipe = known().get(read.model.name)
+    made = plan_from(read, drop, parse_keep(keep), recipe.published if recipe else None)  # type: ignore[arg-type]
     if out:
         made.write(out)
     _print(made.to_json() if as_json else None, show.plan_table(made), show.savings_line(made))

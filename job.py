@@ -142,6 +142,8 @@ def run(request: Request, watcher: Watcher | None = None) -> Outcome:
         opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
     plan, scores = make_plan(opened, request, watcher)
     watcher.say(f"dropping {', '.join(map(str, plan.layers))}")
+    if any(layer.kind == "attn" and layer.index == 0 for layer in plan.layers):
+        watcher.say("warning: the attention of block 0 goes; vLLM and llama.cpp cannot load a model without it")
     pruned = api.drop(opened, plan)
     surgery = api.cut_of(pruned).surgery
     if surgery.note:

@@ -178,8 +178,10 @@ def sweep(
         sys.stdout.write(found.to_json())
         return
     base = found.points[0].perplexity
-    body = [(str(p.drops), f"{p.perplexity:.2f}", f"{p.perplexity / base:.3f}x", f"{p.kl:.4f}", f"{p.decode_bound:.2f}x")
-            for p in found.points]  # fmt: skip
+    body = [
+        (str(p.drops), f"{p.perplexity:.2f}", f"{p.perplexity / base:.3f}x", f"{p.kl:.4f}", f"{p.decode_bound:.2f}x")
+        for p in found.points
+    ]
     show.out.print(show.plain_table(["drops", "perplexity", "over dense", "KL, nats", "decode bound"], body))
     beyond = (
         f"cliff: quality leaves its trend at {found.cliff} drops"

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from dropformer.eval.cliff import cliff
 from dropformer.eval.perplexity import side_by_side
 from dropformer.eval.work import work_of
+from dropformer.prune.architecture import KIND_NAMES
 from dropformer.prune.artifact import Artifact, ModelRef, Part
 
 
@@ -66,7 +67,7 @@ def draw(sweep: Sweep, path: Path) -> Path:
     drops = [p.drops for p in sweep.points]
     base = sweep.points[0].perplexity
     left.plot(drops, [p.perplexity / base for p in sweep.points], "o-", color="#b2182b", label="perplexity over dense")
-    left.set_xlabel(f"dropped {sweep.of} layers")
+    left.set_xlabel(f"dropped {KIND_NAMES.get(sweep.of, sweep.of)} layers")
     left.set_ylabel("perplexity over dense", color="#b2182b")
     right = left.twinx()
     right.plot(drops, [p.decode_bound for p in sweep.points], "s--", color="#2166ac")
