@@ -35,7 +35,7 @@ _SIZES: list[tuple[int, str]] = [
     (128, "max_position_embeddings n_positions n_ctx max_seq_len max_target_positions"),
     (64, "original_max_position_embeddings max_source_positions context_length"),
     (8, "sliding_window sliding_window_size window_size attention_window_size attention_chunk_size local_attention"),
-    (8, "local_attention_window_len keep_window_size block_size mamba_d_state state_size ssm_state_size"),
+    (8, "local_attention_window_len block_size mamba_d_state state_size ssm_state_size"),
     (4, "mamba_chunk_size chunk_size index_topk index_topk_blocks"),
     (LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_encoder_layers"),
     (LAYERS, "num_decoder_layers conf_num_hidden_layers depth"),
@@ -55,6 +55,8 @@ _INDEXER = {
     "indexer_compress_ratio": 4,
 }
 SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "blenderbot": {"encoder_layers": LAYERS},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "rope_parameters": {

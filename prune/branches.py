@@ -113,6 +113,8 @@ class BranchReader:
         """Where the stream is read around a branch whose `modules` go.  Raises ValueError where it is not seen."""
         flow = self.flow
         gone = [f"{self.path}.{name}" for name in modules]
+        if not parallel and flow.mixed(flow.read_by(mine[0]), mine[-1].added_to):
+            raise ValueError("it is several branches with a norm of the stream between them")
         before = self._tap(flow.read_by(mine[0]), gone)
         if before is None:
             raise ValueError("no module sees the residual stream before it")

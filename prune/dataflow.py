@@ -24,7 +24,7 @@ ADDS = _aten("add add_")
 SCALES = _aten("mul mul_ div div_")
 # What leaves every number as it is; a few of these change where it stands.
 KEEPS_PLACE = _aten("dropout native_dropout view _unsafe_view reshape _to_copy clone contiguous alias detach")
-CARRIES = KEEPS_PLACE | _aten("transpose permute unsqueeze squeeze expand")
+CARRIES = KEEPS_PLACE | _aten("transpose permute unsqueeze squeeze expand select slice narrow roll constant_pad_nd")
 
 
 PRODUCTS = _aten("mm addmm bmm baddbmm matmul linear einsum convolution")
@@ -193,6 +193,9 @@ class Flow:
         """Is any of the other summands merged between where these start and where the last of them is added?"""
         start, end = self.stream[self.read_by(terms[0])], self.stream[terms[-1].result]
         return any(start < self.stream[t.result] <= end for t in others)
+
+    def mixed(self, start: int, end: int) -> bool:
+        return any(step.kind == "mix" for step in self.steps[self.stream[start] : self.stream[end]])
 
     def sights(self, value: int) -> list[int]:
         """`value`, then values that hold the same numbers in the same order, nearest first."""

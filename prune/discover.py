@@ -63,9 +63,8 @@ def _discover(
         trace = _trace(model, given)
         paths = paths or _find_stacks(model, trace)
         replay = Replay(model, [path for p in paths for path in _block_paths(model, p)], given)
-        names = _stack_names(paths)
-        reader = _StackReader(model, trace, replay, named)
-        stacks = [reader.read(path, name) for path, name in zip(paths, names, strict=True)]
+        reader = _StackReader(model, trace, replay, named, given)
+        stacks = [reader.read(path, name, paths) for path, name in zip(paths, _stack_names(paths), strict=True)]
     blocks = [block for stack in stacks for block in stack.blocks]
     if not any(block.branches for block in blocks):
         kind, reason = next(iter(blocks[0].kept.items()))
@@ -74,6 +73,7 @@ def _discover(
 
 
 def _trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
+    before = dict(model.named_modules())
     try:
         with tracing(model) as trace:
             model(**inputs)
@@ -81,6 +81,12 @@ def _trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
         raise ArchitectureError(
             f"{type(model).__name__} does not run on a tiny batch: {type(error).__name__}: {error}"
         ) from error
+    for path, module in model.named_modules():
+        if before.get(path) is not module:
+            raise ArchitectureError(
+                f"{type(model).__name__} replaces {path} during its forward pass, depending on the input's length; "
+                "settle its attention type in the config first (attention_type original_full for BigBird)"
+            )
     return trace
 
 
@@ -121,42 +127,69 @@ def _stack_names(paths: list[str]) -> list[str]:
 
 
 def _part(path: str, paths: list[str]) -> str:
+    """The word that tells a stack from the others, or the stretch of its path in which they differ."""
     for word in ("encoder", "decoder", "vision", "audio"):
-        mine = [p for p in paths if word in p]
-        if mine == [path]:
+        if [p for p in paths if word in p] == [path]:
             return word
-    return path.replace(".", "_")
+    split = [p.split(".") for p in paths]
+    start = next(i for i in range(len(path)) if len({tuple(p[: i + 1]) for p in split}) > 1)
+    end = next(i for i in range(len(path)) if len({tuple(p[len(p) - i - 1 :]) for p in split}) > 1)
+    parts = path.split(".")
+    start -= parts[start].isdecimal() and start > 0
+    return "_".join(parts[start : len(parts) - end]) or "_".join(parts)
 
 
 class _StackReader:
     """Reads stacks block by block; blocks that are alike are tried once."""
 
-    def __init__(self, model: nn.Module, trace: Trace, replay: Replay, named: Mapping[str, str]) -> None:
-        self.model, self.trace, self.replay, self.named = model, trace, replay, named
+    def __init__(
+        self, model: nn.Module, trace: Trace, replay: Replay, named: Mapping[str, str], inputs: Mapping[str, Any]
+    ) -> None:
+        self.model, self.trace, self.replay, self.named, self.inputs = model, trace, replay, named, inputs
         self.tried: dict[str, str] = {}  # what was tried -> what went wrong
+        self.memory: set[int] = set()  # what the stacks before this one made, where its own stream did not
 
-    def read(self, path: str, name: str) -> Stack:
+    def read(self, path: str, name: str, stacks: list[str]) -> Stack:
         paths = _block_paths(self.model, path)
+        self.memory = self._made_by([other for other in stacks if other != path], paths)
         return Stack(name, path, tuple(self._block(index, block) for index, block in enumerate(paths)))
 
+    def _made_by(self, stacks: list[str], blocks: list[str]) -> set[int]:
+        """Values that come from other stacks: what a decoder's cross-attention reads of its encoder."""
+        calls = [call for path in blocks for call in self.trace.calls_of(path)]
+        if not calls:
+            return set()
+        start = min(call.first for call in calls)
+        made = {v for call in self.trace.calls for v in call.outputs.values() if _parent(call.path) in stacks}
+        for op in self.trace.ops[:start]:
+            if not made.isdisjoint(op.inputs):
+                made.update(op.outputs)
+        ends = stream_ends(self.trace, calls[0])
+        return set() if ends and ends[1] in made else made
+
     def _block(self, index: int, path: str) -> Block:
-        calls = self.trace.calls_of(path)
-        empty = Block(index, path, Tap(path, "input", 0), Tap(path, "output"), ())
-        if len(calls) != 1:
-            said = (
-                f"it runs {len(calls)} times a pass: its weights are shared" if calls else "the batch does not run it"
-            )
-            return replace(empty, kept={"block": said})
         try:
-            flow = Flow(self.trace, calls[0])
+            return self._assemble(index, self._flow(self.trace.calls_of(path)))
         except ValueError as error:
-            return replace(empty, kept={"block": str(error)})
-        if not flow.terms:
-            return replace(empty, kept={"block": "nothing is added to its residual stream inside it"})
+            return Block(index, path, Tap(path, "input", 0), Tap(path, "output"), (), kept={"block": str(error)})
+
+    def _flow(self, calls: list[Call]) -> Flow:
+        """The block's dataflow.  Raises ValueError where it has no residual stream to which branches are added."""
+        if not calls:
+            raise ValueError("the batch does not run it")
+        if len(calls) > 1:
+            raise ValueError(
+                f"it runs {len(calls)} times a pass with the same weights, so it cannot go from one of them alone; "
+                "how often it runs is for the config to say"
+            )
+        flow = Flow(self.trace, calls[0])
+        if self.trace.tensors[flow.x].ndim > 3 and "input_ids" in self.inputs:
+            raise ValueError("its residual stream is several streams side by side (hyper-connections, AltUp)")
         if flow.multiplied:
-            said = "its residual stream is itself multiplied by a matrix (hyper-connections, or no shortcut)"
-            return replace(empty, kept={"block": said})
-        return self._assemble(index, flow)
+            raise ValueError("its residual stream is itself multiplied by a matrix, so it is no sum of branches")
+        if not flow.terms:
+            raise ValueError("nothing is added to its input inside it: its branches are joined elsewhere")
+        return flow
 
     def _assemble(self, index: int, flow: Flow) -> Block:
         path = flow.call.path
@@ -200,7 +233,14 @@ class _StackReader:
                 return kind  # type: ignore[return-value]
         if self.named:
             return "mlp" if "mlp" not in self.named else "attn"
+        read = {v for i in term.ops for v in flow.ops[i].inputs}
+        if not read.isdisjoint(self.memory):
+            return "cross"
         return kind_by_name(names) or ("attn" if self.replay.mixes_tokens(flow, term) else "mlp")
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
 def _whole_form(flow: Flow) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Cache
 
 from dropformer.prune.architecture import Tap
@@ -20,15 +21,32 @@ from dropformer.prune.trace import outputs_of
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the `with`: evaluation mode, no gradients."""
+    """Inside the `with`: evaluation mode, no gradients, and torch's encoder layers show their operations.
+
+    On the meta device a yes-or-no question about a tensor's numbers is answered with yes.
+    """
     training = {module: module.training for module in model.modules()}
+    fused = torch.backends.mha.get_fastpath_enabled()
     model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _OnMeta() if _on_meta(model) else nullcontext():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module, mode in training.items():
             module.training = mode
+
+
+class _OnMeta(TorchDispatchMode):
+    """Lets a model without weights run where it asks whether a mask is all ones, or multiplies experts in any dtype."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func._schema.name == "aten::_grouped_mm" and args[0].is_meta:  # torch's own wants bfloat16 there
+            return args[0].new_empty(*args[0].shape[:-1], args[1].shape[-1])
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
+            return True
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
