@@ -55,6 +55,7 @@ class Capture:
     def __init__(self, architecture: Architecture) -> None:
         self.layers = architecture.layers()
         self.scored: Tensor | None = None
+        self.listening = True  # False: forward passes are not looked at
         self._column = {layer: i for i, layer in enumerate(self.layers)}
         self._similarity: dict[int, Tensor] = {}  # column -> per token, until `take`
         self._held: dict[Tap, Stream] = {}
@@ -76,22 +77,27 @@ class Capture:
 
     def hold(self, tap: Tap, stream: Tensor, inplace: bool = False) -> None:
         """Keep the stream at a tap until its block has ended; a copy if the block writes into it."""
-        self._held[tap] = self._stream(stream.clone() if inplace else stream, inplace)
+        if self.listening:
+            self._held[tap] = self._stream(stream.clone() if inplace else stream, inplace)
 
     def score(self, layer: Layer, before: Tap, stream: Tensor, inplace: bool = False) -> None:
         """Add the similarity of a layer: the stream held at `before` against `stream` after it."""
-        self._add(layer, self._held[before].to(stream.device), self._stream(stream, inplace))
+        if self.listening:
+            self._add(layer, self._held[before].to(stream.device), self._stream(stream, inplace))
 
     def score_delta(self, layer: Layer, before: Tap, delta: list[Tensor]) -> None:
         """The same for a parallel branch: after = before + its output."""
+        if not self.listening:
+            return
         x = self._held[before]
         after = x.values + sum(d.reshape(x.values.shape).to(x.values.device) for d in delta)
         self._add(layer, x, Stream(after, norm(after)))
 
     def release(self, taps: list[Tap]) -> None:
         """Let go of what is held at these taps."""
-        for tap in taps:
-            self._held.pop(tap, None)
+        if self.listening:
+            for tap in taps:
+                self._held.pop(tap, None)
 
     def _stream(self, tensor: Tensor, inplace: bool) -> Stream:
         """The tensor in float32 with its norm; taken once for a tensor that one module hands to the next."""

@@ -106,7 +106,7 @@ def _run(
                 break
             mine = batches[distributed.rank()] if distributed.rank() < len(batches) else []
             rows = run(*data.batch(mine)) if mine else None
-            new = _exchanged(mine, rows, size, len(architecture.layers()))
+            new = exchanged(mine, rows, size, len(architecture.layers()))
             done |= new
             settled = watch.see(done, new)
     rows = _in_order(done)
@@ -120,7 +120,7 @@ def _rounds(windows: Sequence[int], size: int) -> Iterator[list[list[int]]]:
         yield batches[start : start + distributed.world()]
 
 
-def _exchanged(windows: Sequence[int], rows: Rows | None, size: int, layers: int) -> dict[int, Rows]:
+def exchanged(windows: Sequence[int], rows: Rows | None, size: int, layers: int) -> dict[int, Rows]:
     """Every process's rows of this round, by window, in every process."""
     table = torch.full((size, 1 + 2 * layers), -1, dtype=torch.float64)
     if rows is not None:

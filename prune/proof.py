@@ -11,7 +11,7 @@ from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.inputs import sample_inputs
 from dropformer.prune.replay import Replay, evaluating, on_tap, reading, skipped
 
-__all__ = ["on_tap", "prove"]
+__all__ = ["on_tap", "prove", "prove_block"]
 
 
 def prove(model: nn.Module, architecture: Architecture, inputs: Mapping[str, Tensor] | None = None) -> None:
@@ -27,9 +27,14 @@ def prove(model: nn.Module, architecture: Architecture, inputs: Mapping[str, Ten
         blocks = [block for stack in architecture.stacks for block in stack.blocks if block.branches]
         replay = Replay(model, [b.path for b in blocks], sample_inputs(model) if inputs is None else inputs)
         for block in blocks:
-            _prove_sum(replay, block)
-            for branch in block.branches:
-                _prove_branch(replay, block, branch)
+            prove_block(replay, block)
+
+
+def prove_block(replay: Replay, block: Block) -> None:
+    """The same for one block, whose inputs `replay` has seen.  Raises ArchitectureError."""
+    _prove_sum(replay, block)
+    for branch in block.branches:
+        _prove_branch(replay, block, branch)
 
 
 def _prove_branch(replay: Replay, block: Block, branch: Branch) -> None:
