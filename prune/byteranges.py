@@ -47,6 +47,24 @@ def same_range(source: int, target: int, start: int, at: int, length: int) -> bo
     return True
 
 
+def holds(file: int, at: int, data: memoryview) -> bool:
+    """Whether a descriptor holds `data` at offset `at`."""
+    for done in range(0, len(data), BUFFER):
+        part = bytes(data[done : done + BUFFER])
+        if os.pread(file, len(part), at + done) != part:
+            return False
+    return True
+
+
+def read_at(file: int, length: int, at: int) -> bytes:
+    """`length` bytes from offset `at`, fewer where the file ends: one system call gives at most 2 GiB."""
+    parts = []
+    while length and (part := os.pread(file, length, at)):
+        parts.append(part)
+        length, at = length - len(part), at + len(part)
+    return b"".join(parts)
+
+
 def write_at(target: int, data: memoryview, at: int) -> None:
     """Write all of `data` at offset `at`."""
     while data:

@@ -10,12 +10,12 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dropformer.prune.byteranges import copy_range, same_range, write_at
+from dropformer.prune.byteranges import copy_range, holds, same_range, write_at
 from dropformer.prune.errors import CheckpointError, OutputError, VerificationError
 from dropformer.prune.folder import cannot_write
 from dropformer.prune.layout import (
@@ -141,8 +141,9 @@ def _all_or_none(folder: Path) -> Iterator[_Written]:
     except BaseException as error:
         for path in written.paths:
             path.unlink(missing_ok=True)
-        if made and folder.is_dir():
-            folder.rmdir()
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
         if isinstance(error, OSError):
             raise cannot_write(folder, error) from None
         raise
@@ -192,8 +193,8 @@ def _verify(source: int, target: int, shard: NewShard, thorough: bool) -> None:
     """Read the new file back as a stranger would; VerificationError if it is not what was meant."""
     try:
         spans = read_header(target, "", "the copy").tensors
-    except CheckpointError as error:
-        raise VerificationError(f"{error}; nothing is kept") from None
+    except CheckpointError:
+        raise VerificationError("the copy's header cannot be read back; nothing is kept") from None
     meant = [(piece.name, piece.dtype, piece.shape) for piece in shard.pieces]
     if set(meant) != {(name, span.dtype, span.shape) for name, span in spans.items()}:
         raise VerificationError("the copy's header is not the one that was written; nothing is kept")
@@ -215,7 +216,7 @@ def _same(source: int, target: int, piece: Piece, start: int, at: int, length: i
     if piece.span is not None:
         return same_range(source, target, piece.span.start + at, start + at, length)
     assert piece.data is not None
-    return os.pread(target, length, start + at) == piece.data[at : at + length]
+    return holds(target, start + at, piece.data[at : at + length])
 
 
 def _write_index(written: _Written, source: Checkpoint, shards: Mapping[str, NewShard]) -> None:

@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dropformer.prune.byteranges import read_at
 from dropformer.prune.errors import CheckpointError
 from dropformer.prune.safetensors_header import TensorSpan, read_header
 from dropformer.prune.strict_json import MAX_BYTES, parse_object, shown
@@ -44,17 +45,23 @@ class Shard:
 
     @contextmanager
     def opened(self) -> Iterator[int]:
-        """A descriptor of the very file whose header was validated; CheckpointError if it has changed."""
+        """A descriptor of the very file whose header was validated; CheckpointError if it is another by now
+        or was written to before the block ended.
+        """
         try:
             file = os.open(self.path, _READ_FLAGS)
         except OSError as error:
             raise CheckpointError(f"{_line(self.path)}: gone while in use ({error.strerror})") from None
         try:
-            if _identity(os.fstat(file)) != self.identity:
-                raise CheckpointError(f"{_line(self.path)}: changed while in use; start again")
+            self._check_unchanged(file)
             yield file
+            self._check_unchanged(file)
         finally:
             os.close(file)
+
+    def _check_unchanged(self, file: int) -> None:
+        if _identity(os.fstat(file)) != self.identity:
+            raise CheckpointError(f"{_line(self.path)}: changed while in use; start again")
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,7 @@ class Checkpoint:
         """The bytes of one tensor, little-endian and row-major as in the file."""
         span = self.tensors[name]
         with self.shards[span.shard].opened() as file:
-            return os.pread(file, span.nbytes, span.start)
+            return read_at(file, span.nbytes, span.start)
 
     @cached_property
     def fingerprint(self) -> str:

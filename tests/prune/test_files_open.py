@@ -213,6 +213,15 @@ def test_a_file_that_changes_while_in_use_is_noticed(tmp_path: Path) -> None:
 
 
 TRUE = {f"layers.{i}.weight": SHARDS[i // 2] for i in range(4)}
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    os.utime(single(tmp_path) / "model.safetensors", (0, 0))  # clocks of file systems are coarse
+    shard = open_checkpoint(tmp_path).shards["model.safetensors"]
+    with pytest.raises(CheckpointError, match="changed while in use"), shard.opened():
+        shard.path.write_bytes(shard.path.read_bytes())
+
+
 FILE = st.sampled_from([*SHARDS, "../secret.safetensors", "..", INDEX, "config.json"]) | st.text(max_size=8) | st.none()
 NAME = st.sampled_from([*TRUE, "layers.4.weight"]) | st.text(max_size=3)
 
