@@ -114,7 +114,9 @@ def title(found: Comparison) -> str:
 def cells(found: Comparison, index: int) -> list[str]:
     """One checkpoint as a row: label, step, mean and rank correlation with the last of each kind, drop set."""
     checkpoint = found.checkpoints[index]
-    row = [checkpoint.label, "" if checkpoint.step is None else f"{checkpoint.step}"]
+    row = [checkpoint.label]
+    if _some_step(found):
+        row.append("" if checkpoint.step is None else str(checkpoint.step))
     for kind in found.kinds:
         row += [decimals(checkpoint.mean[kind], 4), decimals(found.spearman_to_last(kind)[index], 2)]
     if found.overlap:
@@ -124,7 +126,16 @@ def cells(found: Comparison, index: int) -> list[str]:
 
 def columns(found: Comparison) -> list[str]:
     names = [name for kind in found.kinds for name in (kind_title(kind), "rank corr.")]
-    return ["checkpoint", "step", *names, *(["overlap", found.spec or ""] if found.overlap else [])]
+    return [
+        "checkpoint",
+        *(["step"] if _some_step(found) else []),
+        *names,
+        *(["overlap", found.spec or ""] if found.overlap else []),
+    ]
+
+
+def _some_step(found: Comparison) -> bool:
+    return any(checkpoint.step is not None for checkpoint in found.checkpoints)
 
 
 def checkpoint_table(found: Comparison) -> Markup:
@@ -133,12 +144,22 @@ def checkpoint_table(found: Comparison) -> Markup:
 
 def models_table(found: Comparison) -> Markup:
     rows = [
-        (c.label, c.model.name, c.model.revision, (c.model.fingerprint or "")[:12], listed(c.gone, full=True))
+        (
+            c.label,
+            c.model.name,
+            c.model.revision,
+            code(c.model.fingerprint),
+            listed(c.gone, full=True),
+        )
         for c in found.checkpoints
     ]
     head = ("checkpoint", "model", "revision", "fingerprint", "layers gone")
     used = [i for i in range(len(head)) if any(row[i] for row in rows)]
     return table([head[i] for i in used], [[row[i] for i in used] for row in rows])
+
+
+def code(fingerprint: str | None) -> Markup:
+    return Markup("<code>{}</code>").format((fingerprint or "")[:12])
 
 
 def listed(layers: list[str], full: bool = False) -> str:

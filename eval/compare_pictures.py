@@ -15,6 +15,7 @@ from dropformer.metrics.picture import COLORS
 
 SMALLEST = 1e-5  # an importance below this is rounding
 LABELS = 16  # at most so many along an axis
+PAGE = 9.4  # inches that fit a page beside the colour bar
 NUMBERS = 12  # at most so many checkpoints have the values written into the cells
 WIDE_RANGE = 30  # ratio of steps from which on their axis is logarithmic
 
@@ -23,7 +24,7 @@ def heatmaps(found: Comparison, path: Path) -> Path:
     """Importance of each layer in each checkpoint, a panel a kind; what the drop spec chooses has a dot."""
     kinds, count = found.kinds, len(found.checkpoints)
     blocks = max(len(found.checkpoints[0].similarity[kind]) for kind in kinds)
-    wide, high = np.clip(0.3 * count + 1.0, 2.3, 7.0), np.clip(0.17 * blocks + 1.3, 3.0, 10.0)
+    wide, high = np.clip(0.3 * count + 1.0, 2.3, PAGE / len(kinds)), np.clip(0.17 * blocks + 1.3, 3.0, 10.0)
     figure = Figure(figsize=(wide * len(kinds) + 0.8, high), layout="constrained")
     panels = figure.subplots(1, len(kinds), squeeze=False)[0]
     values = {kind: _importance(found, kind) for kind in kinds}
@@ -115,7 +116,8 @@ def _mark_chosen(axes: Any, found: Comparison, kind: str) -> None:
         if name.rpartition(":")[0] == kind
     ]
     if marks:
-        axes.scatter(*zip(*marks, strict=True), s=14, color="white", edgecolors="black", linewidths=0.6)
+        size = np.clip(200 / len(found.checkpoints), 5, 14)
+        axes.scatter(*zip(*marks, strict=True), s=size, color="white", edgecolors="black", linewidths=0.6)
 
 
 def _write_values(axes: Any, values: np.ndarray) -> None:
@@ -140,6 +142,7 @@ def _step_axis(axes: Any, found: Comparison) -> None:
     positive = sorted(step for step in found.steps if step)
     if positive and positive[-1] >= WIDE_RANGE * positive[0]:
         axes.set_xscale("symlog", linthresh=positive[0], linscale=0.5)
+        axes.set_xlim(-0.2 * positive[0] if 0 in found.steps else 0.8 * positive[0], 1.3 * positive[-1])
         shown = [sorted(set(found.steps))[i] for i in _thinned(len(set(found.steps)), 10)]
         axes.xaxis.set_major_locator(FixedLocator(shown))
         axes.xaxis.set_minor_locator(NullLocator())
@@ -151,7 +154,10 @@ def _names(found: Comparison) -> list[str]:
 
 
 def _short(step: int) -> str:
-    return f"{step // 1000}k" if step >= 10_000 and step % 1000 == 0 else str(step)
+    for unit, name in ((1_000_000, "M"), (1_000, "k")):
+        if step >= unit and step % (unit // 10) == 0:
+            return f"{step / unit:g}{name}"
+    return str(step)
 
 
 def _thinned(count: int, most: int = LABELS) -> list[int]:
