@@ -21,7 +21,18 @@ from dropformer.eval.timing import Run, Setting, Step, decoder, device_name, dev
 from dropformer.eval.work import Work, work_of
 from dropformer.prune.errors import EvaluationError
 
-__all__ = ["PAPER", "Quartiles", "Setting", "Speed", "SpeedTable", "bounds", "grid", "measure", "quick"]
+__all__ = [
+    "PAPER",
+    "Quartiles",
+    "Setting",
+    "Speed",
+    "SpeedTable",
+    "bounds",
+    "grid",
+    "largest_batch",
+    "measure",
+    "quick",
+]
 
 PAPER = Setting(prompt=2048, new=2048, batch="max")  # as arXiv 2406.15786 measures its speed-ups
 
@@ -235,12 +246,18 @@ def _with_batch(models: Mapping[str, nn.Module], setting: Setting) -> Setting:
         return setting
     if any(device_of(model).type != "cuda" for model in models.values()):
         raise EvaluationError("batch `max` fills a GPU's memory, and the model is not on one; give a number")
-    batch = 0
-    while all(fits(model, setting, max(1, 2 * batch)) for model in models.values()):
-        batch = max(1, 2 * batch)
+    batch = largest_batch(lambda batch: all(fits(model, setting, batch) for model in models.values()))
     if not batch:
         raise EvaluationError(f"{setting} does not fit in this GPU's memory even at batch 1; use fewer tokens")
     return Setting(setting.prompt, setting.new, batch)
+
+
+def largest_batch(fits: Callable[[int], bool]) -> int:
+    """The largest power of two that fits, by doubling; 0 if 1 does not."""
+    batch = 0
+    while fits(max(1, 2 * batch)):
+        batch = max(1, 2 * batch)
+    return batch
 
 
 def _clamp(value: float, low: int, high: int) -> int:

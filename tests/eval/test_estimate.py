@@ -12,6 +12,7 @@ from dropformer.eval.estimate import (
     named_config,
     published_speedup,
 )
+from dropformer.eval.estimate_table import estimate_lines
 from dropformer.eval.hardware import HARDWARE, hardware, measure_cpu
 from dropformer.eval.memory import kv_bytes, parameter_bytes
 from dropformer.prune.errors import EvaluationError, ModelError, PlanError
@@ -117,6 +118,19 @@ def test_a_report_holds_plain_numbers():
     assert report["speedup"]["eager"]["decode"] > 1
     assert report["dense"]["parameters"] > report["pruned"]["parameters"]
     assert set(report["seconds"]["dense"]) == set(KERNELS)
+
+
+def test_the_published_speedup_stands_below_the_predictions():
+    lines = estimate_lines(estimate(work("mistral-7b"), {"attn": 8}, GPU, Workload(4096, 8)), published=1.23)
+    assert lines[-1].strip() == "published, measured: 1.23x"
+    assert any("7.242 G" in line and "6.906 G" in line for line in lines)
+    assert any("eager" in line and "1.23x" in line for line in lines)
+    assert not any(line.startswith("active") for line in lines)
+
+
+def test_active_parameters_are_shown_for_a_mixture_only():
+    config = dict(SMALL, model_type="mixtral", num_local_experts=8, num_experts_per_tok=2)
+    assert any(line.startswith("active") for line in estimate_lines(estimate(config, {"mlp": 2}, GPU)))
 
 
 def test_what_cannot_be_estimated_is_refused_in_one_line():

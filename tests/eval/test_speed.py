@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dropformer.eval.speed import PAPER, Quartiles, Setting, bounds, grid, measure, quick
+from dropformer.eval.speed import PAPER, Quartiles, Setting, bounds, grid, largest_batch, measure, quick
 from dropformer.eval.work import work_of
 from dropformer.prune.errors import EvaluationError
 
@@ -44,6 +44,12 @@ def test_the_papers_setting_has_its_name():
 def test_a_batch_of_max_is_refused_without_a_gpu():
     with pytest.raises(EvaluationError, match="not on one"):
         measure({"dense": llama()}, [PAPER])
+
+
+def test_the_largest_batch_is_the_last_power_of_two_that_fits():
+    assert largest_batch(lambda batch: batch <= 11) == 8
+    assert largest_batch(lambda batch: batch <= 1) == 1
+    assert largest_batch(lambda batch: False) == 0
 
 
 def test_an_empty_grid_is_refused():

@@ -3,9 +3,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+import dropformer
+from dropformer import api
 from dropformer.eval.memory import kv_bytes
 from dropformer.eval.sinks import Sinks, key_rotations, sink_cache
 from dropformer.eval.streaming import full, recompute, stream, streaming_speed
+from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import ArchitectureError, EvaluationError
 
 SIZES = {
@@ -116,6 +119,16 @@ def test_a_pruned_model_streams_and_its_dropped_layers_hold_nothing(dropped):
     plain = read(model, TEXT[:40], DynamicCache(config=model.config), 8)
     assert (read(model, TEXT[:40], cache, 8) - plain).abs().max() < 1e-5
     assert kv_bytes(cache) == (3 - len(dropped)) * 2 * 2 * 16 * 4 * 40
+
+
+def test_a_model_that_drop_returns_streams_as_it_reads():
+    model = build()
+    plan = api.plan_unscored(ModelRef(name="tiny"), api.outline(model), "attn=0,2", (), None)
+    model = dropformer.drop(model, plan)
+    plain = read(model, TEXT[:40], DynamicCache(config=model.config), 8)
+    cache = sink_cache(model, Sinks(4, 64, 8))
+    assert (read(model, TEXT[:40], cache, 8) - plain).abs().max() < 1e-5
+    assert kv_bytes(cache) == 2 * 2 * 16 * 4 * 40
 
 
 def test_all_ways_agree_on_a_text_within_the_window():

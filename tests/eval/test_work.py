@@ -4,8 +4,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import dropformer
+from dropformer import api
 from dropformer.eval.memory import parameter_count
 from dropformer.eval.work import Experts, branch_parameters, decoder_blocks, work_of
+from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import ArchitectureError, PlanError
 
 SIZES = {
@@ -98,6 +101,13 @@ def test_a_model_already_pruned_counts_what_is_left():
     block = model.model.layers[2]
     block.self_attn, block.input_layernorm = Nothing(), nn.Identity()
     assert work_of(model) == work_of(build("llama")).drop({"attn": {2}})
+
+
+def test_a_model_that_drop_returns_counts_what_is_left():
+    model = build("llama")
+    plan = api.plan_unscored(ModelRef(name="tiny"), api.outline(model), "attn=0,2,mlp=3", (), None)
+    pruned = dropformer.drop(model, plan)
+    assert work_of(pruned) == work_of(build("llama")).drop({"attn": {0, 2}, "mlp": {3}})
 
 
 def test_a_bare_count_spares_the_last_block_until_nothing_else_is_left():
