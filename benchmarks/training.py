@@ -3,9 +3,11 @@
     python benchmarks/training.py [--quick] [--text FILE ...] [--minutes 6] [--run FOLDER] [--out FOLDER]
 
 A Llama of 8 blocks is trained from random weights with transformers' Trainer, on Python's documentation topics
-and the files given, and saved at steps 0 (random), 1, 2, 4, 8, ... and at the end.  Then `prune compare`
-scores every checkpoint on documentation topics that were not trained on.  `--run` keeps the checkpoints, and
-compares those that lie there already without training again.  `--quick` ends within a minute.
+and the files given, and saved at steps 0 (random), 2, 4, 8, ... and at the end.  Then `prune compare` scores
+every checkpoint on documentation topics that were not trained on.  At the end it drops, from every checkpoint,
+the attention layers that the last one finds most redundant, and as many that it finds least so, and measures
+the loss.  `--run` keeps the checkpoints, and compares those that lie there already without training again.
+`--quick` ends within a minute.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from dropformer import api
 from dropformer.eval.compare import CompareRequest, compare
+from dropformer.eval.compare_output import listed, write
 from dropformer.eval.comparison import Comparison
 from dropformer.metrics.calibration import Calibration
 from dropformer.metrics.text import documents
@@ -78,11 +82,12 @@ class Windows(Dataset):
 
 
 class Geometric(TrainerCallback):
-    """Evaluate and save at steps 1, 2, 4, 8, ... and the last."""
+    """Save at steps 2, 4, 8, ... and the last; the first step only warms up, at a rate of zero."""
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if state.global_step & (state.global_step - 1) == 0 or state.global_step == state.max_steps:
-            control.should_save = control.should_evaluate = True
+        power_of_two = state.global_step > 1 and state.global_step & (state.global_step - 1) == 0
+        if power_of_two or state.global_step == state.max_steps:
+            control.should_save = True
 
 
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -119,23 +124,26 @@ def make_model(size: Size) -> LlamaForCausalLM:
 
 
 def train(run: Path, size: Size, texts: list[str]) -> None:
-    """Fill `run` with checkpoints and losses.json (training step -> loss on held-out text, nats a token)."""
+    """Fill `run` with checkpoints, and a file `trained` when it is done."""
     tokenizer = make_tokenizer(texts)
     model = make_model(size)
-    data, held_out = Windows(texts, tokenizer), Windows(documents("heldout"), tokenizer)
-    held_out.rows = held_out.rows[:: max(1, len(held_out) // size.held_out)]
+    data = Windows(texts, tokenizer)
     steps = steps_in(model, data, size.minutes * 60)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data) * LENGTH:,} tokens, {steps} steps of "
           f"{BATCH * LENGTH} tokens", flush=True)  # fmt: skip
     with quiet_transformers():
         for save in (model, tokenizer):
             save.save_pretrained(run / "checkpoint-0")
-        trainer = Trainer(model, arguments(run, steps), None, data, held_out, tokenizer, callbacks=[Geometric()])
+        trainer = Trainer(model, arguments(run, steps), None, data, None, tokenizer, callbacks=[Geometric()])
         trainer.remove_callback(PrinterCallback)
-        losses = {0: trainer.evaluate()["eval_loss"]}
         trainer.train()
-    losses |= {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
-    (run / "losses.json").write_text(json.dumps(losses), encoding="utf-8")
+    (run / "trained").touch()
+
+
+def held_out_rows(run: Path, size: Size) -> torch.Tensor:
+    """Rows of text that was not trained on, about `size.held_out` of them, evenly spread."""
+    rows = Windows(documents("heldout"), api.open_tokenizer(run / "checkpoint-0")).rows
+    return rows[:: max(1, len(rows) // size.held_out)]
 
 
 def steps_in(model: LlamaForCausalLM, data: Windows, seconds: float) -> int:
@@ -157,7 +165,6 @@ def arguments(run: Path, steps: int) -> TrainingArguments:
         output_dir=str(run),
         max_steps=steps,
         per_device_train_batch_size=BATCH,
-        per_device_eval_batch_size=BATCH,
         learning_rate=1e-3,
         warmup_steps=max(4, steps // 20),
         lr_scheduler_type="cosine",
@@ -166,7 +173,6 @@ def arguments(run: Path, steps: int) -> TrainingArguments:
         max_grad_norm=1.0,
         save_strategy="no",
         save_only_model=True,
-        eval_strategy="no",
         logging_strategy="no",
         report_to=[],
         use_cpu=True,
@@ -176,12 +182,37 @@ def arguments(run: Path, steps: int) -> TrainingArguments:
     )
 
 
-def summary(found: Comparison, losses: dict[int, float]) -> dict[str, Any]:
+def drop_losses(found: Comparison, rows: torch.Tensor) -> dict[int, dict[str, float]]:
+    """Training step -> loss whole, without the last checkpoint's most redundant layers, without its least so."""
+    last = found.checkpoints[-1]
+    order = sorted((value, f"attn:{i}") for i, value in enumerate(last.similarity["attn"]) if value is not None)
+    least = [layer for _, layer in order[: len(last.chosen or [])]]
+    sets = {"most": last.chosen or [], "least": least}
+    return {c.step or 0: _losses(Path(c.model.name), sets, rows) for c in found.checkpoints}
+
+
+def _losses(folder: Path, sets: dict[str, list[str]], rows: torch.Tensor) -> dict[str, float]:
+    opened = api.open_model(folder)
+    outline = api.outline(opened.model)
+    models = {"whole": opened.model}
+    for name, layers in sets.items():
+        spec = "attn=" + ",".join(layer.partition(":")[2] for layer in layers)
+        models[name] = api.drop(opened, api.plan_unscored(opened.ref, outline, spec, (), None))
+    return {name: _loss(model, rows) for name, model in models.items()}
+
+
+@torch.inference_mode()
+def _loss(model: torch.nn.Module, rows: torch.Tensor) -> float:
+    """Mean cross entropy in nats a token.  rows: [N, LENGTH]"""
+    return sum(float(model(input_ids=part, labels=part).loss) * len(part) for part in rows.split(BATCH)) / len(rows)
+
+
+def summary(found: Comparison, losses: dict[int, dict[str, float]]) -> dict[str, Any]:
     """The figures for the last line."""
     last = found.checkpoints[-1]
     rows = {
         str(c.step): {
-            "loss": round(losses[c.step], 4) if c.step in losses else None,
+            "loss": {name: rounded(value) for name, value in losses[c.step or 0].items()},
             "mean": {kind: rounded(value) for kind, value in c.mean.items()},
             "spearman_to_final": {kind: rounded(found.spearman_to_last(kind)[i]) for kind in found.kinds},
             "overlap_with_final": rounded(found.overlap[i][-1]) if found.overlap else None,
@@ -192,7 +223,7 @@ def summary(found: Comparison, losses: dict[int, float]) -> dict[str, Any]:
     return {
         "benchmark": "training",
         "steps": last.step,
-        "loss": {"first": rounded(losses.get(0)), "last": rounded(losses.get(last.step or 0))},
+        "loss": {"first": rounded(losses[0]["whole"]), "last": rounded(losses[last.step or 0]["whole"])},
         "drop": found.spec,
         "known_from": found.known_from.step if found.known_from else None,
         "overlap_by_chance": rounded(found.overlap_by_chance),
@@ -217,25 +248,31 @@ def main() -> None:
     size = replace(size, minutes=options.minutes or size.minutes)
     with tempfile.TemporaryDirectory() as scratch:
         run = options.run or Path(scratch) / "run"
-        if not (run / "losses.json").exists():
+        if not (run / "trained").exists():
             train(run, size, [*documents("builtin"), *(path.read_text(encoding="utf-8") for path in options.text)])
-        losses = {int(step): loss for step, loss in json.loads((run / "losses.json").read_text()).items()}
         calibration = Calibration("heldout", samples=size.windows, length=LENGTH)
         found = compare(CompareRequest([str(run)], size.drop, calibration=calibration, batch_size=BATCH))
+        losses = drop_losses(found, held_out_rows(run, size))
         report(found, losses, options.out)
     print(json.dumps(summary(found, losses)))
 
 
-def report(found: Comparison, losses: dict[int, float], out: Path | None) -> None:
+def report(found: Comparison, losses: dict[int, dict[str, float]], out: Path | None) -> None:
     """For people: a table, and the pictures where they are wanted."""
-    print(f"{'step':>8} {'loss':>7}  " + "  ".join(f"{kind:>12}" for kind in found.kinds) + "  overlap  chosen")
+    kinds = "  ".join(f"{kind:>12}" for kind in found.kinds)
+    print(f"{'step':>6} {'loss':>7} {'-most':>7} {'-least':>7}  {kinds}  overlap  {found.spec}")
     for i, c in enumerate(found.checkpoints):
+        loss = " ".join(f"{value:7.3f}" for value in losses[c.step or 0].values())
         cells = "  ".join(f"{c.mean[kind]:.4f} {found.spearman_to_last(kind)[i] or 0:+.2f}" for kind in found.kinds)
         shared = f"{found.overlap[i][-1]:.2f}" if found.overlap else ""
-        print(f"{c.step:>8} {losses.get(c.step or 0, math.nan):7.3f}  {cells}  {shared:>7}  {' '.join(c.chosen or [])}")
-    print("columns: mean similarity, Spearman correlation of the layers' similarity with the last checkpoint's")
+        print(f"{c.step:>6} {loss}  {cells}  {shared:>7}  {listed(c.chosen or [])}")
+    print(LEGEND)
     if out:
-        found.write(out / "compare.json")
+        write(found, out)
+
+
+LEGEND = """loss in nats a token on text not trained on: whole, and without the attention layers that the last
+checkpoint finds most and least redundant; of each kind of layer: mean similarity, rank correlation with the last"""
 
 
 if __name__ == "__main__":
