@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,28 +19,40 @@ from dropformer.prune.trace import outputs_of
 
 
 @dataclass(frozen=True)
-class Projection:
-    """The last linear module of a branch: what it gives is what the branch adds to the stream."""
+class Slot:
+    """A linear module whose output is what its branch adds to the stream."""
 
     layer: Layer
     path: str
-    transposed: bool  # GPT-2 keeps its weights as [in, out]
-
-    def module(self, model: nn.Module) -> nn.Module:
-        return model.get_submodule(self.path)
-
-    def matrix(self, model: nn.Module) -> Tensor:
-        """The weight as [out, in], a view."""
-        weight = self.module(model).weight
-        return weight.T if self.transposed else weight  # type: ignore[return-value]
 
 
-def projections(stepper: Stepper) -> dict[Layer, Projection]:
+def changed(module: nn.Module, change: Tensor, constant: float = 1.0) -> nn.Module:
+    """A copy of a linear module with `change` [K, D] (or [K + 1, D] with its bias) added; the module stays."""
+    weight, bias = module.weight, module.bias
+    rows = change.to(weight.device, torch.float64)
+    step = rows[: len(rows) - (bias is not None)]
+    new = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    new.weight = _parameter(weight, step if isinstance(module, Conv1D) else step.T)
+    if bias is not None:
+        new.bias = _parameter(bias, rows[-1] * constant)
+    return new
+
+
+def _parameter(old: Any, change: Tensor) -> nn.Parameter:
+    return nn.Parameter((old.detach().double() + change).to(old.dtype).contiguous(), requires_grad=old.requires_grad)
+
+
+def with_constant(z: Tensor, module: nn.Module, constant: float) -> Tensor:
+    """A module's inputs with a constant column behind them where the module has a bias.  [..., K (+ 1)]."""
+    return z if module.bias is None else torch.cat([z, torch.full_like(z[..., :1], constant)], -1)
+
+
+def projections(stepper: Stepper) -> dict[Layer, Slot]:
     """The projection of every branch that has one; experts and branches that end in a norm have none.
 
     Costs one pass over the first batch's first window.
     """
-    found: dict[Layer, Projection] = {}
+    found: dict[Layer, Slot] = {}
     with torch.inference_mode():
         stream = stepper.start(0)
         for i, block in enumerate(stepper.blocks):
@@ -49,7 +62,7 @@ def projections(stepper: Stepper) -> dict[Layer, Projection]:
                 path = _last_linear(stepper.model, block, branch, seen)
                 if path:
                     layer = Layer(branch.kind, block.index, stepper.stack.name)
-                    found[layer] = Projection(layer, path, isinstance(stepper.model.get_submodule(path), Conv1D))
+                    found[layer] = Slot(layer, path)
     return found
 
 

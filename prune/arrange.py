@@ -8,7 +8,7 @@ the others stay with a part skipped.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dropformer.prune.architecture import Layer
@@ -30,14 +30,18 @@ class NewBlock:
 
 @dataclass(frozen=True)
 class Arrangement:
-    """The pruned stacks, by name, in order."""
+    """The pruned stacks, by name, in order.
+
+    `mapped` are attention layers with a linear map in their place: modules of the block and their forms.
+    """
 
     stacks: dict[str, tuple[NewBlock, ...]]
+    mapped: dict[Layer, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def packed(self) -> bool:
         """True when no block lacks a part: the model is a stock, shorter one."""
-        return not any(block.skipped for blocks in self.stacks.values() for block in blocks)
+        return not self.mapped and not any(block.skipped for blocks in self.stacks.values() for block in blocks)
 
     @property
     def in_place(self) -> bool:
@@ -45,9 +49,14 @@ class Arrangement:
         return all(b.source == b.mlp == i for blocks in self.stacks.values() for i, b in enumerate(blocks))
 
 
-def arrange(outline: Outline, dropped: Iterable[Layer], shorten: bool = True) -> Arrangement:
+def arrange(
+    outline: Outline,
+    dropped: Iterable[Layer],
+    shorten: bool = True,
+    mapped: dict[Layer, dict[str, Any]] | None = None,
+) -> Arrangement:
     """The arrangement that drops these layers; with `shorten=False` every block stays, skipped or not."""
-    gone = set(outline.branch_layers(dropped))
+    gone = set(outline.branch_layers(dropped)) - set(mapped or {})
     stacks = {}
     for stack in outline.stacks:
         kept = [
@@ -55,7 +64,7 @@ def arrange(outline: Outline, dropped: Iterable[Layer], shorten: bool = True) ->
             for i in range(stack.blocks)
         ]
         stacks[stack.name] = (_paired(stack, kept) or _without_empty(stack, kept)) if shorten else tuple(kept)
-    return Arrangement(stacks)
+    return Arrangement(stacks, mapped or {})
 
 
 def _without_empty(stack: StackOutline, blocks: list[NewBlock]) -> tuple[NewBlock, ...]:
@@ -81,7 +90,18 @@ def skipped_modules(outline: Outline, arrangement: Arrangement) -> dict[str, Any
             for kind in block.skipped:
                 for name, form in stack.branch(kind, block.source).modules.items():  # type: ignore[union-attr]
                     modules[f"{stack.path}.{new}.{name}"] = form
+    for layer, forms in arrangement.mapped.items():
+        path = f"{outline.stack(layer.stack).path}.{new_index(arrangement, layer)}"
+        modules |= {f"{path}.{name}": form for name, form in forms.items()}
     return modules
+
+
+def new_index(arrangement: Arrangement, layer: Layer) -> int:
+    """The pruned block that holds what is left of a layer's block."""
+    blocks = arrangement.stacks[layer.stack]
+    return next(
+        new for new, block in enumerate(blocks) if layer.index == (block.mlp if layer.kind == "mlp" else block.source)
+    )
 
 
 def original_blocks(arrangement: Arrangement) -> dict[str, Any]:
@@ -110,7 +130,8 @@ def new_name(outline: Outline, arrangement: Arrangement, name: str) -> str | Non
         kind = next((b.kind for b in stack.of_block(index) if _owns(b.modules, rest)), None)
         for new, block in enumerate(arrangement.stacks[stack.name]):
             if (block.mlp if kind == "mlp" else block.source) == index:
-                return None if kind in block.skipped else f"{prefix}{new}.{rest}"
+                forms = arrangement.mapped.get(Layer(kind, index, stack.name), {}) if kind else {}  # type: ignore[arg-type]
+                return None if kind in block.skipped or _owns(forms, rest) else f"{prefix}{new}.{rest}"
         return None
     return name
 

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from dropformer.prune.architecture import KIND_NAMES
-from dropformer.prune.arrange import Arrangement, NewBlock, skipped_modules
+from dropformer.prune.arrange import Arrangement, NewBlock, new_index, skipped_modules
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.outline import Outline, StackOutline
 
@@ -91,7 +91,8 @@ def _as_pruned(config: dict[str, Any], outline: Outline, arrangement: Arrangemen
     main = next((s for s in outline.stacks if s.name in ("", "decoder")), outline.stacks[0])
     blocks = arrangement.stacks[main.name]
     skips = {i: sorted(KIND_NAMES[k].lower() for k in b.skipped) for i, b in enumerate(blocks) if b.skipped}
-    config["dropformer_no_cache"] = [i for i, names in skips.items() if "attention" in names]
+    mapped = {new_index(arrangement, layer) for layer in arrangement.mapped if layer.stack == main.name}
+    config["dropformer_no_cache"] = sorted(mapped | {i for i, names in skips.items() if "attention" in names})
     layers = config.get("per_layer_config") or {}
     merged = {str(i): {**layers.get(str(i), {}), "skip": names} for i, names in skips.items()}
     config["per_layer_config"] = {**layers, **merged}

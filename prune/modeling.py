@@ -12,8 +12,10 @@ The checkpoint's config.json says what is missing:
     "dropformer_modules": {"model.layers.12.self_attn": ["zeros", null],
                            "model.layers.12.input_layernorm": "input"}
 
-Each named module is replaced by `Skipped`, which has no weights and does no work.  The cache entry of a
-block without attention holds nothing, so lengths and masks come from blocks that do attend.
+Each named module is replaced by `Skipped`, which has no weights and does no work; an attention layer may
+become `Mapped` instead, {"linear": [576, 576], "of": ["zeros", null]}, whose weight and bias are in the
+files.  The cache entry of a block without attention holds nothing, so lengths and masks come from blocks
+that do attend.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class Skipped(nn.Module):
         if key:
             hidden = args[int(key)] if key.isdecimal() else kwargs.get(key)
         else:
-            hidden = _hidden(args, kwargs)
+            hidden = hidden_states(args, kwargs)
         if word == "input":
             return hidden
         return hidden.new_zeros(*hidden.shape[:-1], int(width)) if width else torch.zeros_like(hidden)
@@ -76,7 +78,32 @@ class Skipped(nn.Module):
         return repr(self.form)
 
 
-def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:
+class Mapped(Skipped):
+    """What stands for an attention layer that became one linear map: Wx + b of the hidden states it is given.
+
+    `form` is {"linear": [in, out], "of": the form that `Skipped` would have}; the map's output takes the place
+    of the zeros.  It mixes no tokens and owns no cache.  Hidden states: [..., in] -> [..., out].
+    """
+
+    def __init__(self, form: dict[str, Any]) -> None:
+        super().__init__(form["of"])
+        inner, outer = form["linear"]
+        del self.weight
+        self.weight = nn.Parameter(torch.zeros(outer, inner))
+        self.bias = nn.Parameter(torch.zeros(outer))
+
+    def _value(self, form: str | None, args: tuple, kwargs: dict) -> Any:
+        if form is None or not form.startswith("zeros"):
+            return super()._value(form, args, kwargs)
+        return nn.functional.linear(hidden_states(args, kwargs), self.weight, self.bias)
+
+
+def stand_in(form: Any) -> Skipped:
+    """The module that a form describes."""
+    return Mapped(form) if isinstance(form, dict) and "linear" in form else Skipped(form)
+
+
+def hidden_states(args: tuple, kwargs: dict) -> torch.Tensor:
     """The hidden states among a module's inputs: named so, or the first tensor."""
     if isinstance(kwargs.get("hidden_states"), torch.Tensor):
         return kwargs["hidden_states"]
@@ -84,10 +111,10 @@ def _hidden(args: tuple, kwargs: dict) -> torch.Tensor:
 
 
 def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
-    """Replace each named module of `model` by `Skipped`; its weights are gone."""
+    """Replace each named module of `model` by what its form describes; its weights are gone."""
     for path, form in modules.items():
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, Skipped(form))
+        setattr(model.get_submodule(parent), name, stand_in(form))
 
 
 class DropformerConfig(PreTrainedConfig):

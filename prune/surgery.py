@@ -31,21 +31,24 @@ class Surgery:
     note: str = ""
 
 
-def operate(outline: Outline, layers: Sequence[Layer], model: nn.Module) -> Surgery:
+def operate(
+    outline: Outline, layers: Sequence[Layer], model: nn.Module, mapped: dict[Layer, dict[str, Any]] | None = None
+) -> Surgery:
     """Decide how `layers` leave: the shortest form whose blocks come out as they are now.
 
     A shortened model is used only if a model built from its config has the same modules and settings
     in every block; else blocks stay, empty, where they are, as they do in any module that is not a
-    transformers model.  `model` may be on the meta device.
+    transformers model.  `model` may be on the meta device.  `mapped`: those of the layers that leave a linear
+    map behind (`Arrangement.mapped`).
     """
-    arrangement = arrange(outline, layers, shorten=isinstance(model, PreTrainedModel))
+    arrangement = arrange(outline, layers, isinstance(model, PreTrainedModel), mapped)
     note = ""
     if isinstance(model, PreTrainedModel) and not arrangement.in_place:
         try:
             fields = pruned_config(model.config.to_dict(), outline, arrangement)
             _check_shortened(model, outline, arrangement, fields)
         except ArchitectureError as error:
-            arrangement, note = arrange(outline, layers, shorten=False), str(error)
+            arrangement, note = arrange(outline, layers, False, mapped), str(error)
     return Surgery(outline, tuple(layers), arrangement, note)
 
 
@@ -131,6 +134,7 @@ def _check_shortened(
             mine = _signature(old[block.source], stack, block.source, block.mlp, old)  # type: ignore[index]
             theirs = _signature(new[i], stack, block.source, block.source, new)  # type: ignore[index]
             skipped = {n for kind in block.skipped for n in stack.branch(kind, block.source).modules}  # type: ignore[union-attr]
+            skipped |= set(arrangement.mapped.get(Layer("attn", block.source, stack.name), {}))
             for path in set(mine) | set(theirs):
                 if any(path == n or path.startswith(n + ".") for n in skipped):
                     continue
