@@ -56,16 +56,25 @@ class Opened:
 
 
 def open_model(
-    name: str | Path, revision: str | None = None, placement: Placement | None = None, tell: Tell | None = None
+    name: str | Path,
+    revision: str | None = None,
+    placement: Placement | None = None,
+    tell: Tell | None = None,
+    weights: bool = True,
 ) -> Opened:
-    """Fetch, convert and load whatever `--model` takes.  Raises ModelError or CheckpointError."""
+    """Fetch, convert and load whatever `--model` takes.  Raises ModelError or CheckpointError.
+
+    Without `weights` nothing is loaded and the `model` is None: they are to be read from `path` in pieces.
+    """
     place = placement or Placement()
     source = open_source(str(name), revision, tell)
     licence = source.recipe.licence if source.recipe else None
     ref = reference(str(source.name), source.path, source.revision, licence)
     if tell:
         tell(f"loading {source}")
-    model = load(source.path, _dtype(place.dtype), place.device, place.device_map, place.trust_remote_code)
+    model: Any = None
+    if weights:
+        model = load(source.path, torch_dtype(place.dtype), place.device, place.device_map, place.trust_remote_code)
     return Opened(model, open_tokenizer(source.path, place.trust_remote_code), source.path, ref, source.recipe)
 
 
@@ -78,7 +87,7 @@ def open_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
         return None
 
 
-def _dtype(name: str | None) -> torch.dtype | str | None:
+def torch_dtype(name: str | None) -> torch.dtype | str | None:
     if name in (None, "auto"):
         return name
     dtype = getattr(torch, name, None)

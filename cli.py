@@ -42,6 +42,8 @@ Length = Annotated[int | None, typer.Option(min=2, help="Tokens in a window.")]
 Seed = Annotated[int | None, typer.Option(help="Which windows are drawn.")]
 SkipFirst = Annotated[int | None, typer.Option(min=0, help="Leading tokens of a window that are run but not scored.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Windows run at once.")]
+UntilStable = Annotated[Text, typer.Option(help="A drop spec; stop once the layers that it drops are settled.")]
+Memory = Annotated[Text, typer.Option(help="Read the weights block by block, in no more RAM than this: 2GiB.")]
 Dtype = Annotated[Text, typer.Option(help="Computation: float32, bfloat16, float16, auto. The export never casts.")]
 Device = Annotated[Text, typer.Option(help="cpu, cuda, cuda:1, ...")]
 DeviceMap = Annotated[Text, typer.Option(help="Passed to accelerate, for models larger than one GPU: auto.")]
@@ -133,6 +135,10 @@ def analyze(
     seed: Seed = None,
     skip_first: SkipFirst = None,
     batch_size: BatchSize = 1,
+    until_stable: Annotated[
+        Text, typer.Option(help="A drop spec; stop once the layers that it drops are settled.")
+    ] = None,
+    memory: Annotated[Text, typer.Option(help="Read weights block by block, in no more RAM than this: 2GiB.")] = None,
     dtype: Dtype = None,
     device: Device = None,
     device_map: DeviceMap = None,
@@ -143,15 +149,20 @@ def analyze(
     """Score every block, attention layer and MLP layer; write scores.json and a picture."""
     from dropformer import preflight
 
-    preflight.check(model, None, calibration)
+    preflight.check(model, until_stable, calibration)
     from dropformer import job, show
+    from dropformer.metrics import distributed
 
     request = job.Request(
         model, out=out, revision=revision, batch_size=batch_size,
         calibration=_overrides(calibration, samples, length, seed, skip_first),
         placement=_placement(dtype, device, device_map, trust_remote_code),
+        until_stable=until_stable, memory=memory,
     )  # fmt: skip
-    scores, folder = job.analyze(request, show.Terminal(quiet))
+    first = distributed.rank() == 0
+    scores, folder = job.analyze(request, show.Terminal(quiet or not first))
+    if not first:
+        return
     _print(
         scores.to_json() if as_json else None,
         show.scores_table(scores),

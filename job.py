@@ -9,17 +9,19 @@ from typing import Any
 from dropformer import api
 from dropformer.eval.report import Measured, Report, TextRef, card_lines, measure_quality, measure_speed, sizes
 from dropformer.eval.sweep import Sweep, find_cliff, point
-from dropformer.metrics.calibration import Calibration, CalibrationRef
+from dropformer.metrics.calibration import Calibration
+from dropformer.metrics.distributed import rank
 from dropformer.metrics.picture import similarity_by_depth
 from dropformer.metrics.scores import Scores
-from dropformer.metrics.windows import Windows, windows
+from dropformer.metrics.windows import windows
 from dropformer.preflight import check_out, default_out, short_name
 from dropformer.prune.checkpoint import Exported, export
-from dropformer.prune.errors import ModelError, PlanError
+from dropformer.prune.errors import PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.plan import Plan, parse_spec
 from dropformer.recipes import Recipe
-from dropformer.recipes.cache import cache_folder
+from dropformer.scoring import get_scores, open_to_score
+from dropformer.scoring import scores_cache as scores_cache
 from dropformer.watcher import Watcher
 
 HELD_OUT = Calibration("heldout", samples=8, length=512, seed=1)
@@ -59,6 +61,8 @@ class Request:
     placement: api.Placement = field(default_factory=api.Placement)
     text: str = HELD_OUT.name
     seconds: float = 18.0
+    until_stable: str | None = None
+    memory: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,44 +73,6 @@ class Outcome:
     plan: Plan
     report: Report
     exported: Exported
-
-
-def get_scores(opened: api.Opened, request: Request, watcher: Watcher) -> Scores:
-    """The scores of a model: those of the same weights on the same tokens if any are kept, else new ones."""
-    if request.scores:
-        scores = Scores.read(request.scores)
-        if scores.model.fingerprint != opened.ref.fingerprint:
-            raise PlanError(
-                f"{request.scores} was measured on other weights than {opened.ref.name}; analyze this model"
-            )
-        return scores
-    if opened.tokenizer is None:
-        raise ModelError(
-            f"{opened.ref.name} has no tokenizer, so text cannot calibrate it; use dropformer.analyze in Python"
-        )
-    settings = request.calibration.of(opened.recipe)
-    why = "the recipe's" if opened.recipe and settings == api.default_calibration(opened.recipe) else "as asked"
-    if not opened.recipe and request.calibration.calibration is None:
-        why = "the default, no recipe names another"
-    watcher.say(f"calibration: {settings.name}, {settings.samples} windows of {settings.length} tokens ({why})")
-    data = windows(settings, opened.tokenizer)
-    kept = scores_cache(opened.ref.fingerprint or "", data.ref)
-    if kept.exists() and (scores := Scores.read(kept)).matches(opened.ref, data.ref):
-        watcher.say(f"scores: reused, same weights and same tokens ({kept})")
-        return scores
-    scores = measure_scores(opened, data, request.batch_size, watcher)
-    scores.write(kept)
-    return scores
-
-
-def scores_cache(fingerprint: str, calibration: CalibrationRef) -> Path:
-    return cache_folder() / "scores" / f"{fingerprint[:16]}-{calibration.hash[:16]}.json"
-
-
-def measure_scores(opened: api.Opened, data: Windows, batch_size: int, watcher: Watcher) -> Scores:
-    with watcher.stage("scoring", len(data)) as progress:
-        scores = api.analyze_model(opened.model, data.batches(batch_size), ref=opened.ref, progress=progress)
-    return api.calibrated(scores, data)
 
 
 def make_plan(opened: api.Opened, request: Request, watcher: Watcher) -> tuple[Plan, Scores | None]:
@@ -200,14 +166,17 @@ def _write_artifacts(folder: Path, report: Report, plan: Plan, scores: Scores | 
 
 
 def analyze(request: Request, watcher: Watcher | None = None) -> tuple[Scores, Path]:
-    """Score a model and write scores.json and similarity.png into a folder; the folder too."""
+    """Score a model and write scores.json and similarity.png into a folder; the folder too.
+
+    Of several processes launched together only the first writes.
+    """
     watcher = watcher or Watcher()
-    with watcher.stage("opening the model"):
-        opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
+    opened = open_to_score(request, watcher)
     scores = get_scores(opened, request, watcher)
     out = request.out or Path(f"{short_name(request.model)}-scores")
-    scores.write(out / "scores.json")
-    similarity_by_depth(scores, out / "similarity.png")
+    if rank() == 0:
+        scores.write(out / "scores.json")
+        similarity_by_depth(scores, out / "similarity.png")
     return scores, out
 
 

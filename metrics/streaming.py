@@ -58,9 +58,14 @@ class Streamed:
         return max(self.weights.nbytes(block.path) for block in blocks_of(self.architecture))
 
 
-def open_streamed(path: Path, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False) -> Streamed:
-    """Read a checkpoint's config and headers only.  Raises CheckpointError, ArchitectureError or ModelError."""
+def open_streamed(path: Path, dtype: torch.dtype | str = torch.float32, trust_remote_code: bool = False) -> Streamed:
+    """Read a checkpoint's config and headers only; `dtype` "auto" is the config's.
+
+    Raises CheckpointError, ArchitectureError or ModelError.
+    """
     config = read_model_config(path, trust_remote_code)
+    if isinstance(dtype, str):
+        dtype = getattr(config, "dtype", None) or torch.float32
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{path} is quantized, and quantized weights cannot be streamed; leave out --memory")
     build = auto_class(config).from_config

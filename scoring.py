@@ -1,0 +1,109 @@
+"""The scores of a model: kept ones of the same weights and tokens, else new ones, by one process or many."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dropformer import api
+from dropformer.metrics import distributed
+from dropformer.metrics.calibration import CalibrationRef
+from dropformer.metrics.measure import Measuring, measure
+from dropformer.metrics.scores import Scores
+from dropformer.metrics.windows import Windows, windows
+from dropformer.prune.errors import CalibrationError, ModelError, PlanError
+from dropformer.recipes.cache import cache_folder
+
+if TYPE_CHECKING:
+    from dropformer.job import Request
+    from dropformer.watcher import Watcher
+
+
+def open_to_score(request: Request, watcher: Watcher) -> api.Opened:
+    """Open a model for analysis: on this process's own device, without its weights where they are to be streamed."""
+    place = request.placement
+    if place.device_map and distributed.world() > 1:
+        raise ModelError("--device-map spreads one model over the GPUs, but each launched process has its own; use one")
+    place = replace(place, device=distributed.own_device(place.device)) if not place.device_map else place
+    with watcher.stage("opening the model"):
+        weights = request.memory is None
+        opened = api.open_model(request.model, request.revision, place, watcher.say, weights)
+    distributed.join(opened.model.device if weights else "cpu")
+    return opened
+
+
+def get_scores(opened: api.Opened, request: Request, watcher: Watcher) -> Scores:
+    """The scores of a model: those of the same weights on the same tokens if any are kept, else new ones."""
+    if request.scores:
+        scores = Scores.read(request.scores)
+        if scores.model.fingerprint != opened.ref.fingerprint:
+            raise PlanError(
+                f"{request.scores} was measured on other weights than {opened.ref.name}; analyze this model"
+            )
+        return scores
+    data = _windows(opened, request, watcher)
+    kept = scores_cache(opened.ref.fingerprint or "", data.ref)
+    if scores := _reused(kept, opened, data):
+        watcher.say(f"scores: reused, same weights and same tokens ({kept})")
+        return scores
+    scores = _measured(opened, data, request, watcher)
+    if scores.settled is None and distributed.rank() == 0:
+        scores.write(kept)
+    return scores
+
+
+def _windows(opened: api.Opened, request: Request, watcher: Watcher) -> Windows:
+    if opened.tokenizer is None:
+        raise ModelError(
+            f"{opened.ref.name} has no tokenizer, so text cannot calibrate it; use dropformer.analyze in Python"
+        )
+    settings = request.calibration.of(opened.recipe)
+    why = "the recipe's" if opened.recipe and settings == api.default_calibration(opened.recipe) else "as asked"
+    if not opened.recipe and request.calibration.calibration is None:
+        why = "the default, no recipe names another"
+    watcher.say(f"calibration: {settings.name}, {settings.samples} windows of {settings.length} tokens ({why})")
+    return windows(settings, opened.tokenizer)
+
+
+def scores_cache(fingerprint: str, calibration: CalibrationRef) -> Path:
+    """Where the scores of these weights on these tokens are kept."""
+    return cache_folder() / "scores" / f"{fingerprint[:16]}-{calibration.hash[:16]}.json"
+
+
+def _reused(kept: Path, opened: api.Opened, data: Windows) -> Scores | None:
+    """What process 0 finds in its cache, in every process: they all measure, or none does."""
+    found = ""
+    if distributed.rank() == 0 and kept.exists() and (scores := Scores.read(kept)).matches(opened.ref, data.ref):
+        found = scores.to_json()
+    found = distributed.first_says(found)
+    return Scores.model_validate_json(found) if found else None
+
+
+def _measured(opened: api.Opened, data: Windows, request: Request, watcher: Watcher) -> Scores:
+    if request.memory is not None:
+        return _streamed(opened, data, request, watcher)
+    rows = scores_cache(opened.ref.fingerprint or "", data.ref).with_suffix(".rows.jsonl")
+    how = Measuring(request.batch_size, request.until_stable, request.keep, rows)
+    with watcher.stage("scoring", len(data)) as progress:
+        scores = measure(opened.model, data, opened.ref, how, progress)
+    if request.until_stable:
+        watcher.say(str(scores.settled or f"{request.until_stable} was not settled: all {len(data)} windows were used"))
+    return scores
+
+
+def _streamed(opened: api.Opened, data: Windows, request: Request, watcher: Watcher) -> Scores:
+    from dropformer.metrics.memory import parse_bytes
+    from dropformer.metrics.streaming import open_streamed, stream_scores
+
+    if request.until_stable:
+        raise CalibrationError(
+            "--until-stable stops between windows, but with --memory all windows pass each block together; use one"
+        )
+    place = request.placement
+    if place.device_map or place.device not in (None, "cpu"):
+        raise ModelError("--memory computes on the CPU; leave out --device and --device-map, or --memory")
+    dtype = api.torch_dtype(place.dtype or "float32")
+    streamed = open_streamed(opened.path, dtype, place.trust_remote_code)
+    with watcher.stage("scoring block by block", len(data)) as progress:
+        return stream_scores(streamed, data, opened.ref, parse_bytes(request.memory), request.batch_size, progress)
