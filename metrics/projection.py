@@ -99,3 +99,12 @@ def _last_linear(model: nn.Module, block: Block, branch: Branch, seen: dict[Any,
         if seen[path].shape == added.shape and (seen[path] - added).abs().max() <= 1e-5 * size:
             return path
     return None
+
+
+def scaled(module: nn.Module, factor: float) -> nn.Module:
+    """A copy of a linear module that gives `factor` times as much; the module stays."""
+    new = copy.deepcopy(module, {id(p): p for p in module.parameters()})
+    new.weight = _parameter(module.weight, module.weight.detach().double() * (factor - 1))
+    if module.bias is not None:
+        new.bias = _parameter(module.bias, module.bias.detach().double() * (factor - 1))
+    return new

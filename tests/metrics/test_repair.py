@@ -3,16 +3,24 @@
 import pytest
 import torch
 
-from dropformer import api
+from dropformer.metrics.calibration import CalibrationRef
 from dropformer.metrics.damage import Dense, dropped_modules
+from dropformer.metrics.importance import Bench
+from dropformer.metrics.improve import Improver, improve
 from dropformer.metrics.lockstep import Lockstep
 from dropformer.metrics.projection import projections
+from dropformer.metrics.quality import Quality, Request
 from dropformer.metrics.repair_linear import linear_modules
 from dropformer.metrics.repair_refit import all_slots, gap_slots
+from dropformer.metrics.repair_scale import factors, growth, scale_modules
 from dropformer.metrics.ridge import Sums, error, fit, solve, token_weights
 from dropformer.metrics.stepping import Stepper, replaced
+from dropformer.metrics.windows import Windows
 from dropformer.prune.architecture import Layer
+from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discover import discover
+from dropformer.prune.load import load
+from dropformer.prune.surgery import cut, operate
 
 TINY = [1e-6]
 
@@ -154,7 +162,104 @@ def test_a_linear_map_is_closer_than_nothing(tiny, windows, family):
     assert stream_error(stepper, dense, repaired) < stream_error(stepper, dense, nothing)
 
 
-def plan_of(model, spec):
-    from dropformer.prune.artifact import ModelRef
+def test_scale_makes_the_stream_as_long_as_the_dense_one(tiny, windows):
+    """Dropping a layer that only doubles the stream, and halving what comes behind, changes no direction."""
+    _, architecture, stepper = opened(tiny, windows)
+    bench = Bench(stepper, architecture, [None, None], stride=1)
+    gone = [Layer("mlp", 0)]
+    sizes = growth(bench)
+    a = sizes[gone[0]][1] / sizes[gone[0]][0]
+    found = factors(bench, gone)
+    assert set(found) == {Layer(kind, i) for kind in ("attn", "mlp") for i in range(1, 4)}
+    assert all(factor == pytest.approx(1 / a) for factor in found.values())
 
-    return api.plan_unscored(ModelRef(name="tiny"), api.outline(model), spec, (), None)
+
+def test_folding_a_scalar_behind_a_gap_is_multiplying_the_stream_at_the_gap(tiny, windows):
+    model, architecture, stepper = opened(tiny, windows, rms_norm_eps=0.0)
+    bench = Bench(stepper, architecture, [None, None], stride=1)
+    gone = [Layer("block", 1)]
+    modules = scale_modules(bench, gone, projections(stepper))
+    a = 1 / factors(bench, gone)[Layer("attn", 2)]
+    with torch.inference_mode():
+        stream = stepper.step(0, 0, stepper.start(0))
+        by_hand = stepper.logits(0, stepper.run(2, 0, a * stream))
+        with replaced(model, modules):
+            folded = stepper.logits(0, stepper.run(2, 0, stream))
+    torch.testing.assert_close(folded, by_hand, rtol=1e-3, atol=1e-3)
+
+
+def improver_of(tiny, windows, tmp_path, quality):
+    model = strengthen(tiny("llama"))
+    ref = CalibrationRef(name="ids", samples=8, length=24, seed=0, packed=True, skip_first=0, hash="0")
+    ones = torch.ones_like(windows, dtype=torch.bool)
+    data = [Windows(part, ones[:4], ones[:4], ref) for part in (windows[:4], windows[4:])]
+    return model, Improver(model, data, quality), ModelRef(name="tiny")
+
+
+@pytest.mark.parametrize(
+    "repair", [("refit",), ("refit-all",), ("linear",), ("scale",), ("linear", "refit-all"), ("scale", "refit")]
+)
+def test_a_repaired_model_is_the_dense_one_with_its_stand_ins_and_survives_saving(tiny, windows, tmp_path, repair):
+    model, improver, ref = improver_of(tiny, windows, tmp_path, Quality(repair=repair, stride=1))
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    plan, fixed, modules = improve(improver, ref, Request("attn=1,2,mlp=1"))
+    pruned = repaired(model, plan, fixed)
+    with torch.no_grad(), replaced(model, modules):
+        expected = model(windows).logits
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(windows).logits, expected)
+        pruned.save_pretrained(tmp_path / "saved")
+        again = load(tmp_path / "saved")
+        torch.testing.assert_close(again(windows).logits, expected)
+        text = pruned.generate(windows[:1, :5], max_new_tokens=4, do_sample=False)
+    assert text.shape == (1, 9)
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+def test_a_mapped_attention_holds_no_cache(tiny, windows, tmp_path):
+    model, improver, ref = improver_of(tiny, windows, tmp_path, Quality(repair=("linear",), stride=1))
+    plan, fixed, _ = improve(improver, ref, Request("attn=0,2"))
+    pruned = repaired(model, plan, fixed)
+    with torch.no_grad():
+        whole = pruned(windows[:2]).logits
+        first = pruned(windows[:2, :10], use_cache=True)
+        rest = pruned(windows[:2, 10:], past_key_values=first.past_key_values, use_cache=True)
+    torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), whole, rtol=1e-4, atol=1e-4)
+    held = [getattr(layer, "keys", None) for layer in first.past_key_values.layers]
+    assert [i for i, keys in enumerate(held) if isinstance(keys, torch.Tensor) and keys.numel()] == [1, 3]
+
+
+def test_a_repair_that_hurts_other_text_is_not_kept(tiny, windows):
+    _, improver, _ = improver_of(tiny, windows, None, Quality(repair=("refit",), stride=1))
+    same = improver.data[0]
+    _, modules = improver.repair([Layer("attn", 2)], None)
+    good, _ = improver.repair([Layer("attn", 2)], same)
+    assert [g.passed for g in good.gates] == [g.after < g.before for g in good.gates]
+    assert bool(good.tensors) == good.gates[0].passed
+    assert any(True for module in modules.values() for _ in module.parameters())
+
+
+@pytest.mark.parametrize("select", ["one-shot", "iterative", "greedy"])
+def test_every_search_drops_what_the_spec_asks_for(tiny, windows, select):
+    _, improver, ref = improver_of(tiny, windows, None, Quality(select=select, stride=1, refine=1))
+    plan, repair, _ = improve(improver, ref, Request("attn:2,mlp:1", keep=(0,)))
+    kinds = [layer.kind for layer in plan.layers]
+    assert (kinds.count("attn"), kinds.count("mlp")) == (2, 1) and not repair.tensors
+    assert all(layer.index != 0 for layer in plan.layers)
+
+
+def test_a_budget_is_met_by_the_plan(tiny, windows):
+    _, improver, ref = improver_of(tiny, windows, None, Quality(stride=1))
+    plan, _, _ = improve(improver, ref, Request(budget="params:-15%"))
+    assert plan.savings.parameters_after <= 0.85 * plan.savings.parameters
+    assert plan.spec == "params:-15%"
+
+
+def repaired(model, plan, repair):
+    from dropformer.api import sharing_copy
+
+    pruned = sharing_copy(model)
+    surgery = operate(plan.outline, plan.layers, model, repair.mapped)
+    cut(pruned, surgery)
+    repair.install(pruned, plan.outline, surgery.arrangement)
+    return pruned

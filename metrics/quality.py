@@ -1,0 +1,72 @@
+"""Named qualities: which metric, which search and which repairs make up a recipe.  Light: no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dropformer.prune.errors import PlanError
+
+METRIC_NAMES = ("similarity", "angular", "relative-magnitude", "loo-kl", "loo-perplexity", "cca", "random", "reverse")
+SELECTS = ("one-shot", "iterative", "greedy")
+REPAIRS = ("scale", "refit", "refit-all", "linear", "lora")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How layers are chosen and what is repaired.
+
+    `width`: how many candidates a round of `greedy` measures after the first; `refine`: rounds of swaps;
+    `stride`: KL is measured at every so many positions, on `cost_windows` windows.
+    """
+
+    metric: str = "similarity"
+    select: str = "one-shot"
+    repair: tuple[str, ...] = ()
+    width: int = 4
+    refine: int = 0
+    stride: int = 4
+    cost_windows: int = 4
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to drop: a spec, or a budget over attention and MLP layers (decoding at `context` tokens)."""
+
+    spec: str = ""
+    keep: Sequence[int] = ()
+    budget: str | None = None
+    context: int = 2048
+
+
+QUALITIES = {
+    "paper": Quality(),  # arXiv 2406.15786: one-shot similarity, nothing repaired
+    "best": Quality(select="greedy", repair=("refit",)),
+    "linear": Quality(select="greedy", repair=("linear",)),
+}
+
+
+def quality(
+    name: str | None = None,
+    metric: str | None = None,
+    select: str | None = None,
+    repair: str | None = None,
+) -> Quality:
+    """A named quality with single settings changed; `repair` is a comma-separated list.  Raises PlanError."""
+    if name is not None and name not in QUALITIES:
+        raise PlanError(f"quality `{name}` is unknown; expected one of {', '.join(QUALITIES)}")
+    found = QUALITIES[name or "paper"]
+    if metric is not None:
+        found = replace(found, metric=_one_of("metric", metric, METRIC_NAMES))
+    if select is not None:
+        found = replace(found, select=_one_of("select", select, SELECTS))
+    if repair is not None:
+        methods = [_one_of("repair", method.strip(), REPAIRS) for method in repair.split(",") if method.strip()]
+        found = replace(found, repair=tuple(methods))
+    return found
+
+
+def _one_of(option: str, value: str, known: Sequence[str]) -> str:
+    if value not in known:
+        raise PlanError(f"--{option} `{value}` is unknown; expected one of {', '.join(known)}")
+    return value
