@@ -68,7 +68,7 @@ def scores_table(scores: Scores) -> Table:
     similarity, stderr = scores.similarity(), scores.stderr()
     columns = list(dict.fromkeys((layer.stack, layer.kind) for layer in similarity))
     table.add_column("block", justify="right")
-    rank = {}
+    rank: dict[Any, int] = {}
     for stack, kind in columns:
         table.add_column(f"{stack}.{kind}" if stack else kind, justify="right")
         rank |= {layer: i + 1 for i, layer in enumerate(scores.ranking(kind, stack))}

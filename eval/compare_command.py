@@ -82,12 +82,14 @@ def comparison_table(found: Comparison) -> Table:
     from dropformer.eval.compare_output import decimals, kind_title, listed, title
 
     table = Table(title=title(found), title_justify="left", caption_justify="left", caption=CAPTION)
-    table.add_column("step" if found.steps else "checkpoint", justify="right" if found.steps else "left")
+    table.add_column(
+        "step" if found.steps else "checkpoint", justify="right" if found.steps else "left", overflow="fold"
+    )
     for kind in found.kinds:
         table.add_column(kind_title(kind), justify="right")
     if found.overlap:
         table.add_column("overlap", justify="right")
-        table.add_column(found.spec)
+        table.add_column(found.spec or "")
     for i, c in enumerate(found.checkpoints):
         row = [str(c.step) if found.steps else c.label]
         row += [f"{decimals(c.mean[k], 3)} {decimals(found.spearman_to_last(k)[i], 2)}" for k in found.kinds]

@@ -164,7 +164,7 @@ def _with_speed(
             measure(named, options.speed, options.repeats) if options.speed else quick(named, options.seconds)
         )
     rows = {name: [asdict(row) for row in found.rows if row.model == name] for name in named}
-    where = f"{found.device}, {found.threads} threads, {found.dtype}, {found.repeats} repeats"
+    where = f"{found.device}, {found.threads} threads, {found.dtype}, {found.rows[0].repeats} repeats"
     return [_update(r, speed=rows[c.name]) for r, c in zip(results, models, strict=True)], where
 
 

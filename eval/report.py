@@ -74,15 +74,15 @@ class Measured:
 def measure_quality(dense: PreTrainedModel, pruned: PreTrainedModel, ids: Tensor, text: TextRef) -> Measured:
     """Perplexity of both and KL(dense || pruned) over windows [N, T], in one pass."""
     found = side_by_side(dense, pruned, ids)
-    sides = [{"perplexity": p.value, "perplexity_stderr": p.value_stderr} for p in (found.dense, found.pruned)]
-    return Measured(*sides, {"text": text, "kl": found.divergence.value, "kl_stderr": found.divergence.stderr})
+    one, two = ({"perplexity": p.value, "perplexity_stderr": p.value_stderr} for p in (found.dense, found.pruned))
+    return Measured(one, two, {"text": text, "kl": found.divergence.value, "kl_stderr": found.divergence.stderr})
 
 
 def measure_speed(dense: nn.Module, pruned: nn.Module, seconds: float) -> Measured:
     """Prefill and decode of both, interleaved, within about `seconds`."""
     table = quick({"dense": dense, "pruned": pruned}, seconds)
     rows = [table.row(name) for name in ("dense", "pruned")]
-    sides = [{"prefill_tokens_per_s": r.prefill.median, "decode_tokens_per_s": r.decode.median} for r in rows]
+    one, two = ({"prefill_tokens_per_s": r.prefill.median, "decode_tokens_per_s": r.decode.median} for r in rows)
     row = rows[1]
     speed = SpeedRef(
         prompt=row.setting.prompt,
@@ -93,7 +93,7 @@ def measure_speed(dense: nn.Module, pruned: nn.Module, seconds: float) -> Measur
         decode_bound=row.bound_decode,
         prefill_bound=row.bound_prefill,
     )
-    return Measured(*sides, {"speed": speed})
+    return Measured(one, two, {"speed": speed})
 
 
 def sizes(model: nn.Module, checkpoint_bytes: int) -> dict[str, int]:

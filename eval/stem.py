@@ -44,8 +44,8 @@ class Stem:
 
 def longest_stem(prompts: Sequence[Sequence[int]]) -> int:
     """Tokens that all prompts begin with, leaving at least one of each to be computed."""
-    low, high = min(prompts), max(prompts)
-    return min(common_prefix(tuple(low), tuple(high)), min(map(len, prompts)) - 1)
+    low, high = min(map(tuple, prompts)), max(map(tuple, prompts))
+    return min(common_prefix(low, high), min(map(len, prompts)) - 1)
 
 
 def expanded(cache: Cache, batch: int) -> Cache:

@@ -39,11 +39,11 @@ def analyze_model(
     logits.  Raises ArchitectureError before the pass when the model's blocks cannot be proven, and
     CalibrationError when there is nothing to average.
     """
-    first, batches = _peek(batches)
+    first, pairs = _peek(batches)
     architecture = architecture or proven(model, first[0])
     parts: list[Rows] = []
     with measuring(model, architecture) as run:
-        for inputs, scored in batches:
+        for inputs, scored in pairs:
             parts.append(run(inputs, scored))
             if progress:
                 progress(sum(map(len, parts)), sum(part.total() for part in parts))

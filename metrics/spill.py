@@ -38,7 +38,7 @@ class Spill:
             return
         with self._file(number).open("wb") as file:
             for storage in storages:
-                file.write(_bytes_of(storage).cpu().numpy())
+                file.write(_bytes_of(storage).cpu().numpy())  # type: ignore[arg-type]
         self._out[number] = [(storage, storage.nbytes()) for storage in storages]
         for storage in storages:
             storage.resize_(0)

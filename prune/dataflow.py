@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from dropformer.prune.trace import Call, Trace
 
@@ -65,7 +65,8 @@ class Flow:
 
     def __init__(self, trace: Trace, call: Call) -> None:
         self.trace, self.call = trace, call
-        self.in_key, self.x, self.out_key, self.y = stream_ends(trace, call) or (None, -1, None, -1)
+        ends: Any = stream_ends(trace, call) or (None, -1, None, -1)
+        self.in_key, self.x, self.out_key, self.y = ends
         self.ops = {i: trace.ops[i] for i in range(call.first, call.last)}
         self.made = {value: i for i, op in self.ops.items() for value in op.outputs}
         self.users: dict[int, list[int]] = {}

@@ -22,9 +22,9 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str
     generator = torch.Generator().manual_seed(0)
     if name == "input_features":
         shape = (batch, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 1500))
-        inputs = {"input_features": torch.randn(shape, generator=generator).to(device)}
+        features = {"input_features": torch.randn(shape, generator=generator).to(device)}
         ids = torch.zeros(batch, length, dtype=torch.long, device=device)
-        return inputs | ({"decoder_input_ids": ids, "use_cache": False} if config.is_encoder_decoder else {})
+        return features | ({"decoder_input_ids": ids, "use_cache": False} if config.is_encoder_decoder else {})
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     vocab = int(getattr(text, "vocab_size", 0) or 32)
     batch *= getattr(config, "num_codebooks", 1) if getattr(config, "audio_channels", None) else 1  # MusicGen

@@ -65,7 +65,7 @@ def usable_device(name: torch.device | str | None) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         said = _first_line(error)
-        raise ModelError(f"device `{name}` cannot be used ({said}); expected cpu, cuda or cuda:N of this machine") from None
+        raise ModelError(f"device `{name}` cannot be used ({said}); expected cpu, cuda or cuda:N") from None
     return device
 
 
@@ -82,7 +82,7 @@ def read_model_config(path: Path, trust_remote_code: bool = False) -> transforme
 def auto_class(config: transformers.PreTrainedConfig) -> Any:
     """The Auto class that loads a config's model with the head it was saved with."""
     base = getattr(type(config), "base_config_class", type(config))
-    modeling.pruned_config_class(base)  # registers the pruned classes with every Auto class
+    modeling.pruned_config_class(base)  # type: ignore[arg-type]  # registers the pruned classes with every Auto class
     architecture = (getattr(config, "architectures", None) or [""])[0].removeprefix("Dropformer")
     known = [auto for auto in HEADS if base in getattr(modeling_auto, auto)._model_mapping]
     for auto in known:

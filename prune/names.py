@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -26,7 +27,7 @@ def meta_model(native: type[PreTrainedModel], config: PreTrainedConfig) -> PreTr
 
 def parameter_names(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
     """Tensor name in the files -> parameter name in the model (the tensor's own name where none is known)."""
-    transforms = get_model_conversion_mapping(model)
+    transforms: list[Any] = list(get_model_conversion_mapping(model))
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     state = model.state_dict()

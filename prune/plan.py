@@ -54,7 +54,7 @@ class Selector:
 def parse_spec(text: str) -> tuple[Selector, ...]:
     """The selectors of a drop spec.  Raises PlanError saying what was expected."""
     spec = re.sub(r"\s+", "", text)
-    selectors = []
+    selectors: list[Selector] = []
     position = 0
     while position < len(spec) or not selectors:
         match = _ITEM.match(spec, position)

@@ -67,7 +67,7 @@ def cut(model: nn.Module, surgery: Surgery) -> nn.Module:
     skip_modules(model, skipped_modules(surgery.outline, surgery.arrangement))
     _adopt(model.config, config_from(fields))
     if not surgery.arrangement.packed:
-        model.__class__ = pruned_model_class(type(model), type(model.config))
+        model.__class__ = pruned_model_class(type(model), type(model.config))  # type: ignore[arg-type]
         empty_cache_entries(model.config)
     return model
 
@@ -123,7 +123,7 @@ def _check_shortened(
     """Raise ArchitectureError unless a model built from the new config has the blocks that we keep."""
     config = config_from(fields)
     native = type(model)
-    target = native if arrangement.packed else pruned_model_class(native, type(config))
+    target = native if arrangement.packed else pruned_model_class(native, type(config))  # type: ignore[arg-type]
     with torch.device("meta"):
         built = target._from_config(config) if arrangement.packed else target(config)
     if not arrangement.packed:
