@@ -73,6 +73,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "granitemoehybrid": {**_LINEAR_AND_FULL, "mamba_n_heads": 8, "mamba_d_head": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "nemotron_h": {"layers_block_type": ["full_attention", "linear_attention", "moe", "full_attention"]},
+    "recurrent_gemma": {"num_hidden_layers": 6, "block_types": ["attention", "recurrent"]},
     "mamba2": {"num_heads": 8, "head_dim": HEAD_DIM, "n_groups": 1},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {**_INDEXER, "ngram_vocab_size_base": 64},

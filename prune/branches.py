@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from dropformer.prune.architecture import BranchKind, Tap
 from dropformer.prune.dataflow import Flow, Term, within
 from dropformer.prune.trace import Call
@@ -15,9 +17,11 @@ from dropformer.prune.trace import Call
 # A branch's kind is read off its modules' names; where none fits, `discover` decides by experiment.
 NORM_NAMES = re.compile(r"\w*norm\w*|\bln_?\w*", re.I)
 CROSS_NAMES = re.compile(r"cross|encoder_attn|encdec|encoder_decoder", re.I)
-ATTENTION_NAMES = re.compile(r"attn|attention|mixer|mamba|ssm|lstm|recurrent|temporal|rwkv|delta|retention|lru", re.I)
+ATTENTION_NAMES = re.compile(r"attn|attention|mamba|ssm|lstm|recurrent|temporal|rwkv|delta|retention|lru", re.I)
 MLP_NAMES = re.compile(r"mlp|ffn|feed_?forward|\bff\b|moe|expert|dense|intermediate|fc\d?|channel_mix", re.I)
 CONVOLUTION_NAMES = re.compile("conv", re.I)  # says least: short convolutions stand beside either kind
+
+CACHES = {"past_key_values", "past_key_value", "cache_params", "cache"}
 
 Forms = dict[str, Any]  # module path within the block -> what it returns once dropped (`modeling.Skipped`)
 
@@ -216,9 +220,9 @@ class BranchReader:
         shape = self.flow.trace.tensors[value].shape
         shapes: dict[int | str, Any] = {key: self.flow.trace.tensors[v].shape for key, v in call.inputs.items()}
         hidden = "hidden_states" if "hidden_states" in shapes else next(iter(shapes), None)
-        if hidden is not None and shapes[hidden] == shape:
+        if hidden is not None and _alike(shapes[hidden], shape):
             return word
-        like = next((key for key, s in shapes.items() if s == shape), None)
+        like = next((key for key, s in shapes.items() if _alike(s, shape)), None)
         if like is not None:
             return f"{word}:{like}"
         if hidden is not None and shapes[hidden][:-1] == shape[:-1]:
@@ -234,6 +238,11 @@ class BranchReader:
             if not made.isdisjoint(op.inputs):
                 return f"it makes a tensor that {op.scope or 'the model'} reads"
         return ""
+
+    def stateful(self, modules: Mapping[str, Any]) -> bool:
+        """Is any of these modules handed the cache?"""
+        paths = [f"{self.path}.{name}" for name in modules]
+        return any(c.keywords & CACHES and any(within(c.path, p) for p in paths) for c in self.flow.calls)
 
     def _tap(self, value: int, gone: list[str]) -> Tap | None:
         """Where a hook sees this value: at the outermost module, outside of those that are gone."""
@@ -254,6 +263,11 @@ class BranchReader:
         if tensors[value].shape == tensors[flow.x].shape:
             return tap
         return replace(tap, like=Tap(self.path, "input", flow.in_key))
+
+
+def _alike(given: torch.Size, wanted: torch.Size) -> bool:
+    """The same numbers a token, though tokens may be flattened into rows: [B, T, D] for [B * T, D]."""
+    return given == wanted or (bool(given) and given.numel() == wanted.numel() and given[-1] == wanted[-1])
 
 
 def _silences(form: Any) -> bool:

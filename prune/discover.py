@@ -10,6 +10,7 @@ mixtures of experts and state-space mixers all fall out of this one rule.  Nothi
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -62,7 +63,9 @@ def _discover(
     with evaluating(model):
         trace = _trace(model, given)
         paths = paths or _find_stacks(model, trace)
-        replay = Replay(model, [path for p in paths for path in _block_paths(model, p)], given)
+        blocks = [path for p in paths for path in _block_paths(model, p)]
+        _check_named(model, blocks[0], named)
+        replay = Replay(model, blocks, given)
         reader = _StackReader(model, trace, replay, named, given)
         stacks = [reader.read(path, name, paths) for path, name in zip(paths, _stack_names(paths), strict=True)]
     blocks = [block for stack in stacks for block in stack.blocks]
@@ -72,8 +75,16 @@ def _discover(
     return Architecture(tuple(stacks))
 
 
+def _check_named(model: nn.Module, block: str, named: Mapping[str, str]) -> None:
+    known = dict(model.get_submodule(block).named_modules())
+    for module in named.values():
+        if module not in known:
+            raise ArchitectureError(f"{block} has no module `{module}`; it has {', '.join(filter(None, known))}")
+
+
 def _trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     before = dict(model.named_modules())
+    versions = {name: p._version for name, p in model.named_parameters() if not p.is_inference()}
     try:
         with tracing(model) as trace:
             model(**inputs)
@@ -86,6 +97,12 @@ def _trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
             raise ArchitectureError(
                 f"{type(model).__name__} replaces {path} during its forward pass, depending on the input's length; "
                 "settle its attention type in the config first (attention_type original_full for BigBird)"
+            )
+    for name, parameter in model.named_parameters():
+        if name in versions and parameter._version != versions[name]:
+            raise ArchitectureError(
+                f"{type(model).__name__} changes {name} during its forward pass; switch that off in the config first "
+                "(rescale_every 0 for RWKV)"
             )
     return trace
 
@@ -147,6 +164,9 @@ class _StackReader:
     ) -> None:
         self.model, self.trace, self.replay, self.named, self.inputs = model, trace, replay, named, inputs
         self.tried: dict[str, str] = {}  # what was tried -> what went wrong
+        self.owners: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self.owners[id(parameter)].append(name)
         self.memory: set[int] = set()  # what the stacks before this one made, where its own stream did not
 
     def read(self, path: str, name: str, stacks: list[str]) -> Stack:
@@ -204,9 +224,13 @@ class _StackReader:
             plain=flow.plain,
         )
         branches, kept = [], {}
-        drafts = BranchReader(flow, lambda names, term: self._kind(flow, names, term)).read()
+        reader = BranchReader(flow, lambda names, term: self._kind(flow, names, term))
+        drafts = reader.read()
+        stateful = {d.kind for d in drafts if d.cuts and reader.stateful(d.cuts[0].modules)} - {"cross"}
         for draft in drafts:
             cut = self._choose(block, draft)
+            if draft.kind == "attn" and len(stateful) > 1:
+                cut = "other parts of its block keep their state in its cache entry"
             if isinstance(cut, str):
                 kept[draft.kind] = cut
             else:
@@ -218,6 +242,8 @@ class _StackReader:
         """The first way to drop a branch with which the block still runs, or why there is none."""
         said = draft.reason
         for cut in draft.cuts:
+            if shared := self._shared(block, cut):
+                return f"it shares weights with {shared}"
             key = repr((type(self.model.get_submodule(block.path)), cut.modules))
             if key not in self.tried:
                 self.tried[key] = self.replay.problem(block.path, cut.modules)
@@ -225,6 +251,15 @@ class _StackReader:
                 return cut
             said = said or f"the block does not run without it: {self.tried[key]}"
         return said
+
+    def _shared(self, block: Block, cut: Cut) -> str:
+        """A parameter outside of the block that is one of the branch's own too."""
+        for name in cut.modules:
+            for parameter in self.model.get_submodule(f"{block.path}.{name}").parameters():
+                other = next((p for p in self.owners[id(parameter)] if not p.startswith(block.path + ".")), "")
+                if other:
+                    return other
+        return ""
 
     def _kind(self, flow: Flow, names: str, term: Term) -> BranchKind:
         for kind, module in self.named.items():
@@ -236,7 +271,10 @@ class _StackReader:
         read = {v for i in term.ops for v in flow.ops[i].inputs}
         if not read.isdisjoint(self.memory):
             return "cross"
-        return kind_by_name(names) or ("attn" if self.replay.mixes_tokens(flow, term) else "mlp")
+        kind = kind_by_name(names)
+        if kind is None and self.replay.blind:
+            kind = kind_by_name(" ".join(flow.ops[i].scope.removeprefix(flow.call.path) for i in term.ops))
+        return kind or ("attn" if self.replay.mixes_tokens(flow, term) else "mlp")
 
 
 def _parent(path: str) -> str:

@@ -114,6 +114,11 @@ class Replay:
                 hooks.callback(hook.remove)
             model(**inputs)
 
+    @property
+    def blind(self) -> bool:
+        """True for a model without weights, whose tensors hold no numbers."""
+        return _on_meta(self.model)
+
     def run(self, block: str) -> Any:
         """The block's output on a fresh copy of its inputs."""
         args, kwargs = self.seen[block]
@@ -129,27 +134,29 @@ class Replay:
         return ""
 
     def mixes_tokens(self, flow: Flow, term: Term) -> bool:
-        """Does the branch carry anything from one token to another?  Settled by changing the first token.
+        """Does the branch carry anything from one token to another?  Settled by changing one token.
 
-        The module that reads the stream for the branch gets a changed first token; the branch mixes when
-        its output changes elsewhere.  Where tensors hold no numbers (meta), the operations tell.
+        The module that reads the stream for the branch gets a changed token; the branch mixes when its
+        output changes at any other.  Where tensors hold no numbers (meta), the operations tell.
         """
         calls = [call for call in flow.calls if any(call.first <= i < call.last for i in term.ops)]
         first = next(((c, k) for c in calls for k, v in c.inputs.items() if v in term.reads), None)
         last = next(((c, k) for c in calls for k, v in c.outputs.items() if v == term.value), None)
-        if first is None or last is None or self.seen[flow.call.path] == () or _on_meta(self.model):
-            mixing = ("scaled_dot_product", "softmax", "convolution", "bmm", "cumsum")
+        if first is None or last is None or self.blind:
+            mixing = ("scaled_dot_product", "convolution", "cumsum")
             return any(word in flow.ops[i].name for i in term.ops for word in mixing)
-        outputs = [self._output(flow, first, last, change) for change in (0.0, 1.0)]
-        return not torch.equal(outputs[0][:, 1:], outputs[1][:, 1:])
+        changed = self._output(flow, first, last, 1.0) != self._output(flow, first, last, 0.0)
+        changed[_one_token(changed)] = False
+        return bool(changed.any())
 
     def _output(self, flow: Flow, first: tuple, last: tuple, change: float) -> Tensor:
-        """The branch's output with `change` added to its first token."""
+        """The branch's output with `change` added to one token of its input."""
 
         def disturb(_m: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             named = {**dict(enumerate(args)), **kwargs}
             named[first[1]] = named[first[1]].clone()
-            named[first[1]][:, 0] += change
+            token = named[first[1]][_one_token(named[first[1]])]
+            token += change * torch.arange(token.numel(), device=token.device).view_as(token)  # a norm sees it
             return tuple(named[i] for i in range(len(args))), {k: named[k] for k in kwargs}
 
         hook = self.model.get_submodule(first[0].path).register_forward_pre_hook(disturb, with_kwargs=True)
@@ -160,6 +167,11 @@ class Replay:
         finally:
             hook.remove()
         return values[tap]
+
+
+def _one_token(tensor: Tensor) -> tuple[int, ...]:
+    """The index of one token: tokens stand in two dimensions, of whichever order, or flattened in one."""
+    return (0,) * min(2, max(1, tensor.ndim - 1))
 
 
 def _on_meta(model: nn.Module) -> bool:

@@ -36,6 +36,7 @@ class Call:
     inputs: dict[int | str, int]
     last: int = 0
     outputs: dict[int | str | None, int] = field(default_factory=dict)
+    keywords: frozenset[str] = frozenset()  # every keyword it was given, tensors or not
     shape: str = ""  # the output's container: "tensor", "tuple", "list", "fields" or "" for anything else
     keys: tuple[int | str | None, ...] = ()  # the keys of all its members, tensors or not
     passed: dict[int | str | None, int | str] = field(default_factory=dict)  # member -> the input it is, unchanged
@@ -114,7 +115,7 @@ def _hook(module: nn.Module, path: str, recorder: _Recorder):  # type: ignore[no
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
         named = {**dict(enumerate(args)), **kwargs}
         inputs = {key: recorder.value(value) for key, value in named.items() if isinstance(value, Tensor)}
-        open_calls.append(Call(path, len(recorder.trace.ops), inputs))
+        open_calls.append(Call(path, len(recorder.trace.ops), inputs, keywords=frozenset(kwargs)))
         given.append(named)
         recorder.trace.calls.append(open_calls[-1])
         recorder.scopes.append(path)
