@@ -35,7 +35,7 @@ from dropformer import api
 from dropformer.metrics.analyze import analyze_model
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.discover import discover
-from dropformer.prune.errors import DropformerError
+from dropformer.prune.errors import ArchitectureError, DropformerError
 from dropformer.prune.inputs import sample_inputs
 from dropformer.prune.proof import prove
 
@@ -94,6 +94,10 @@ def _through(dense: nn.Module, folder: Path) -> str:
             pruned = api.drop(opened, plan)
             _check(opened.model, architecture, layers, pruned, ids, folder / kind, generates)
             tried.append(spec)
+    blocks = [block for stack in architecture.stacks for block in stack.blocks]
+    for kind in {kind for block in blocks for kind in block.kept} - {layer.kind for layer in architecture.layers()}:
+        reason = next(block.kept[kind] for block in blocks if kind in block.kept)
+        raise ArchitectureError(f"{', '.join(tried)} work; {kind} of every block stays: {reason}")
     kept = {reason for stack in architecture.stacks for block in stack.blocks for reason in block.kept.values()}
     notes = ["" if generates else "no cached generation to compare", *sorted(kept)[:1]]
     return "; ".join([", ".join(tried), *filter(None, notes)])
