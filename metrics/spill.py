@@ -7,10 +7,11 @@ bytes are back.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class Spill:
 
     def park(self, number: int, frame: FrameType | None, keep: set[int]) -> None:
         """Put away what the frames of pass `number` hold, storages at the addresses in `keep` excepted."""
-        storages = [s for s in storages_in(frame) if s.data_ptr() not in keep and s.nbytes() >= SMALLEST]
+        storages = [s for s in storages_in(frame) if _movable(s) and s.data_ptr() not in keep]
         size = sum(storage.nbytes() for storage in storages)
         if self.resident + size <= self.allowance:
             self.resident += size
@@ -38,7 +39,7 @@ class Spill:
             return
         with self._file(number).open("wb") as file:
             for storage in storages:
-                file.write(_bytes_of(storage).cpu().numpy())  # type: ignore[arg-type]
+                _write(storage, file)
         self._out[number] = [(storage, storage.nbytes()) for storage in storages]
         for storage in storages:
             storage.resize_(0)
@@ -57,16 +58,27 @@ class Spill:
         return self.folder / f"{number}.bin"
 
 
-def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+def _movable(storage: torch.UntypedStorage) -> bool:
+    return storage.nbytes() >= SMALLEST and storage.resizable()
 
 
-def _fill(storage: torch.UntypedStorage, file: Any) -> None:
-    target = _bytes_of(storage)
+def _write(storage: torch.UntypedStorage, file: BinaryIO) -> None:
+    on_cpu = storage.cpu()
+    file.write(_memory(on_cpu))
+
+
+def _fill(storage: torch.UntypedStorage, file: BinaryIO) -> None:
     if storage.device.type == "cpu":
-        file.readinto(target.numpy())
+        file.readinto(_memory(storage))  # type: ignore[attr-defined]
     else:
-        target.copy_(torch.frombuffer(bytearray(file.read(storage.nbytes())), dtype=torch.uint8))
+        landing = torch.UntypedStorage(storage.nbytes())
+        file.readinto(_memory(landing))  # type: ignore[attr-defined]
+        storage.copy_(landing)
+
+
+def _memory(storage: torch.UntypedStorage) -> ctypes.Array:
+    """The bytes themselves.  Not by way of NumPy: a storage that NumPy has seen cannot be resized any more."""
+    return (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
 
 
 def storages_in(frame: FrameType | None) -> list[torch.UntypedStorage]:
