@@ -1,6 +1,7 @@
 """Is the redundancy of attention there from early training on?  Train a small Llama on this machine and look.
 
-    python benchmarks/training.py [--quick] [--text FILE ...] [--minutes 6] [--run FOLDER] [--out FOLDER]
+    python benchmarks/training.py [--quick] [--text FILE ...] [--minutes 6 | --steps N] [--seed 0]
+                                   [--run FOLDER] [--out FOLDER]
 
 A Llama of 8 blocks is trained from random weights with transformers' Trainer, on Python's documentation topics
 and the files given, and saved at steps 0 (random), 2, 4, 8, ... and at the end.  Then `prune compare` scores
@@ -61,6 +62,8 @@ class Size:
     windows: int
     held_out: int
     drop: str
+    steps: int | None = None
+    seed: int = 0
 
 
 FULL = Size(blocks=8, width=192, minutes=6.0, windows=32, held_out=64, drop="attn:3")
@@ -106,7 +109,7 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 def make_model(size: Size) -> LlamaForCausalLM:
     """Random weights, as transformers initialises a Llama."""
-    torch.manual_seed(0)
+    torch.manual_seed(size.seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=size.width,
@@ -128,13 +131,13 @@ def train(run: Path, size: Size, texts: list[str]) -> None:
     tokenizer = make_tokenizer(texts)
     model = make_model(size)
     data = Windows(texts, tokenizer)
-    steps = steps_in(model, data, size.minutes * 60)
+    steps = size.steps or steps_in(model, data, size.minutes * 60)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(data) * LENGTH:,} tokens, {steps} steps of "
           f"{BATCH * LENGTH} tokens", flush=True)  # fmt: skip
     with quiet_transformers():
         for save in (model, tokenizer):
             save.save_pretrained(run / "checkpoint-0")
-        trainer = Trainer(model, arguments(run, steps), None, data, None, tokenizer, callbacks=[Geometric()])
+        trainer = Trainer(model, arguments(run, steps, size.seed), None, data, None, tokenizer, callbacks=[Geometric()])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     (run / "trained").touch()
@@ -160,7 +163,7 @@ def steps_in(model: LlamaForCausalLM, data: Windows, seconds: float) -> int:
     return max(16, round(0.75 * seconds / each))
 
 
-def arguments(run: Path, steps: int) -> TrainingArguments:
+def arguments(run: Path, steps: int, seed: int) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(run),
         max_steps=steps,
@@ -178,7 +181,7 @@ def arguments(run: Path, steps: int) -> TrainingArguments:
         use_cpu=True,
         dataloader_pin_memory=False,
         disable_tqdm=True,
-        seed=0,
+        seed=seed,
     )
 
 
@@ -240,12 +243,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smaller model for some seconds")
     parser.add_argument("--text", action="append", default=[], type=Path, help="more text to train on")
     parser.add_argument("--minutes", type=float, help="how long to train")
+    parser.add_argument("--steps", type=int, help="how many steps to train, whatever the time")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights and the order of the text")
     parser.add_argument("--run", type=Path, help="where the checkpoints go, or lie")
     parser.add_argument("--out", type=Path, help="where compare.json, the pictures and the page go")
     options = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     size = QUICK if options.quick else FULL
-    size = replace(size, minutes=options.minutes or size.minutes)
+    size = replace(size, minutes=options.minutes or size.minutes, steps=options.steps, seed=options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         run = options.run or Path(scratch) / "run"
         if not (run / "trained").exists():

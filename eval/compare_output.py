@@ -43,8 +43,10 @@ def write(found: Comparison, out: Path) -> Path:
 
 
 def headline(found: Comparison) -> str:
-    """What the comparison says about the drop spec, in a sentence."""
+    """What the comparison says in a sentence: since when the drop set is known, or which layers are gone."""
     last = found.checkpoints[-1]
+    if any(checkpoint.gone for checkpoint in found.checkpoints):
+        return " ".join(f"{c.label} lacks {listed(c.gone, full=True)}." for c in found.checkpoints if c.gone)
     if not found.spec or not found.known_from:
         return f"{len(found.checkpoints)} checkpoints, the last is {last.label}."
     known, count = found.known_from, len(last.chosen or [])

@@ -37,7 +37,7 @@ class CheckpointScores(Part):
 
 
 class KnownFrom(Part):
-    """The first checkpoint from which on every one chooses what the last one does."""
+    """The first checkpoint from which on every one chooses what the last one does (not asked of pruned ones)."""
 
     label: str
     step: int | None = None
@@ -104,7 +104,7 @@ def compare_scores(entries: Sequence[Entry], spec: str | None = None, keep: Sequ
         spearman={kind: _pairwise([c.similarity[kind] for c in known]) for kind in names},
         overlap=[[jaccard(a, b) for b in sets] for a in sets] if sets else None,
         overlap_by_chance=_by_chance(entries[-1].scores, spec, sets[-1]) if spec else None,
-        known_from=_known_from(known, sets) if sets else None,
+        known_from=_known_from(known, sets) if sets and not any(entry.gone for entry in entries) else None,
     )
 
 

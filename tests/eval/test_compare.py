@@ -253,6 +253,7 @@ def test_dense_and_pruned_are_aligned_by_original_index(checkpoint, tmp_path) ->
     pruned = prune(dense, "block=1,3", tmp_path / "pruned")  # packed: its blocks 0, 1, 2 are 0, 2, 4
     found = run(dense, pruned, drop="attn:1")
     assert found.checkpoints[1].gone == ["block:1", "block:3"]
+    assert found.known_from is None  # that is a question about training
     own = api.analyze(str(pruned), calibration=TEXT).similarity()
     for kind in ("block", "attn", "mlp"):
         row = found.checkpoints[1].similarity[kind]

@@ -75,6 +75,13 @@ def test_the_headline_says_since_when_the_drop_set_is_known() -> None:
     assert "was not known before" in headline(last) and "overlap of 0.50" in headline(last)
 
 
+def test_the_headline_of_pruned_variants_says_what_they_lack() -> None:
+    found = comparison()
+    pruned = found.checkpoints[1].model_copy(update={"gone": ["attn:7", "block:2"]})
+    changed = found.model_copy(update={"checkpoints": [found.checkpoints[0], pruned], "known_from": None})
+    assert headline(changed) == "step<1> lacks attention 7; block 2."
+
+
 def test_equal_weights_are_noted() -> None:
     found = comparison()
     twin = found.checkpoints[1].model_copy(update={"same_weights_as": "step<0>"})
