@@ -17,7 +17,7 @@ from dropformer.metrics.importance import METRICS, Bench
 from dropformer.metrics.lockstep import Lockstep
 from dropformer.metrics.projection import projections
 from dropformer.metrics.quality import Quality, Request
-from dropformer.metrics.repair import Repair, gate, tensors_of
+from dropformer.metrics.repair import Gate, Repair, gate, tensors_of
 from dropformer.metrics.repair_linear import linear_forms, linear_modules
 from dropformer.metrics.repair_refit import all_slots, gap_slots
 from dropformer.metrics.repair_scale import scale_modules
@@ -134,7 +134,8 @@ class Improver:
             inputs = [batch for batch, _ in other.batches(1)]
             dense = Dense(Stepper(self.model, self.architecture, inputs), self.quality.stride)
         modules: Mapping[str, nn.Module] = dropped_modules(self.architecture, gone)
-        gates, mapped = [], {}
+        gates: list[Gate] = []
+        mapped: dict[Layer, Any] = {}
         with evaluating(self.model):
             for method in self.quality.repair:
                 with self._timed(method):
@@ -162,14 +163,14 @@ class Improver:
             return self._linear(maps, [layer for layer in left if layer.kind != "attn"], modules)
         slots = {"refit": gap_slots, "refit-all": all_slots}[method](self.architecture, left, found)
         standing = {path: module for path, module in modules.items() if any(True for _ in module.parameters())}
-        return self._lockstep(left, standing).refit(slots), {}
+        return self._lockstep(left, standing, apart=method == "refit").refit(slots), {}
 
     def _linear(
         self, maps: Sequence[Layer], gone: Sequence[Layer], modules: Mapping[str, nn.Module]
     ) -> tuple[dict[str, nn.Module], dict[Layer, Any]]:
         width = self.bench.stepper.start(0).shape[-1]
         standing, slots = linear_modules(self.model, self.architecture, maps, width)
-        fitted = self._lockstep(gone, standing).refit(slots)
+        fitted = self._lockstep(gone, standing, apart=True).refit(slots)
         forms = {
             layer: self._relative(layer, linear_forms(self.model, self.architecture, layer, width)) for layer in maps
         }
@@ -179,8 +180,8 @@ class Improver:
         prefix = self.architecture.block(layer).path + "."
         return {path.removeprefix(prefix): form for path, form in forms.items()}
 
-    def _lockstep(self, gone: Sequence[Layer], modules: dict[str, nn.Module]) -> Lockstep:
-        return Lockstep(self.bench.stepper, self.architecture, gone, self.groups, modules)
+    def _lockstep(self, gone: Sequence[Layer], modules: dict[str, nn.Module], apart: bool) -> Lockstep:
+        return Lockstep(self.bench.stepper, self.architecture, gone, self.groups, modules, apart=apart)
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:

@@ -9,7 +9,7 @@ from dropformer.prune.errors import PlanError
 
 METRIC_NAMES = ("similarity", "angular", "relative-magnitude", "loo-kl", "loo-perplexity", "cca", "random", "reverse")
 SELECTS = ("one-shot", "iterative", "greedy")
-REPAIRS = ("scale", "refit", "refit-all", "linear", "lora")
+REPAIRS = ("linear", "refit", "refit-all", "scale", "lora")  # in the order in which they apply
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,10 @@ def quality(
     if select is not None:
         found = replace(found, select=_one_of("select", select, SELECTS))
     if repair is not None:
-        methods = [_one_of("repair", method.strip(), REPAIRS) for method in repair.split(",") if method.strip()]
-        found = replace(found, repair=tuple(methods))
+        methods = {_one_of("repair", method.strip(), REPAIRS) for method in repair.split(",") if method.strip()}
+        if "scale" in methods and len(methods) > 1:
+            raise PlanError("--repair scale mends what the other repairs mend; give it alone, or leave it out")
+        found = replace(found, repair=tuple(method for method in REPAIRS if method in methods))
     return found
 
 

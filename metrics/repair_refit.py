@@ -10,13 +10,26 @@ from dropformer.prune.architecture import Architecture, Layer
 
 
 def gap_slots(architecture: Architecture, gone: Sequence[Layer], projections: Mapping[Layer, Slot]) -> list[Slot]:
-    """The last projection that is left before each gap: it learns what the dropped layers would have added."""
+    """The last projection that is left before each gap: it learns what the dropped layers would have added.
+
+    In a parallel block that lost one branch that is the other branch's.
+    """
     order, dropped = in_order(architecture, gone)
-    slots = []
-    for before, layer in pairwise(order):
-        if layer in dropped and before not in dropped and before in projections:
-            slots.append(projections[before])
-    return slots
+    slots = {}
+    for before, layer in pairwise([None, *order]):
+        if layer not in dropped:
+            continue
+        where = _mate(architecture, layer, dropped) or before
+        if where not in dropped and where in projections:
+            slots[where] = projections[where]
+    return list(slots.values())
+
+
+def _mate(architecture: Architecture, layer: Layer, dropped: set[Layer]) -> Layer | None:
+    """The branch of a parallel block that stays where `layer` goes."""
+    block = architecture.block(layer)
+    found = [Layer(b.kind, layer.index, layer.stack) for b in block.branches if block.parallel]
+    return next((other for other in found if other not in dropped), None)
 
 
 def all_slots(architecture: Architecture, gone: Sequence[Layer], projections: Mapping[Layer, Slot]) -> list[Slot]:

@@ -115,13 +115,14 @@ def test_refit_brings_the_stream_closer_on_what_it_was_fitted_on(tiny, windows, 
     assert {fit.slot for fit in lockstep.fits} == set(slots)
 
 
+@pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi"])
-def test_refit_works_whatever_the_family(tiny, windows, family):
+def test_refit_works_whatever_the_family(tiny, windows, family, apart):
     fields = {"n_embd": 32, "n_layer": 4, "n_head": 4} if family == "gpt2" else {}
     _, architecture, stepper = opened(tiny, windows, family, **fields)
     dense, gone = Dense(stepper), [Layer("attn", 2)]
-    slots = all_slots(architecture, gone, projections(stepper))
-    repaired = Lockstep(stepper, architecture, gone, [0, 0], penalties=[1e-4]).refit(slots)
+    slots = (gap_slots if apart else all_slots)(architecture, gone, projections(stepper))
+    repaired = Lockstep(stepper, architecture, gone, [0, 0], penalties=[1e-4], apart=apart).refit(slots)
     assert slots and stream_error(stepper, dense, repaired) < stream_error(
         stepper, dense, dropped_modules(architecture, gone)
     )
@@ -137,14 +138,15 @@ def test_the_dense_model_is_not_changed_by_a_repair(tiny, windows):
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_the_linear_repair_of_an_attention_that_is_linear_is_exact(tiny, windows, family):
+def test_the_linear_repair_of_an_attention_that_is_linear_is_exact(tiny, windows, family, apart):
     """On windows of one token attention gives its own value, a linear function of the normed input."""
     model, architecture, _ = opened(tiny, windows, family)
     stepper = Stepper(model, architecture, [{"input_ids": torch.arange(3, 63)[:, None]}])
     layers = [Layer("attn", 1), Layer("attn", 2)]
     modules, slots = linear_modules(model, architecture, layers, 32)
-    repaired = Lockstep(stepper, architecture, [], [0], modules, TINY).refit(slots)
+    repaired = Lockstep(stepper, architecture, [], [0], modules, TINY, apart).refit(slots)
     with torch.inference_mode():
         expected = stepper.run(0, 0, stepper.start(0))
         with replaced(model, repaired):
@@ -197,7 +199,7 @@ def improver_of(tiny, windows, tmp_path, quality):
 
 
 @pytest.mark.parametrize(
-    "repair", [("refit",), ("refit-all",), ("linear",), ("scale",), ("linear", "refit-all"), ("scale", "refit")]
+    "repair", [("refit",), ("refit-all",), ("linear",), ("scale",), ("linear", "refit-all"), ("linear", "refit")]
 )
 def test_a_repaired_model_is_the_dense_one_with_its_stand_ins_and_survives_saving(tiny, windows, tmp_path, repair):
     model, improver, ref = improver_of(tiny, windows, tmp_path, Quality(repair=repair, stride=1))

@@ -1,0 +1,219 @@
+"""What each way of choosing and repairing keeps of a model: perplexity relative to dense, on three kinds of text.
+
+    python benchmarks/quality.py [--quick] [--wikitext FILE] [--drops attn:8,block:4] [--methods paper,best]
+
+Calibrated half on wikitext, half on the builtin topics; judged on parts of both that were not calibrated on, and
+on a kind that was not calibrated on at all: source code of Python's standard library.  Repairs are gated on a
+fourth kind, docstrings of torch.  Without a wikitext file everything but that half is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from dropformer import api
+from dropformer.metrics.calibration import Calibration
+from dropformer.metrics.damage import Damage, Dense
+from dropformer.metrics.improve import Improver, improve
+from dropformer.metrics.quality import Quality, Request, quality
+from dropformer.metrics.stepping import Stepper, replaced
+from dropformer.metrics.windows import Windows, windows
+
+WIKITEXT = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "wikitext-2" / "valid.txt"
+SOURCES = (
+    *("argparse", "ast", "csv", "difflib", "fractions", "heapq", "inspect"),
+    *("json/decoder", "pathlib", "statistics", "tarfile", "textwrap", "zipfile"),
+)
+DROPS = (
+    *("attn:2", "attn:4", "attn:6", "attn:8", "attn:12", "mlp:2", "mlp:4"),
+    *("block:2", "block:4", "block:7", "joint:8", "joint:12"),
+)
+METHODS: dict[str, Quality] = {
+    "random": quality(metric="random"),
+    "reverse": quality(metric="reverse"),
+    "similarity": quality("paper"),
+    "angular": quality(metric="angular"),
+    "relative-magnitude": quality(metric="relative-magnitude"),
+    "loo-kl": quality(metric="loo-kl"),
+    "cca": quality(metric="cca"),
+    "iterative": quality(select="iterative"),
+    "greedy": quality(select="greedy"),
+    "similarity+scale": quality(repair="scale"),
+    "similarity+refit": quality(repair="refit"),
+    "similarity+refit-all": quality(repair="refit-all"),
+    "similarity+linear": quality(repair="linear"),
+    "greedy+refit": quality(select="greedy", repair="refit"),
+    "best": quality("best"),
+    "linear": quality("linear"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one drop.  Ratios are perplexity over dense perplexity; stderr that of the geometric mean."""
+
+    method: str
+    drop: str
+    layers: list[str]
+    ratios: dict[str, float]
+    mean: float
+    stderr: float
+    kl: float
+    seconds: float
+    gates: list[str]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Windows to calibrate on, one entry a kind; to judge on, by name; and to gate repairs on."""
+
+    calibration: list[Windows]
+    judged: dict[str, Windows]
+    gate: Windows
+
+
+def texts(tokenizer: object, wikitext: Path, samples: int, judged: int, length: int) -> Texts:
+    """Cut all texts.  Wikitext: the first 60 % to calibrate on, the rest to judge on."""
+
+    def cut(name: str | Path, count: int) -> Windows:
+        return windows(Calibration(str(name), samples=count, length=length, seed=1), tokenizer)
+
+    with tempfile.TemporaryDirectory() as folder:
+        half, files = max(1, samples // 2), {}
+        parts = {"code": _code(), "docstrings": _docstrings()}
+        if wikitext.is_file():
+            text = wikitext.read_text(encoding="utf-8")
+            middle = text.index("\n", int(len(text) * 0.6))
+            parts |= {"calibration": text[:middle], "wikitext": text[middle:]}
+        else:
+            print(f"no {wikitext}: calibrated and judged without wikitext", file=sys.stderr)
+        for name, text in parts.items():
+            files[name] = Path(folder) / f"{name}.txt"
+            files[name].write_text(text, encoding="utf-8")
+        calibration = [cut(files["calibration"], half)] if "calibration" in files else []
+        kinds = {"wikitext": files.get("wikitext"), "builtin": "heldout", "code": files["code"]}
+        return Texts(
+            [*calibration, cut("builtin", half)],
+            {name: cut(where, judged) for name, where in kinds.items() if where},
+            cut(files["docstrings"], max(2, judged // 2)),
+        )
+
+
+def _code() -> str:
+    root = Path(sysconfig.get_path("stdlib"))
+    return "\n\n".join((root / f"{name}.py").read_text(encoding="utf-8") for name in SOURCES)
+
+
+def _docstrings() -> str:
+    found = {name: getattr(torch, name).__doc__ for name in sorted(dir(torch)) if name.islower()}
+    return "\n\n".join(text for text in found.values() if isinstance(text, str) and len(text) > 400)
+
+
+class Judge:
+    """Damage of a changed model on the judged texts."""
+
+    def __init__(self, improver: Improver, judged: dict[str, Windows]) -> None:
+        self.names = list(judged)
+        self.dense = {}
+        for name, data in judged.items():
+            batches = [inputs for inputs, _ in data.batches(1)]
+            self.dense[name] = Dense(Stepper(improver.model, improver.architecture, batches))
+
+    def __call__(self, modules: dict[str, torch.nn.Module], first: int) -> dict[str, Damage]:
+        found = {}
+        for name, dense in self.dense.items():
+            with replaced(dense.stepper.model, modules):
+                found[name] = dense.compare(first)
+        return found
+
+
+def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: str, ref: object) -> Row:
+    improver.quality = replace(
+        METHODS[method], stride=improver.quality.stride, cost_windows=improver.quality.cost_windows
+    )
+    start = time.perf_counter()
+    plan, repair, modules = improve(improver, ref, Request(drop), gate)  # type: ignore[arg-type]
+    seconds = time.perf_counter() - start
+    damage = judge(dict(modules), _first(improver, modules))
+    logs = {name: damage[name].nll - judge.dense[name].damage.nll for name in judge.names}
+    means = {name: float(log.mean()) for name, log in logs.items()}
+    variance = sum(float(log.var()) / len(log) for log in logs.values()) / len(logs) ** 2
+    mean = math.exp(sum(means.values()) / len(means))
+    return Row(
+        method,
+        drop,
+        [str(layer) for layer in plan.layers],
+        {name: round(math.exp(value), 4) for name, value in means.items()},
+        round(mean, 4),
+        round(mean * variance**0.5, 4),
+        round(sum(d.mean_kl for d in damage.values()) / len(damage), 4),
+        round(seconds, 1),
+        [str(g) for g in repair.gates],
+    )
+
+
+def _first(improver: Improver, modules: dict[str, torch.nn.Module]) -> int:
+    """The first block in which a module changed."""
+    paths = [f"{block.path}." for block in improver.bench.stepper.blocks]
+    return min(i for i, path in enumerate(paths) if any(name.startswith(path) for name in modules))
+
+
+def show(row: Row) -> None:
+    ratios = "  ".join(f"{name} {value:.3f}" for name, value in row.ratios.items())
+    print(
+        f"{row.drop:9} {row.method:22} {ratios}  mean {row.mean:.3f} ± {row.stderr:.3f}  KL {row.kl:.3f}"
+        f"  {row.seconds:.0f} s  {','.join(row.layers)}",
+        flush=True,
+    )
+    for line in row.gates:
+        print(f"{'':10}{line}", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few tokens, two drops, within a minute")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--wikitext", type=Path, default=WIKITEXT)
+    parser.add_argument("--samples", type=int, help="calibration windows (default 32)")
+    parser.add_argument("--judged", type=int, help="windows judged of each text (default 8)")
+    parser.add_argument("--length", type=int, help="tokens a window (default 512)")
+    parser.add_argument("--drops", help="comma-separated (default: the whole table)")
+    parser.add_argument("--methods", help=f"comma-separated, of {', '.join(METHODS)}")
+    said = parser.parse_args(arguments)
+    samples, judged, length = (2, 1, 128) if said.quick else (32, 8, 512)
+    samples, judged, length = said.samples or samples, said.judged or judged, said.length or length
+    drops = said.drops.split(",") if said.drops else (["attn:4"] if said.quick else list(DROPS))
+    quick = ["similarity", "similarity+refit", "similarity+linear"]
+    methods = said.methods.split(",") if said.methods else (quick if said.quick else list(METHODS))
+    opened = api.open_model(said.model)
+    found = texts(opened.tokenizer, said.wikitext, samples, judged, length)
+    improver = Improver(opened.model, found.calibration)
+    judge = Judge(improver, found.judged)
+    rows = []
+    for drop in drops:
+        for method in methods:
+            rows.append(measure(improver, judge, found.gate, method, drop, opened.ref))
+            show(rows[-1])
+    summary = {
+        "benchmark": "quality",
+        "calibration_tokens": sum(w.ids.numel() for w in found.calibration),
+        "judged_tokens": {name: w.ids.numel() for name, w in found.judged.items()},
+        "dense_perplexity": {name: round(dense.damage.perplexity, 3) for name, dense in judge.dense.items()},
+        "rows": [asdict(row) for row in rows],
+    }
+    print(json.dumps(summary))
+
+
+if __name__ == "__main__":
+    main()
