@@ -44,7 +44,7 @@ def get_scores(opened: api.Opened, request: Request, watcher: Watcher) -> Scores
         return scores
     data = _windows(opened, request, watcher)
     kept = scores_cache(opened.ref.fingerprint or "", data.ref)
-    if scores := _reused(kept, opened, data):
+    if scores := _reused(kept, opened, data):  # type: ignore[assignment]
         watcher.say(f"scores: reused, same weights and same tokens ({kept})")
         return scores
     scores = _measured(opened, data, request, watcher)
@@ -104,6 +104,6 @@ def _streamed(opened: api.Opened, data: Windows, request: Request, watcher: Watc
     if place.device_map or place.device not in (None, "cpu"):
         raise ModelError("--memory computes on the CPU; leave out --device and --device-map, or --memory")
     dtype = api.torch_dtype(place.dtype or "float32")
-    streamed = open_streamed(opened.path, dtype, place.trust_remote_code)
+    streamed = open_streamed(opened.path, dtype, place.trust_remote_code)  # type: ignore[arg-type]
     with watcher.stage("scoring block by block", len(data)) as progress:
-        return stream_scores(streamed, data, opened.ref, parse_bytes(request.memory), request.batch_size, progress)
+        return stream_scores(streamed, data, opened.ref, parse_bytes(request.memory), request.batch_size, progress)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ class Slot:
 def changed(module: nn.Module, change: Tensor, constant: float = 1.0) -> nn.Module:
     """A copy of a linear module with `change` [K, D] (or [K + 1, D] with its bias) added; the module stays."""
     weight, bias = module.weight, module.bias
-    rows = change.to(weight.device, torch.float64)
+    rows = change.to(weight.device, torch.float64)  # type: ignore[arg-type]
     step = rows[: len(rows) - (bias is not None)]
     new = copy.deepcopy(module, {id(p): p for p in module.parameters()})
     new.weight = _parameter(weight, step if isinstance(module, Conv1D) else step.T)
@@ -104,7 +104,7 @@ def _last_linear(model: nn.Module, block: Block, branch: Branch, seen: dict[Any,
 def scaled(module: nn.Module, factor: float) -> nn.Module:
     """A copy of a linear module that gives `factor` times as much; the module stays."""
     new = copy.deepcopy(module, {id(p): p for p in module.parameters()})
-    new.weight = _parameter(module.weight, module.weight.detach().double() * (factor - 1))
+    new.weight = _parameter(module.weight, module.weight.detach().double() * (factor - 1))  # type: ignore[operator]
     if module.bias is not None:
-        new.bias = _parameter(module.bias, module.bias.detach().double() * (factor - 1))
+        new.bias = _parameter(module.bias, module.bias.detach().double() * (factor - 1))  # type: ignore[operator]
     return new

@@ -242,7 +242,7 @@ class _Run:
             self.proving, self.capture.listening = False, True
 
     def _at_other(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if module is trunk(self.model).get_input_embeddings() and self._is_large(path):
+        if module is trunk(self.model).get_input_embeddings() and self._is_large(path):  # type: ignore[operator]
             self.weights.load_rows(path, args[0] if args else kwargs["input"])
         elif path not in self.outside:
             self.weights.load(path, recurse=False)

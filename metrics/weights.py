@@ -72,15 +72,15 @@ class Weights:
         """Read some rows of an embedding whose other rows stay unread and take no memory.  rows: int64, any shape."""
         module = self.model.get_submodule(path)
         if module.weight.is_meta:
-            module._parameters["weight"] = nn.Parameter(_untouched(module.weight), requires_grad=False)
-            self._rows[path] = torch.zeros(module.weight.shape[0], dtype=torch.bool)
+            module._parameters["weight"] = nn.Parameter(_untouched(module.weight), requires_grad=False)  # type: ignore[arg-type]
+            self._rows[path] = torch.zeros(module.weight.shape[0], dtype=torch.bool)  # type: ignore[arg-type, index]
         span = self.checkpoint.tensors[self._plain[f"{path}.weight"]]
         wanted = rows.unique().cpu()
         width = span.nbytes // span.shape[0]
         with self.checkpoint.shards[span.shard].opened() as file:
             for row in wanted[~self._rows[path][wanted]].tolist():
                 data = bytearray(os.pread(file, width, span.start + row * width))
-                module.weight.data[row] = torch.frombuffer(data, dtype=_dtype(span))
+                module.weight.data[row] = torch.frombuffer(data, dtype=_dtype(span))  # type: ignore[operator]
                 self.bytes_read += width
         self._rows[path][wanted] = True
 
@@ -127,7 +127,7 @@ class Weights:
         tensors = {name: t.view(self.checkpoint.tensors[name].shape) for name, t in tensors.items()}
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         with quiet_transformers():
-            how = LoadStateDictConfig(weight_mapping=self._mapping, dtype=dtype)
+            how = LoadStateDictConfig(weight_mapping=self._mapping, dtype=dtype)  # type: ignore[arg-type]
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, how)
         if info.conversion_errors or info.mismatched_keys or info.unexpected_keys:
             raise CheckpointError(f"{names[0]} and its like cannot be converted for {type(self.model).__name__}")
@@ -142,7 +142,7 @@ def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, 
     plain: dict[str, str] = {}
     converted: dict[str, list[str]] = defaultdict(list)
     for name in checkpoint.tensors:
-        full, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        full, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)  # type: ignore[arg-type]
         if full not in state and name in state:
             full, pattern = name, None
         if pattern is None:

@@ -68,10 +68,10 @@ def _discover(
         replay = Replay(model, blocks, given)
         reader = _StackReader(model, trace, replay, named, given)
         stacks = [reader.read(path, name, paths) for path, name in zip(paths, _stack_names(paths), strict=True)]
-    blocks = [block for stack in stacks for block in stack.blocks]
-    if not any(block.branches for block in blocks):
-        kind, reason = next(iter(blocks[0].kept.items()))
-        raise ArchitectureError(f"no layer can be dropped; block 0 ({blocks[0].path}), {kind}: {reason}")
+    found = [block for stack in stacks for block in stack.blocks]
+    if not any(block.branches for block in found):
+        kind, reason = next(iter(found[0].kept.items()))
+        raise ArchitectureError(f"no layer can be dropped; block 0 ({found[0].path}), {kind}: {reason}")
     return Architecture(tuple(stacks))
 
 
@@ -236,7 +236,7 @@ class _StackReader:
             else:
                 branches.append(Branch(draft.kind, cut.modules, cut.before, cut.after, cut.delta, flow.scaled))
         parallel = any(draft.parallel for draft in drafts) and len(drafts) > 1
-        return replace(block, branches=tuple(branches), kept=kept, parallel=parallel)
+        return replace(block, branches=tuple(branches), kept=kept, parallel=parallel)  # type: ignore[arg-type]
 
     def _choose(self, block: Block, draft: Draft) -> Cut | str:
         """The first way to drop a branch with which the block still runs, or why there is none."""
@@ -271,10 +271,10 @@ class _StackReader:
         read = {v for i in term.ops for v in flow.ops[i].inputs}
         if not read.isdisjoint(self.memory):
             return "cross"
-        kind = kind_by_name(names)
+        kind = kind_by_name(names)  # type: ignore[assignment]
         if kind is None and self.replay.blind:
             kind = kind_by_name(" ".join(flow.ops[i].scope.removeprefix(flow.call.path) for i in term.ops))
-        return kind or ("attn" if self.replay.mixes_tokens(flow, term) else "mlp")
+        return kind or ("attn" if self.replay.mixes_tokens(flow, term) else "mlp")  # type: ignore[return-value]
 
 
 def _parent(path: str) -> str:

@@ -24,8 +24,8 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str
         shape = (batch, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 1500))
         features = {"input_features": torch.randn(shape, generator=generator).to(device)}
         ids = torch.zeros(batch, length, dtype=torch.long, device=device)
-        return features | ({"decoder_input_ids": ids, "use_cache": False} if config.is_encoder_decoder else {})
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+        return features | ({"decoder_input_ids": ids, "use_cache": False} if config.is_encoder_decoder else {})  # type: ignore[union-attr]
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
     vocab = int(getattr(text, "vocab_size", 0) or 32)
     batch *= getattr(config, "num_codebooks", 1) if getattr(config, "audio_channels", None) else 1  # MusicGen
     ids = torch.randint(0, vocab, (batch, length), generator=generator).to(device)

@@ -45,6 +45,8 @@ class Skipped(nn.Module):
     named fields.  Hidden states: [..., D] -> [..., D].
     """
 
+    batch_first = False  # torch's own encoder layers ask their attention; a no keeps them off the fused path
+
     def __init__(self, form: Any) -> None:
         super().__init__()
         self.form = form
@@ -66,10 +68,8 @@ class Skipped(nn.Module):
             return None
         word, _, width = form.partition("/")
         word, _, key = word.partition(":")
-        if key:
-            hidden = args[int(key)] if key.isdecimal() else kwargs.get(key)
-        else:
-            hidden = hidden_states(args, kwargs)
+        named: Any = (args[int(key)] if key.isdecimal() else kwargs.get(key)) if key else None
+        hidden: Any = named if key else hidden_states(args, kwargs)
         if word == "input":
             return hidden
         return hidden.new_zeros(*hidden.shape[:-1], int(width)) if width else torch.zeros_like(hidden)
@@ -88,7 +88,7 @@ class Mapped(Skipped):
     def __init__(self, form: dict[str, Any]) -> None:
         super().__init__(form["of"])
         inner, outer = form["linear"]
-        del self.weight
+        del self.weight  # type: ignore[has-type]
         self.weight = nn.Parameter(torch.zeros(outer, inner))
         self.bias = nn.Parameter(torch.zeros(outer))
 
@@ -132,7 +132,7 @@ class DropformerConfig(PreTrainedConfig):
         fields["dropformer_skips"] = {i: layer["skip"] for i, layer in layers.items() if "skip" in layer}
         if rest := without_skips(layers):
             fields["per_layer_config"] = rest
-        return pruned_config_class(base).from_dict(fields, **kwargs)
+        return pruned_config_class(base).from_dict(fields, **kwargs)  # type: ignore[arg-type]
 
 
 def without_skips(per_layer: dict[str, dict]) -> dict[str, dict]:
@@ -178,7 +178,7 @@ def _register(base: type[PreTrainedConfig], pruned: type[PreTrainedConfig]) -> N
         if isinstance(auto, type) and mapping is not None and base in mapping:
             native = mapping[base]
             if isinstance(native, type) and issubclass(native, PreTrainedModel):
-                auto.register(pruned, pruned_model_class(native, pruned), exist_ok=True)
+                auto.register(pruned, pruned_model_class(native, pruned), exist_ok=True)  # type: ignore[arg-type, attr-defined]
 
 
 @cache

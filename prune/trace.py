@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,6 +50,11 @@ class Trace:
     ops: list[Op] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     tensors: list[Tensor] = field(default_factory=list)  # value -> tensor, kept alive so that ids stay unique
+
+    @cached_property
+    def last_reader(self) -> dict[int, int]:
+        """Value -> the last operation that reads it.  For a finished trace."""
+        return {value: i for i, op in enumerate(self.ops) for value in op.inputs}
 
     def calls_of(self, path: str) -> list[Call]:
         return [call for call in self.calls if call.path == path]
@@ -138,7 +144,7 @@ def _hook(module: nn.Module, path: str, recorder: _Recorder):  # type: ignore[no
 def members_of(output: Any) -> dict[int | str | None, Any]:
     """The parts of a module's output under the key that picks each: None, an index or a field."""
     if isinstance(output, tuple) and hasattr(output, "_fields"):
-        return output._asdict()
+        return output._asdict()  # type: ignore[attr-defined]
     if isinstance(output, (tuple, list)):
         return dict(enumerate(output))
     if isinstance(output, dict):
@@ -159,7 +165,7 @@ def shape_of(output: Any) -> str:
         return "tensor"
     if isinstance(output, dict) or hasattr(output, "_fields") or dataclasses.is_dataclass(output):
         return "fields"
-    return {tuple: "tuple", list: "list"}.get(type(output), "")
+    return {tuple: "tuple", list: "list"}.get(type(output), "")  # type: ignore[call-overload]
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:

@@ -80,8 +80,8 @@ def test_layer_types_follow_a_shortened_stack(tiny, ids):
 
 def test_a_block_that_depends_on_its_position_stays_as_an_empty_one(tiny, ids):
     model = tiny("deepseek_v3", qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, q_lora_rank=16, kv_lora_rank=16,
-                 n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=2, n_group=2,
-                 topk_group=1, num_key_value_heads=4)  # fmt: skip
+                 n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=2,
+                 n_group=2, topk_group=1, num_key_value_heads=4)  # fmt: skip
     small, _ = pruned(model, "block=0")
     assert small.config.first_k_dense_replace == 1
     torch.testing.assert_close(small(ids).logits, zeroed_deepseek(model)(ids).logits, rtol=1e-5, atol=1e-5)
