@@ -53,7 +53,7 @@ class Repair:
             for layer, forms in self.mapped.items()
             for module in forms
         }
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, tensor in self.tensors.items():
             owner, _, leaf = name.rpartition(".")
             if owner in maps:
@@ -78,7 +78,7 @@ class Repair:
 
 def tensors_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The parameters of modules that stand in for a model's own, by parameter name."""
-    found = {}
+    found: dict[str, Any] = {}
     for path, module in modules.items():
         found |= {f"{path}.{name}": parameter.detach() for name, parameter in module.named_parameters()}
     return found
