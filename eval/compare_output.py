@@ -80,7 +80,7 @@ def html(found: Comparison, pictures: Path) -> str:
     )
     sections = [
         Section("What it says", [*map(paragraph, [headline(found), *notes(found)]), checkpoint_table(found)]),
-        Section("Over training", [picture(pictures / "training.png", "Similarity and agreement by step", OVER)]),
+        Section("Over the checkpoints", [picture(pictures / "training.png", "Similarity and agreement by step", OVER)]),
         Section("Layer by layer", [picture(pictures / "heatmaps.png", "Importance by layer and checkpoint", LAYERS)]),
         Section("Each two checkpoints", [picture(pictures / "agreement.png", "Agreement matrices", AGREEMENT)]),
         Section("How it was measured", [paragraph(MEASURED), models_table(found)]),
