@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from dropformer.metrics.analyze import evaluating, proven
+from dropformer.metrics.apart import Apart
 from dropformer.metrics.budget import meter, parse_budget, within
 from dropformer.metrics.damage import Dense, dropped_modules
 from dropformer.metrics.importance import METRICS, Bench
@@ -161,27 +162,30 @@ class Improver:
         if method == "linear":
             maps = [layer for layer in left if layer.kind == "attn"]
             return self._linear(maps, [layer for layer in left if layer.kind != "attn"], modules)
-        slots = {"refit": gap_slots, "refit-all": all_slots}[method](self.architecture, left, found)
         standing = {path: module for path, module in modules.items() if any(True for _ in module.parameters())}
-        return self._lockstep(left, standing, apart=method == "refit").refit(slots), {}
+        if method == "refit":
+            slots = gap_slots(self.architecture, left, found)
+            fitted = Apart(self.bench.stepper, self.architecture, left, list(mapped), self.groups).refit(
+                slots, standing
+            )
+            return {**modules, **fitted}, {}
+        slots = all_slots(self.architecture, left, found)
+        return Lockstep(self.bench.stepper, self.architecture, left, self.groups, standing).refit(slots), {}
 
     def _linear(
         self, maps: Sequence[Layer], gone: Sequence[Layer], modules: Mapping[str, nn.Module]
     ) -> tuple[dict[str, nn.Module], dict[Layer, Any]]:
         width = self.bench.stepper.start(0).shape[-1]
         standing, slots = linear_modules(self.model, self.architecture, maps, width)
-        fitted = self._lockstep(gone, standing, apart=True).refit(slots)
+        fitted = Apart(self.bench.stepper, self.architecture, gone, maps, self.groups).refit(slots, standing)
         forms = {
             layer: self._relative(layer, linear_forms(self.model, self.architecture, layer, width)) for layer in maps
         }
-        return fitted, forms
+        return {**dropped_modules(self.architecture, gone), **standing, **fitted}, forms
 
     def _relative(self, layer: Layer, forms: Mapping[str, Any]) -> dict[str, Any]:
         prefix = self.architecture.block(layer).path + "."
         return {path.removeprefix(prefix): form for path, form in forms.items()}
-
-    def _lockstep(self, gone: Sequence[Layer], modules: dict[str, nn.Module], apart: bool) -> Lockstep:
-        return Lockstep(self.bench.stepper, self.architecture, gone, self.groups, modules, apart=apart)
 
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:

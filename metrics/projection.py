@@ -20,10 +20,14 @@ from dropformer.prune.trace import outputs_of
 
 @dataclass(frozen=True)
 class Slot:
-    """A linear module whose output is what its branch adds to the stream."""
+    """A linear module whose output is what its branch adds to the stream.
+
+    `reads`: the dense model's module that has the same input, where that is not the one at `path`.
+    """
 
     layer: Layer
     path: str
+    reads: str | None = None
 
 
 def changed(module: nn.Module, change: Tensor, constant: float = 1.0) -> nn.Module:

@@ -63,5 +63,12 @@ def linear_modules(
     for layer in layers:
         forms = linear_forms(model, architecture, layer, width)
         modules |= {path: stand_in(form).to(like.device, like.dtype) for path, form in forms.items()}
-        slots += [Slot(layer, path) for path in forms if isinstance(modules[path], Mapped)]
+        reads = next(path for path in _branch_paths(architecture, layer) if path in forms)
+        slots += [Slot(layer, path, reads) for path in forms if isinstance(modules[path], Mapped)]
     return modules, slots
+
+
+def _branch_paths(architecture: Architecture, layer: Layer) -> list[str]:
+    """The modules of a layer's branch, in the order in which they run."""
+    path = architecture.block(layer).path
+    return [f"{path}.{name}" for name in architecture.branches(layer)[0].modules]

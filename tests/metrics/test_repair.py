@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dropformer.metrics.apart import Apart
 from dropformer.metrics.calibration import CalibrationRef
 from dropformer.metrics.damage import Dense, dropped_modules
 from dropformer.metrics.importance import Bench
@@ -55,6 +56,13 @@ def stream_error(stepper, dense, modules):
             gap = (stepper.run(0, batch, stepper.start(batch)) - goal).square().sum(-1)
             total += float((gap * token_weights(goal)).sum())
     return total
+
+
+def fitted(stepper, architecture, gone, mapped, slots, standing, penalties, apart):
+    groups = [0] * len(stepper)
+    if apart:
+        return {**standing, **Apart(stepper, architecture, gone, mapped, groups, penalties).refit(slots, standing)}
+    return Lockstep(stepper, architecture, gone, groups, dict(standing), penalties).refit(slots)
 
 
 def test_the_solution_without_penalty_is_least_squares():
@@ -122,7 +130,7 @@ def test_refit_works_whatever_the_family(tiny, windows, family, apart):
     _, architecture, stepper = opened(tiny, windows, family, **fields)
     dense, gone = Dense(stepper), [Layer("attn", 2)]
     slots = (gap_slots if apart else all_slots)(architecture, gone, projections(stepper))
-    repaired = Lockstep(stepper, architecture, gone, [0, 0], penalties=[1e-4], apart=apart).refit(slots)
+    repaired = fitted(stepper, architecture, gone, [], slots, dropped_modules(architecture, gone), [1e-4], apart)
     assert slots and stream_error(stepper, dense, repaired) < stream_error(
         stepper, dense, dropped_modules(architecture, gone)
     )
@@ -146,20 +154,21 @@ def test_the_linear_repair_of_an_attention_that_is_linear_is_exact(tiny, windows
     stepper = Stepper(model, architecture, [{"input_ids": torch.arange(3, 63)[:, None]}])
     layers = [Layer("attn", 1), Layer("attn", 2)]
     modules, slots = linear_modules(model, architecture, layers, 32)
-    repaired = Lockstep(stepper, architecture, [], [0], modules, TINY, apart).refit(slots)
+    repaired = fitted(stepper, architecture, [], layers, slots, modules, TINY, apart)
     with torch.inference_mode():
         expected = stepper.run(0, 0, stepper.start(0))
         with replaced(model, repaired):
             torch.testing.assert_close(stepper.run(0, 0, stepper.start(0)), expected, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "phi"])
-def test_a_linear_map_is_closer_than_nothing(tiny, windows, family):
+def test_a_linear_map_is_closer_than_nothing(tiny, windows, family, apart):
     fields = {"n_embd": 32, "n_layer": 4, "n_head": 4} if family == "gpt2" else {}
     model, architecture, stepper = opened(tiny, windows, family, **fields)
     dense, layers = Dense(stepper), [Layer("attn", 1), Layer("attn", 2)]
     modules, slots = linear_modules(model, architecture, layers, 32)
-    repaired = Lockstep(stepper, architecture, [], [0, 0], modules, [1e-4]).refit(slots)
+    repaired = fitted(stepper, architecture, [], layers, slots, modules, [1e-4], apart)
     nothing = dropped_modules(architecture, layers)
     assert stream_error(stepper, dense, repaired) < stream_error(stepper, dense, nothing)
 
