@@ -86,10 +86,10 @@ class Run:
 
     def __init__(self, request: CompareRequest, watcher: Watcher) -> None:
         self.request, self.watcher = request, watcher
-        self.downloads = Downloads(request.keep_downloads)
         self.comparable = Comparable()
 
     def compare(self, checkpoints: Sequence[Checkpoint]) -> Comparison:
+        self.downloads = Downloads(self.request.keep_downloads, any(c.hub_id for c in checkpoints))
         sides = [self.side(checkpoint) for checkpoint in checkpoints]
         for checkpoint, side in zip(checkpoints, sides, strict=True):
             if side.folder:
@@ -178,8 +178,9 @@ class Run:
         """Load one checkpoint, run the windows through it, and let it go."""
         data = self.tokens.windows
         opened = api.open_model(checkpoint.name, checkpoint.revision, self.request.placement)
-        embedding = opened.model.get_input_embeddings()
-        self.tokens.check_vocabulary(checkpoint.label, embedding.weight.shape[0])  # type: ignore[union-attr, index, arg-type]
+        embedding = getattr(opened.model.get_input_embeddings(), "weight", None)
+        if embedding is not None:
+            self.tokens.check_vocabulary(checkpoint.label, embedding.shape[0])
         with self.watcher.stage(f"scoring {title}", len(data)) as progress:
             batches = data.batches(self.request.batch_size)
             scores = api.analyze_model(opened.model, batches, ref=opened.ref, progress=progress)

@@ -12,11 +12,14 @@ from dropformer.recipes.cache import cache_folder
 
 
 class Downloads:
-    """Knows which weights were on this machine at the start, and removes others on request."""
+    """Knows which weights were on this machine at the start, and removes others on request.
 
-    def __init__(self, keep: bool = False) -> None:
+    `hub` False: nothing will come from the Hub, so its cache, which may be large, is not looked at.
+    """
+
+    def __init__(self, keep: bool = False, hub: bool = True) -> None:
         self.keep = keep
-        self._held = _hub_revisions(with_weights=True)
+        self._held = _hub_revisions(with_weights=True) if hub else set()
         self._converted = _conversions()
 
     def remove(self, hub_id: str | None, commit: str | None) -> None:

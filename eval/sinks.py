@@ -31,13 +31,13 @@ _TOLERANCE_16_BIT = 4e-2
 class Sinks:
     """sinks: first tokens kept for good; window: recent tokens kept, the ones being computed included.
 
-    chunk: tokens computed at once.  The first of a chunk sees window - chunk recent tokens before it,
-    the last sees window - 1; chunk 1 is the paper's case.
+    chunk: tokens computed at once, which is what makes reading a long text fast.  The first of a chunk
+    sees window - chunk recent tokens before it, the last window - 1; chunk 1 is the paper's case.
     """
 
     sinks: int = 4
     window: int = 1020
-    chunk: int = 1
+    chunk: int = 256
 
     def __post_init__(self) -> None:
         if self.sinks < 0 or not 1 <= self.chunk <= self.window:

@@ -121,13 +121,15 @@ def measure(
     *,
     compile: bool = False,
     seconds: float | None = None,
+    warm: bool = True,
 ) -> SpeedTable:
     """Measure every model at every setting; the first model is what the others are compared with.
 
     In each repeat every model runs once, and the order rotates from repeat to repeat, so that a
     machine that slows down slows all of them.  `compile`: decode through torch.compile with a
     StaticCache.  `seconds`: start no further repeat of a setting once it has taken so long (each
-    is repeated once at least).  Raises EvaluationError for an empty grid, or batch "max" without a GPU.
+    is repeated once at least).  `warm`: run every model briefly first.  Raises EvaluationError for an
+    empty grid, or batch "max" without a GPU.
     """
     if not models or not settings or repeats < 1:
         raise EvaluationError("nothing to measure; expected at least one model, one setting and one repeat")
@@ -136,7 +138,7 @@ def measure(
     rows: list[Speed] = []
     for setting in settings:
         setting = _with_batch(models, setting)
-        rows += _measure_one(models, steps, works, setting, _Plan(repeats, compile, seconds))
+        rows += _measure_one(models, steps, works, setting, _Plan(repeats, compile, seconds, warm))
     first = next(iter(models.values()))
     return SpeedTable(
         tuple(rows),
@@ -161,7 +163,7 @@ def quick(models: Mapping[str, nn.Module], seconds: float = 18.0, repeats: int =
     prompt = 0.4 * left / sum(run.prefill.wall for run in runs) * trial.prompt
     new = 0.6 * left / sum(run.decode.wall for run in runs) * trial.new
     setting = Setting(prompt=_clamp(prompt, 16, 512), new=_clamp(new, 4, 128))
-    return measure(models, [setting], repeats, seconds=0.8 * seconds)
+    return measure(models, [setting], repeats, seconds=0.8 * seconds, warm=False)
 
 
 def bounds(reference: Work, work: Work, setting: Setting) -> tuple[float, float]:
@@ -180,6 +182,7 @@ class _Plan:
     repeats: int
     compile: bool
     seconds: float | None
+    warm: bool
 
 
 def _measure_one(
@@ -192,7 +195,7 @@ def _measure_one(
     names = list(models)
     # A compiled step is specialised to the cache's length, so its warm-up must be as long as the run.
     warm_up = setting if plan.compile else Setting(min(setting.prompt, 64), 2, setting.batch)
-    for name in names:
+    for name in names if plan.warm else ():
         time_run(models[name], steps[name], warm_up, plan.compile)
     runs: dict[str, list[Run]] = {name: [] for name in names}
     peaks: dict[str, Peak] = {}

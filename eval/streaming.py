@@ -107,7 +107,7 @@ def streaming_speed(model: nn.Module, ids: Tensor, shape: Sinks, tokens: int = 8
 
     ids [T] must be longer than the window.  Raises EvaluationError if it is not.
     """
-    single = Sinks(shape.sinks, shape.window)
+    single = Sinks(shape.sinks, shape.window, chunk=1)
     start = single.size
     if len(ids) < start + tokens + 1:
         raise EvaluationError(f"a text of {len(ids)} tokens is too short; expected {start + tokens + 1} or more")

@@ -234,10 +234,9 @@ class BranchReader:
         paths = [f"{self.path}.{name}" for name in modules]
         made = {v for op in self.flow.ops.values() if any(within(op.scope, p) for p in paths) for v in op.outputs}
         made -= self.flow.stream.keys()
-        for op in self.flow.trace.ops[self.flow.call.last :]:
-            if not made.isdisjoint(op.inputs):
-                return f"it makes a tensor that {op.scope or 'the model'} reads"
-        return ""
+        trace = self.flow.trace
+        later = [i for v in made if (i := trace.last_reader.get(v, -1)) >= self.flow.call.last]
+        return f"it makes a tensor that {trace.ops[min(later)].scope or 'the model'} reads" if later else ""
 
     def stateful(self, modules: Mapping[str, Any]) -> bool:
         """Is any of these modules handed the cache?"""

@@ -205,10 +205,10 @@ class _StackReader:
         flow = Flow(self.trace, calls[0])
         if self.trace.tensors[flow.x].ndim > 3 and "input_ids" in self.inputs:
             raise ValueError("its residual stream is several streams side by side (hyper-connections, AltUp)")
-        if flow.multiplied:
-            raise ValueError("its residual stream is itself multiplied by a matrix, so it is no sum of branches")
         if not flow.terms:
             raise ValueError("nothing is added to its input inside it: its branches are joined elsewhere")
+        if flow.multiplied:
+            raise ValueError("its residual stream is itself multiplied by a matrix, so it is no sum of branches")
         return flow
 
     def _assemble(self, index: int, flow: Flow) -> Block:

@@ -76,7 +76,7 @@ def test_a_window_longer_than_the_text_changes_nothing(family, chunk):
 def test_evicting_equals_computing_the_kept_tokens_alone_in_one_layer():
     # keys and values of a single layer depend on their own token only, so the definition can be computed outright
     model = build(num_hidden_layers=1)
-    streamed = read(model, TEXT[:50], sink_cache(model, Sinks(sinks=4, window=8)), chunk=1)
+    streamed = read(model, TEXT[:50], sink_cache(model, Sinks(sinks=4, window=8, chunk=1)), chunk=1)
     for end in (13, 30, 50):
         kept = torch.cat([TEXT[:4], TEXT[end - 8 : end]])
         with torch.inference_mode():
@@ -95,7 +95,7 @@ def test_a_chunk_sees_the_sinks_and_the_window_before_its_end():
 
 def test_deep_layers_keep_the_unrotated_keys_of_the_kept_tokens():
     model, keys = build(), {0: [], 1: [], 2: []}
-    cache = sink_cache(model, Sinks(sinks=4, window=8))
+    cache = sink_cache(model, Sinks(sinks=4, window=8, chunk=1))
     for index, layer in enumerate(model.model.layers):
         layer.self_attn.k_proj.register_forward_hook(lambda _, __, out, index=index: keys[index].append(out))
     read(model, TEXT[:40], cache, chunk=1)
@@ -190,8 +190,8 @@ def test_a_text_of_one_token_is_refused():
 
 
 def test_both_ways_are_timed_behind_a_full_window():
-    speed = streaming_speed(build(), TEXT, Sinks(4, 60), tokens=3)
+    speed = streaming_speed(build(), TEXT, Sinks(4, 60, 1), tokens=3)
     assert speed.streaming > 0
     assert speed.speedup == pytest.approx(speed.recompute / speed.streaming)
     with pytest.raises(EvaluationError, match="too short"):
-        streaming_speed(build(), TEXT, Sinks(4, 120))
+        streaming_speed(build(), TEXT, Sinks(4, 120, 1))
