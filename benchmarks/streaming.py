@@ -130,7 +130,7 @@ def main() -> None:
         "checkpoint_mib": found["checkpoint"] >> 20,
         "peak_rss_mib": found["peak_rss"] >> 20,
         "budget_mib": memory >> 20,
-        "bytes_read_ratio": round(read, 4),
+        "bytes_read_ratio": round(found["bytes_read"] / found["checkpoint"], 4),
         "seconds": round(found["seconds"], 1),
         "plain_read_seconds": round(plain, 1),
         "tokens": options.windows * options.length,

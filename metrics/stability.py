@@ -21,7 +21,7 @@ from dropformer.prune.architecture import Layer
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import choose
 
-RESAMPLES = 400
+RESAMPLES = 200
 AGREEMENT = 0.99
 CHECKS = 2
 FIRST = 8  # fewer windows than this say little about how windows vary

@@ -84,7 +84,7 @@ def _check_named(model: nn.Module, block: str, named: Mapping[str, str]) -> None
 
 def _trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     before = dict(model.named_modules())
-    versions = {name: p._version for name, p in model.named_parameters() if not p.is_inference()}
+    versions = {name: (p, p._version) for name, p in model.named_parameters() if not p.is_inference()}
     try:
         with tracing(model) as trace:
             model(**inputs)
@@ -99,7 +99,8 @@ def _trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
                 "settle its attention type in the config first (attention_type original_full for BigBird)"
             )
     for name, parameter in model.named_parameters():
-        if name in versions and parameter._version != versions[name]:
+        old, version = versions.get(name, (None, 0))
+        if old is parameter and parameter._version != version:  # another object is accelerate, moving it in and out
             raise ArchitectureError(
                 f"{type(model).__name__} changes {name} during its forward pass; switch that off in the config first "
                 "(rescale_every 0 for RWKV)"

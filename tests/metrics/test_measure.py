@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from dropformer.metrics.analyze import analyze_model
 from dropformer.metrics.calibration import CalibrationRef
@@ -15,6 +16,7 @@ from dropformer.metrics.measure import Measuring, measure
 from dropformer.metrics.scores import Scores
 from dropformer.metrics.windows import Windows
 from dropformer.prune.artifact import ModelRef
+from dropformer.prune.load import load
 from dropformer.prune.plan import choose
 
 REF = ModelRef(name="tiny", fingerprint="f" * 64)
@@ -221,3 +223,15 @@ def free_port() -> int:
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         return listening.getsockname()[1]
+
+
+def test_a_model_spread_by_a_device_map_gives_the_same_scores(tiny, tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    whole = measure(load(tmp_path / "model"), data(), REF)
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"}
+    places |= {"model.layers.3": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=str(tmp_path / "offload"), dtype=torch.float32
+    )
+    assert any(p.is_meta for p in model.parameters())  # on disk, as accelerate keeps it
+    assert measure(model, data(), REF).similarity() == pytest.approx(whole.similarity(), abs=1e-6)
