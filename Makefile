@@ -45,7 +45,7 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	rm -rf build/types && mkdir -p build/types/dropformer
 	for part in $(wildcard *.py) py.typed $(PACKAGES); do ln -s ../../../$$part build/types/dropformer/; done
-	cd build/types && MYPYPATH=. $(abspath $(BIN))/mypy --cache-dir ../mypy -p dropformer
+	cd build/types && MYPYPATH=. $(abspath $(BIN))/mypy --config-file $(CURDIR)/mypy.ini --cache-dir ../mypy -p dropformer
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo

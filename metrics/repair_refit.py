@@ -21,7 +21,7 @@ def gap_slots(architecture: Architecture, gone: Sequence[Layer], projections: Ma
             continue
         where = _mate(architecture, layer, dropped) or before
         if where not in dropped and where in projections:
-            slots[where] = projections[where]
+            slots[where] = projections[where]  # type: ignore[index]
     return list(slots.values())
 
 
