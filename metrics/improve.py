@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -71,7 +72,33 @@ class Improver:
             stepper = Stepper(self.model, self.architecture, batches)
             self._dense = Dense(stepper, self.quality.stride, [self.bench.scored[i] for i in few])
             self._kl = KL(self._dense, self.architecture)
-        return self._kl
+            self._kl_linear = KL(self._dense, self.architecture, self.standing)
+        return self._kl_linear if "linear" in self.quality.repair else self._kl
+
+    def standing(self, gone: Sequence[Layer]) -> dict[str, nn.Module]:
+        """What stands in for dropped layers: a linear map for each attention layer named as such."""
+        maps = [layer for layer in gone if layer.kind == "attn"]
+        modules = dropped_modules(self.architecture, [layer for layer in gone if layer not in maps])
+        for layer in maps:
+            modules |= self.maps[layer]
+        return modules
+
+    @cached_property
+    def maps(self) -> dict[Layer, dict[str, nn.Module]]:
+        """The fitted linear map of every attention layer, from one dense pass."""
+        layers = [layer for layer in self.architecture.layers() if layer.kind == "attn"]
+        standing, slots = linear_modules(self.model, self.architecture, layers, self.width)
+        with self._timed("maps"):
+            fitted = Apart(self.bench.stepper, self.architecture, [], layers, self.groups).refit(slots, standing)
+        modules = {**standing, **fitted}
+        return {layer: {path: modules[path] for path in self._forms(layer)} for layer in layers}
+
+    @property
+    def width(self) -> int:
+        return self.bench.stepper.start(0).shape[-1]
+
+    def _forms(self, layer: Layer) -> dict[str, Any]:
+        return linear_forms(self.model, self.architecture, layer, self.width)
 
     def _few(self, count: int) -> list[int]:
         """So many windows, in turn from each kind of text."""
@@ -160,8 +187,8 @@ class Improver:
         if method == "scale":
             return {**modules, **scale_modules(self.bench, left, found)}, {}
         if method == "linear":
-            maps = [layer for layer in left if layer.kind == "attn"]
-            return self._linear(maps, [layer for layer in left if layer.kind != "attn"], modules)
+            maps = [layer for layer in gone if layer.kind == "attn"]
+            return self.standing(gone), {layer: self._relative(layer, self._forms(layer)) for layer in maps}
         standing = {path: module for path, module in modules.items() if any(True for _ in module.parameters())}
         if method == "refit":
             slots = gap_slots(self.architecture, left, found)
@@ -171,17 +198,6 @@ class Improver:
             return {**modules, **fitted}, {}
         slots = all_slots(self.architecture, left, found)
         return Lockstep(self.bench.stepper, self.architecture, left, self.groups, standing).refit(slots), {}
-
-    def _linear(
-        self, maps: Sequence[Layer], gone: Sequence[Layer], modules: Mapping[str, nn.Module]
-    ) -> tuple[dict[str, nn.Module], dict[Layer, Any]]:
-        width = self.bench.stepper.start(0).shape[-1]
-        standing, slots = linear_modules(self.model, self.architecture, maps, width)
-        fitted = Apart(self.bench.stepper, self.architecture, gone, maps, self.groups).refit(slots, standing)
-        forms = {
-            layer: self._relative(layer, linear_forms(self.model, self.architecture, layer, width)) for layer in maps
-        }
-        return {**dropped_modules(self.architecture, gone), **standing, **fitted}, forms
 
     def _relative(self, layer: Layer, forms: Mapping[str, Any]) -> dict[str, Any]:
         prefix = self.architecture.block(layer).path + "."

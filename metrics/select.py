@@ -9,10 +9,12 @@ refine      swaps in a finished choice for as long as one lowers the KL
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
+
+from torch import nn
 
 from dropformer.metrics.damage import Dense, dropped_modules, first_block
 from dropformer.metrics.importance import Bench, PairScore, mean_over_tokens, similarity
@@ -27,17 +29,21 @@ Cost = Callable[[Sequence[Layer]], float]
 class KL:
     """KL(dense || without these layers), each set of layers measured once.
 
-    Time: the part of a forward pass behind the first dropped layer.  Memory: `Dense`.
+    `stand_ins` gives the modules that stand in for dropped layers: repairs that are known beforehand count
+    (by default nothing stands in).  Time: the part of a forward pass behind the first dropped layer.
+    Memory: `Dense`.
     """
 
     dense: Dense
     architecture: Architecture
+    stand_ins: Callable[[Sequence[Layer]], Mapping[str, nn.Module]] | None = None
     measured: dict[frozenset[Layer], float] = field(default_factory=dict)
 
     def __call__(self, layers: Sequence[Layer]) -> float:
         key = frozenset(layers)
         if key not in self.measured:
-            with replaced(self.dense.stepper.model, dropped_modules(self.architecture, layers)):
+            modules = self.stand_ins(layers) if self.stand_ins else dropped_modules(self.architecture, layers)
+            with replaced(self.dense.stepper.model, modules):
                 self.measured[key] = self.dense.compare(first_block(layers)).mean_kl
         return self.measured[key]
 
