@@ -2,9 +2,8 @@
 
 A slot is a linear module that writes into the stream.  Where the next kept branch reads it, the stream lacks
 what the dropped layers right behind the slot gave (and what stood in the slot's own place, for a linear map),
-E; the module changes by the ridge fit of E on its dense inputs.  Slots do not see each other's errors, which
-costs less text than `lockstep`: on 8,192 tokens eight linear maps gave 1.27 times the dense perplexity, and
-1.35 in lockstep (LOG.md).
+E; the module changes by the ridge fit of E on its dense inputs.  Slots do not see each other's errors, as
+they do in `lockstep`; which of the two repairs better is not settled (LOG.md).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from dropformer.prune.architecture import Layer
 from dropformer.prune.arrange import Arrangement, new_index, new_name
 from dropformer.prune.outline import Outline
 
-METHODS = ("scale", "refit", "refit-all", "linear", "lora")
+METHODS = ("scale", "refit", "refit-all", "linear")
 
 
 @dataclass(frozen=True)
