@@ -222,17 +222,17 @@ def test_long_runs_in_and_out_of_phase_are_copied_whole(tmp_path: Path) -> None:
     assert held(tmp_path / "out") == {name: shard[name] for name in ("t0", "t2", "t4")}
 
 
-def test_the_kernel_is_asked_for_whole_pages_so_that_it_may_share_them(
+def test_the_kernel_is_asked_for_whole_blocks_so_that_it_may_share_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = write(tmp_path / "in", blocks(shards=1, shape=(4096 * 3,)))
+    source = write(tmp_path / "in", blocks(shards=1, shape=(65536,)))
     asked: list[tuple[int, int]] = []
     copy = os.copy_file_range
     monkeypatch.setattr(os, "copy_file_range", lambda s, t, n, *at: asked.append(at) or copy(s, t, n, *at))
     copy_checkpoint(source, tmp_path / "out", lambda name: None if name == "layers.1.weight" else name)
-    assert len(asked) == 4  # two runs, each with what comes before its first whole page
+    assert len(asked) == 4  # two runs, each with what comes before its first whole block
     assert all((start - at) % 4096 == 0 for start, at in asked)
-    assert all(start % 4096 == 0 for start, _ in asked[1::2])
+    assert all(at % 65536 == 0 for _, at in asked[1::2])
 
 
 def test_a_kernel_without_copy_file_range_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
