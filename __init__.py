@@ -18,7 +18,8 @@ from dropformer.prune.registration import register_when_transformers_loads
 __version__ = "0.1.0"
 
 _API = dict.fromkeys(("Calibration", "analyze", "drop", "load", "open_model", "plan", "save"), "dropformer.api")
-_API |= {"DropformerError": "dropformer.prune.errors", "discover": "dropformer.prune.discover"}
+_API |= dict.fromkeys(("describe", "discover"), "dropformer.prune.discover")
+_API |= {"DropformerError": "dropformer.prune.errors"}
 __all__ = ["__version__", *_API]
 
 register_when_transformers_loads()

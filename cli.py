@@ -135,10 +135,8 @@ def analyze(
     seed: Seed = None,
     skip_first: SkipFirst = None,
     batch_size: BatchSize = 1,
-    until_stable: Annotated[
-        Text, typer.Option(help="A drop spec; stop once the layers that it drops are settled.")
-    ] = None,
-    memory: Annotated[Text, typer.Option(help="Read weights block by block, in no more RAM than this: 2GiB.")] = None,
+    until_stable: UntilStable = None,
+    memory: Memory = None,
     dtype: Dtype = None,
     device: Device = None,
     device_map: DeviceMap = None,

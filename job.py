@@ -21,7 +21,6 @@ from dropformer.prune.files import CopyReport
 from dropformer.prune.plan import Plan, parse_spec
 from dropformer.recipes import Recipe
 from dropformer.scoring import get_scores, open_to_score
-from dropformer.scoring import scores_cache as scores_cache
 from dropformer.watcher import Watcher
 
 HELD_OUT = Calibration("heldout", samples=8, length=512, seed=1)
@@ -189,9 +188,9 @@ def sweep(request: Request, kind: str, counts: list[int], shape: tuple[int, int]
     points = []
     with watcher.stage(f"perplexity on {request.text}", len(counts)) as progress:
         for count in counts:
-            layers = api.plan(scores, f"{kind}:{count}").layers if count else []
-            pruned = api.drop(opened, api.plan(scores, f"{kind}:{count}")) if count else opened.model
-            points.append(point(opened.model, pruned, layers, data.ids))
+            plan = api.plan(scores, f"{kind}:{count}") if count else None
+            pruned = api.drop(opened, plan) if plan else opened.model
+            points.append(point(opened.model, pruned, plan.layers if plan else [], data.ids))
             progress(len(points), len(points) * data.ids.numel())
     text = data.ref.model_dump()
     return Sweep(model=opened.ref, of=kind, text=text, points=points, cliff=find_cliff(points))

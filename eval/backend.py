@@ -9,9 +9,8 @@ prefix once, the choices of a question together, no padding, logits only where t
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dropformer.eval.hush import hushed
 from dropformer.eval.packing import Limits
 from dropformer.eval.scorer import Score, Scorer, Stats, Want
 from dropformer.eval.stem import Stem, longest_stem
@@ -172,13 +172,6 @@ class FastLM(HFLM):
         return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
 
 
-@contextmanager
-def without_remarks() -> Iterator[None]:
+def without_remarks() -> AbstractContextManager[None]:
     """lm-eval warns that a model in memory ignores loading options; here that is the purpose."""
-    logger = logging.getLogger("lm_eval.models.huggingface")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    return hushed("lm_eval.models.huggingface")

@@ -112,12 +112,13 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Predict from the config alone what a drop saves: bytes, FLOPs, roofline times, speed-up."""
-    from dropformer.eval.estimate_output import drops_of, estimate_rows
+    from dropformer.eval.drops import drops_of
     from dropformer.prune.plan import parse_spec
 
     drops = drops_of(parse_spec(drop))
     from dropformer import show
     from dropformer.eval import estimate as es
+    from dropformer.eval.estimate_table import estimate_lines
     from dropformer.eval.hardware import hardware as find
     from dropformer.recipes import recipes
 
@@ -127,22 +128,8 @@ def estimate(
     if as_json:
         sys.stdout.write(json.dumps({**found.as_dict(), "published_speedup": published}, indent=1) + "\n")
         return
-    show.out.print(show.plain_table(["", "dense", "pruned", "change"], estimate_rows(found)))
-    for line in _speedups(found, published, hardware):
+    for line in estimate_lines(found, published):
         show.out.print(line, markup=False)
-
-
-def _speedups(found: Any, published: float | None, hardware: str) -> list[str]:
-    workload, lines = found.dense.workload, []
-    for kernels in ("fused", "sdpa", "eager"):
-        s = found.speedup(kernels)
-        lines.append(
-            f"{kernels} attention: prefill {s.prefill:.2f}x, decode {s.decode:.2f}x, generation {s.generation:.2f}x "
-            f"(batch {workload.batch}, {workload.prompt} + {workload.new} tokens, {hardware})"
-        )
-    if published:
-        lines.append(f"published, measured: {published:.2f}x (arXiv 2406.15786)")
-    return lines
 
 
 def sweep(
@@ -159,7 +146,7 @@ def sweep(
 ) -> None:
     """Quality for every number of drops, the speed-up the work allows, and where the cliff is."""
     from dropformer import preflight
-    from dropformer.eval.ranges import parse_range
+    from dropformer.eval.drops import parse_range
     from dropformer.prune.plan import parse_spec
 
     kind, counts = parse_range(drop)

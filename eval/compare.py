@@ -14,7 +14,6 @@ from dropformer.eval.checkpoints import Checkpoint, find_checkpoints
 from dropformer.eval.comparable import Comparable, SharedTokens
 from dropformer.eval.comparison import Comparison, Entry, chosen_layers, compare_scores
 from dropformer.eval.downloads import Downloads
-from dropformer.job import scores_cache
 from dropformer.metrics.calibration import Calibration
 from dropformer.metrics.scores import Scores
 from dropformer.prune.artifact import ModelRef
@@ -25,6 +24,7 @@ from dropformer.prune.plan import parse_spec
 from dropformer.recipes import open_source
 from dropformer.recipes.gguf import fingerprint as gguf_fingerprint
 from dropformer.recipes.hub import fetch_side_files
+from dropformer.scoring import scores_cache
 from dropformer.watcher import Watcher
 
 TOKENIZER_FILES = (

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import csv
 import difflib
-import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
+from dropformer.eval.hush import hushed
 from dropformer.prune.errors import EvaluationError
 
 LETTERS = "ABCD"
@@ -100,7 +99,8 @@ def _subject_task(folder: Path, subject: str) -> tuple[str, Task]:
     manager, name = _manager(), f"mmlu_{subject}"
     (category,) = (tag.removesuffix("_tasks") for tag in manager.task_index[name].tags)
     spec = {"group": "mmlu_local", "task": [{"task": name, "custom_dataset": _documents(folder, subject)}]}
-    with _quiet():
+    # lm-eval remarks, once a subject, on how to pass arguments to a custom data set
+    with hushed("lm_eval.api.task"):
         return category, manager.load([spec])["tasks"][name]
 
 
@@ -129,15 +129,3 @@ def _manager() -> TaskManager:
     """lm-eval's MMLU alone: its whole registry has 14,000 files and takes seconds to index."""
     folder = Path(lm_eval.tasks.__path__[0]) / "mmlu" / "default"
     return TaskManager(include_path=str(folder), include_defaults=False)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without lm-eval's remark, once a subject, on how to pass arguments to a custom data set."""
-    logger = logging.getLogger("lm_eval.api.task")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

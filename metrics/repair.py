@@ -14,8 +14,6 @@ from dropformer.prune.architecture import Layer
 from dropformer.prune.arrange import Arrangement, new_index, new_name
 from dropformer.prune.outline import Outline
 
-METHODS = ("scale", "refit", "refit-all", "linear")
-
 
 @dataclass(frozen=True)
 class Gate:

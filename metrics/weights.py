@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, convert_and_load_state_dict_in_model, rename_source_key
+from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
 from dropformer.prune.errors import CheckpointError
 from dropformer.prune.files import Checkpoint, TensorSpan
 from dropformer.prune.load import quiet_transformers
+from dropformer.prune.names import renamed_on_load
 
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -135,14 +136,11 @@ class Weights:
 
 def _sources(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[str, str], dict[str, list[str]]]:
     """Parameter -> the one tensor that is it; parameter -> the tensors that it, and maybe others, is made of."""
-    transforms = get_model_conversion_mapping(model)
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
-    state = model.state_dict()
+    rename, state = renamed_on_load(model), model.state_dict()
     plain: dict[str, str] = {}
     converted: dict[str, list[str]] = defaultdict(list)
     for name in checkpoint.tensors:
-        full, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)  # type: ignore[arg-type]
+        full, pattern = rename(name)
         if full not in state and name in state:
             full, pattern = name, None
         if pattern is None:

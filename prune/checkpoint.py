@@ -69,10 +69,8 @@ def export(
         rename = renaming(surgery.outline, surgery.arrangement, names, native.base_model_prefix)
         copied = copy_checkpoint(checkpoint, folder, rename, progress=progress)
         copy_side_files(source, folder)
-        record = provenance(plan, surgery, copied, config)
-        (folder / "dropformer.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         results = finish(folder, copied) if finish else None
-        (folder / "README.md").write_text(model_card(plan, record, results), encoding="utf-8")
+        write_record(folder, plan, surgery, copied, results)
         difference = verify(folder, model)
     return Exported(out, copied, fields["model_type"] != modeling.MODEL_TYPE, difference)
 
@@ -122,7 +120,16 @@ def copy_side_files(source: Path, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-def provenance(plan: Plan, surgery: Surgery, copied: CopyReport, config: dict[str, Any]) -> dict[str, Any]:
+def write_record(
+    folder: Path, plan: Plan, surgery: Surgery, copied: CopyReport, results: list[str] | None = None
+) -> None:
+    """dropformer.json and the model card; `results` are lines of measurements for the card."""
+    record = provenance(plan, surgery, copied)
+    (folder / "dropformer.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan, record, results), encoding="utf-8")
+
+
+def provenance(plan: Plan, surgery: Surgery, copied: CopyReport) -> dict[str, Any]:
     """dropformer.json: where the checkpoint comes from and what is missing, in original indices."""
     size = (copied.bytes_kept + copied.bytes_dropped) / max(1, plan.savings.parameters)
     return {
@@ -204,8 +211,6 @@ def save_in_memory(model: PreTrainedModel, surgery: Surgery, plan: Plan, out: Pa
             (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         share = plan.savings.parameters / max(1, plan.savings.parameters_after)
         report = CopyReport(len(written.tensors), 0, written.nbytes, round(written.nbytes * (share - 1)))
-        record = provenance(plan, surgery, report, fields)
-        (folder / "dropformer.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(plan, record), encoding="utf-8")
+        write_record(folder, plan, surgery, report)
         difference = verify(folder, model)
     return Exported(out, report, surgery.arrangement.packed, difference)

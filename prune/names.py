@@ -27,11 +27,18 @@ def meta_model(native: type[PreTrainedModel], config: PreTrainedConfig) -> PreTr
 
 def parameter_names(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
     """Tensor name in the files -> parameter name in the model (the tensor's own name where none is known)."""
+    rename = renamed_on_load(model)
+    return {name: rename(name)[0] for name in tensors}
+
+
+def renamed_on_load(model: PreTrainedModel) -> Callable[[str], tuple[str, str | None]]:
+    """How transformers renames a tensor as it loads: the parameter's name, and the pattern of the conversion
+    that makes the parameter from it and others (None where the tensor is the parameter)."""
     transforms: list[Any] = list(get_model_conversion_mapping(model))
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     state = model.state_dict()
-    return {name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)[0] for name in tensors}
+    return lambda name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)
 
 
 def renaming(

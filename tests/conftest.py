@@ -47,8 +47,3 @@ def llama_folder(tmp_path: Path) -> Path:
     """A tiny Llama as a checkpoint folder, in float32."""
     build("llama").save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Scores that tests keep go to a folder of their own; the real model's download is shared."""

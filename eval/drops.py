@@ -1,0 +1,29 @@
+"""Drop specs as an estimate and a sweep take them: light, so that a wrong one is answered at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dropformer.prune.errors import PlanError
+from dropformer.prune.plan import Selector
+
+
+def drops_of(selectors: Sequence[Selector]) -> dict[str, Any]:
+    """A drop spec as an estimate takes it: kind -> count, or the set of blocks.  Raises PlanError."""
+    drops: dict[str, Any] = {}
+    for selector in selectors:
+        if selector.kind == "joint" or selector.percent or selector.stack or selector.kind in drops:
+            raise PlanError(f"an estimate takes attn:N, mlp:N, block:N or lists of blocks, each once, not `{selector}`")
+        drops[selector.kind] = set(selector.indices) if selector.indices is not None else selector.count
+    return drops
+
+
+def parse_range(text: str) -> tuple[str, list[int]]:
+    """`attn:0..12` or `attn:0..12..4` -> ("attn", [0, 1, ..., 12]).  Raises PlanError."""
+    kind, _, numbers = text.replace(" ", "").partition(":")
+    parts = numbers.split("..")
+    if not 2 <= len(parts) <= 3 or not all(p.isdecimal() for p in parts) or int(parts[0]) >= int(parts[1]):
+        raise PlanError(f"`{text}` is no range of drops; expected for example attn:0..12 or mlp:0..8..2")
+    step = int(parts[2]) if len(parts) == 3 else 1
+    return kind, list(range(int(parts[0]), int(parts[1]) + 1, max(1, step)))
