@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 _API = dict.fromkeys(("Calibration", "analyze", "drop", "load", "open_model", "plan", "save"), "dropformer.api")
 _API |= dict.fromkeys(("describe", "discover"), "dropformer.prune.discover")
-_API |= {"DropformerError": "dropformer.prune.errors"}
+_API |= {"improve": "dropformer.improving", "DropformerError": "dropformer.prune.errors"}
 __all__ = ["__version__", *_API]
 
 register_when_transformers_loads()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from dropformer.metrics.analyze import analyze_model, calibrated
 from dropformer.metrics.calibration import Calibration
 from dropformer.metrics.planning import plan_from as plan
+from dropformer.metrics.repair import Repair
 from dropformer.metrics.scores import Scores
 from dropformer.metrics.windows import windows
 from dropformer.prune.artifact import ModelRef
@@ -26,6 +27,7 @@ from dropformer.prune.load import load, quiet_transformers
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, choose, make_plan
 from dropformer.prune.proof import prove
+from dropformer.prune.replacing import stored_dtype
 from dropformer.prune.surgery import Surgery, cut, operate
 from dropformer.recipes import Recipe, open_source
 
@@ -145,18 +147,23 @@ def outline(model: nn.Module) -> Outline:
     return outline_of(model, architecture)
 
 
-def drop(model: str | Path | Opened | nn.Module, plan: Plan) -> Any:
+def drop(model: str | Path | Opened | nn.Module, plan: Plan, repair: Repair | None = None) -> Any:
     """A new model without the plan's layers, sharing the kept weights with the one given.
 
-    The dropped layers cost nothing and hold no KV cache.  Raises PlanError when the plan was made for
-    other weights.
+    The dropped layers cost nothing and hold no KV cache.  `repair`, from `improve`, gives some of the kept
+    layers new weights, rounded to the checkpoint's type.  Raises PlanError when the plan was made for other
+    weights.
     """
     opened = None if isinstance(model, nn.Module) else model if isinstance(model, Opened) else open_model(model)
     dense = model if isinstance(model, nn.Module) else opened.model  # type: ignore[union-attr]
     if opened and plan.model.fingerprint and plan.model.fingerprint != opened.ref.fingerprint:
         raise PlanError(f"the plan was made for other weights than {opened.ref.name}; analyze this model first")
     pruned = sharing_copy(dense)
-    surgery = operate(plan.outline, plan.layers, dense)
+    surgery = operate(plan.outline, plan.layers, dense, repair.mapped if repair else None)
+    if repair:
+        named = repair.named(plan.outline, surgery.arrangement)
+        dtype = stored_dtype(opened.path) if opened else next(dense.parameters()).dtype
+        surgery = replace(surgery, tensors={name: tensor.to(dtype) for name, tensor in named.items()})
     cut(pruned, surgery)
     pruned.dropformer = Cut(plan, surgery, opened.path if opened else None)  # type: ignore[assignment]
     return pruned

@@ -18,6 +18,7 @@ from dropformer.prune.errors import DropformerError
 
 if TYPE_CHECKING:
     from dropformer.job import Overrides
+    from dropformer.metrics.quality import Quality
 
 app = typer.Typer(
     name="prune",
@@ -31,6 +32,9 @@ app = typer.Typer(
 Text = str | None
 MODEL = "A folder, a Hub id or id@revision, a .gguf file, or a recipe (see `prune recipes`)."
 DROP = "What to drop: attn:8, mlp:25%, block:4, joint:12, attn=20,21, published:attn:8, or several by commas."
+QUALITY = "A named way to choose and to repair: paper (the default), best (folded into the weights), linear."
+METRIC = "What ranks: similarity, angular, relative-magnitude, cca, loo-kl, loo-perplexity; or random, reverse."
+REPAIR = "By commas: refit, refit-all, scale (folded into the weights), linear (a map in place of an attention)."
 Keep = Annotated[str, typer.Option(help="Blocks to leave whole, such as 0,1,-1.")]
 Out = Annotated[Path | None, typer.Option(help="Where to write; must not exist or be empty.")]
 Revision = Annotated[Text, typer.Option(help="Branch, tag or commit of a Hub model.")]
@@ -74,6 +78,12 @@ def prune(
     seed: Seed = None,
     skip_first: SkipFirst = None,
     batch_size: BatchSize = 1,
+    quality: Annotated[Text, typer.Option(help=QUALITY)] = None,
+    metric: Annotated[Text, typer.Option(help=METRIC)] = None,
+    select: Annotated[Text, typer.Option(help="one-shot, iterative, or greedy on the KL to the dense model.")] = None,
+    budget: Annotated[Text, typer.Option(help="In place of --drop: kv:-25%, params:-20% or decode:1.3x.")] = None,
+    repair: Annotated[Text, typer.Option(help=REPAIR)] = None,
+    gate: Annotated[str, typer.Option(help="Text that a repair must help on, or it is not kept.")] = "docstrings",
     text: Annotated[str, typer.Option(help="Text for the report's perplexity, as for --calibration.")] = "heldout",
     seconds: Annotated[float, typer.Option(min=0, help="Time for the speed measurement; 0 leaves it out.")] = 18.0,
     dtype: Dtype = None,
@@ -90,20 +100,28 @@ def prune(
     """The main job: score, plan, drop, export, reload, verify, report."""
     if context.invoked_subcommand:
         return
-    if not model or (drop is None) == (plan is None):
+    if not model or [drop, plan, budget].count(None) != 2:
         raise DropformerError(
-            "prune needs --model and one of --drop or --plan; for example: prune --model smollm2-135m --drop attn:4"
+            "prune needs --model and one of --drop, --plan or --budget; "
+            "for example: prune --model smollm2-135m --drop attn:4"
         )
     from dropformer import preflight
 
-    preflight.check(model, drop, calibration, None if dry_run else out or preflight.default_out(model, drop, plan))
+    better = _better(quality, metric, select, repair, budget)
+    if better and scores:
+        raise DropformerError("--scores serve one-shot similarity; leave them out, or --quality and its like")
+    preflight.check(
+        model, drop, calibration, None if dry_run else out or preflight.default_out(model, drop or budget, plan)
+    )
     from dropformer import job, show
+    from dropformer.improving import Improvement
     from dropformer.prune.plan import parse_keep
 
     request = job.Request(
         model, drop, out, parse_keep(keep), plan, scores, revision, batch_size,
         _overrides(calibration, samples, length, seed, skip_first),
         _placement(dtype, device, device_map, trust_remote_code), text, seconds,
+        improvement=Improvement(better, budget, gate) if better else None,
     )  # fmt: skip
     watcher = show.Terminal(quiet)
     if dry_run:
@@ -113,6 +131,19 @@ def prune(
     outcome = job.run(request, watcher)
     notes = [*show.report_notes(outcome.report), _done(outcome)]
     _print(outcome.report.to_json() if as_json else None, show.report_table(outcome.report), *notes)
+
+
+def _better(quality: Text, metric: Text, select: Text, repair: Text, budget: Text) -> Quality | None:
+    """What to do beyond one-shot similarity, or None; nothing heavy is imported for it."""
+    if not any((quality, metric, select, repair, budget)):
+        return None
+    from dropformer.metrics import quality as known
+
+    if budget:
+        from dropformer.metrics.budget import parse_budget
+
+        parse_budget(budget)
+    return known.quality(quality, metric, select, repair)
 
 
 def _done(outcome: Any) -> str:

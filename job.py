@@ -9,6 +9,7 @@ from typing import Any
 from dropformer import api
 from dropformer.eval.report import Measured, Report, TextRef, card_lines, measure_quality, measure_speed, sizes
 from dropformer.eval.sweep import Sweep, find_cliff, point
+from dropformer.improving import Improvement, given_plan, improved
 from dropformer.metrics.calibration import Calibration
 from dropformer.metrics.distributed import rank
 from dropformer.metrics.picture import similarity_by_depth
@@ -16,7 +17,6 @@ from dropformer.metrics.scores import Scores
 from dropformer.metrics.windows import windows
 from dropformer.preflight import check_out, default_out, short_name
 from dropformer.prune.checkpoint import Exported, export
-from dropformer.prune.errors import PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.plan import Plan, parse_spec
 from dropformer.recipes import Recipe
@@ -62,6 +62,7 @@ class Request:
     seconds: float = 18.0
     until_stable: str | None = None
     memory: str | None = None
+    improvement: Improvement | None = None
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,12 @@ class Outcome:
 def make_plan(opened: api.Opened, request: Request, watcher: Watcher) -> tuple[Plan, Scores | None]:
     """The plan from a file, from lists (no calibration needed), or from scores."""
     if request.plan:
-        plan = Plan.read(request.plan)
-        if plan.model.fingerprint != opened.ref.fingerprint:
-            raise PlanError(f"{request.plan} was made for other weights than {opened.ref.name}; plan this model")
-        return plan, None
+        plan = given_plan(opened, request)
+        if plan.repairs:
+            watcher.say(
+                f"{request.plan} was made with repairs, which a plan does not hold; add --repair to repeat them"
+            )
+        return plan.model_copy(update={"repairs": []}), None
     spec = request.drop or ""
     published = opened.recipe.published if opened.recipe else None  # type: ignore[union-attr]
     if all(s.published or s.indices is not None for s in parse_spec(spec)):
@@ -95,21 +98,28 @@ def plan_only(request: Request, watcher: Watcher | None = None) -> Plan:
     watcher = watcher or Watcher()
     with watcher.stage("opening the model"):
         opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
+    if request.improvement:
+        return improved(opened, request, watcher)[0]
     return make_plan(opened, request, watcher)[0]
 
 
 def run(request: Request, watcher: Watcher | None = None) -> Outcome:
     """Do the whole job.  Raises a DropformerError, and then nothing is left of the output."""
     watcher = watcher or Watcher()
-    out = request.out or default_out(request.model, request.drop, request.plan)
+    budget = request.improvement.budget if request.improvement else None
+    out = request.out or default_out(request.model, request.drop or budget, request.plan)
     check_out(out)
     with watcher.stage("opening the model"):
         opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
-    plan, scores = make_plan(opened, request, watcher)
+    scores, repair = None, None
+    if request.improvement:
+        plan, repair = improved(opened, request, watcher)
+    else:
+        plan, scores = make_plan(opened, request, watcher)
     watcher.say(f"dropping {', '.join(map(str, plan.layers))}")
     if any(layer.kind == "attn" and layer.index == 0 for layer in plan.layers):
         watcher.say("warning: the attention of block 0 goes; vLLM and llama.cpp cannot load a model without it")
-    pruned = api.drop(opened, plan)
+    pruned = api.drop(opened, plan, repair)
     surgery = api.cut_of(pruned).surgery
     if surgery.note:
         watcher.say(f"dropped blocks stay as empty ones: {surgery.note}")
@@ -143,8 +153,8 @@ def _measure(opened: api.Opened, pruned: Any, request: Request, watcher: Watcher
 def _report(
     opened: api.Opened, pruned: Any, plan: Plan, copied: CopyReport, quality: Measured, speed: Measured
 ) -> Report:
-    before = sizes(opened.model, copied.bytes_kept + copied.bytes_dropped)
-    after = sizes(pruned, copied.bytes_kept)
+    before = sizes(opened.model, copied.bytes_before)
+    after = sizes(pruned, copied.bytes_after)
     return Report(
         model=plan.model,
         spec=plan.spec,

@@ -19,8 +19,8 @@ def check(model: str, drop: str | None, calibration: str | None = None, out: Pat
     selectors = parse_spec(drop) if drop else ()
     if out:
         check_out(out)
-    if calibration:
-        check_name(calibration)
+    for name in calibration.split(",") if calibration else ():
+        check_name(name)
     folder = locate(model)
     if folder:
         open_checkpoint(folder)

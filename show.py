@@ -89,7 +89,7 @@ def _cell(value: float, error: float | None, rank: int) -> str:
 def plan_table(plan: Plan) -> Table:
     """The layers that go and what that saves."""
     table = Table(title=f"{plan.model.name}: {plan.spec}", title_justify="left")
-    for name in ("layer", "similarity"):
+    for name in ("layer", plan.metric or "similarity"):
         table.add_column(name, justify="right")
     for drop in plan.drops:
         table.add_row(drop.layer, "" if drop.similarity is None else f"{drop.similarity:.4f}")

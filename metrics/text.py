@@ -13,7 +13,7 @@ HELD_OUT_SHARE = 4  # one builtin topic in four is never calibrated on
 
 
 def documents(name: str) -> Iterator[str]:
-    """The documents of a named text (`builtin`, `heldout`, `c4`, `wikitext`) or of a .txt, .jsonl or .parquet file.
+    """The documents of a text: one of NAMED, or a .txt, .jsonl or .parquet file.
 
     Files: .txt is one document; .jsonl and .parquet have one a row, in the column `text`.
     Raises CalibrationError for an unknown name, a file that cannot be read, or no network.
@@ -46,6 +46,14 @@ def _held_out() -> Iterator[str]:
     return (text for key, text in _topics() if _is_held_out(key))
 
 
+def _docstrings() -> Iterator[str]:
+    """Documentation of torch's functions: another domain than most texts that one calibrates on."""
+    import torch
+
+    found = {name: getattr(torch, name).__doc__ for name in sorted(dir(torch)) if name.islower()}
+    return (text for text in found.values() if isinstance(text, str) and len(text) > 400)
+
+
 def _topics() -> list[tuple[str, str]]:
     """Topics by name; a text that stands under several names counts under the first, so that no text is both."""
     from pydoc_data.topics import topics
@@ -76,6 +84,7 @@ def _hub(path: str, config: str, split: str, **fields: str) -> Iterator[str]:
 NAMED: dict[str, Callable[[], Iterator[str]]] = {
     "builtin": _builtin,
     "heldout": _held_out,
+    "docstrings": _docstrings,
     "c4": lambda: _hub("allenai/c4", "en", "validation"),
     "wikitext": lambda: _hub("Salesforce/wikitext", "wikitext-2-raw-v1", "validation"),
 }

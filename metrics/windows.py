@@ -72,7 +72,7 @@ def _packed(calibration: Calibration, tokenizer: Any) -> tuple[Tensor, Tensor]:
     return _sampled(rows, calibration, tokenizer)
 
 
-FINITE = ("builtin", "heldout")
+FINITE = ("builtin", "heldout", "docstrings")
 STREAM_POOL = 4  # windows read for each one used, so that the seed has something to choose from
 
 

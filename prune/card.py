@@ -26,6 +26,8 @@ def model_card(plan: Plan, record: dict[str, Any], results: list[str] | None = N
     lines += ["| | before | after |", "|---|---:|---:|"]
     for key in ("parameters", "bytes", "kv_bytes_per_token"):
         lines.append(f"| {key.replace('_', ' ')} | {record['before'][key]:,} | {record['after'][key]:,} |")
+    if plan.repairs:
+        lines += ["", "Repaired: " + "; ".join(plan.repairs) + "."]
     if results:
         lines += ["", *results]
     lines += ["", *_loading(record["packed"])]

@@ -27,6 +27,7 @@ from dropformer.prune.inputs import sample_inputs
 from dropformer.prune.load import load
 from dropformer.prune.names import meta_model, parameter_names, renaming
 from dropformer.prune.plan import Plan
+from dropformer.prune.replacing import replacements
 from dropformer.prune.surgery import Surgery, config_from
 
 CODE_FILE = "modeling_dropformer.py"
@@ -67,7 +68,8 @@ def export(
         native = native_class(type(model))
         names = parameter_names(meta_model(native, config_from(config)), checkpoint.tensors)
         rename = renaming(surgery.outline, surgery.arrangement, names, native.base_model_prefix)
-        copied = copy_checkpoint(checkpoint, folder, rename, progress=progress)
+        repaired = replacements(surgery, names, rename, native.base_model_prefix)
+        copied = copy_checkpoint(checkpoint, folder, rename, replace=repaired, progress=progress)
         copy_side_files(source, folder)
         results = finish(folder, copied) if finish else None
         write_record(folder, plan, surgery, copied, results)
@@ -131,7 +133,7 @@ def write_record(
 
 def provenance(plan: Plan, surgery: Surgery, copied: CopyReport) -> dict[str, Any]:
     """dropformer.json: where the checkpoint comes from and what is missing, in original indices."""
-    size = (copied.bytes_kept + copied.bytes_dropped) / max(1, plan.savings.parameters)
+    size = copied.bytes_before / max(1, plan.savings.parameters)
     return {
         "schema": 1,
         "artifact": "dropformer",
@@ -143,15 +145,16 @@ def provenance(plan: Plan, surgery: Surgery, copied: CopyReport) -> dict[str, An
         "packed": surgery.arrangement.packed,
         "scores": {drop.layer: drop.similarity for drop in plan.drops},
         "calibration": plan.calibration,
+        "repairs": plan.repairs,
         "command": " ".join(["prune", *sys.argv[1:]]) if Path(sys.argv[0]).name == "prune" else None,
         "before": {
             "parameters": plan.savings.parameters,
-            "bytes": copied.bytes_kept + copied.bytes_dropped,
+            "bytes": copied.bytes_before,
             "kv_bytes_per_token": round(plan.savings.kv * size),
         },
         "after": {
             "parameters": plan.savings.parameters_after,
-            "bytes": copied.bytes_kept,
+            "bytes": copied.bytes_after,
             "kv_bytes_per_token": round(plan.savings.kv_after * size),
         },
     }

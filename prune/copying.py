@@ -53,6 +53,18 @@ class CopyReport:
     tensors_replaced: int = 0
     linked: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    bytes_overwritten: int = 0
+    bytes_new: int = 0
+
+    @property
+    def bytes_before(self) -> int:
+        """All tensors of the source."""
+        return self.bytes_kept + self.bytes_dropped + self.bytes_overwritten
+
+    @property
+    def bytes_after(self) -> int:
+        """All tensors of the copy."""
+        return self.bytes_kept + self.bytes_new
 
     @property
     def tensors_written(self) -> int:
@@ -252,4 +264,6 @@ def _report(
     sizes = {name: span.nbytes for name, span in source.tensors.items()}
     kept = [sizes[old] for old, new in renamed.items() if new is not None and new not in replace]
     dropped = [sizes[old] for old, new in renamed.items() if new is None]
-    return CopyReport(len(kept), len(dropped), sum(kept), sum(dropped), len(replace), linked, files)
+    overwritten = sum(sizes.values()) - sum(kept) - sum(dropped)
+    new = sum(memoryview(tensor.data).nbytes for tensor in replace.values())
+    return CopyReport(len(kept), len(dropped), sum(kept), sum(dropped), len(replace), linked, files, overwritten, new)

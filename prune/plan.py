@@ -119,6 +119,7 @@ class Plan(Artifact):
     keep: list[int] = []
     metric: str | None = None
     calibration: dict[str, Any] | None = None
+    repairs: list[str] = []
     drops: list[Drop]
     outline: Outline
     savings: Savings

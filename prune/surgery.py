@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dropformer.prune.architecture import Layer
@@ -22,13 +22,15 @@ from dropformer.prune.outline import Outline
 class Surgery:
     """What was done to a model: the outline it had, the layers that went, the blocks that remain.
 
-    `note` says why blocks that lost everything stayed as empty ones, where that is so.
+    `note` says why blocks that lost everything stayed as empty ones, where that is so.  `tensors`: parameters
+    of the pruned model, by its names, that are no longer the dense model's (repairs).
     """
 
     outline: Outline
     layers: tuple[Layer, ...]
     arrangement: Arrangement
     note: str = ""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def operate(
@@ -60,6 +62,7 @@ def cut(model: nn.Module, surgery: Surgery) -> nn.Module:
     """
     if not isinstance(model, PreTrainedModel):
         skip_modules(model, skipped_modules(surgery.outline, surgery.arrangement))
+        _install(model, surgery.tensors)
         return model
     fields = pruned_config(model.config.to_dict(), surgery.outline, surgery.arrangement)
     for stack in surgery.outline.stacks:
@@ -69,7 +72,19 @@ def cut(model: nn.Module, surgery: Surgery) -> nn.Module:
     if not surgery.arrangement.packed:
         model.__class__ = pruned_model_class(type(model), type(model.config))  # type: ignore[arg-type]
         empty_cache_entries(model.config)
+    _install(model, surgery.tensors)
     return model
+
+
+def _install(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model new parameters; tensors that it shares with the dense model stay as they are."""
+    like = next(model.parameters())
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        old = getattr(model.get_submodule(owner), leaf)
+        device = like.device if old.is_meta else old.device
+        new = nn.Parameter(tensor.to(device, like.dtype, copy=True), requires_grad=old.requires_grad)
+        setattr(model.get_submodule(owner), leaf, new)
 
 
 def config_from(fields: dict[str, Any]) -> PreTrainedConfig:

@@ -222,3 +222,62 @@ def test_the_five_lines_of_python(model, here):
     ids = torch.arange(3, 15)[None]
     assert torch.equal(again(ids).logits, small(ids).logits)
     assert (here / "small" / "model.safetensors").stat().st_size < (model / "model.safetensors").stat().st_size
+
+
+QUALITY = (*SMALL, "--gate", "builtin")
+
+
+@pytest.mark.parametrize("repair", ["linear", "refit"])
+def test_a_repaired_model_is_exported_with_its_new_weights(model, here, capsys, repair):
+    status, out, err = run("--model", model, "--drop", "attn:1", "--repair", repair, *QUALITY, capsys=capsys)
+    assert (status, err) == (0, "") and "wrote llama-attn1" in out
+    plan = json.loads((here / "llama-attn1" / "plan.json").read_text())
+    assert len(plan["repairs"]) == 1 and repair in plan["repairs"][0]
+    report = json.loads((here / "llama-attn1" / "report.json").read_text())
+    assert report["pruned"]["parameters"] == plan["savings"]["parameters_after"]
+    if "not kept" not in plan["repairs"][0]:
+        dense = dict(dropformer.open_model(model).model.named_parameters())
+        pruned = dict(dropformer.load(here / "llama-attn1").named_parameters())
+        assert any(name not in dense or not torch.equal(tensor, dense[name]) for name, tensor in pruned.items())
+
+
+def test_a_budget_takes_the_place_of_a_drop(model, here, capsys):
+    status, _, _ = run("--model", model, "--budget", "kv:-25%", *QUALITY, capsys=capsys)
+    assert status == 0
+    report = json.loads((here / "llama-kv-25pct" / "report.json").read_text())
+    assert report["pruned"]["kv_bytes_per_token"] <= 0.75 * report["dense"]["kv_bytes_per_token"]
+
+
+def test_a_given_plan_can_be_repaired(model, here, capsys):
+    assert run("--model", model, "--drop", "attn=1", "--out", "one", *SMALL, capsys=capsys)[0] == 0
+    options = ("--plan", "one/plan.json", "--repair", "linear", "--out", "two", *QUALITY)
+    assert run("--model", model, *options, capsys=capsys)[0] == 0
+    assert json.loads((here / "two" / "plan.json").read_text())["repairs"]
+    _, _, err = run("--model", model, "--plan", "two/plan.json", "--dry-run", capsys=capsys)
+    assert "add --repair to repeat them" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--drop", "attn:1", "--quality", "worst"), "`worst` is unknown"),
+        (("--drop", "attn:1", "--metric", "x"), "`x` is unknown"),
+        (("--budget", "kv:25%"), "budget `kv:25%` cannot be read"),
+        (("--drop", "attn:1", "--budget", "kv:-25%"), "one of --drop, --plan or --budget"),
+        (("--drop", "attn:1", "--repair", "linear", "--gate", "nowhere"), "text `nowhere` is unknown"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_one_line(model, here, capsys, options, said):
+    bad("--model", model, *options, "-q", capsys=capsys, here=here, said=said)
+
+
+def test_improve_drop_and_save_give_the_model_that_is_loaded(model, here, ids):
+    from dropformer import Calibration
+    from dropformer.metrics.quality import Quality
+
+    opened = dropformer.open_model(model)
+    plan, repair = dropformer.improve(opened, "attn:1", Quality(repair=("linear",)), [Calibration("builtin", 3, 16)])
+    pruned = dropformer.drop(opened, plan, repair)
+    dropformer.save(pruned, here / "saved")
+    with torch.no_grad():
+        assert torch.equal(dropformer.load(here / "saved")(ids).logits, pruned(ids).logits)

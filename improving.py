@@ -1,0 +1,122 @@
+"""Choosing and repairing beyond one-shot similarity: what --quality, --metric, --select, --budget and --repair do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from dropformer import api
+from dropformer.metrics.calibration import Calibration
+from dropformer.metrics.improve import Improver
+from dropformer.metrics.improve import improve as improved_plan
+from dropformer.metrics.quality import Quality
+from dropformer.metrics.quality import Request as Wish
+from dropformer.metrics.quality import quality as named
+from dropformer.metrics.repair import Repair
+from dropformer.metrics.windows import Windows, windows
+from dropformer.prune.errors import ModelError, PlanError
+from dropformer.prune.plan import Plan
+
+if TYPE_CHECKING:
+    from dropformer.job import Request
+    from dropformer.watcher import Watcher
+
+GATE = Calibration("docstrings", samples=4, length=512, seed=1)
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """How to choose and to repair; `budget` in place of a drop spec; the text that repairs are gated on."""
+
+    quality: Quality
+    budget: str | None = None
+    gate: str = GATE.name
+
+
+def improve(
+    model: str | Path | api.Opened, spec: str, quality: str | Quality = "best", texts: Sequence[Calibration] = ()
+) -> tuple[Plan, Repair]:
+    """Choose what `spec` names and repair what stays, for `drop(model, plan, repair)`.
+
+    `quality` is a named one (`paper`, `best`, `linear`) or one's own; `texts` to calibrate on, by default the
+    recipe's, else builtin.  Repairs are gated on torch's docstrings.  Raises a DropformerError.
+    """
+    opened = model if isinstance(model, api.Opened) else api.open_model(model)
+    how = quality if isinstance(quality, Quality) else named(quality)
+    data = [windows(text, need_tokenizer(opened)) for text in texts or [api.default_calibration(opened.recipe)]]
+    other = windows(GATE, opened.tokenizer) if how.repair else None
+    plan, repair, _ = improved_plan(Improver(opened.model, data, how), opened.ref, Wish(spec), other)
+    return noted(plan, repair, opened.model), repair
+
+
+def need_tokenizer(opened: api.Opened) -> Any:
+    """Raises ModelError for a model without one."""
+    if opened.tokenizer is None:
+        raise ModelError(f"{opened.ref.name} has no tokenizer, so no text can choose or repair; leave out --quality")
+    return opened.tokenizer
+
+
+def improved(opened: api.Opened, request: Request, watcher: Watcher) -> tuple[Plan, Repair]:
+    """The plan and the repair that a request's improvement gives.
+
+    `--calibration` may name several texts by commas, of which the windows are then shared out; a plan that is
+    given is only repaired.  Raises PlanError, CalibrationError, ArchitectureError or ModelError.
+    """
+    how = request.improvement
+    assert how is not None
+    need_tokenizer(opened)
+    calibration = calibrated_on(opened, request)
+    watcher.say("calibration: " + "; ".join(f"{w.ref.name}, {len(w)} windows of {w.ref.length}" for w in calibration))
+    other = windows(replace(GATE, name=how.gate), opened.tokenizer) if how.quality.repair else None
+    with watcher.stage(f"choosing and repairing by {wording(how.quality)}"):
+        improver = Improver(opened.model, calibration, how.quality, watcher.say)
+        if request.plan:
+            plan = given_plan(opened, request)
+            repair, _ = improver.repair(plan.layers, other)
+        else:
+            wish = Wish(request.drop or "", request.keep, how.budget)
+            plan, repair, _ = improved_plan(improver, opened.ref, wish, other)
+    return noted(plan, repair, opened.model), repair
+
+
+def wording(quality: Quality) -> str:
+    """The settings in a few words, such as `greedy, refit`."""
+    chosen = quality.metric if quality.select == "one-shot" else quality.select
+    return ", ".join([chosen, *quality.repair])
+
+
+def calibrated_on(opened: api.Opened, request: Request) -> list[Windows]:
+    """The calibration windows, one entry a text."""
+    settings = request.calibration.of(opened.recipe)
+    names = settings.name.split(",")
+    if settings.samples < len(names):
+        raise PlanError(f"{settings.samples} calibration windows do not go round {len(names)} texts; raise --samples")
+    each = settings.samples // len(names)
+    return [windows(replace(settings, name=name, samples=each), opened.tokenizer) for name in names]
+
+
+def given_plan(opened: api.Opened, request: Request) -> Plan:
+    """The plan in the request's file.  Raises PlanError where it was made for other weights."""
+    assert request.plan is not None
+    plan = Plan.read(request.plan)
+    if plan.model.fingerprint != opened.ref.fingerprint:
+        raise PlanError(f"{request.plan} was made for other weights than {opened.ref.name}; plan this model")
+    return plan
+
+
+def noted(plan: Plan, repair: Repair, model: nn.Module) -> Plan:
+    """The plan with what was repaired; what linear maps bring, and norms that they keep, is counted."""
+    stay = 0
+    for layer, forms in repair.mapped.items():
+        path = f"{plan.outline.stack(layer.stack).path}.{layer.index}."
+        maps = {f"{path}{name}" for name in forms}
+        stay += sum(t.numel() for name, t in repair.tensors.items() if name.rpartition(".")[0] in maps)
+        branch = plan.outline.stack(layer.stack).branch("attn", layer.index)
+        norms = [path + name for name in (branch.modules if branch else ()) if name not in forms]
+        stay += sum(p.numel() for name in norms for p in model.get_submodule(name).parameters())
+    savings = plan.savings.model_copy(update={"parameters_after": plan.savings.parameters_after + stay})
+    return plan.model_copy(update={"repairs": [str(gate) for gate in repair.gates], "savings": savings})
