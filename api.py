@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, choose, make_plan
 from dropformer.prune.proof import prove
 from dropformer.prune.replacing import stored_dtype
+from dropformer.prune.sharing import sharing_copy
 from dropformer.prune.surgery import Surgery, cut, operate
 from dropformer.recipes import Recipe, open_source
 
@@ -132,6 +132,13 @@ def default_calibration(recipe: Recipe | None) -> Calibration:
     return Calibration(recipe.calibration.name, recipe.calibration.windows, recipe.calibration.length)
 
 
+def plan_of(pruned: Opened, dense: Opened) -> Plan | None:
+    """The plan beside a checkpoint's weights, if it was made from this dense model."""
+    path = pruned.path / "plan.json"
+    plan = Plan.read(path) if path.is_file() else None
+    return plan if plan and plan.model.fingerprint == dense.ref.fingerprint else None
+
+
 def plan_unscored(
     ref: ModelRef, outline: Outline, spec: str, keep: Sequence[int], published: Callable[[str, int], Any] | None
 ) -> Plan:
@@ -184,12 +191,6 @@ def cut_of(model: nn.Module) -> Cut:
     if not isinstance(made, Cut):
         raise OutputError("this takes the model that drop returned; drop layers first")
     return made
-
-
-def sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree whose parameters and buffers are the same tensors, so it takes no memory."""
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, shared)
 
 
 def save(model: nn.Module, out: str | Path, progress: Callable[[int, int], None] | None = None) -> Any:

@@ -106,7 +106,12 @@ def prune(
             "for example: prune --model smollm2-135m --drop attn:4"
         )
     from dropformer import preflight
+    from dropformer.metrics import distributed
 
+    if distributed.world() > 1:
+        raise DropformerError(
+            "this job runs in one process; launch `analyze` on many, and give its scores with --scores"
+        )
     better = _better(quality, metric, select, repair, budget)
     if better and scores:
         raise DropformerError("--scores serve one-shot similarity; leave them out, or --quality and its like")

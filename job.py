@@ -9,6 +9,7 @@ from typing import Any
 from dropformer import api
 from dropformer.eval.report import Measured, Report, TextRef, card_lines, measure_quality, measure_speed, sizes
 from dropformer.eval.sweep import Sweep, find_cliff, point
+from dropformer.eval.trend import trend
 from dropformer.improving import Improvement, given_plan, improved
 from dropformer.metrics.calibration import Calibration
 from dropformer.metrics.distributed import rank
@@ -123,7 +124,7 @@ def run(request: Request, watcher: Watcher | None = None) -> Outcome:
     surgery = api.cut_of(pruned).surgery
     if surgery.note:
         watcher.say(f"dropped blocks stay as empty ones: {surgery.note}")
-    quality, speed = _measure(opened, pruned, request, watcher)
+    quality, speed = _measure(opened, pruned, plan, request, watcher)
     made: list[Report] = []
 
     def finish(folder: Path, copied: CopyReport) -> list[str]:
@@ -136,7 +137,9 @@ def run(request: Request, watcher: Watcher | None = None) -> Outcome:
     return Outcome(out, plan, made[0], exported)
 
 
-def _measure(opened: api.Opened, pruned: Any, request: Request, watcher: Watcher) -> tuple[Measured, Measured]:
+def _measure(
+    opened: api.Opened, pruned: Any, plan: Plan, request: Request, watcher: Watcher
+) -> tuple[Measured, Measured]:
     nothing = Measured({}, {}, {})
     quality = speed = nothing
     if opened.tokenizer is not None and hasattr(pruned, "generate") and not pruned.config.is_encoder_decoder:
@@ -144,6 +147,8 @@ def _measure(opened: api.Opened, pruned: Any, request: Request, watcher: Watcher
         text = TextRef(name=request.text, windows=len(data), length=data.ids.shape[1], hash=data.ref.hash)
         with watcher.stage(f"perplexity on {request.text}"):
             quality = measure_quality(opened.model, pruned, data.ids, text)
+        with watcher.stage("trend of the first drops alone"):
+            quality.fields["trend"] = trend(opened.model, plan, data.ids)
         if request.seconds > 0:
             with watcher.stage("speed, dense and pruned interleaved"):
                 speed = measure_speed(opened.model, pruned, request.seconds)

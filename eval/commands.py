@@ -59,11 +59,14 @@ def evaluate(
         os.environ["TQDM_DISABLE"] = "1"  # lm-eval shows its own bars
     from dropformer import api, show
     from dropformer.eval import evaluation as ev
+    from dropformer.eval import evaluation_output as output
     from dropformer.eval.tasks import TaskOptions
+    from dropformer.metrics import distributed
     from dropformer.metrics.calibration import Calibration
 
-    watcher = show.Terminal(quiet)
-    placement = api.Placement(dtype, device, device_map)
+    first = distributed.rank() == 0
+    watcher = show.Terminal(quiet or not first)
+    placement = api.Placement(dtype, device if device_map else distributed.own_device(device), device_map)
     opened = [api.open_model(name, None, placement, watcher.say) for name in models]
     options = ev.EvaluationOptions(
         tuple(t for t in tasks.replace(" ", "").split(",") if t),
@@ -71,17 +74,22 @@ def evaluate(
         Calibration(text, samples, length, seed) if text else None,
         probes, tuple(settings), stream=stream,
     )  # fmt: skip
-    named = [ev.Candidate(preflight.short_name(m), o.model, o.tokenizer) for m, o in zip(models, opened, strict=True)]
+    named = [
+        ev.Candidate(preflight.short_name(m), o.model, o.tokenizer, api.plan_of(o, opened[0]))
+        for m, o in zip(models, opened, strict=True)
+    ]
     found = ev.evaluate(named, options, watcher)
+    if not first:
+        return
     if out:
         found.write(out / "report.json")
         pictures = [(o.path / "similarity.png", f"{c.name}: similarity by depth, the dropped layers marked")
                     for o, c in zip(opened, named, strict=True) if (o.path / "similarity.png").is_file()]  # fmt: skip
-        (out / "report.html").write_text(ev.html(found, pictures), encoding="utf-8")
+        (out / "report.html").write_text(output.html(found, pictures), encoding="utf-8")
     if as_json:
         sys.stdout.write(found.to_json())
         return
-    show.out.print(show.plain_table(*ev.rows(found)))
+    show.out.print(show.plain_table(*output.rows(found)))
     for line in [*found.warnings, *([f"wrote {out}/report.json and {out}/report.html"] if out else [])]:
         show.out.print(line, markup=False)
 

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
 from dropformer.eval.memory import kv_bytes_per_token, parameter_bytes, parameter_count
-from dropformer.eval.page import Section, page, paragraph, picture, table
 from dropformer.eval.paired import Paired
 from dropformer.eval.perplexity import side_by_side
 from dropformer.eval.probes import run_probes
-from dropformer.eval.sinks import Sinks
+from dropformer.eval.sinks import fitting
 from dropformer.eval.speed import Setting, SpeedTable, measure, quick
-from dropformer.eval.streaming import stream
+from dropformer.eval.streaming import stream, streaming_speed
 from dropformer.eval.tasks import TaskOptions, TaskResults, compare_tasks, evaluate_tasks
+from dropformer.eval.trend import Trend, trend
 from dropformer.metrics.calibration import Calibration
+from dropformer.metrics.distributed import rank
 from dropformer.metrics.windows import Windows, windows
 from dropformer.prune.artifact import Artifact, Part
 from dropformer.prune.errors import EvaluationError
+from dropformer.prune.plan import Plan
 from dropformer.watcher import Watcher
 
 
@@ -44,6 +45,10 @@ class EvaluationOptions:
     stream: int = 0
 
 
+TIMED = 9
+"""Single tokens timed behind a full window, cached and recomputed, one of them to warm up."""
+
+
 class ModelResult(Part):
     """One model's measurements; `paired` compares it with the dense model, question by question."""
 
@@ -55,6 +60,7 @@ class ModelResult(Part):
     paired: dict[str, Paired] = {}
     perplexity: dict[str, Any] | None = None
     kl: dict[str, Any] | None = None
+    trend: Trend | None = None
     probes: list[dict[str, Any]] = []
     speed: list[dict[str, Any]] = []
     stream: dict[str, Any] | None = None
@@ -73,17 +79,19 @@ class Evaluation(Artifact):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to evaluate, with its name and tokenizer."""
+    """A model to evaluate, with its name and tokenizer; `plan`: how it was made from the dense one, if known."""
 
     name: str
     model: PreTrainedModel
     tokenizer: Any
+    plan: Plan | None = None
 
 
 def evaluate(models: Sequence[Candidate], options: EvaluationOptions, watcher: Watcher | None = None) -> Evaluation:
     """Evaluate models side by side; the first is the dense one.
 
-    Everything sees the same questions, windows and prompts; speeds are interleaved.  Raises EvaluationError.
+    Everything sees the same questions, windows and prompts; speeds are interleaved.  Of several processes
+    launched together all answer questions and only the first measures the rest.  Raises EvaluationError.
     """
     watcher = watcher or Watcher()
     if len(models) < 1:
@@ -91,6 +99,8 @@ def evaluate(models: Sequence[Candidate], options: EvaluationOptions, watcher: W
     data = windows(options.text, models[0].tokenizer) if options.text else None
     results = [_sizes(candidate) for candidate in models]
     results = _with_tasks(results, models, options, watcher)
+    if rank() > 0:
+        return Evaluation(models=results)
     results = _with_perplexity(results, models, data, watcher)
     results = _with_probes(results, models, options, watcher)
     results, device = _with_speed(results, models, options, watcher)
@@ -137,6 +147,9 @@ def _with_perplexity(
             both = side_by_side(dense.model, candidate.model, data.ids)
         out[0] = _update(out[0], perplexity=asdict(both.dense))
         out[i] = _update(out[i], perplexity=asdict(both.pruned), kl=asdict(both.divergence) if i else None)
+        if candidate.plan:
+            with watcher.stage(f"trend of the first drops alone: {candidate.name}"):
+                out[i] = _update(out[i], trend=trend(dense.model, candidate.plan, data.ids))
     return out
 
 
@@ -174,18 +187,24 @@ def _with_stream(
     if not options.stream:
         return results
     name = options.text.name if options.text else "heldout"
-    data = windows(Calibration(name, samples=1, length=options.stream), models[0].tokenizer)
+    ids = windows(Calibration(name, samples=1, length=options.stream), models[0].tokenizer).ids[0]
+    shape = fitting(models[0].model)
     out = []
     for result, candidate in zip(results, models, strict=True):
-        with watcher.stage(f"streaming {options.stream} tokens: {candidate.name}"):
-            read = stream(candidate.model, data.ids[0], Sinks())
-        out.append(_update(result, stream={**asdict(read), "perplexity": read.perplexity}))
+        with watcher.stage(f"streaming {options.stream} tokens: {candidate.name}", options.stream) as progress:
+            read = stream(candidate.model, ids, shape, progress=lambda done, show=progress: show(done, done))
+        found = {**asdict(read), "perplexity": read.perplexity, "tokens_per_second": read.tokens_per_second}
+        if len(ids) > shape.size + TIMED:
+            with watcher.stage(f"streaming against recomputing the window: {candidate.name}"):
+                one = streaming_speed(candidate.model, ids, shape, TIMED - 1)
+            found |= {"seconds_per_token": asdict(one), "speedup_over_recompute": one.speedup}
+        out.append(_update(result, stream=found))
     return out
 
 
 def warnings(results: Sequence[ModelResult]) -> list[str]:
-    """What a reader of the table might miss: probes that broke although tasks or perplexity held."""
-    lines = []
+    """What a reader of the table might miss: a cliff, and probes that broke although tasks or perplexity held."""
+    lines = [f"{r.name}: {r.trend}" for r in results if r.trend and r.trend.cliff is not None]
     dense = {probe["name"]: probe for probe in results[0].probes}
     for result in results[1:]:
         for probe in result.probes:
@@ -196,72 +215,3 @@ def warnings(results: Sequence[ModelResult]) -> list[str]:
                     "knowledge tests such as MMLU hold longer than generation, arithmetic and long context do"
                 )
     return lines
-
-
-Row = tuple[str, ...]
-
-
-def rows(evaluation: Evaluation) -> tuple[list[str], list[Row]]:
-    """The table of an evaluation: a column a model, a row a measurement."""
-    models = evaluation.models
-    body: list[Row] = [
-        ("parameters", *(f"{m.parameters:,}" for m in models)),
-        ("KV bytes per token", *(f"{m.kv_bytes_per_token:,}" for m in models)),
-    ]
-    if models[0].perplexity:
-        body.append(("perplexity", *(f"{m.perplexity['value']:.3f}" if m.perplexity else "" for m in models)))
-        body.append(
-            ("KL to dense, nats", *(f"{m.kl['value']:.4f} ± {m.kl['stderr']:.4f}" if m.kl else "" for m in models))
-        )
-    for name in models[0].tasks.named if models[0].tasks else ():
-        body.append((name, *(_task_cell(m, name) for m in models)))
-        body.append((f"{name}, retained", *(_paired_cell(m, name) for m in models)))
-    for i, probe in enumerate(models[0].probes):
-        body.append((f"probe: {probe['name']}", *(f"{m.probes[i]['accuracy']:.0%}" for m in models)))
-    for i, row in enumerate(models[0].speed):
-        where = f"batch {row['setting']['batch']}, {row['setting']['prompt']} + {row['setting']['new']}"
-        for part in ("prefill", "decode"):
-            body.append((f"{part} tokens/s ({where})", *(f"{m.speed[i][part]['median']:.1f}" for m in models)))
-            body.append((f"{part} ratio; work allows", *(_ratio_cell(m.speed[i], part) for m in models)))
-    if models[0].stream:
-        label = f"perplexity over {models[0].stream['tokens']:,} streamed tokens"
-        body.append((label, *(f"{m.stream['perplexity']:.3f}" if m.stream else "" for m in models)))
-    return ["", *(m.name for m in models)], body
-
-
-def _task_cell(model: ModelResult, name: str) -> str:
-    result = model.tasks.tasks[name] if model.tasks else None
-    if result is None or result.value is None:
-        return ""
-    return f"{result.value:.4f}" + (f" ± {result.stderr:.4f}" if result.stderr is not None else "")
-
-
-def _paired_cell(model: ModelResult, name: str) -> str:
-    paired = model.paired.get(name)
-    if paired is None or paired.retained is None:
-        return ""
-    return f"{paired.retained:.1%} (p = {paired.p_value:.3g})"
-
-
-def _ratio_cell(row: dict[str, Any], part: str) -> str:
-    return f"{row[f'{part}_ratio']['median']:.2f}; {row[f'bound_{part}']:.2f}"
-
-
-def html(evaluation: Evaluation, pictures: Sequence[tuple[Path, str]] = ()) -> str:
-    """The evaluation as one self-contained page."""
-    head, body = rows(evaluation)
-    parts = [table(head, body)]
-    if evaluation.text:
-        text = evaluation.text
-        parts.append(
-            paragraph(f"Perplexity on {text['samples']} windows of {text['length']} tokens of {text['name']}.")
-        )
-    if evaluation.device:
-        parts.append(paragraph(f"Speed on {evaluation.device}: medians, models interleaved in one run."))
-    sections = [Section("Side by side", parts)]
-    if evaluation.warnings:
-        sections.append(Section("Where it hurts", [paragraph(line) for line in evaluation.warnings]))
-    if pictures:
-        sections.append(Section("Pictures", [picture(path, alt, alt) for path, alt in pictures]))
-    title = f"{evaluation.models[0].name}: what dropping layers cost and saved"
-    return page(title, sections, f"{len(evaluation.models)} models on the same questions, text and prompts.")

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from dropformer.eval.memory import kv_bytes_per_token, parameter_count
 from dropformer.eval.perplexity import side_by_side
 from dropformer.eval.speed import quick
+from dropformer.eval.trend import Trend
 from dropformer.prune.artifact import Artifact, ModelRef, Part
 
 
@@ -59,6 +60,7 @@ class Report(Artifact):
     text: TextRef | None = None
     kl: float | None = None
     kl_stderr: float | None = None
+    trend: Trend | None = None
     speed: SpeedRef | None = None
 
 

@@ -55,6 +55,14 @@ class Sinks:
         return f"{self.sinks} sinks + {self.window} recent tokens"
 
 
+def fitting(model: nn.Module) -> Sinks:
+    """4 sinks and a window that together are 1024 tokens, or the model's context where that is shorter."""
+    config: Any = model.config
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1024
+    window = max(1, min(1024, context) - 4)
+    return Sinks(4, window, min(256, max(1, window // 4)))
+
+
 @dataclass(frozen=True)
 class Rotation:
     """A rotary embedding's rotation of keys (arXiv 2104.09864): angle = position x frequency.

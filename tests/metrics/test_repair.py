@@ -267,7 +267,7 @@ def test_a_budget_is_met_by_the_plan(tiny, windows):
 
 
 def repaired(model, plan, repair):
-    from dropformer.api import sharing_copy
+    from dropformer.prune.sharing import sharing_copy
 
     pruned = sharing_copy(model)
     surgery = operate(plan.outline, plan.layers, model, repair.mapped)
