@@ -94,4 +94,5 @@ def _outline(stack: StackOutline, origin: StackOrigin) -> StackOutline:
         left = sorted(index for index in found if index is not None)
         if left:
             branches.append(BranchOutline(**{**branch.model_dump(), "blocks": left}))
-    return StackOutline(**{**stack.model_dump(), "blocks": origin.count, "branches": branches})
+    rest = [b.model_copy(update={"blocks": [origin.blocks[index][0] for index in b.blocks]}) for b in stack.rest]
+    return StackOutline(**{**stack.model_dump(), "blocks": origin.count, "branches": branches, "rest": rest})

@@ -20,12 +20,13 @@ class NewBlock:
     """One block of the pruned stack, by the original blocks that its parts come from.
 
     `mlp` differs from `source` only where a block's attention is paired with a later block's MLP;
-    `skipped` are the kinds of branch that it lacks.
+    `skipped` are the kinds of branch that it lacks; `empty`: nothing of the block is left but its place.
     """
 
     source: int
     mlp: int
     skipped: tuple[str, ...] = ()
+    empty: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,24 +57,29 @@ def arrange(
     mapped: dict[Layer, dict[str, Any]] | None = None,
 ) -> Arrangement:
     """The arrangement that drops these layers; with `shorten=False` every block stays, skipped or not."""
+    dropped = set(dropped)
     gone = set(outline.branch_layers(dropped)) - set(mapped or {})
     stacks = {}
     for stack in outline.stacks:
-        kept = [
-            NewBlock(i, i, tuple(b.kind for b in stack.of_block(i) if Layer(b.kind, i, stack.name) in gone))  # type: ignore[arg-type]
-            for i in range(stack.blocks)
-        ]
-        stacks[stack.name] = (_paired(stack, kept) or _without_empty(stack, kept)) if shorten else tuple(kept)
+        kept = [_block(stack, i, gone, Layer("block", i, stack.name) in dropped) for i in range(stack.blocks)]
+        short = _paired(stack, kept) or tuple(b for b in kept if not b.empty)
+        stacks[stack.name] = short if shorten else tuple(kept)
     return Arrangement(stacks, mapped or {})
 
 
-def _without_empty(stack: StackOutline, blocks: list[NewBlock]) -> tuple[NewBlock, ...]:
-    return tuple(b for b in blocks if len(b.skipped) < len(stack.of_block(b.source)) or not stack.of_block(b.source))
+def _block(stack: StackOutline, index: int, gone: set[Layer], whole: bool) -> NewBlock:
+    """A block less its branches that go.  A plain one is empty without them, any other where it goes as a whole."""
+    branches, rest = stack.of_block(index), stack.block(index)
+    skipped = tuple(b.kind for b in branches if Layer(b.kind, index, stack.name) in gone)  # type: ignore[arg-type]
+    bare = bool(branches) and len(skipped) == len(branches) and not rest.kept
+    return NewBlock(index, index, skipped, bare and (whole or rest.plain))
 
 
 def _paired(stack: StackOutline, blocks: list[NewBlock]) -> tuple[NewBlock, ...] | None:
     """The survivors as (attention, MLP) pairs, or None where they do not alternate or blocks differ."""
     if stack.parallel or sorted(b.kind for b in stack.branches) != ["attn", "mlp"]:
+        return None
+    if any(rest.kept or not rest.plain for rest in stack.rest):
         return None
     survivors = [(kind, b.source) for b in blocks for kind in ("attn", "mlp") if kind not in b.skipped]
     if [kind for kind, _ in survivors] != ["attn", "mlp"] * (len(survivors) // 2):
@@ -87,6 +93,9 @@ def skipped_modules(outline: Outline, arrangement: Arrangement) -> dict[str, Any
     modules = {}
     for stack in outline.stacks:
         for new, block in enumerate(arrangement.stacks[stack.name]):
+            if block.empty and (form := stack.block(block.source).form) is not None:
+                modules[f"{stack.path}.{new}"] = form
+                continue
             for kind in block.skipped:
                 for name, form in stack.branch(kind, block.source).modules.items():  # type: ignore[union-attr]
                     modules[f"{stack.path}.{new}.{name}"] = form
@@ -130,6 +139,8 @@ def new_name(outline: Outline, arrangement: Arrangement, name: str) -> str | Non
         kind = next((b.kind for b in stack.of_block(index) if _owns(b.modules, rest)), None)
         for new, block in enumerate(arrangement.stacks[stack.name]):
             if (block.mlp if kind == "mlp" else block.source) == index:
+                if block.empty and stack.block(index).form is not None:
+                    return None
                 forms = arrangement.mapped.get(Layer(kind, index, stack.name), {}) if kind else {}  # type: ignore[arg-type]
                 return None if kind in block.skipped or _owns(forms, rest) else f"{prefix}{new}.{rest}"
         return None

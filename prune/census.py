@@ -10,7 +10,7 @@ from torch import nn
 
 from dropformer.prune.architecture import Architecture, Block, Branch, Stack
 from dropformer.prune.inputs import sample_inputs
-from dropformer.prune.outline import BranchOutline, Outline, StackOutline
+from dropformer.prune.outline import BlockOutline, BranchOutline, Outline, StackOutline
 
 
 def outline_of(model: nn.Module, architecture: Architecture) -> Outline:
@@ -38,14 +38,42 @@ def _stack(model: nn.Module, stack: Stack, kv: dict[int, int]) -> StackOutline:
     branches = [BranchOutline(blocks=blocks, **samples[key]) for key, blocks in groups.items()]
     parallel = any(block.parallel for block in stack.blocks)
     return StackOutline(
-        name=stack.name, path=stack.path, blocks=len(stack.blocks), parallel=parallel, branches=branches
+        name=stack.name,
+        path=stack.path,
+        blocks=len(stack.blocks),
+        parallel=parallel,
+        branches=branches,
+        rest=_rest(model, stack),
     )
+
+
+def _rest(model: nn.Module, stack: Stack) -> list[BlockOutline]:
+    """What blocks are beyond their branches, alike ones together; those of which there is nothing to say left out."""
+    groups: dict[str, BlockOutline] = {}
+    for block in stack.blocks:
+        parameters = _counted([model.get_submodule(block.path)]) - _counted(_owned(model, block, *block.branches))
+        fields = {
+            "plain": block.plain,
+            "form": None if (block.plain and not parameters) or block.kept else block.form,
+            "parameters": parameters,
+            "kept": block.kept,
+        }
+        found = groups.setdefault(repr(fields), BlockOutline(blocks=[], **fields))
+        found.blocks.append(block.index)
+    return [group for group in groups.values() if group != BlockOutline(blocks=group.blocks)]
 
 
 def branch_parameters(model: nn.Module, block: Block, branch: Branch) -> int:
     """Parameters that go with a branch; each shared one counts once."""
-    owned = [model.get_submodule(f"{block.path}.{name}") for name in branch.modules]
-    return sum(p.numel() for p in {id(p): p for module in owned for p in module.parameters()}.values())
+    return _counted(_owned(model, block, branch))
+
+
+def _owned(model: nn.Module, block: Block, *branches: Branch) -> list[nn.Module]:
+    return [model.get_submodule(f"{block.path}.{name}") for branch in branches for name in branch.modules]
+
+
+def _counted(modules: list[nn.Module]) -> int:
+    return sum(p.numel() for p in {id(p): p for module in modules for p in module.parameters()}.values())
 
 
 def _cache_elements(model: nn.Module, architecture: Architecture) -> dict[int, int]:

@@ -48,7 +48,7 @@ def _section(config: dict[str, Any], stack: StackOutline) -> dict[str, Any]:
 
 
 def _shorten(config: dict[str, Any], stack: StackOutline, blocks: tuple[NewBlock, ...]) -> None:
-    counts = [k for k in COUNTS.get(stack.name, COUNTS[""]) if config.get(k) == stack.blocks]
+    counts = _counts(config, stack)
     if not counts:
         raise ArchitectureError(
             f"config.json does not say in a known field that {stack.path} has {stack.blocks} blocks"
@@ -63,6 +63,14 @@ def _shorten(config: dict[str, Any], stack: StackOutline, blocks: tuple[NewBlock
     if layers:
         renumbered = {str(new): layers[str(b.source)] for new, b in enumerate(blocks) if str(b.source) in layers}
         config["per_layer_config"] = renumbered
+
+
+def _counts(config: dict[str, Any], stack: StackOutline) -> list[str]:
+    """The fields that count the stack's blocks.  The only stack may be half of an encoder-decoder, and says so in
+    its path."""
+    names = [stack.name] if stack.name else [n for n in ("decoder", "encoder") if n in stack.path.split(".")] + [""]
+    found = ([k for k in COUNTS.get(name, COUNTS[""]) if config.get(k) == stack.blocks] for name in names)
+    return next(filter(None, found), [])
 
 
 def _follower(key: str, value: Any, stack: StackOutline):  # type: ignore[no-untyped-def]

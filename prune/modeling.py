@@ -111,10 +111,14 @@ def hidden_states(args: tuple, kwargs: dict) -> torch.Tensor:
 
 
 def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
-    """Replace each named module of `model` by what its form describes; its weights are gone."""
+    """Replace each named module of `model` by what its form describes; its weights are gone, its settings stay."""
     for path, form in modules.items():
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, stand_in(form))
+        owner, new = model.get_submodule(parent), stand_in(form)
+        for key, value in vars(getattr(owner, name)).items():  # what a model asks its blocks: their kind of attention
+            if isinstance(value, (int, float, str)) and not key.startswith("_") and not hasattr(new, key):
+                setattr(new, key, value)
+        setattr(owner, name, new)
 
 
 class DropformerConfig(PreTrainedConfig):

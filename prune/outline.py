@@ -24,17 +24,40 @@ class BranchOutline(Part):
     kv: int = 0
 
 
+class BlockOutline(Part):
+    """Blocks that are alike in what is more than their branches.
+
+    `plain`: without its branches the block returns its input as it came; one that does not (a post-norm
+    block) is not gone when its branches are.  `form` stands for the block once it is gone, None where the forms
+    of its branches do.  `parameters` are those of no branch.  `kept` maps each kind of branch that cannot be
+    dropped to the reason; such a block stays.
+    """
+
+    blocks: list[int]
+    plain: bool = True
+    form: Any = None
+    parameters: int = 0
+    kept: dict[str, str] = {}
+
+
 class StackOutline(Part):
-    """One stack: its module path, how many blocks, whether a block's branches read the same stream."""
+    """One stack: its module path, how many blocks, whether a block's branches read the same stream.
+
+    `rest` tells what blocks are beyond their branches; a block that it does not name is plain and keeps nothing.
+    """
 
     name: str = ""
     path: str
     blocks: int
     parallel: bool = False
     branches: list[BranchOutline]
+    rest: list[BlockOutline] = []
 
     def branch(self, kind: str, index: int) -> BranchOutline | None:
         return next((b for b in self.branches if b.kind == kind and index in b.blocks), None)
+
+    def block(self, index: int) -> BlockOutline:
+        return next((b for b in self.rest if index in b.blocks), BlockOutline(blocks=[index]))
 
     def of_block(self, index: int) -> list[BranchOutline]:
         return [b for b in self.branches if index in b.blocks]
@@ -59,7 +82,7 @@ class Outline(Part):
         """Every layer of a kind in a stack, in order of depth."""
         part = self.stack(stack)
         if kind == "block":
-            return [Layer("block", i, stack) for i in range(part.blocks)]
+            return [Layer("block", i, stack) for i in range(part.blocks) if not part.block(i).kept]
         return [Layer(kind, i, stack) for i in range(part.blocks) if part.branch(kind, i)]  # type: ignore[arg-type]
 
     def branch_layers(self, layers: Iterable[Layer]) -> list[Layer]:
@@ -81,7 +104,10 @@ class Outline(Part):
         return branch
 
     def dropped_parameters(self, layers: Iterable[Layer]) -> int:
-        return sum(self.branch(layer).parameters for layer in self.branch_layers(layers))
+        layers = list(layers)
+        blocks = {layer for layer in layers if layer.kind == "block"}
+        rest = sum(self.stack(layer.stack).block(layer.index).parameters for layer in blocks)
+        return rest + sum(self.branch(layer).parameters for layer in self.branch_layers(layers))
 
     def kv_per_token(self, dropped: Iterable[Layer] = ()) -> int:
         """Cache elements that one token costs, over all stacks, without the dropped layers."""
