@@ -91,6 +91,7 @@ def config_from(fields: dict[str, Any]) -> PreTrainedConfig:
     """The config object that a config.json describes, pruned or stock."""
     from transformers import CONFIG_MAPPING
 
+    fields = PreTrainedConfig._decode_special_floats(fields)  # JSON has no infinity; transformers writes it as a tag
     if fields["model_type"] == DropformerConfig.model_type:
         return DropformerConfig.from_dict(fields)
     return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
