@@ -21,11 +21,13 @@ def outline_of(model: nn.Module, architecture: Architecture) -> Outline:
 
 
 def _stack(model: nn.Module, stack: Stack, kv: dict[int, int]) -> StackOutline:
+    caches = _caches(model, stack)
     groups: dict[tuple, list[int]] = defaultdict(list)
     samples: dict[tuple, dict[str, Any]] = {}
     for block in stack.blocks:
         for branch in block.branches:
-            cache = kv.get(block.index, 0) if branch.kind == "attn" else 0
+            entries = range(block.index * caches, (block.index + 1) * caches) if branch.kind == "attn" else ()
+            cache = sum(kv.get(entry, 0) for entry in entries)
             fields = {
                 "kind": branch.kind,
                 "modules": branch.modules,
@@ -42,9 +44,30 @@ def _stack(model: nn.Module, stack: Stack, kv: dict[int, int]) -> StackOutline:
         path=stack.path,
         blocks=len(stack.blocks),
         parallel=parallel,
+        caches=caches,
         branches=branches,
         rest=_rest(model, stack),
     )
+
+
+def _caches(model: nn.Module, stack: Stack) -> int:
+    """How many cache entries each block has, by the numbers that its modules carry (LongCat: two attentions)."""
+    attention = [(b.index, _owned(model, b, branch)) for b in stack.blocks if (branch := b.branch("attn"))]
+    found = [
+        (
+            i,
+            {
+                m.layer_idx
+                for owned in modules
+                for m in owned.modules()
+                if isinstance(getattr(m, "layer_idx", None), int)
+            },
+        )
+        for i, modules in attention
+    ]
+    count = max((len(numbers) for _, numbers in found), default=1)
+    regular = all(numbers == set(range(i * count, (i + 1) * count)) for i, numbers in found)
+    return count if regular and count else 1
 
 
 def _rest(model: nn.Module, stack: Stack) -> list[BlockOutline]:

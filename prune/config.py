@@ -18,10 +18,11 @@ COUNTS = {
 }
 # One entry a block: the entries of blocks that stay.
 PER_BLOCK = {"layer_types", "attention_layers", "layers_block_type", "block_types", "no_rope_layers"}
+PER_BLOCK |= {"hybrid_override_pattern"}  # a letter a block
 # One entry a block, following the MLP.
 PER_MLP = {"mlp_layer_types", "moe_layer_freq"}
 # Indices of blocks: those that stay, renumbered.
-INDICES = {"mlp_only_layers": "mlp", "moe_layers": "mlp", "attn_layer_indices": "source"}
+INDICES = {"mlp_only_layers": "mlp", "moe_layers": "mlp", "attn_layer_indices": "source", "hybrid_layer_ids": "source"}
 # A number of leading blocks: how many of those stay.
 LEADING = {"first_k_dense_replace": "mlp", "num_dense_layers": "mlp"}
 
@@ -49,7 +50,7 @@ def _section(config: dict[str, Any], stack: StackOutline) -> dict[str, Any]:
 
 def _shorten(config: dict[str, Any], stack: StackOutline, blocks: tuple[NewBlock, ...]) -> None:
     counts = _counts(config, stack)
-    if not counts:
+    if not counts and not any(len(config.get(key) or ()) == stack.blocks for key in PER_BLOCK):
         raise ArchitectureError(
             f"config.json does not say in a known field that {stack.path} has {stack.blocks} blocks"
         )
@@ -80,8 +81,12 @@ def _follower(key: str, value: Any, stack: StackOutline):  # type: ignore[no-unt
     if key in LEADING and isinstance(value, int):
         part = LEADING[key]
         return lambda v, blocks: sum(getattr(b, part) < v for b in blocks)
-    if not isinstance(value, list) or len(value) != stack.blocks or stack.blocks < 2:
+    if isinstance(value, str) and key in PER_BLOCK and len(value) == stack.blocks:
+        return lambda v, blocks: "".join(v[b.source] for b in blocks)
+    if not isinstance(value, list) or len(value) not in (stack.blocks, stack.blocks * stack.caches) or stack.blocks < 2:
         return None
+    if len(value) != stack.blocks:
+        raise ArchitectureError(f"config.json has a list `{key}` with one entry a cache entry of its blocks")
     if key in PER_BLOCK:
         return lambda v, blocks: [v[b.source] for b in blocks]
     if key in PER_MLP:
@@ -100,7 +105,8 @@ def _as_pruned(config: dict[str, Any], outline: Outline, arrangement: Arrangemen
     blocks = arrangement.stacks[main.name]
     skips = {i: sorted(KIND_NAMES[k].lower() for k in b.skipped) for i, b in enumerate(blocks) if b.skipped}
     mapped = {new_index(arrangement, layer) for layer in arrangement.mapped if layer.stack == main.name}
-    config["dropformer_no_cache"] = sorted(mapped | {i for i, names in skips.items() if "attention" in names})
+    silent = sorted(mapped | {i for i, names in skips.items() if "attention" in names})
+    config["dropformer_no_cache"] = [entry for i in silent for entry in range(i * main.caches, (i + 1) * main.caches)]
     layers = config.get("per_layer_config") or {}
     merged = {str(i): {**layers.get(str(i), {}), "skip": names} for i, names in skips.items()}
     config["per_layer_config"] = {**layers, **merged}

@@ -115,10 +115,18 @@ def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
     for path, form in modules.items():
         parent, _, name = path.rpartition(".")
         owner, new = model.get_submodule(parent), stand_in(form)
-        for key, value in vars(getattr(owner, name)).items():  # what a model asks its blocks: their kind of attention
-            if isinstance(value, (int, float, str)) and not key.startswith("_") and not hasattr(new, key):
-                setattr(new, key, value)
+        keep_settings(getattr(owner, name), new)
         setattr(owner, name, new)
+
+
+def keep_settings(old: nn.Module, new: nn.Module) -> None:
+    """What a model asks of its modules, or sets in them: a block's kind of attention, Falcon-H1's vectors."""
+    for key, value in vars(old).items():
+        if isinstance(value, (int, float, str)) and not key.startswith("_") and not hasattr(new, key):
+            setattr(new, key, value)
+    for key, buffer in old.named_buffers(recurse=False):
+        if key in old._non_persistent_buffers_set and buffer.numel() == max(buffer.shape) and not hasattr(new, key):
+            new.register_buffer(key, buffer, persistent=False)
 
 
 class DropformerConfig(PreTrainedConfig):
@@ -146,18 +154,28 @@ def without_skips(per_layer: dict[str, dict]) -> dict[str, dict]:
 
 
 @cache
-def pruned_config_class(base: Any) -> type[PreTrainedConfig]:
-    """The subclass of a family's config class that pruned checkpoints of the family use."""
+def cache_config_class(base: Any) -> Any:
+    """The subclass of a config class that tells transformers' caches which entries hold nothing."""
 
-    class PrunedConfig(base):  # type: ignore[misc, valid-type]
-        base_config_class = base
+    class CacheConfig(base):  # type: ignore[misc, valid-type]
+        empties_cache_entries = True
 
         @property
         def kv_sharing_modes(self) -> list[str | None]:
-            """What transformers' caches ask: "reuse" marks the blocks whose cache entry holds nothing."""
+            """One for each cache entry: "reuse" marks those that hold nothing."""
             own = getattr(super(), "kv_sharing_modes", None) or [None] * self.num_hidden_layers
             missing = set(getattr(self, "dropformer_no_cache", []))
             return ["reuse" if i in missing else mode for i, mode in enumerate(own)]
+
+    return CacheConfig
+
+
+@cache
+def pruned_config_class(base: Any) -> type[PreTrainedConfig]:
+    """The subclass of a family's config class that pruned checkpoints of the family use."""
+
+    class PrunedConfig(cache_config_class(base)):  # type: ignore[misc]
+        base_config_class = base
 
         def to_dict(self) -> dict[str, Any]:
             fields = super().to_dict()
@@ -197,20 +215,25 @@ def pruned_model_class(native: Any, config: Any) -> type[PreTrainedModel]:
             skip_modules(self, own_modules(self, getattr(config, "dropformer_modules", {})))
             empty_cache_entries(config)
 
+        @classmethod
+        def is_custom_code(cls) -> bool:
+            """As of the native class: transformers is to rename tensors on loading as it does for that."""
+            return native.is_custom_code()
+
     PrunedModel.__name__ = PrunedModel.__qualname__ = f"Dropformer{native.__name__}"
     PrunedModel.__module__ = __name__
-    renames = get_checkpoint_conversion_mapping(native.__name__)
-    renames = renames or get_checkpoint_conversion_mapping(getattr(native.config_class, "model_type", ""))
-    if renames:  # transformers looks these up by class name for classes that are not its own
+    if renames := get_checkpoint_conversion_mapping(native.__name__):  # else it asks for the model_type
         register_checkpoint_conversion_mapping(PrunedModel.__name__, renames, overwrite=True)
     return PrunedModel
 
 
 def empty_cache_entries(config: PreTrainedConfig) -> None:
     """Tell a composite config's text part, which makes the cache, where it holds nothing."""
-    text, missing = config.get_text_config(decoder=True), set(getattr(config, "dropformer_no_cache", []))
+    text, missing = config.get_text_config(decoder=True), getattr(config, "dropformer_no_cache", [])
     if text is not config and missing:
-        text.kv_sharing_modes = ["reuse" if i in missing else None for i in range(text.num_hidden_layers)]
+        text.dropformer_no_cache = missing
+        if not hasattr(text, "empties_cache_entries"):
+            text.__class__ = cache_config_class(type(text))
 
 
 def own_modules(model: PreTrainedModel, modules: dict[str, Any]) -> dict[str, Any]:

@@ -44,12 +44,14 @@ class StackOutline(Part):
     """One stack: its module path, how many blocks, whether a block's branches read the same stream.
 
     `rest` tells what blocks are beyond their branches; a block that it does not name is plain and keeps nothing.
+    `caches`: how many entries of the cache a block has, block i those from i * caches on.
     """
 
     name: str = ""
     path: str
     blocks: int
     parallel: bool = False
+    caches: int = 1
     branches: list[BranchOutline]
     rest: list[BlockOutline] = []
 

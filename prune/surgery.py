@@ -15,7 +15,7 @@ from dropformer.prune.arrange import Arrangement, arrange, skipped_modules
 from dropformer.prune.config import pruned_config
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.modeling import DropformerConfig, empty_cache_entries, pruned_model_class, skip_modules
-from dropformer.prune.outline import Outline
+from dropformer.prune.outline import Outline, StackOutline
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,21 @@ def _rearrange(model: nn.Module, surgery: Surgery, path: str, name: str) -> None
         for module_name, module in mlps[b.mlp].items():
             parent, _, leaf = module_name.rpartition(".")
             setattr(old[b.source].get_submodule(parent), leaf, module)
-        for module in old[b.source].modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = new  # type: ignore[assignment]
+        _renumber(old[b.source], stack, b.source, new)
     parent, _, leaf = path.rpartition(".")
     container = type(model.get_submodule(path))
     setattr(model.get_submodule(parent), leaf, container([old[b.source] for b in blocks]))
+
+
+def _renumber(block: nn.Module, stack: StackOutline, source: int, new: int) -> None:
+    """Tell a block's modules their new number: that of the block, or of their entry in the cache."""
+    attention = stack.branch("attn", source)
+    names = tuple(attention.modules) if attention and stack.caches > 1 else ()
+    for name, module in block.named_modules():
+        number = getattr(module, "layer_idx", None)
+        if isinstance(number, int) and number >= 0:
+            several = any(name == n or name.startswith(n + ".") for n in names)
+            module.layer_idx = new * stack.caches + number % stack.caches if several else new  # type: ignore[assignment]
 
 
 def _check_shortened(
@@ -144,6 +153,7 @@ def _check_shortened(
         built = target._from_config(config) if arrangement.packed else target(config)
     if not arrangement.packed:
         skip_modules(built, {})
+    _check_around(model, built, outline)
     for stack in outline.stacks:
         old, new = model.get_submodule(stack.path), built.get_submodule(stack.path)
         for i, block in enumerate(arrangement.stacks[stack.name]):
@@ -160,7 +170,19 @@ def _check_shortened(
                     )
 
 
-def _signature(block: nn.Module, stack: Any, source: int, mlp: int, blocks: Any) -> dict[str, Any]:
+def _check_around(model: nn.Module, built: nn.Module, outline: Outline) -> None:
+    """Raise ArchitectureError where a parameter outside of the stacks is shaped by their length (Gemma 4's
+    embeddings of every layer)."""
+    prefixes = tuple(stack.path + "." for stack in outline.stacks)
+    mine, theirs = (
+        {name: p.shape for name, p in m.named_parameters() if not name.startswith(prefixes)} for m in (model, built)
+    )
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            raise ArchitectureError(f"blocks stay where they are: {name} depends on their number")
+
+
+def _signature(block: nn.Module, stack: StackOutline, source: int, mlp: int, blocks: Any) -> dict[str, Any]:
     """What a block is made of: for each module its class, its parameters' shapes and its settings."""
     found = {name: _settings(module) for name, module in block.named_modules()}
     if mlp != source:
@@ -175,7 +197,16 @@ def _settings(module: nn.Module) -> Any:
     plain = {
         key: value
         for key, value in vars(module).items()
-        if isinstance(value, (int, float, str, bool)) and key not in ("layer_idx", "training", "_is_hf_initialized")
+        if key not in ("layer_idx", "training") and not key.startswith("_") and _plain(value)
     }
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
     return type(module).__name__, plain, shapes
+
+
+def _plain(value: Any) -> bool:
+    """Is a setting a value, or a collection of values, such as Zamba 2's table of positions?"""
+    if isinstance(value, dict):
+        return bool(value) and all(_plain(v) for v in (*value, *value.values()))
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(map(_plain, value))
+    return isinstance(value, (int, float, str, bool))
