@@ -20,7 +20,7 @@ from dropformer.prune import modeling
 from dropformer.prune.arrange import original_blocks
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.card import model_card
-from dropformer.prune.config import pruned_config
+from dropformer.prune.config import completed, pruned_config
 from dropformer.prune.errors import CheckpointError, VerificationError
 from dropformer.prune.files import CopyReport, copy_checkpoint, new_folder, open_checkpoint
 from dropformer.prune.inputs import sample_inputs
@@ -95,6 +95,8 @@ def native_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def write_config(folder: Path, config: dict[str, Any], surgery: Surgery, cls: type[PreTrainedModel]) -> dict[str, Any]:
     """config.json of the pruned model; one that no stock loader knows comes with the code that loads it."""
+    if not surgery.arrangement.in_place:
+        config = completed(config, config_from(config).to_dict(), surgery.outline)
     fields = pruned_config(config, surgery.outline, surgery.arrangement)
     if fields["model_type"] == modeling.MODEL_TYPE:
         fields["auto_map"] = auto_map(native_class(cls))

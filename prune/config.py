@@ -17,12 +17,15 @@ COUNTS = {
     "decoder": ("decoder_layers", "num_decoder_layers"),
 }
 # One entry a block: the entries of blocks that stay.
-PER_BLOCK = {"layer_types", "attention_layers", "layers_block_type", "block_types", "no_rope_layers"}
-PER_BLOCK |= {"hybrid_override_pattern"}  # a letter a block
+_BLOCK = "layer_types attention_layers layers_block_type block_types no_rope_layers indexer_types layer_rope_theta"
+PER_BLOCK = {*_BLOCK.split(), "num_attention_heads_per_layer"}
+# One letter a block.
+PATTERNS = {"hybrid_override_pattern"}
 # One entry a block, following the MLP.
 PER_MLP = {"mlp_layer_types", "moe_layer_freq"}
 # Indices of blocks: those that stay, renumbered.
 INDICES = {"mlp_only_layers": "mlp", "moe_layers": "mlp", "attn_layer_indices": "source", "hybrid_layer_ids": "source"}
+INDICES |= {"full_attn_idxs": "source", "cross_attention_layers": "source", "global_attn_indexes": "source"}
 # A number of leading blocks: how many of those stay.
 LEADING = {"first_k_dense_replace": "mlp", "num_dense_layers": "mlp"}
 
@@ -40,6 +43,21 @@ def pruned_config(config: dict[str, Any], outline: Outline, arrangement: Arrange
     return new if arrangement.packed else _as_pruned(new, outline, arrangement)
 
 
+def completed(config: dict[str, Any], full: dict[str, Any], outline: Outline) -> dict[str, Any]:
+    """config.json with what transformers derives for each block written out, before a block gets another number.
+
+    `full` is the config object's own dictionary: its counts and lists by block, where the file has none
+    (Gemma 2's layer_types are every other block unless they are listed).
+    """
+    new = copy.deepcopy(config)
+    for stack in outline.stacks:
+        mine, theirs = _section(new, stack), _section(full, stack)
+        for key, value in theirs.items():
+            if mine.get(key) is None and (key in _counts(theirs, stack) or _follower(key, value, stack)):
+                mine[key] = copy.deepcopy(value)
+    return new
+
+
 def _section(config: dict[str, Any], stack: StackOutline) -> dict[str, Any]:
     """The part of a composite config that describes the stack."""
     for key in ("text_config", "language_config", "llm_config", stack.name, f"{stack.name}_config"):
@@ -50,7 +68,7 @@ def _section(config: dict[str, Any], stack: StackOutline) -> dict[str, Any]:
 
 def _shorten(config: dict[str, Any], stack: StackOutline, blocks: tuple[NewBlock, ...]) -> None:
     counts = _counts(config, stack)
-    if not counts and not any(len(config.get(key) or ()) == stack.blocks for key in PER_BLOCK):
+    if not counts and not any(len(config.get(key) or ()) == stack.blocks for key in PER_BLOCK | PATTERNS):
         raise ArchitectureError(
             f"config.json does not say in a known field that {stack.path} has {stack.blocks} blocks"
         )
@@ -81,19 +99,25 @@ def _follower(key: str, value: Any, stack: StackOutline):  # type: ignore[no-unt
     if key in LEADING and isinstance(value, int):
         part = LEADING[key]
         return lambda v, blocks: sum(getattr(b, part) < v for b in blocks)
-    if isinstance(value, str) and key in PER_BLOCK and len(value) == stack.blocks:
+    if key in PATTERNS and isinstance(value, str):
         return lambda v, blocks: "".join(v[b.source] for b in blocks)
-    if not isinstance(value, list) or len(value) not in (stack.blocks, stack.blocks * stack.caches) or stack.blocks < 2:
+    if not isinstance(value, list) or stack.blocks < 2:
         return None
-    if len(value) != stack.blocks:
-        raise ArchitectureError(f"config.json has a list `{key}` with one entry a cache entry of its blocks")
-    if key in PER_BLOCK:
+    if key in PER_BLOCK and len(value) == stack.blocks:
         return lambda v, blocks: [v[b.source] for b in blocks]
-    if key in PER_MLP:
+    if key in PER_MLP and len(value) == stack.blocks:
         return lambda v, blocks: [v[b.mlp] for b in blocks]
-    raise ArchitectureError(
-        f"config.json has a list `{key}` with one entry a block, and dropformer does not know how it follows a drop"
-    )
+    if len(value) in (stack.blocks, stack.blocks * stack.caches) or _names_blocks(key, value, stack.blocks):
+        raise ArchitectureError(
+            f"config.json has a list `{key}` by block, and dropformer does not know how it follows a drop"
+        )
+    return None
+
+
+def _names_blocks(key: str, value: list, blocks: int) -> bool:
+    """May an unknown list be one of block indices?  Rising whole numbers below the count, ids of tokens apart."""
+    numbers = all(type(v) is int and 0 <= v < blocks for v in value)
+    return bool(value) and numbers and sorted(set(value)) == value and "token" not in key
 
 
 def _as_pruned(config: dict[str, Any], outline: Outline, arrangement: Arrangement) -> dict[str, Any]:
