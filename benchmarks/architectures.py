@@ -5,8 +5,8 @@
 For each family a tiny random model is built from its config, saved, and taken through analyze, drop
 attention, drop MLP, drop a block; each pruned model must equal the dense one whose branches are silenced
 by hooks, generate with its cache what it generates without, and be the same after export and reload.
-A family is `works`, `refused` (with the reason) or `wrong`; one that transformers cannot build here is
-left out and named.
+A family is `works`, `partly` (some kind of layer is refused, with the reason), `refused` or `wrong`; one
+that transformers cannot build here is left out and named.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from architectures_page import Verdict, count, decoder_only, document
 from tiny_models import VOCAB, tiny_model
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -35,21 +35,17 @@ from dropformer import api
 from dropformer.metrics.analyze import analyze_model
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.discover import discover
-from dropformer.prune.errors import ArchitectureError, DropformerError
+from dropformer.prune.errors import DropformerError
 from dropformer.prune.inputs import sample_inputs
 from dropformer.prune.proof import prove
 
+SETTLED = {"big_bird": "with attention_type original_full", "rwkv": "with rescale_every 0"}
 QUICK = ["llama", "qwen3_moe", "gemma2", "phi", "gpt2", "opt", "bloom", "deepseek_v3", "minimax", "jamba", "bert"]
 NEW_TOKENS = 4
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What became of one family: works, refused, wrong or unbuildable, and what there is to say about it."""
-
-    family: str
-    result: str
-    said: str = ""
+class Partly(Exception):
+    """Some kind of layer works, another is refused."""
 
 
 class Wrong(Exception):
@@ -64,9 +60,12 @@ def judge(family: str) -> Verdict:
         return Verdict(family, "unbuildable", _line(error))
     folder = Path(tempfile.mkdtemp(prefix="architectures-"))
     try:
-        return Verdict(family, "works", _through(model, folder))
+        said = _through(model, folder)
+        return Verdict(family, "works", f"{said}; {SETTLED[family]}, refused otherwise" if family in SETTLED else said)
     except DropformerError as error:
         return Verdict(family, "refused", _line(error))
+    except Partly as error:
+        return Verdict(family, "partly", _line(error))
     except Wrong as error:
         return Verdict(family, "wrong", _line(error))
     except Exception as error:  # a crash is wrong too
@@ -85,22 +84,24 @@ def _through(dense: nn.Module, folder: Path) -> str:
     _same(_logits(opened.model, ids), _logits(dense, ids), "transformers' own reload of the dense model")
     outline = api.outline(opened.model)
     generates = _generates(dense, ids)
-    tried = []
+    tried: list[str] = []
+    notes = ["" if generates else "no cached generation to compare"]
     for kind in ("attn", "mlp", "block"):
         layers = _some(architecture, kind)
         if layers:
             spec = _spec(layers)
             plan = api.plan_unscored(opened.ref, outline, spec, (), None)
             pruned = api.drop(opened, plan)
+            notes.append(pruned.dropformer.surgery.note)
             _check(opened.model, architecture, layers, pruned, ids, folder / kind, generates)
             tried.append(spec)
     blocks = [block for stack in architecture.stacks for block in stack.blocks]
     for kind in {kind for block in blocks for kind in block.kept} - {layer.kind for layer in architecture.layers()}:
         reason = next(block.kept[kind] for block in blocks if kind in block.kept)
-        raise ArchitectureError(f"{', '.join(tried)} work; {kind} of every block stays: {reason}")
+        raise Partly(f"{', '.join(tried)} work; {kind} of every block stays: {reason}")
     kept = {reason for stack in architecture.stacks for block in stack.blocks for reason in block.kept.values()}
-    notes = ["" if generates else "no cached generation to compare", *sorted(kept)[:1]]
-    return "; ".join([", ".join(tried), *filter(None, notes)])
+    notes += sorted(kept)[:1]
+    return "; ".join([", ".join(tried), *filter(None, dict.fromkeys(notes))])
 
 
 def _check(
@@ -166,8 +167,9 @@ def _silencer(form: Any) -> Any:
 
 
 def _some(architecture: Architecture, kind: str) -> list[Layer]:
-    """One or two layers of a kind, from the middle of the main stack."""
-    found = [layer for layer in architecture.layers() if layer.kind == kind]
+    """One or two layers of a kind, from the middle of the stack that has most of them."""
+    stacks = [[layer for layer in stack.layers() if layer.kind == kind] for stack in architecture.stacks]
+    found = max(stacks, key=len)
     return found[1:3] if len(found) > 3 else found[-1:]
 
 
@@ -232,26 +234,6 @@ def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:240]
 
 
-def table(verdicts: list[Verdict]) -> str:
-    rows = [f"| {v.family} | {v.result} | {v.said.replace('|', '/')} |" for v in verdicts]
-    return "\n".join(["| family | result | |", "|---|---|---|", *rows])
-
-
-def document(verdicts: list[Verdict], counts: dict[str, int]) -> str:
-    return f"""# Architectures
-
-Every causal language model of transformers {transformers.__version__}, tried by `python benchmarks/architectures.py`:
-a tiny random model of the family is analyzed; attention layers, MLP layers and blocks are dropped; each
-pruned model equals the dense one with these branches silenced, generates with its cache what it generates
-without, and is the same after export and reload.
-
-{counts["works"]} of {counts["families"]} families work, {counts["refused"]} are refused, {counts["wrong"]} are wrong.
-Families marked unbuildable do not build from their default config here and are not counted.
-
-{table(verdicts)}
-"""
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", help="model types; default: all")
@@ -268,12 +250,11 @@ def main() -> None:
         verdicts.append(judge(family))
         seconds = time.perf_counter() - start
         print(f"{family:26}{verdicts[-1].result:12}{seconds:5.1f} s  {verdicts[-1].said}", flush=True)
-    results = [v.result for v in verdicts]
-    counts = {"families": sum(r != "unbuildable" for r in results)}
-    counts |= {result: results.count(result) for result in ("works", "refused", "wrong")}
     if options.write:
-        options.write.write_text(document(verdicts, counts), encoding="utf-8")
-    print(json.dumps({"benchmark": "architectures", **counts}))
+        options.write.write_text(document(verdicts), encoding="utf-8")
+    decoders = count([v for v in verdicts if decoder_only(v.family)])
+    figures = {"decoder_only": decoders["families"], "decoder_only_works": decoders["works"]}
+    print(json.dumps({"benchmark": "architectures", **count(verdicts), **figures}))
 
 
 if __name__ == "__main__":

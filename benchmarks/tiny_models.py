@@ -17,6 +17,7 @@ _SIZES: list[tuple[int, str]] = [
     (VOCAB, "vocab_size vocab_size_per_layer_input unpadded_vocab_size decoder_vocab_size"),
     (WIDTH, "hidden_size d_model n_embd emb_dim embedding_dim lru_width adapter_in_dim adapter_input_size"),
     (WIDTH, "adapter_out_dim backbone_hidden_size word_embed_proj_dim out_hidden_size embedding_size embed_dim"),
+    (WIDTH, "hidden_size_global"),
     (HEADS, "num_attention_heads n_head n_heads num_heads attention_heads decoder_attention_heads"),
     (HEADS, "encoder_attention_heads num_encoder_attention_heads num_decoder_attention_heads index_n_heads"),
     (HEADS, "swa_num_attention_heads linear_num_value_heads linear_num_heads"),
@@ -56,7 +57,9 @@ _INDEXER = {
 }
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "big_bird": {"attention_type": "original_full"},
     "blenderbot": {"encoder_layers": LAYERS},
+    "blt": {"encoder_hash_byte_group_vocab": VOCAB, "encoder_config": {"num_hidden_layers": 2}},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "rope_parameters": {
@@ -86,6 +89,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "local_attn_chunk_length": 4,
         "attention_head_size": HEAD_DIM,
     },
+    "rwkv": {"rescale_every": 0},
+    "xlstm": {"hidden_size": 2 * WIDTH, "embedding_dim": 2 * WIDTH},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2},
@@ -128,10 +133,12 @@ def tiny_model(model_type: str, auto: type = AutoModelForCausalLM, **changes: An
 
 @torch.no_grad()
 def _randomize(model: nn.Module) -> None:
-    """Biases and norms away from 0 and 1, so that forgetting one shows."""
+    """Biases, norms and gates away from 0 and 1, so that forgetting one shows."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
-        if parameter.ndim == 1 and parameter.is_floating_point():
+        if (parameter.ndim == 1 and parameter.is_floating_point()) or (
+            parameter.is_floating_point() and not parameter.any()
+        ):
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
 
 

@@ -202,6 +202,10 @@ class BranchReader:
                 return f"input:{on_path[0]}"
             if key in call.passed:
                 return f"input:{call.passed[key]}"
+            if key in call.nested:
+                if call.state is None:
+                    raise ValueError(f"{call.path} makes a state of its own")
+                return f"input:{call.state}"
             if value is None or value not in needed:
                 return None
             return self._word(call, value, "zeros" if self.flow.reaches(value, goals) else "input")

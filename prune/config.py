@@ -12,7 +12,7 @@ from dropformer.prune.outline import Outline, StackOutline
 
 # What counts the blocks of a stack, by the stack's name.
 COUNTS = {
-    "": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_hidden_blocks"),
+    "": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks"),
     "encoder": ("encoder_layers", "num_encoder_layers", "num_layers"),
     "decoder": ("decoder_layers", "num_decoder_layers"),
 }

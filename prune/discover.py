@@ -289,7 +289,8 @@ def _whole_form(flow: Flow) -> Any:
     def member(key: int | str | None) -> str | None:
         if key == flow.out_key:
             return f"input:{flow.in_key}"
-        return f"input:{call.passed[key]}" if key in call.passed else None
+        given = call.passed.get(key, call.state if key in call.nested else None)
+        return None if given is None else f"input:{given}"
 
     members = {key: member(key) for key in call.keys}
     if call.shape == "tensor":

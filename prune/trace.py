@@ -7,6 +7,8 @@ and on meta tensors alike, so a model's structure can be read without its weight
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+STATE_NAMES = re.compile(r"^(\w+_)?(state|past|cache)$")  # as parameters of forward; hidden_states are none
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class Call:
     shape: str = ""  # the output's container: "tensor", "tuple", "list", "fields" or "" for anything else
     keys: tuple[int | str | None, ...] = ()  # the keys of all its members, tensors or not
     passed: dict[int | str | None, int | str] = field(default_factory=dict)  # member -> the input it is, unchanged
+    nested: frozenset[int | str | None] = frozenset()  # members that hold tensors in turn: a recurrent state
+    state: int | str | None = None  # the input that takes such a state, by the name of the parameter
 
 
 @dataclass
@@ -135,6 +141,8 @@ def _hook(module: nn.Module, path: str, recorder: _Recorder):  # type: ignore[no
         call.outputs = {key: recorder.value(item) for key, item in members.items() if isinstance(item, Tensor)}
         same = {id(value): key for key, value in named.items() if isinstance(value, (Tensor, list, dict))}
         call.passed = {key: same[id(item)] for key, item in members.items() if id(item) in same}
+        call.nested = frozenset(key for key, item in members.items() if _holds_tensors(item))
+        call.state = _state_input(module, named) if call.nested else None
 
     # First before, last after: what other hooks do (accelerate placing weights) happens inside the call.
     yield module.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
@@ -178,6 +186,19 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, dict):
         for item in tree.values():
             yield from tensors_in(item)
+
+
+def _holds_tensors(item: Any) -> bool:
+    return isinstance(item, (tuple, list)) and any(isinstance(part, Tensor) for part in item)
+
+
+def _state_input(module: nn.Module, named: dict[int | str, Any]) -> int | str | None:
+    """The only input, given as such or as None, whose parameter is named as a state; None where there is no such."""
+    names = list(inspect.signature(module.forward).parameters)
+    called = {key: names[key] if isinstance(key, int) and key < len(names) else str(key) for key in named}
+    found = [key for key, name in called.items() if STATE_NAMES.search(name)]
+    held = [key for key in found if named[key] is None or _holds_tensors(named[key])]
+    return held[0] if len(held) == 1 else None
 
 
 def _storage(tensor: Tensor) -> int:

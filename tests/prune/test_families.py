@@ -1,0 +1,114 @@
+"""What single families taught: a state handed on in a tuple, names renamed twice, two cache entries a block."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import dropformer
+from dropformer import api
+from dropformer.prune.arrange import arrange
+from dropformer.prune.census import outline_of
+from dropformer.prune.discover import discover
+from dropformer.prune.plan import choose
+from dropformer.prune.surgery import Surgery, cut, operate
+from dropformer.prune.trace import tracing
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+from tiny_models import tiny_model
+
+
+def pruned(model, spec, shorten=True):
+    outline = outline_of(model, discover(model))
+    layers = choose(outline, spec)
+    small = copy.deepcopy(model)
+    short = operate(outline, layers, small)
+    kept = Surgery(outline, tuple(layers), arrange(outline, layers, shorten=False))
+    return cut(small, short if shorten else kept)
+
+
+def through_disk(family, spec, tmp_path):
+    """The pruned model in memory and after export and reload."""
+    folder = tmp_path / "dense"
+    tiny_model(family).save_pretrained(folder)
+    opened = api.Opened(dropformer.load(folder), None, folder, api.reference("m", folder), None)
+    small = api.drop(opened, api.plan_unscored(opened.ref, api.outline(opened.model), spec, (), None))
+    api.save(small, tmp_path / "out")
+    return small, dropformer.load(tmp_path / "out")
+
+
+def logits(model, ids, cache):
+    made = model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False, use_cache=cache,
+                          output_logits=True, return_dict_in_generate=True)  # fmt: skip
+    return torch.stack(made.logits)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Linear(4, 4)
+
+    def forward(self, x, mask=None, state=None):
+        return self.mix(x), (x.sum(1), x.mean(1))
+
+
+def test_a_state_in_a_tuple_is_matched_with_the_input_named_so():
+    with tracing(model := Recurrent()) as trace:
+        model(torch.ones(2, 3, 4), None, None)
+    call = trace.calls_of("")[0]
+    assert call.nested == {1}
+    assert call.state == 2
+
+
+@pytest.mark.parametrize("spec", ["attn=1,2", "block=1"])
+def test_a_dropped_recurrence_hands_its_state_back(ids, spec):
+    small = pruned(tiny_model("xlstm"), spec, shorten=False)
+    torch.testing.assert_close(logits(small, ids, True), logits(small, ids, False), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["axk1", "laguna"])
+def test_tensors_are_renamed_once_on_loading(ids, tmp_path, family):
+    small, again = through_disk(family, "attn=1,2", tmp_path)
+    torch.testing.assert_close(again(ids).logits, small(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "falcon_h1"])
+def test_infinities_and_derived_vectors_survive_export(ids, tmp_path, family):
+    small, again = through_disk(family, "attn=1", tmp_path)
+    torch.testing.assert_close(again(ids).logits, small(ids).logits)
+
+
+@pytest.mark.parametrize("shorten", [True, False])
+def test_blocks_with_two_attentions_keep_two_cache_entries(ids, shorten):
+    small = pruned(tiny_model("longcat_flash"), "block=1", shorten)
+    layers = small(ids, use_cache=True).past_key_values.layers
+    held = [i for i, layer in enumerate(layers) if getattr(layer, "keys", None) is not None]
+    assert held == ([0, 1, 2, 3, 4, 5] if shorten else [0, 1, 4, 5, 6, 7])
+    torch.testing.assert_close(logits(small, ids, True), logits(small, ids, False), rtol=1e-4, atol=1e-5)
+
+
+def test_the_text_part_of_a_composite_config_marks_empty_entries(ids):
+    small = pruned(tiny_model("gemma4_unified"), "attn=1")
+    layers = small(ids, use_cache=True).past_key_values.layers
+    assert [i for i, layer in enumerate(layers) if getattr(layer, "keys", None) is None] == [1]
+
+
+def test_embeddings_of_every_layer_keep_the_blocks_where_they_are(ids):
+    model = tiny_model("gemma4_text")
+    outline = outline_of(model, discover(model))
+    surgery = operate(outline, choose(outline, "block=1"), copy.deepcopy(model))
+    assert surgery.arrangement.in_place
+    assert "embed_tokens_per_layer" in surgery.note
+
+
+def test_a_module_with_a_table_of_positions_keeps_the_blocks_where_they_are(ids):
+    model = tiny_model("zamba2")
+    outline = outline_of(model, discover(model))
+    surgery = operate(outline, choose(outline, "block=2"), copy.deepcopy(model))
+    assert surgery.arrangement.in_place
+    assert "depends on its position" in surgery.note
+    small = cut(copy.deepcopy(model), surgery)
+    torch.testing.assert_close(logits(small, ids, True), logits(small, ids, False), rtol=1e-4, atol=1e-5)
