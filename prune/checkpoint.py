@@ -20,12 +20,12 @@ from dropformer.prune import modeling
 from dropformer.prune.arrange import original_blocks
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.card import model_card
-from dropformer.prune.config import completed, pruned_config
+from dropformer.prune.config import completed, pruned_config, without_heads
 from dropformer.prune.errors import CheckpointError, VerificationError
 from dropformer.prune.files import CopyReport, copy_checkpoint, new_folder, open_checkpoint
 from dropformer.prune.inputs import sample_inputs
 from dropformer.prune.load import load
-from dropformer.prune.names import meta_model, parameter_names, renaming
+from dropformer.prune.names import meta_model, numbered_heads, parameter_names, renaming
 from dropformer.prune.plan import Plan
 from dropformer.prune.replacing import replacements
 from dropformer.prune.surgery import Surgery, config_from
@@ -64,9 +64,10 @@ def export(
     config = read_config(source)
     checkpoint = open_checkpoint(source)
     with new_folder(out) as folder:
-        fields = write_config(folder, config, surgery, type(model))
         native = native_class(type(model))
         names = parameter_names(meta_model(native, config_from(config)), checkpoint.tensors)
+        heads = numbered_heads(surgery.outline, surgery.arrangement, names, native.base_model_prefix)
+        fields = write_config(folder, without_heads(config, surgery.outline, heads), surgery, type(model))
         rename = renaming(surgery.outline, surgery.arrangement, names, native.base_model_prefix)
         repaired = replacements(surgery, names, rename, native.base_model_prefix)
         copied = copy_checkpoint(checkpoint, folder, rename, replace=repaired, progress=progress)

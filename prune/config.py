@@ -58,6 +58,16 @@ def completed(config: dict[str, Any], full: dict[str, Any], outline: Outline) ->
     return new
 
 
+def without_heads(config: dict[str, Any], outline: Outline, stacks: set[str]) -> dict[str, Any]:
+    """config.json of a model whose stacks' multi-token prediction heads go."""
+    new = copy.deepcopy(config)
+    for stack in outline.stacks:
+        section = _section(new, stack)
+        if stack.name in stacks and "num_nextn_predict_layers" in section:
+            section["num_nextn_predict_layers"] = 0
+    return new
+
+
 def _section(config: dict[str, Any], stack: StackOutline) -> dict[str, Any]:
     """The part of a composite config that describes the stack."""
     for key in ("text_config", "language_config", "llm_config", stack.name, f"{stack.name}_config"):

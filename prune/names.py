@@ -53,13 +53,28 @@ def renaming(
             if stack is None:
                 continue
             old = int(candidate.removeprefix(stack.path + ".").partition(".")[0])
-            if old >= stack.blocks:  # what comes after the stack, such as a multi-token prediction head
-                return _renumber(tensor, old, old - stack.blocks + len(arrangement.stacks[stack.name]))
+            if old >= stack.blocks:  # a multi-token prediction head: see `numbered_heads`
+                return tensor if len(arrangement.stacks[stack.name]) == stack.blocks else None
             new = new_name(outline, arrangement, candidate)
             return None if new is None else _renumber(tensor, old, _index(new, stack))
         return tensor
 
     return rename
+
+
+def numbered_heads(outline: Outline, arrangement: Arrangement, names: dict[str, str], prefix: str) -> set[str]:
+    """Names of the stacks after whose blocks the files hold more, that goes because the stack gets shorter.
+
+    Those are multi-token prediction heads that count on as if they were blocks (DeepSeek V3's layer 61).
+    transformers leaves such a head out by its very number, so under another one it would be a stray tensor.
+    """
+    found = set()
+    for parameter in names.values():
+        for candidate in (parameter, f"{prefix}.{parameter}"):
+            stack = _stack_of(outline, candidate)
+            if stack and _index(candidate, stack) >= stack.blocks > len(arrangement.stacks[stack.name]):
+                found.add(stack.name)
+    return found
 
 
 def _stack_of(outline: Outline, parameter: str) -> StackOutline | None:

@@ -1,11 +1,13 @@
 """What single families taught: a state handed on in a tuple, names renamed twice, two cache entries a block."""
 
 import copy
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import dropformer
@@ -112,3 +114,20 @@ def test_a_module_with_a_table_of_positions_keeps_the_blocks_where_they_are(ids)
     assert "depends on its position" in surgery.note
     small = cut(copy.deepcopy(model), surgery)
     torch.testing.assert_close(logits(small, ids, True), logits(small, ids, False), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spec, kept", [("attn=1", True), ("block=1", False)])
+def test_a_numbered_prediction_head_goes_with_the_numbers(ids, tmp_path, monkeypatch, spec, kept):
+    """DeepSeek V3 keeps it as one block too many, whose number its class leaves out on loading."""
+    model = tiny_model("deepseek_v3", num_nextn_predict_layers=1)
+    monkeypatch.setattr(type(model), "_keys_to_ignore_on_load_unexpected", [r"model\.layers\.4.*"])
+    folder = tmp_path / "dense"
+    model.save_pretrained(folder)
+    head = {"model.layers.4.eh_proj.weight": torch.ones(3, 3), "model.layers.4.mlp.gate.weight": torch.ones(2)}
+    save_file({**load_file(folder / "model.safetensors"), **head}, folder / "model.safetensors", {"format": "pt"})
+    opened = api.Opened(dropformer.load(folder), None, folder, api.reference("m", folder), None)
+    small = api.drop(opened, api.plan_unscored(opened.ref, api.outline(opened.model), spec, (), None))
+    out = api.save(small, tmp_path / "out").path
+    assert bool(head.keys() & load_file(out / "model.safetensors").keys()) == kept
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == int(kept)
+    torch.testing.assert_close(dropformer.load(out)(ids).logits, small(ids).logits)
