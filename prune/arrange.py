@@ -44,10 +44,10 @@ class Arrangement:
         """True when no block lacks a part: the model is a stock, shorter one."""
         return not self.mapped and not any(block.skipped for blocks in self.stacks.values() for block in blocks)
 
-    @property
-    def in_place(self) -> bool:
-        """True when every block is where it was, so that nothing needs a new number."""
-        return all(b.source == b.mlp == i for blocks in self.stacks.values() for i, b in enumerate(blocks))
+    def in_place(self, outline: Outline) -> bool:
+        """True when every block is where it was, so that no number and no count changes."""
+        moved = any(b.source != i or b.mlp != i for blocks in self.stacks.values() for i, b in enumerate(blocks))
+        return not moved and all(len(self.stacks[stack.name]) == stack.blocks for stack in outline.stacks)
 
 
 def arrange(

@@ -96,7 +96,7 @@ def native_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def write_config(folder: Path, config: dict[str, Any], surgery: Surgery, cls: type[PreTrainedModel]) -> dict[str, Any]:
     """config.json of the pruned model; one that no stock loader knows comes with the code that loads it."""
-    if not surgery.arrangement.in_place:
+    if not surgery.arrangement.in_place(surgery.outline):
         config = completed(config, config_from(config).to_dict(), surgery.outline)
     fields = pruned_config(config, surgery.outline, surgery.arrangement)
     if fields["model_type"] == modeling.MODEL_TYPE:

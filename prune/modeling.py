@@ -233,7 +233,7 @@ def empty_cache_entries(config: PreTrainedConfig) -> None:
     if text is not config and missing:
         text.dropformer_no_cache = missing
         if not hasattr(text, "empties_cache_entries"):
-            text.__class__ = cache_config_class(type(text))
+            text.__class__ = cache_config_class(type(text))  # type: ignore[arg-type]
 
 
 def own_modules(model: PreTrainedModel, modules: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def operate(
     """
     arrangement = arrange(outline, layers, isinstance(model, PreTrainedModel), mapped)
     note = ""
-    if isinstance(model, PreTrainedModel) and not arrangement.in_place:
+    if isinstance(model, PreTrainedModel) and not arrangement.in_place(outline):
         try:
             fields = pruned_config(model.config.to_dict(), outline, arrangement)
             _check_shortened(model, outline, arrangement, fields)
@@ -146,13 +146,7 @@ def _check_shortened(
     model: PreTrainedModel, outline: Outline, arrangement: Arrangement, fields: dict[str, Any]
 ) -> None:
     """Raise ArchitectureError unless a model built from the new config has the blocks that we keep."""
-    config = config_from(fields)
-    native = type(model)
-    target = native if arrangement.packed else pruned_model_class(native, type(config))  # type: ignore[arg-type]
-    with torch.device("meta"):
-        built = target._from_config(config) if arrangement.packed else target(config)
-    if not arrangement.packed:
-        skip_modules(built, {})
+    built = _built(type(model), arrangement, fields)
     _check_around(model, built, outline)
     for stack in outline.stacks:
         old, new = model.get_submodule(stack.path), built.get_submodule(stack.path)
@@ -166,8 +160,23 @@ def _check_shortened(
                     continue
                 if mine.get(path) != theirs.get(path):
                     raise ArchitectureError(
-                        f"block {block.source} cannot become block {i}: {path or 'it'} depends on its position"
+                        f"block {block.source} cannot become block {i}: {path or 'it'} depends on the number"
                     )
+
+
+def _built(native: type[PreTrainedModel], arrangement: Arrangement, fields: dict[str, Any]) -> PreTrainedModel:
+    """A model without weights from a config.json.  Raises ArchitectureError where its family does not allow it."""
+    try:
+        config = config_from(fields)
+        with torch.device("meta"):
+            if arrangement.packed:
+                return native._from_config(config)
+            return pruned_model_class(native, type(config))(config)
+    except Exception as error:  # families check their fields in many ways, none of which is ours to list
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ArchitectureError(
+            f"blocks stay where they are: transformers builds no shorter model: {reason}"
+        ) from error
 
 
 def _check_around(model: nn.Module, built: nn.Module, outline: Outline) -> None:
@@ -185,8 +194,9 @@ def _check_around(model: nn.Module, built: nn.Module, outline: Outline) -> None:
 def _signature(block: nn.Module, stack: StackOutline, source: int, mlp: int, blocks: Any) -> dict[str, Any]:
     """What a block is made of: for each module its class, its parameters' shapes and its settings."""
     found = {name: _settings(module) for name, module in block.named_modules()}
-    if mlp != source:
-        for name in stack.branch("mlp", mlp).modules:
+    branch = stack.branch("mlp", mlp) if mlp != source else None
+    if branch:
+        for name in branch.modules:
             found = {n: s for n, s in found.items() if n != name and not n.startswith(name + ".")}
             for inner, module in blocks[mlp].get_submodule(name).named_modules():
                 found[f"{name}.{inner}" if inner else name] = _settings(module)

@@ -98,11 +98,12 @@ def test_the_text_part_of_a_composite_config_marks_empty_entries(ids):
     assert [i for i, layer in enumerate(layers) if getattr(layer, "keys", None) is None] == [1]
 
 
-def test_embeddings_of_every_layer_keep_the_blocks_where_they_are(ids):
+@pytest.mark.parametrize("spec", ["block=1", "block=3"])
+def test_embeddings_of_every_layer_keep_the_blocks_where_they_are(spec):
     model = tiny_model("gemma4_text")
     outline = outline_of(model, discover(model))
-    surgery = operate(outline, choose(outline, "block=1"), copy.deepcopy(model))
-    assert surgery.arrangement.in_place
+    surgery = operate(outline, choose(outline, spec), copy.deepcopy(model))
+    assert surgery.arrangement.in_place(outline)
     assert "embed_tokens_per_layer" in surgery.note
 
 
@@ -110,8 +111,8 @@ def test_a_module_with_a_table_of_positions_keeps_the_blocks_where_they_are(ids)
     model = tiny_model("zamba2")
     outline = outline_of(model, discover(model))
     surgery = operate(outline, choose(outline, "block=2"), copy.deepcopy(model))
-    assert surgery.arrangement.in_place
-    assert "depends on its position" in surgery.note
+    assert surgery.arrangement.in_place(outline)
+    assert "depends on the number" in surgery.note
     small = cut(copy.deepcopy(model), surgery)
     torch.testing.assert_close(logits(small, ids, True), logits(small, ids, False), rtol=1e-4, atol=1e-5)
 
@@ -131,3 +132,21 @@ def test_a_numbered_prediction_head_goes_with_the_numbers(ids, tmp_path, monkeyp
     assert bool(head.keys() & load_file(out / "model.safetensors").keys()) == kept
     assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == int(kept)
     torch.testing.assert_close(dropformer.load(out)(ids).logits, small(ids).logits)
+
+
+def test_a_shorter_stack_that_the_family_does_not_allow_keeps_its_blocks(ids):
+    """Gemma 4's last blocks read the keys and values of earlier ones, of which one of each kind must be left."""
+    types = ["sliding_attention", "full_attention"] * 2
+    model = tiny_model("gemma4_text", layer_types=types, num_kv_shared_layers=2)
+    outline = outline_of(model, discover(model))
+    surgery = operate(outline, choose(outline, "block=3"), copy.deepcopy(model))
+    assert surgery.arrangement.in_place(outline)
+    assert "transformers builds no shorter model" in surgery.note
+    small = cut(copy.deepcopy(model), surgery)
+    torch.testing.assert_close(logits(small, ids, True), logits(small, ids, False), rtol=1e-4, atol=1e-5)
+
+
+def test_keys_and_values_that_later_blocks_read_stay():
+    types = ["sliding_attention", "full_attention"] * 2
+    found = discover(tiny_model("gemma4_text", layer_types=types, num_kv_shared_layers=2)).stacks[0]
+    assert [sorted(block.kept) for block in found.blocks] == [["attn"], ["attn"], [], []]
