@@ -35,8 +35,10 @@ from dropformer import api
 from dropformer.metrics.analyze import analyze_model
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.discover import discover
-from dropformer.prune.errors import DropformerError
+from dropformer.prune.errors import DropformerError, PlanError
 from dropformer.prune.inputs import sample_inputs
+from dropformer.prune.outline import Outline
+from dropformer.prune.plan import choose
 from dropformer.prune.proof import prove
 
 SETTLED = {"big_bird": "with attention_type original_full", "rwkv": "with rescale_every 0"}
@@ -87,7 +89,7 @@ def _through(dense: nn.Module, folder: Path) -> str:
     tried: list[str] = []
     notes = ["" if generates else "no cached generation to compare"]
     for kind in ("attn", "mlp", "block"):
-        layers = _some(architecture, kind)
+        layers = _some(architecture, kind, outline)
         if layers:
             spec = _spec(layers)
             plan = api.plan_unscored(opened.ref, outline, spec, (), None)
@@ -166,11 +168,22 @@ def _silencer(form: Any) -> Any:
     return hook
 
 
-def _some(architecture: Architecture, kind: str) -> list[Layer]:
-    """One or two layers of a kind, from the middle of the stack that has most of them."""
+def _some(architecture: Architecture, kind: str, outline: Outline) -> list[Layer]:
+    """One or two layers of a kind, of the stack that has most of them."""
     stacks = [[layer for layer in stack.layers() if layer.kind == kind] for stack in architecture.stacks]
     found = max(stacks, key=len)
-    return found[1:3] if len(found) > 3 else found[-1:]
+    pairs = [found[1:3], found[-2:]] if len(found) > 3 else []
+    if kind == "block" and pairs:  # the last one too: nothing after it gets another number, yet the count changes
+        pairs = [[found[1], found[-1]], [found[0], found[-1]], *pairs[::-1]]
+    return next((pair for pair in pairs if _allowed(outline, pair)), found[-1:])
+
+
+def _allowed(outline: Outline, layers: list[Layer]) -> bool:
+    """Does the plan leave attention, and keys and values where the model has some?"""
+    try:
+        return bool(choose(outline, _spec(layers)))
+    except PlanError:
+        return False
 
 
 def _spec(layers: list[Layer]) -> str:

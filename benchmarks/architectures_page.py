@@ -27,12 +27,17 @@ blocks.  dropformer knows these by name (`prune/config.py`).  A list that it doe
 block or holding what may be block indices, is never guessed at: the blocks then stay where they are, empty and
 free, and the surgery says why.  The same happens where a block built at its new place would be another one, which is
 found by building the shortened model without weights and comparing every module's class, shapes and
-settings with those of the block that is to stand there, and the shapes of what lies around the stack.  Lists
+settings with those of the block that is to stand there, and the shapes of what lies around the stack; the table
+says where that is so.  Lists
 that transformers derives by position and that a config.json leaves out (Gemma 2's `layer_types`) are written out
 before blocks get other numbers.
 
 A block with norms after its sums (BERT, BART) or scales of its stream is not gone when its branches are:
 `attn=3,mlp=3` leaves its norms, `block=3` takes the whole.  A block of which a part cannot be dropped stays.
+A branch that makes something for other blocks (the keys and values that Gemma 4's last blocks share) stays too.
+
+A multi-token prediction head that counts on as one block too many (DeepSeek V3, GLM 4.5) keeps its place in the
+files while no block gets another number; else it goes, since transformers leaves it out by its very number.
 
 ## Why some are refused
 

@@ -241,6 +241,12 @@ def _check_attention_left(outline: Outline, chosen: Sequence[Layer]) -> None:
         attention = outline.layers("attn", stack.name)
         if attention and gone.issuperset(attention):
             raise PlanError("the plan drops every attention layer, and a model without any mixes no tokens; keep one")
+        with_keys = {layer for layer in attention if outline.branch(layer).kv}
+        if with_keys and gone.issuperset(with_keys):
+            raise PlanError(
+                f"the plan drops every layer with keys and values ({', '.join(map(str, sorted(with_keys)))}), and "
+                "transformers' cache then has no way to tell how long a text is; keep one"
+            )
 
 
 def make_plan(

@@ -171,12 +171,10 @@ def _built(native: type[PreTrainedModel], arrangement: Arrangement, fields: dict
         with torch.device("meta"):
             if arrangement.packed:
                 return native._from_config(config)
-            return pruned_model_class(native, type(config))(config)
+            return pruned_model_class(native, type(config))(config)  # type: ignore[arg-type]
     except Exception as error:  # families check their fields in many ways, none of which is ours to list
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ArchitectureError(
-            f"blocks stay where they are: transformers builds no shorter model: {reason}"
-        ) from error
+        raise ArchitectureError(f"blocks stay where they are; transformers builds no shorter model: {reason}") from None
 
 
 def _check_around(model: nn.Module, built: nn.Module, outline: Outline) -> None:

@@ -15,6 +15,7 @@ from dropformer import api
 from dropformer.prune.arrange import arrange
 from dropformer.prune.census import outline_of
 from dropformer.prune.discover import discover
+from dropformer.prune.errors import PlanError
 from dropformer.prune.plan import choose
 from dropformer.prune.surgery import Surgery, cut, operate
 from dropformer.prune.trace import tracing
@@ -150,3 +151,11 @@ def test_keys_and_values_that_later_blocks_read_stay():
     types = ["sliding_attention", "full_attention"] * 2
     found = discover(tiny_model("gemma4_text", layer_types=types, num_kv_shared_layers=2)).stacks[0]
     assert [sorted(block.kept) for block in found.blocks] == [["attn"], ["attn"], [], []]
+
+
+def test_a_hybrid_keeps_a_layer_with_keys_and_values():
+    model = tiny_model("bamba")  # attention in blocks 1 and 3, state-space mixers in the others
+    outline = outline_of(model, discover(model))
+    with pytest.raises(PlanError, match="every layer with keys and values"):
+        choose(outline, "attn=1,3")
+    assert len(choose(outline, "attn=0,2,3")) == 3
