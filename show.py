@@ -57,7 +57,7 @@ class Terminal(Watcher):
 
 def _rate(progress: Progress, task: Any, count: int) -> str:
     elapsed = progress.tasks[task].elapsed
-    return f"{count / elapsed:,.0f} tokens/s" if elapsed else ""
+    return f"{count / elapsed:,.0f} tokens/s" if elapsed and count else ""
 
 
 def scores_table(scores: Scores) -> Table:

@@ -9,7 +9,7 @@ prefix once, the choices of a question together, no padding, logits only where t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -18,7 +18,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dropformer.eval.hush import hushed
@@ -28,6 +27,9 @@ from dropformer.eval.stem import Stem, longest_stem
 from dropformer.prune.errors import EvaluationError
 
 Tokenized = tuple[tuple[str, str] | None, list[int], list[int]]
+
+Progress = Callable[[int, int], None]
+"""Called with the requests answered and all that were asked."""
 
 AT_ONCE = 16384
 """Requests tokenized at a time: a few-shot prompt's token ids take more memory than its text."""
@@ -53,6 +55,7 @@ class FastLM(HFLM):
         self.scorer = Scorer(model, limits, pack)
         self._encoded: dict[str, list[int]] = {}
         self._stem: Stem | None = None
+        self.progress: Progress | None = None
 
     @property
     def stats(self) -> Stats:
@@ -120,15 +123,17 @@ class FastLM(HFLM):
         self, requests: Sequence[Tokenized], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         wants = [self._want(context, continuation) for _, context, continuation in requests]
-        quiet = disable_tqdm or self.rank != 0
-        with tqdm(total=len(wants), desc="Running loglikelihood requests", disable=quiet) as bar:
+        answered = 0
 
-            def done(index: int, score: Score) -> None:
-                bar.update()
-                if (strings := requests[index][0]) is not None:
-                    self.cache_hook.add_partial("loglikelihood", strings, (score.logprob, score.greedy))
+        def done(index: int, score: Score) -> None:
+            nonlocal answered
+            answered += 1
+            if self.progress:
+                self.progress(answered, len(wants))
+            if (strings := requests[index][0]) is not None:
+                self.cache_hook.add_partial("loglikelihood", strings, (score.logprob, score.greedy))
 
-            scores = self.scorer.score(wants, done)
+        scores = self.scorer.score(wants, done)
         return [(score.logprob, score.greedy) for score in scores]
 
     def _want(self, context: list[int], continuation: list[int]) -> Want:

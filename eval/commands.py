@@ -55,8 +55,7 @@ def evaluate(
     if backend not in ("fast", "hf"):
         raise EvaluationError(f"backend `{backend}` is unknown; expected fast or hf")
     settings = _settings(batch, context, new_tokens) if speed else ()
-    if quiet:
-        os.environ["TQDM_DISABLE"] = "1"  # lm-eval shows its own bars
+    os.environ["TQDM_DISABLE"] = "1"  # lm-eval shows a bar for each of MMLU's 57 subjects
     from dropformer import api, show
     from dropformer.eval import evaluation as ev
     from dropformer.eval import evaluation_output as output

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
@@ -130,10 +131,17 @@ def _with_tasks(
         return results
     found = []
     for candidate in models:
-        with watcher.stage(f"{', '.join(options.tasks)}: {candidate.name}"):
-            found.append(evaluate_tasks(candidate.model, candidate.tokenizer, options.tasks, options.task_options))
+        with watcher.stage(f"{', '.join(options.tasks)}, in %: {candidate.name}", 100) as show:
+            told = partial(_percent, show)
+            found.append(
+                evaluate_tasks(candidate.model, candidate.tokenizer, options.tasks, options.task_options, told)
+            )
     pairs: list[dict[str, Paired]] = [{}, *(compare_tasks(found[0], other) for other in found[1:])]
     return [_update(r, tasks=t, paired=p) for r, t, p in zip(results, found, pairs, strict=True)]
+
+
+def _percent(show: Callable[[int, int], None], done: int, asked: int) -> None:
+    show(100 * done // asked, 0)
 
 
 def _with_perplexity(

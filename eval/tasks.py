@@ -23,7 +23,8 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dropformer.eval.backend import FastLM, without_remarks
+from dropformer.eval.backend import FastLM, Progress, without_remarks
+from dropformer.eval.hush import hushed
 from dropformer.eval.paired import Paired, compare
 from dropformer.eval.registry import Found, find_tasks, leaves_of
 from dropformer.eval.responses import RememberingLM, SharingLM, fingerprint
@@ -112,6 +113,7 @@ def evaluate_tasks(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     options: TaskOptions | None = None,
+    progress: Progress | None = None,
 ) -> TaskResults:
     """Runs lm-eval tasks on a causal LM. In a launch of several processes they share the questions, and
     each returns all results.
@@ -125,15 +127,18 @@ def evaluate_tasks(
     samples = _sample(found, options)
     _set_shots(found, options.shots)
     lm = _language_model(model, tokenizer, options)
+    if isinstance(lm, FastLM):
+        lm.progress = progress
     remembered = _remembered(lm, model, tokenizer, options)
     evaluated = {name: task for name, task in found.leaves.items() if samples is None or name in samples}
     try:
-        raw = evaluate(
-            _distributed(remembered),
-            {"tasks": evaluated, "groups": found.groups},
-            samples=samples,
-            bootstrap_iters=1000,
-        )
+        with hushed("lm_eval.api.group"):  # a sample leaves some parts of a group without a question
+            raw = evaluate(
+                _distributed(remembered),
+                {"tasks": evaluated, "groups": found.groups},
+                samples=samples,
+                bootstrap_iters=1000,
+            )
     except (ValueError, AssertionError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise EvaluationError(f"lm-eval cannot run {', '.join(tasks)}: {said[:200]}") from error
