@@ -29,6 +29,7 @@ from dropformer.prune.proof import prove
 from dropformer.prune.replacing import stored_dtype
 from dropformer.prune.sharing import sharing_copy
 from dropformer.prune.surgery import Surgery, cut, operate
+from dropformer.prune.writing import How
 from dropformer.recipes import Recipe, open_source
 
 __all__ = ["Calibration", "Opened", "analyze", "drop", "load", "open_model", "plan", "save"]
@@ -48,13 +49,17 @@ class Placement:
 
 @dataclass(frozen=True)
 class Opened:
-    """A model in memory, its tokenizer (None where it has none), and where its files lie."""
+    """A model in memory, its tokenizer (None where it has none), and where its files lie.
+
+    `file` is the .gguf file from which the folder at `path` was made, if it was.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
     path: Path
     ref: ModelRef
     recipe: Recipe | None
+    file: Path | None = None
 
 
 def open_model(
@@ -71,13 +76,14 @@ def open_model(
     place = placement or Placement()
     source = open_source(str(name), revision, tell)
     licence = source.recipe.licence if source.recipe else None
-    ref = reference(str(source.name), source.path, source.revision, licence)
+    ref = reference(str(source.name), source.path, source.revision, licence, source.hub)
     if tell:
         tell(f"loading {source}")
     model: Any = None
     if weights:
         model = load(source.path, torch_dtype(place.dtype), place.device, place.device_map, place.trust_remote_code)
-    return Opened(model, open_tokenizer(source.path, place.trust_remote_code), source.path, ref, source.recipe)
+    tokenizer = open_tokenizer(source.path, place.trust_remote_code)
+    return Opened(model, tokenizer, source.path, ref, source.recipe, source.file)
 
 
 def open_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
@@ -172,17 +178,21 @@ def drop(model: str | Path | Opened | nn.Module, plan: Plan, repair: Repair | No
         dtype = stored_dtype(opened.path) if opened else next(dense.parameters()).dtype
         surgery = replace(surgery, tensors={name: tensor.to(dtype) for name, tensor in named.items()})
     cut(pruned, surgery)
-    pruned.dropformer = Cut(plan, surgery, opened.path if opened else None)  # type: ignore[assignment]
+    pruned.dropformer = Cut(plan, surgery, opened and opened.path, opened and opened.file)  # type: ignore[assignment]
     return pruned
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What `drop` leaves on a model for `save`: the plan, the surgery, and the folder of the dense weights."""
+    """What `drop` leaves on a model for `save`: the plan, the surgery, and the folder of the dense weights.
+
+    `gguf` is the file from which that folder was made, if it was.
+    """
 
     plan: Plan
     surgery: Surgery
     source: Path | None
+    gguf: Path | None = None
 
 
 def cut_of(model: nn.Module) -> Cut:
@@ -193,15 +203,26 @@ def cut_of(model: nn.Module) -> Cut:
     return made
 
 
-def save(model: nn.Module, out: str | Path, progress: Callable[[int, int], None] | None = None) -> Any:
+def save(
+    model: nn.Module,
+    out: str | Path,
+    format: str = "dropformer",
+    progress: Callable[[int, int], None] | None = None,
+) -> Any:
     """Write a pruned model as a checkpoint, reload it, and keep it only if it gives the same logits.
 
     Kept tensors are copied from the dense checkpoint byte for byte; a model that was only ever in
-    memory is written from there.  Raises OutputError, CheckpointError or VerificationError.
+    memory is written from there.  `format` is one of `prune.formats.FORMATS`.  Raises OutputError,
+    CheckpointError, PlanError (for what the format cannot carry) or VerificationError.
     """
     made = cut_of(model)
     if not isinstance(model, PreTrainedModel):
         raise OutputError("save takes a transformers model; save the state_dict of any other module yourself")
-    if made.source is None:
-        return save_in_memory(model, made.surgery, made.plan, Path(out))
-    return export(model, made.surgery, made.plan, made.source, Path(out), progress)
+    if made.source is not None:
+        how = How(format, gguf=made.gguf, progress=progress)
+        return export(model, made.surgery, made.plan, made.source, Path(out), how)
+    if format != "dropformer":
+        raise OutputError(
+            f"format `{format}` is made from a checkpoint's files, and this model has none; save it first"
+        )
+    return save_in_memory(model, made.surgery, made.plan, Path(out))

@@ -35,6 +35,10 @@ DROP = "What to drop: attn:8, mlp:25%, block:4, joint:12, attn=20,21, published:
 QUALITY = "A named way to choose and to repair: paper (the default), best (folded into the weights), linear."
 METRIC = "What ranks: similarity, angular, relative-magnitude, cca, loo-kl, loo-perplexity; or random, reverse."
 REPAIR = "By commas: refit, refit-all, scale (folded into the weights), linear (a map in place of an attention)."
+MEASURE = (
+    "Perplexity and speed, dense and pruned; by default unless a --plan is followed, which needs no model in memory."
+)
+FORMAT = "dropformer; dense (zeros, loads anywhere); deci (vLLM); gguf (llama.cpp, from a .gguf); onnx."
 Keep = Annotated[str, typer.Option(help="Blocks to leave whole, such as 0,1,-1.")]
 Out = Annotated[Path | None, typer.Option(help="Where to write; must not exist or be empty.")]
 Revision = Annotated[Text, typer.Option(help="Branch, tag or commit of a Hub model.")]
@@ -90,6 +94,10 @@ def prune(
     device: Device = None,
     device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
+    measure: Annotated[bool | None, typer.Option("--measure/--no-measure", help=MEASURE)] = None,
+    format: Annotated[str, typer.Option(help=FORMAT)] = "dropformer",
+    link: Annotated[bool, typer.Option("--link", help="Hard-link the shards in which nothing changes.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every byte with the source, not a sample.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop at the plan and say what it would save.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -107,6 +115,7 @@ def prune(
         )
     from dropformer import preflight
     from dropformer.metrics import distributed
+    from dropformer.prune.writing import How
 
     if distributed.world() > 1:
         raise DropformerError(
@@ -115,9 +124,12 @@ def prune(
     better = _better(quality, metric, select, repair, budget)
     if better and scores:
         raise DropformerError("--scores serve one-shot similarity; leave them out, or --quality and its like")
-    preflight.check(
-        model, drop, calibration, None if dry_run else out or preflight.default_out(model, drop or budget, plan)
-    )
+    target = out or preflight.default_out(model, drop or budget, plan)
+    preflight.check(model, drop, calibration, None if dry_run else target, format)
+    how = How(format, link, verify)
+    if plan and not (better or measure or dry_run):
+        _by_plan(model, revision, plan, target, how, as_json, quiet)
+        return
     from dropformer import job, show
     from dropformer.improving import Improvement
     from dropformer.prune.plan import parse_keep
@@ -126,7 +138,7 @@ def prune(
         model, drop, out, parse_keep(keep), plan, scores, revision, batch_size,
         _overrides(calibration, samples, length, seed, skip_first),
         _placement(dtype, device, device_map, trust_remote_code), text, seconds,
-        improvement=Improvement(better, budget, gate) if better else None,
+        improvement=Improvement(better, budget, gate) if better else None, how=how, measure=measure is not False,
     )  # fmt: skip
     watcher = show.Terminal(quiet)
     if dry_run:
@@ -134,7 +146,8 @@ def prune(
         _print(made.to_json() if as_json else None, show.plan_table(made), show.savings_line(made))
         return
     outcome = job.run(request, watcher)
-    notes = [*show.report_notes(outcome.report), _done(outcome)]
+    exported = outcome.exported
+    notes = [*show.report_notes(outcome.report), show.done(outcome.out, exported.record, exported.max_difference)]
     _print(outcome.report.to_json() if as_json else None, show.report_table(outcome.report), *notes)
 
 
@@ -151,13 +164,28 @@ def _better(quality: Text, metric: Text, select: Text, repair: Text, budget: Tex
     return known.quality(quality, metric, select, repair)
 
 
-def _done(outcome: Any) -> str:
-    form = (
-        "a stock, shorter model: loads anywhere"
-        if outcome.exported.packed
-        else "import dropformer, or trust_remote_code=True, to load it"
-    )
-    return f"wrote {outcome.out} ({form}); reloaded, logits equal to {outcome.exported.max_difference:.1e}"
+def _by_plan(
+    model: str, revision: Text, plan: Path, out: Path, how: Any, as_json: bool, quiet: bool
+) -> None:  # fmt: skip
+    """Follow a plan on the files alone: no model in memory."""
+    from dataclasses import replace
+
+    from dropformer import show
+    from dropformer.prune.filewise import write_by_plan
+    from dropformer.prune.plan import Plan
+    from dropformer.recipes import open_source
+
+    made = Plan.read(plan)
+    watcher = show.Terminal(quiet)
+    source = open_source(model, revision, watcher.say)
+    if made.repairs:
+        watcher.say(made.lost_repairs(plan))
+    with watcher.stage("copying", 100) as progress:
+        how = replace(how, gguf=source.file, progress=lambda done, total: progress(100 * done // max(1, total), 0))
+        written = write_by_plan(made, source.path, out, how)
+    record = json.dumps(written.record, indent=1)
+    note = f"not measured: `prune evaluate {model} {out}` does it, and --measure here"
+    _print(record if as_json else None, show.record_table(written.record), note, show.done(out, written.record))
 
 
 @app.command()

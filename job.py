@@ -19,7 +19,9 @@ from dropformer.metrics.windows import windows
 from dropformer.preflight import check_out, default_out, short_name
 from dropformer.prune.checkpoint import Exported, export
 from dropformer.prune.files import CopyReport
+from dropformer.prune.formats import known_format
 from dropformer.prune.plan import Plan, parse_spec
+from dropformer.prune.writing import How
 from dropformer.recipes import Recipe
 from dropformer.scoring import get_scores, open_to_score
 from dropformer.watcher import Watcher
@@ -64,6 +66,8 @@ class Request:
     until_stable: str | None = None
     memory: str | None = None
     improvement: Improvement | None = None
+    how: How = field(default_factory=How)
+    measure: bool = True
 
 
 @dataclass(frozen=True)
@@ -81,10 +85,8 @@ def make_plan(opened: api.Opened, request: Request, watcher: Watcher) -> tuple[P
     if request.plan:
         plan = given_plan(opened, request)
         if plan.repairs:
-            watcher.say(
-                f"{request.plan} was made with repairs, which a plan does not hold; add --repair to repeat them"
-            )
-        return plan.model_copy(update={"repairs": []}), None
+            watcher.say(plan.lost_repairs(request.plan))
+        return plan.unrepaired(), None
     spec = request.drop or ""
     published = opened.recipe.published if opened.recipe else None  # type: ignore[union-attr]
     if all(s.published or s.indices is not None for s in parse_spec(spec)):
@@ -128,37 +130,37 @@ def run(request: Request, watcher: Watcher | None = None) -> Outcome:
     made: list[Report] = []
 
     def finish(folder: Path, copied: CopyReport) -> list[str]:
-        made.append(_report(opened, pruned, plan, copied, quality, speed))
+        kept = pruned if known_format(request.how.format).saves else opened.model
+        made.append(_report(opened.model, kept, plan, copied, quality, speed))
         _write_artifacts(folder, made[0], plan, scores)
         return card_lines(made[0])
 
     with watcher.stage("exporting, reloading and verifying") as progress:
-        exported = export(pruned, surgery, plan, opened.path, out, progress, finish)
+        how = replace(request.how, gguf=opened.file, progress=progress)
+        exported = export(pruned, surgery, plan, opened.path, out, how, finish)
     return Outcome(out, plan, made[0], exported)
 
 
 def _measure(
     opened: api.Opened, pruned: Any, plan: Plan, request: Request, watcher: Watcher
 ) -> tuple[Measured, Measured]:
-    nothing = Measured({}, {}, {})
-    quality = speed = nothing
-    if opened.tokenizer is not None and hasattr(pruned, "generate") and not pruned.config.is_encoder_decoder:
+    quality = speed = Measured({}, {}, {})
+    generates = hasattr(pruned, "generate") and not pruned.config.is_encoder_decoder
+    if request.measure and opened.tokenizer is not None and generates:
         data = windows(replace(HELD_OUT, name=request.text), opened.tokenizer)
         text = TextRef(name=request.text, windows=len(data), length=data.ids.shape[1], hash=data.ref.hash)
         with watcher.stage(f"perplexity on {request.text}"):
             quality = measure_quality(opened.model, pruned, data.ids, text)
         with watcher.stage("trend of the first drops alone"):
             quality.fields["trend"] = trend(opened.model, plan, data.ids)
-        if request.seconds > 0:
+        if request.seconds > 0 and known_format(request.how.format).saves:
             with watcher.stage("speed, dense and pruned interleaved"):
                 speed = measure_speed(opened.model, pruned, request.seconds)
     return quality, speed
 
 
-def _report(
-    opened: api.Opened, pruned: Any, plan: Plan, copied: CopyReport, quality: Measured, speed: Measured
-) -> Report:
-    before = sizes(opened.model, copied.bytes_before)
+def _report(dense: Any, pruned: Any, plan: Plan, copied: CopyReport, quality: Measured, speed: Measured) -> Report:
+    before = sizes(dense, copied.bytes_before)
     after = sizes(pruned, copied.bytes_after)
     return Report(
         model=plan.model,

@@ -8,14 +8,22 @@ from pathlib import Path
 from dropformer.metrics.text import check_name
 from dropformer.prune.errors import OutputError, PlanError
 from dropformer.prune.files import open_checkpoint
+from dropformer.prune.formats import known_format
 from dropformer.prune.plan import parse_spec
 from dropformer.recipes.source import locate
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
-def check(model: str, drop: str | None, calibration: str | None = None, out: Path | None = None) -> None:
+def check(
+    model: str,
+    drop: str | None,
+    calibration: str | None = None,
+    out: Path | None = None,
+    format: str = "dropformer",
+) -> None:
     """Raise the error that the arguments would end in, as far as their files alone can tell."""
+    known_format(format)
     selectors = parse_spec(drop) if drop else ()
     if out:
         check_out(out)

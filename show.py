@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from dropformer.prune.formats import known_format
 from dropformer.watcher import Watcher
 
 if TYPE_CHECKING:
@@ -136,6 +137,27 @@ def report_notes(report: Report) -> list[str]:
             f"interleaved; work allows prefill {speed.prefill_bound:.2f}x, decode {speed.decode_bound:.2f}x"
         )
     return notes
+
+
+def record_table(record: Mapping[str, Any]) -> Table:
+    """What dropformer.json says of a checkpoint's sizes."""
+    table = Table(title=f"{record['model']['name']}: {record['spec']}", title_justify="left")
+    for name in ("", "dense", "pruned", "change"):
+        table.add_column(name, justify="left" if not name else "right")
+    forms = {"parameters": "{:,}".format, "bytes": _bytes, "kv_bytes_per_token": _bytes}
+    names = {"bytes": "checkpoint", "kv_bytes_per_token": "KV cache per token"}
+    for key, form in forms.items():
+        before, after = record["before"][key], record["after"][key]
+        if before:
+            table.add_row(names.get(key, key), form(before), form(after), _change(before, after))
+    return table
+
+
+def done(out: Any, record: Mapping[str, Any], difference: float | None = None) -> str:
+    """Where the checkpoint is, how it is loaded, and how it was checked."""
+    form = known_format(record["format"]).summary(record["packed"])
+    checked = "the tensors' bytes are the source's" if difference is None else "reloaded"
+    return f"wrote {out} ({form}); {checked}" + ("" if difference is None else f", logits equal to {difference:.1e}")
 
 
 def _change(before: float, after: float) -> str:

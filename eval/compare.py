@@ -17,10 +17,11 @@ from dropformer.eval.downloads import Downloads
 from dropformer.metrics.calibration import Calibration
 from dropformer.metrics.scores import Scores
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.checkpoint import read_config, reference
+from dropformer.prune.checkpoint import reference
 from dropformer.prune.errors import DropformerError, ModelError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.plan import parse_spec
+from dropformer.prune.record import read_config
 from dropformer.recipes import open_source
 from dropformer.recipes.gguf import fingerprint as gguf_fingerprint
 from dropformer.recipes.hub import fetch_side_files

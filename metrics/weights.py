@@ -22,7 +22,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from dropformer.prune.errors import CheckpointError
 from dropformer.prune.files import Checkpoint, TensorSpan
 from dropformer.prune.load import quiet_transformers
-from dropformer.prune.names import renamed_on_load
+from dropformer.prune.loading_names import renamed_on_load
 
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},

@@ -21,9 +21,14 @@ class Part(BaseModel):
 
 
 class ModelRef(Part):
-    """Which model an artifact speaks of.  `fingerprint` is that of the weights' headers and a sample of bytes."""
+    """Which model an artifact speaks of.
+
+    `name` is what it was called, `hub` its id on the Hugging Face Hub where it has one; `fingerprint` is that of
+    the weights' headers and a sample of bytes.
+    """
 
     name: str
+    hub: str | None = None
     revision: str | None = None
     fingerprint: str | None = None
     model_type: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,13 +17,17 @@ _KINDS = {
 }
 
 
-def model_card(plan: Plan, record: dict[str, Any], results: list[str] | None = None) -> str:
-    """Markdown with the metadata that the Hub reads: base model, licence, dropped layers, costs and savings."""
-    front = {"base_model": plan.model.name, "tags": ["dropformer", "pruned"], "library_name": "transformers"}
-    if plan.model.license:
-        front["license"] = plan.model.license
+def model_card(plan: Plan, record: dict[str, Any], loading: str, results: list[str] | None = None) -> str:
+    """Markdown with the metadata that the Hub reads: base model, licence, dropped layers, costs and savings.
+
+    `loading` says how the checkpoint is loaded.
+    """
+    front: dict[str, Any] = {"tags": ["dropformer", "pruned"], "library_name": "transformers"}
+    front |= {"base_model": plan.model.hub} if plan.model.hub else {}
+    front |= {"license": plan.model.license} if plan.model.license else {}
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
-    lines += [f"# {plan.model.name}, pruned ({plan.spec})", "", _dropped(record["dropped"]), ""]
+    name = plan.model.hub or Path(plan.model.name).name
+    lines += [f"# {name}, pruned ({plan.spec})", "", _dropped(record["dropped"]), ""]
     lines += ["| | before | after |", "|---|---:|---:|"]
     for key in ("parameters", "bytes", "kv_bytes_per_token"):
         lines.append(f"| {key.replace('_', ' ')} | {record['before'][key]:,} | {record['after'][key]:,} |")
@@ -30,7 +35,7 @@ def model_card(plan: Plan, record: dict[str, Any], results: list[str] | None = N
         lines += ["", "Repaired: " + "; ".join(plan.repairs) + "."]
     if results:
         lines += ["", *results]
-    lines += ["", *_loading(record["packed"])]
+    lines += ["", loading]
     if record["command"]:
         lines += ["", f"Made with dropformer {record['dropformer']}: `{record['command']}`"]
     return "\n".join(lines) + "\n"
@@ -45,14 +50,3 @@ def _dropped(dropped: dict[str, Any]) -> str:
         if indices
     ]
     return "Dropped, in the base model's numbering: " + "; ".join(parts) + "."
-
-
-def _loading(packed: bool) -> list[str]:
-    if packed:
-        return [
-            "The layers that remain pair up, so this is a stock, shorter model: it loads wherever the base model does."
-        ]
-    return [
-        "Load it with `import dropformer` before `AutoModelForCausalLM.from_pretrained(...)`, or with",
-        "`trust_remote_code=True`, which runs the small `modeling_dropformer.py` in this folder.",
-    ]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,154 +11,89 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 
-from dropformer import __version__
 from dropformer.prune import modeling
-from dropformer.prune.arrange import original_blocks
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.card import model_card
-from dropformer.prune.config import completed, pruned_config, without_heads
-from dropformer.prune.errors import CheckpointError, VerificationError
-from dropformer.prune.files import CopyReport, copy_checkpoint, new_folder, open_checkpoint
+from dropformer.prune.config import completed
+from dropformer.prune.errors import VerificationError
+from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
+from dropformer.prune.formats import known_format
 from dropformer.prune.inputs import sample_inputs
 from dropformer.prune.load import load
-from dropformer.prune.names import meta_model, numbered_heads, parameter_names, renaming
+from dropformer.prune.loading_names import meta_model, parameter_names
 from dropformer.prune.plan import Plan
-from dropformer.prune.replacing import replacements
+from dropformer.prune.record import licence_of, read_config, write_record
+from dropformer.prune.replacing import new_tensor
 from dropformer.prune.surgery import Surgery, config_from
-
-CODE_FILE = "modeling_dropformer.py"
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
-NOT_COPIED = {"config.json", "dropformer.json", "model.safetensors.index.json", "pytorch_model.bin.index.json"}
+from dropformer.prune.writing import How, Writing, copy_side_files, write_config
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished checkpoint: where it is, what was copied, how far its logits are from the model in memory."""
+    """A finished checkpoint: where it is, what was copied, its record, how far its logits are from the model's.
+
+    `record` is dropformer.json; `max_difference` is None where nothing here can run the format; its bytes were
+    compared all the same.
+    """
 
     path: Path
     copied: CopyReport
-    packed: bool
-    max_difference: float
+    record: dict[str, Any]
+    max_difference: float | None
+
+    @property
+    def packed(self) -> bool:
+        return self.record["packed"]
+
+
+Finish = Callable[[Path, CopyReport], list[str]]
 
 
 def export(
-    model: PreTrainedModel,
-    surgery: Surgery,
-    plan: Plan,
-    source: Path,
-    out: Path,
-    progress: Callable[[int, int], None] | None = None,
-    finish: Callable[[Path, CopyReport], list[str]] | None = None,
-) -> Exported:
+    model: PreTrainedModel, surgery: Surgery, plan: Plan, source: Path, out: Path, how: How | None = None,
+    finish: Finish | None = None,
+) -> Exported:  # fmt: skip
     """Write the checkpoint of a pruned model by copying the kept tensors' bytes from its source folder.
 
     `model` is the pruned model in memory.  `finish` may add files to the folder and returns lines for
     the model card.  The result is reloaded and compared with `model`: a missing or unexpected tensor or
     a different logit raises VerificationError and leaves nothing behind.  Raises OutputError where `out`
-    exists and is not empty, CheckpointError for a bad source.
+    exists and is not empty, CheckpointError for a bad source, PlanError for what the format cannot carry.
     """
-    config = read_config(source)
-    checkpoint = open_checkpoint(source)
+    how = how or How()
+    kind = known_format(how.format)
+    writing = writing_of(native_class(type(model)), surgery, open_checkpoint(source), how)
     with new_folder(out) as folder:
-        native = native_class(type(model))
-        names = parameter_names(meta_model(native, config_from(config)), checkpoint.tensors)
-        heads = numbered_heads(surgery.outline, surgery.arrangement, names, native.base_model_prefix)
-        fields = write_config(folder, without_heads(config, surgery.outline, heads), surgery, type(model))
-        rename = renaming(surgery.outline, surgery.arrangement, names, native.base_model_prefix)
-        repaired = replacements(surgery, names, rename, native.base_model_prefix)
-        copied = copy_checkpoint(checkpoint, folder, rename, replace=repaired, progress=progress)
+        copied = kind.write(writing, folder)
         copy_side_files(source, folder)
         results = finish(folder, copied) if finish else None
-        write_record(folder, plan, surgery, copied, results)
-        difference = verify(folder, model)
-    return Exported(out, copied, fields["model_type"] != modeling.MODEL_TYPE, difference)
+        record = write_record(folder, plan, surgery.arrangement, copied, how.format, results)
+        difference = verify(folder, model) if kind.reloads else None
+    return Exported(out, copied, record, difference)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands.  Raises CheckpointError where it is missing, not JSON or lacks a model_type."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read as a model's config: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{folder / 'config.json'} has no model_type; expected a transformers config")
-    return config
+def writing_of(native: type[PreTrainedModel], surgery: Surgery, source: Checkpoint, how: How) -> Writing:
+    """What is to be written for a surgery on a model of a native class, as transformers names its parameters."""
+    config = read_config(source.folder)
+    known = config_from(config)
+    if not surgery.arrangement.in_place(surgery.outline):
+        config = completed(config, known.to_dict(), surgery.outline)
+    return Writing(
+        source=source,
+        config=config,
+        outline=surgery.outline,
+        layers=surgery.layers,
+        arrangement=surgery.arrangement,
+        names=parameter_names(meta_model(native, known), source.tensors),
+        prefix=native.base_model_prefix,
+        new={name: new_tensor(tensor) for name, tensor in surgery.tensors.items()},
+        how=how,
+    )
 
 
 def native_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The transformers class behind a pruned one."""
     return cls.__bases__[0] if cls.__module__ == modeling.__name__ else cls
-
-
-def write_config(folder: Path, config: dict[str, Any], surgery: Surgery, cls: type[PreTrainedModel]) -> dict[str, Any]:
-    """config.json of the pruned model; one that no stock loader knows comes with the code that loads it."""
-    if not surgery.arrangement.in_place(surgery.outline):
-        config = completed(config, config_from(config).to_dict(), surgery.outline)
-    fields = pruned_config(config, surgery.outline, surgery.arrangement)
-    if fields["model_type"] == modeling.MODEL_TYPE:
-        fields["auto_map"] = auto_map(native_class(cls))
-        shutil.copyfile(modeling.__file__, folder / CODE_FILE)
-    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    return fields
-
-
-def auto_map(native: type[PreTrainedModel]) -> dict[str, str]:
-    """Which class of the carried code each Auto class uses under `trust_remote_code`."""
-    stem = Path(CODE_FILE).stem
-    autos = {
-        name: f"{stem}.Pruned{name}"
-        for name in vars(modeling_auto)
-        if hasattr(modeling, f"Pruned{name}") and native.config_class in getattr(modeling_auto, name)._model_mapping
-    }
-    return {"AutoConfig": f"{stem}.DropformerConfig", **autos}
-
-
-def copy_side_files(source: Path, folder: Path) -> None:
-    """Tokenizer, generation config, chat template, licence: all that goes with the weights but is not one."""
-    for pattern in SIDE_FILES:
-        for path in source.glob(pattern):
-            if path.is_file() and path.name not in NOT_COPIED:
-                shutil.copyfile(path, folder / path.name)
-
-
-def write_record(
-    folder: Path, plan: Plan, surgery: Surgery, copied: CopyReport, results: list[str] | None = None
-) -> None:
-    """dropformer.json and the model card; `results` are lines of measurements for the card."""
-    record = provenance(plan, surgery, copied)
-    (folder / "dropformer.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(plan, record, results), encoding="utf-8")
-
-
-def provenance(plan: Plan, surgery: Surgery, copied: CopyReport) -> dict[str, Any]:
-    """dropformer.json: where the checkpoint comes from and what is missing, in original indices."""
-    size = copied.bytes_before / max(1, plan.savings.parameters)
-    return {
-        "schema": 1,
-        "artifact": "dropformer",
-        "dropformer": __version__,
-        "model": plan.model.model_dump(),
-        "spec": plan.spec,
-        "dropped": plan.dropped(),
-        "original_blocks": original_blocks(surgery.arrangement),
-        "packed": surgery.arrangement.packed,
-        "scores": {drop.layer: drop.similarity for drop in plan.drops},
-        "calibration": plan.calibration,
-        "repairs": plan.repairs,
-        "command": " ".join(["prune", *sys.argv[1:]]) if Path(sys.argv[0]).name == "prune" else None,
-        "before": {
-            "parameters": plan.savings.parameters,
-            "bytes": copied.bytes_before,
-            "kv_bytes_per_token": round(plan.savings.kv * size),
-        },
-        "after": {
-            "parameters": plan.savings.parameters_after,
-            "bytes": copied.bytes_after,
-            "kv_bytes_per_token": round(plan.savings.kv_after * size),
-        },
-    }
 
 
 def verify(folder: Path, model: PreTrainedModel) -> float:
@@ -192,31 +125,31 @@ def quiet_eval(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def reference(name: str, source: Path, revision: str | None = None, license: str | None = None) -> ModelRef:
-    """How artifacts name a model that lies in `source`."""
+def reference(
+    name: str, source: Path, revision: str | None = None, license: str | None = None, hub: str | None = None
+) -> ModelRef:
+    """How artifacts name a model that lies in `source`; its licence is the one given, else the one it states."""
     checkpoint = open_checkpoint(source)
     config = read_config(source)
     return ModelRef(
         name=name,
+        hub=hub,
         revision=revision,
         fingerprint=checkpoint.fingerprint,
         model_type=config["model_type"],
-        license=license,
+        license=license or licence_of(source),
     )
 
 
 def save_in_memory(model: PreTrainedModel, surgery: Surgery, plan: Plan, out: Path) -> Exported:
-    """Write a pruned model that has no checkpoint on disk; otherwise as `export`."""
+    """Write a pruned model that has no checkpoint on disk, in the default format; otherwise as `export`."""
     with new_folder(out) as folder:
         model.save_pretrained(folder)
         written = open_checkpoint(folder)
-        fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if not surgery.arrangement.packed:
-            fields["auto_map"] = auto_map(native_class(type(model)))
-            shutil.copyfile(modeling.__file__, folder / CODE_FILE)
-            (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            write_config(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
         share = plan.savings.parameters / max(1, plan.savings.parameters_after)
         report = CopyReport(len(written.tensors), 0, written.nbytes, round(written.nbytes * (share - 1)))
-        write_record(folder, plan, surgery, report)
+        record = write_record(folder, plan, surgery.arrangement, report)
         difference = verify(folder, model)
-    return Exported(out, report, surgery.arrangement.packed, difference)
+    return Exported(out, report, record, difference)

@@ -56,6 +56,13 @@ def load(
     return model if place else model.to(device)
 
 
+def weightless(path: Path, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a checkpoint folder on the meta device, to ask it about names and shapes."""
+    config = read_model_config(path, trust_remote_code)
+    with quiet_transformers(), torch.device("meta"):
+        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+
+
 def usable_device(name: torch.device | str | None) -> torch.device:
     """The named device; None is the first GPU, else the CPU.  Raises ModelError for one that is not here."""
     if name is None:

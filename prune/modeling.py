@@ -254,7 +254,10 @@ def _factory(auto_name: str) -> type:
 
         @classmethod
         def _class(cls, config: PreTrainedConfig) -> type[PreTrainedModel]:
-            return getattr(modeling_auto, auto_name)._model_mapping[type(config)]
+            known = getattr(modeling_auto, auto_name)._model_mapping
+            if type(config) not in known:
+                raise ValueError(f"{auto_name} has no model for {type(config).__name__}; use AutoModel or another head")
+            return known[type(config)]
 
         @classmethod
         def from_pretrained(cls, path: str, *args: Any, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:

@@ -1,48 +1,20 @@
-"""From the tensor names in a checkpoint's files to the parameter names of the model, and back after a drop.
+"""What each tensor of a dense checkpoint's files is called in the pruned one.
 
-Families rename tensors as they load (Mixtral's experts, a bare trunk without its prefix); transformers
-knows how, and is asked rather than guessed.
+Families rename tensors as they load (Mixtral's experts, a bare trunk without its prefix); `names` says which
+parameter each tensor is, as `loading_names.parameter_names` asks transformers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from typing import Any
-
-import torch
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
+from collections.abc import Callable, Mapping
 
 from dropformer.prune.arrange import Arrangement, new_name
 from dropformer.prune.outline import Outline, StackOutline
 
 
-def meta_model(native: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """A model of this class without weights, to ask it about names."""
-    with torch.device("meta"):
-        return native(config)
-
-
-def parameter_names(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str]:
-    """Tensor name in the files -> parameter name in the model (the tensor's own name where none is known)."""
-    rename = renamed_on_load(model)
-    return {name: rename(name)[0] for name in tensors}
-
-
-def renamed_on_load(model: PreTrainedModel) -> Callable[[str], tuple[str, str | None]]:
-    """How transformers renames a tensor as it loads: the parameter's name, and the pattern of the conversion
-    that makes the parameter from it and others (None where the tensor is the parameter)."""
-    transforms: list[Any] = list(get_model_conversion_mapping(model))
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
-    state = model.state_dict()
-    return lambda name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-
-
 def renaming(
-    outline: Outline, arrangement: Arrangement, names: dict[str, str], prefix: str
+    outline: Outline, arrangement: Arrangement, names: Mapping[str, str], prefix: str
 ) -> Callable[[str], str | None]:
     """What each tensor of the files is called in the pruned checkpoint; None for those that go."""
 
@@ -62,7 +34,7 @@ def renaming(
     return rename
 
 
-def numbered_heads(outline: Outline, arrangement: Arrangement, names: dict[str, str], prefix: str) -> set[str]:
+def numbered_heads(outline: Outline, arrangement: Arrangement, names: Mapping[str, str], prefix: str) -> set[str]:
     """Names of the stacks after whose blocks the files hold more, that goes because the stack gets shorter.
 
     Those are multi-token prediction heads that count on as if they were blocks (DeepSeek V3's layer 61).

