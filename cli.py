@@ -39,6 +39,7 @@ MEASURE = (
     "Perplexity and speed, dense and pruned; by default unless a --plan is followed, which needs no model in memory."
 )
 FORMAT = "dropformer; dense (zeros, loads anywhere); deci (vLLM); gguf (llama.cpp, from a .gguf); onnx."
+PACKABLE = "Drop pairs of neighbours (joint:N), so that a stock, shorter model is left; says what that costs."
 Keep = Annotated[str, typer.Option(help="Blocks to leave whole, such as 0,1,-1.")]
 Out = Annotated[Path | None, typer.Option(help="Where to write; must not exist or be empty.")]
 Revision = Annotated[Text, typer.Option(help="Branch, tag or commit of a Hub model.")]
@@ -237,6 +238,7 @@ def plan(
     scores: Annotated[Path, typer.Argument(help="A scores.json that `prune analyze` wrote.")],
     drop: Annotated[str, typer.Option("--drop", "-d", help=DROP)],
     keep: Keep = "",
+    packable: Annotated[bool, typer.Option("--packable", help=PACKABLE)] = False,
     out: Annotated[Path | None, typer.Option(help="Where to write the plan, for --plan.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -249,10 +251,24 @@ def plan(
 
     read = Scores.read(scores)
     recipe = known().get(read.model.name)
-    made = plan_from(read, drop, parse_keep(keep), recipe.published if recipe else None)  # type: ignore[arg-type]
+    made = plan_from(read, drop, parse_keep(keep), recipe.published if recipe else None, packable)  # type: ignore[arg-type]
     if out:
         made.write(out)
     _print(made.to_json() if as_json else None, show.plan_table(made), show.savings_line(made))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint that dropformer wrote.")],
+    repo: Annotated[str, typer.Argument(help="The model repository on the Hub: user/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository a private one.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Publish a pruned checkpoint with its model card on the Hugging Face Hub."""
+    from dropformer import show
+    from dropformer.recipes.push import push as upload
+
+    show.out.print(f"pushed to {upload(folder, repo, private, show.Terminal(quiet).say)}", markup=False)
 
 
 @app.command()

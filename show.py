@@ -103,6 +103,8 @@ def savings_line(plan: Plan) -> str:
     text = f"parameters {saved.parameters:,} → {saved.parameters_after:,} ({change})"
     if saved.kv:
         text += f", KV cache {_change(saved.kv, saved.kv_after)} per token"
+    if plan.packing_cost is not None:
+        text += f"; packs into a stock model for {plan.packing_cost:.4f} of mean similarity"
     return text
 
 
@@ -155,9 +157,9 @@ def record_table(record: Mapping[str, Any]) -> Table:
 
 def done(out: Any, record: Mapping[str, Any], difference: float | None = None) -> str:
     """Where the checkpoint is, how it is loaded, and how it was checked."""
-    form = known_format(record["format"]).summary(record["packed"])
-    checked = "the tensors' bytes are the source's" if difference is None else "reloaded"
-    return f"wrote {out} ({form}); {checked}" + ("" if difference is None else f", logits equal to {difference:.1e}")
+    form = known_format(record["format"])
+    checked = form.checked if difference is None else f"reloaded, logits equal to {difference:.1e}"
+    return f"wrote {out} ({form.summary(record['packed'])}); {checked}"
 
 
 def _change(before: float, after: float) -> str:

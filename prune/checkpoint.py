@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def export(
     """
     how = how or How()
     kind = known_format(how.format)
-    writing = writing_of(native_class(type(model)), surgery, open_checkpoint(source), how)
+    writing = replace(writing_of(native_class(type(model)), surgery, open_checkpoint(source), how), model=model)
     with new_folder(out) as folder:
         copied = kind.write(writing, folder)
         copy_side_files(source, folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 from dropformer.prune.dense_format import write_dense
 from dropformer.prune.errors import OutputError
 from dropformer.prune.files import CopyReport
+from dropformer.prune.onnx_format import write_onnx
 from dropformer.prune.writing import Writing, write_pruned
 
 Write = Callable[[Writing, Path], CopyReport]
@@ -19,6 +20,7 @@ PACKED = "The layers that remain pair up, so this is a stock, shorter model: it 
 @dataclass(frozen=True)
 class Format:
     """`write` fills a folder; `brief` and `loads` say how the result is loaded, in a few words and for a model card.
+    `checked`: what is known of the files where transformers does not load them.
 
     `reloads`: transformers loads it, so that its logits can be compared with the model in memory; `packs`: a plan
     that packs gives a stock model; `saves`: what is dropped is gone; `runs`: the model itself is needed, not its files.
@@ -31,6 +33,7 @@ class Format:
     packs: bool = False
     saves: bool = True
     runs: bool = False
+    checked: str = "every tensor's bytes are the source's"
 
     def loading(self, packed: bool) -> str:
         return PACKED if packed and self.packs else self.loads
@@ -55,6 +58,14 @@ FORMATS = {
         "saves neither bytes nor time.",
         reloads=True,
         saves=False,
+    ),
+    "onnx": Format(
+        write_onnx,
+        "for ONNX Runtime",
+        "`model.onnx` runs in ONNX Runtime: input_ids, position_ids and the KV cache in, logits and the longer cache "
+        "out; with an empty cache it is the prefill. Batches must not be padded.",
+        runs=True,
+        checked="ONNX Runtime gives the model's logits",
     ),
 }
 

@@ -111,7 +111,10 @@ class Savings(Part):
 
 
 class Plan(Artifact):
-    """Which layers go, why, and what that saves.  Indices are those of the original model."""
+    """Which layers go, why, and what that saves.  Indices are those of the original model.
+
+    `packing_cost`: the mean similarity given up so that what is left packs into a stock model.
+    """
 
     kind = "plan"
     model: ModelRef
@@ -120,6 +123,7 @@ class Plan(Artifact):
     metric: str | None = None
     calibration: dict[str, Any] | None = None
     repairs: list[str] = []
+    packing_cost: float | None = None
     drops: list[Drop]
     outline: Outline
     savings: Savings

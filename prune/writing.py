@@ -50,7 +50,8 @@ class Writing:
 
     `config` is the dense config.json, with what transformers derives by position written out where blocks move;
     `names` maps the source's tensors to parameters of the dense model, whose trunk is at `prefix`; `new` are
-    parameters of the pruned model, by its names, that are not the dense model's (repairs).
+    parameters of the pruned model, by its names, that are not the dense model's (repairs); `model` is the pruned model
+    in memory, for formats that need it.
     """
 
     source: Checkpoint
@@ -62,6 +63,7 @@ class Writing:
     prefix: str
     new: Mapping[str, NewTensor] = field(default_factory=dict)
     how: How = field(default_factory=How)
+    model: Any = None
 
     @cached_property
     def rename(self) -> Callable[[str], str | None]:

@@ -24,6 +24,7 @@ from dropformer.recipes.cache import Progress, silent
 
 # *.py is text that nobody runs unless remote code is trusted; without it, it could not even be trusted.
 WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
+WANTED += ["README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]  # the licence is carried over
 # Subfolders hold other formats; consolidated*.safetensors is the same weights a second time.
 UNWANTED = ["*/*", "consolidated*.safetensors", "*.bin", "*.pt", "*.pth"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -74,7 +75,7 @@ def _online_or_cached(fetch: Fetch, model: str, revision: str | None, progress: 
         progress(f"fetching {model} from the Hugging Face Hub")
         return fetch(model, revision, False)
     except Exception as error:
-        if _is_network(error):
+        if is_network(error):
             with contextlib.suppress(LocalEntryNotFoundError):
                 return fetch(model, revision, True)
         raise _translated(error, model, revision) from error
@@ -136,7 +137,7 @@ def _translated(error: Exception, model: str, revision: str | None) -> Exception
     return _unreachable(error, model)
 
 
-def _is_network(error: Exception) -> bool:
+def is_network(error: Exception) -> bool:
     """Whether `error` says that the Hub was not asked or did not answer, rather than what it answered."""
     kinds = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError)
     return isinstance(error, kinds) or type(error).__module__.partition(".")[0].startswith("http")
@@ -147,7 +148,7 @@ def _unreachable(error: Exception, model: str) -> Exception:
     instead = "; use a machine with network once, or give the path of a folder or .gguf file"
     if isinstance(error, HfHubHTTPError):
         return ModelError(f"the Hub refused {model} ({' '.join(str(error).split())[:200]}){instead}")
-    if not _is_network(error):
+    if not is_network(error):
         return error
     if constants.HF_HUB_OFFLINE:
         return ModelError(f"{model} is not whole in the Hub's cache and HF_HUB_OFFLINE is set; unset it{instead}")

@@ -128,7 +128,8 @@ def hub(tmp_path):
 
 def test_a_hub_model_is_fetched_without_pickles_duplicates_and_other_formats(hub):
     (found,) = hub.ask(["source", "org/good@v1"])
-    assert found["files"] == ["chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
+    files = ["README.md", "chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
+    assert found["files"] == files
     assert found["revision"] == COMMIT and found["name"] == f"org/good@{COMMIT}"
     assert not [path for path in hub.asked if path.endswith((".bin", "params.json", "consolidated.safetensors"))]
 
