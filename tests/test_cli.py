@@ -94,6 +94,46 @@ def test_analyze_then_plan_then_prune_follows_the_plan(model, here, capsys):
     assert json.loads((here / "small" / "plan.json").read_text())["drops"] == wanted
 
 
+def test_a_plan_is_followed_on_the_files_and_measured_if_asked(model, here, capsys):
+    _, plan, _ = run("--model", model, "--drop", "attn=1", "--dry-run", "--json", *SMALL, capsys=capsys)
+    (here / "plan.json").write_text(plan)
+    status, out, _ = run("--model", model, "--plan", "plan.json", "--out", "one", "--verify", "-q", capsys=capsys)
+    assert status == 0 and "not measured" in out and "parameters" in out
+    assert not (here / "one" / "report.json").exists()
+    status, out, _ = run("--model", model, "--plan", "plan.json", "--out", "two", "--measure", *SMALL, capsys=capsys)
+    assert status == 0 and "perplexity" in out
+    assert json.loads((here / "two" / "report.json").read_text())["kl"] > 0
+    weights = [(here / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
+
+
+def test_a_format_that_saves_nothing_says_so(model, here, capsys):
+    status, out, _ = run("--model", model, "--drop", "attn=1", "--format", "dense", *SMALL, capsys=capsys)
+    assert status == 0 and "saves nothing" in out and "+0.0%" in out
+
+
+def test_a_plan_that_packs_is_made_and_its_cost_said(model, here, capsys):
+    run("analyze", model, "--samples", "3", "--length", "16", "-q", capsys=capsys)
+    scores = ("plan", "llama-scores/scores.json", "--packable")
+    status, out, _ = run(*scores, "--drop", "joint:2", "--out", "plan.json", capsys=capsys)
+    assert status == 0 and "packs into a stock model" in out
+    run("--model", model, "--plan", "plan.json", "--out", "small", "-q", capsys=capsys)
+    assert json.loads((here / "small" / "config.json").read_text())["model_type"] == "llama"
+    bad(*scores, "--drop", "attn:2", capsys=capsys, here=here, said="joint:N with an even N")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--drop", "attn=1", "--format", "pickle"), "expected one of dropformer, dense"),
+        (("--plan", "missing.json"), "missing.json does not exist"),
+        (("--plan", "llama/config.json"), "is not a plan file"),
+    ],
+)
+def test_a_wrong_format_or_plan(model, here, capsys, options, said):
+    bad("--model", model, *options, "--out", "new", "-q", capsys=capsys, here=here, said=said)
+
+
 def test_a_dry_run_writes_nothing(model, here, capsys):
     status, out, _ = run("--model", model, "--drop", "mlp:1", "--dry-run", *SMALL, capsys=capsys)
     assert status == 0 and "mlp:" in out and "→" in out

@@ -28,7 +28,8 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(200, {"url": f"http://{self.headers['Host']}/me/small", "id": "me/small"})
         if "/preupload/" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
-            return self.answer(200, {"files": [{"path": name, "uploadMode": "regular"} for name in names]})
+            how = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
+            return self.answer(200, {"files": [{"path": name, **how} for name in names]})
         if "/commit/" in self.path:
             lines = [json.loads(line) for line in body.splitlines()]
             self.server.title = lines[0]["value"]["summary"]
