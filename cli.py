@@ -30,6 +30,9 @@ app = typer.Typer(
 )
 
 Text = str | None
+# Headings of `prune --help`
+CHOICE, TEXT, REPORT = "What goes, and what is repaired", "Calibration", "What is measured"
+FILES, MACHINE = "What is written", "Where it computes"
 MODEL = "A folder, a Hub id or id@revision, a .gguf file, or a recipe (see `prune recipes`)."
 DROP = "What to drop: attn:8, mlp:25%, block:4, joint:12, attn=20,21, published:attn:8, or several by commas."
 QUALITY = "A named way to choose and to repair: paper (the default), best (folded into the weights), linear."
@@ -40,23 +43,38 @@ MEASURE = (
 )
 FORMAT = "dropformer; dense (zeros, loads anywhere); deci (vLLM); gguf (llama.cpp, from a .gguf); onnx."
 PACKABLE = "Drop pairs of neighbours (joint:N), so that a stock, shorter model is left; says what that costs."
-Keep = Annotated[str, typer.Option(help="Blocks to leave whole, such as 0,1,-1.")]
+Keep = Annotated[str, typer.Option(help="Blocks to leave whole, such as 0,1,-1.", rich_help_panel=CHOICE)]
 Out = Annotated[Path | None, typer.Option(help="Where to write; must not exist or be empty.")]
 Revision = Annotated[Text, typer.Option(help="Branch, tag or commit of a Hub model.")]
 CalibrationText = Annotated[
-    Text, typer.Option("--calibration", help="builtin, c4, wikitext, or a .txt, .jsonl or .parquet file.")
+    Text,
+    typer.Option(
+        "--calibration", help="builtin, c4, wikitext, or a .txt, .jsonl or .parquet file.", rich_help_panel=TEXT
+    ),
 ]
-Samples = Annotated[int | None, typer.Option(min=1, help="Calibration windows.")]
-Length = Annotated[int | None, typer.Option(min=2, help="Tokens in a window.")]
-Seed = Annotated[int | None, typer.Option(help="Which windows are drawn.")]
-SkipFirst = Annotated[int | None, typer.Option(min=0, help="Leading tokens of a window that are run but not scored.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Windows run at once.")]
+Samples = Annotated[int | None, typer.Option(min=1, help="Calibration windows.", rich_help_panel=TEXT)]
+Length = Annotated[int | None, typer.Option(min=2, help="Tokens in a window.", rich_help_panel=TEXT)]
+Seed = Annotated[int | None, typer.Option(help="Which windows are drawn.", rich_help_panel=TEXT)]
+SkipFirst = Annotated[
+    int | None,
+    typer.Option(min=0, help="Leading tokens of a window that are run but not scored.", rich_help_panel=TEXT),
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Windows run at once.", rich_help_panel=TEXT)]
 UntilStable = Annotated[Text, typer.Option(help="A drop spec; stop once the layers that it drops are settled.")]
 Memory = Annotated[Text, typer.Option(help="Read the weights block by block, in no more RAM than this: 2GiB.")]
-Dtype = Annotated[Text, typer.Option(help="Computation: float32, bfloat16, float16, auto. The export never casts.")]
-Device = Annotated[Text, typer.Option(help="cpu, cuda, cuda:1, ...")]
-DeviceMap = Annotated[Text, typer.Option(help="Passed to accelerate, for models larger than one GPU: auto.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Dtype = Annotated[
+    Text,
+    typer.Option(
+        help="Computation: float32, bfloat16, float16, auto. The export never casts.", rich_help_panel=MACHINE
+    ),
+]
+Device = Annotated[Text, typer.Option(help="cpu, cuda, cuda:1, ...", rich_help_panel=MACHINE)]
+DeviceMap = Annotated[
+    Text, typer.Option(help="Passed to accelerate, for models larger than one GPU: auto.", rich_help_panel=MACHINE)
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.", rich_help_panel=MACHINE)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
@@ -71,11 +89,15 @@ def _version(wanted: bool) -> None:
 def prune(
     context: typer.Context,
     model: Annotated[Text, typer.Option("--model", "-m", help=MODEL)] = None,
-    drop: Annotated[Text, typer.Option("--drop", "-d", help=DROP)] = None,
+    drop: Annotated[Text, typer.Option("--drop", "-d", help=DROP, rich_help_panel=CHOICE)] = None,
     out: Out = None,
     keep: Keep = "",
-    plan: Annotated[Path | None, typer.Option(help="A plan.json to follow instead of --drop.")] = None,
-    scores: Annotated[Path | None, typer.Option(help="A scores.json of this model to plan from.")] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan.json to follow instead of --drop.", rich_help_panel=CHOICE)
+    ] = None,
+    scores: Annotated[
+        Path | None, typer.Option(help="A scores.json of this model to plan from.", rich_help_panel=CHOICE)
+    ] = None,
     revision: Revision = None,
     calibration: CalibrationText = None,
     samples: Samples = None,
@@ -83,22 +105,38 @@ def prune(
     seed: Seed = None,
     skip_first: SkipFirst = None,
     batch_size: BatchSize = 1,
-    quality: Annotated[Text, typer.Option(help=QUALITY)] = None,
-    metric: Annotated[Text, typer.Option(help=METRIC)] = None,
-    select: Annotated[Text, typer.Option(help="one-shot, iterative, or greedy on the KL to the dense model.")] = None,
-    budget: Annotated[Text, typer.Option(help="In place of --drop: kv:-25%, params:-20% or decode:1.3x.")] = None,
-    repair: Annotated[Text, typer.Option(help=REPAIR)] = None,
-    gate: Annotated[str, typer.Option(help="Text that a repair must help on, or it is not kept.")] = "docstrings",
-    text: Annotated[str, typer.Option(help="Text for the report's perplexity, as for --calibration.")] = "heldout",
-    seconds: Annotated[float, typer.Option(min=0, help="Time for the speed measurement; 0 leaves it out.")] = 18.0,
+    quality: Annotated[Text, typer.Option(help=QUALITY, rich_help_panel=CHOICE)] = None,
+    metric: Annotated[Text, typer.Option(help=METRIC, rich_help_panel=CHOICE)] = None,
+    select: Annotated[
+        Text, typer.Option(help="one-shot, iterative, or greedy on the KL to the dense model.", rich_help_panel=CHOICE)
+    ] = None,
+    budget: Annotated[
+        Text, typer.Option(help="In place of --drop: kv:-25%, params:-20% or decode:1.3x.", rich_help_panel=CHOICE)
+    ] = None,
+    repair: Annotated[Text, typer.Option(help=REPAIR, rich_help_panel=CHOICE)] = None,
+    gate: Annotated[
+        str, typer.Option(help="Text that a repair must help on, or it is not kept.", rich_help_panel=CHOICE)
+    ] = "docstrings",
+    text: Annotated[
+        str, typer.Option(help="Text for the report's perplexity, as for --calibration.", rich_help_panel=REPORT)
+    ] = "heldout",
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Time for the speed measurement; 0 leaves it out.", rich_help_panel=REPORT)
+    ] = 18.0,
     dtype: Dtype = None,
     device: Device = None,
     device_map: DeviceMap = None,
     trust_remote_code: TrustRemoteCode = False,
-    measure: Annotated[bool | None, typer.Option("--measure/--no-measure", help=MEASURE)] = None,
-    format: Annotated[str, typer.Option(help=FORMAT)] = "dropformer",
-    link: Annotated[bool, typer.Option("--link", help="Hard-link the shards in which nothing changes.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare every byte with the source, not a sample.")] = False,
+    measure: Annotated[
+        bool | None, typer.Option("--measure/--no-measure", help=MEASURE, rich_help_panel=REPORT)
+    ] = None,
+    format: Annotated[str, typer.Option(help=FORMAT, rich_help_panel=FILES)] = "dropformer",
+    link: Annotated[
+        bool, typer.Option("--link", help="Hard-link the shards in which nothing changes.", rich_help_panel=FILES)
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every byte with the source, not a sample.", rich_help_panel=FILES)
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Stop at the plan and say what it would save.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
