@@ -29,7 +29,7 @@ from dropformer.prune.surgery import Surgery, config_from
 ARCHITECTURE = "DeciLMForCausalLM"
 CODE_FILE = "configuration_decilm.py"
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-QK_NORMS = ("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3", "gemma3_text", "cohere2")
+QK_NORMS = ("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3", "gemma3_text")
 _SHAPE = "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads max_position_embeddings"
 _REST = "rms_norm_eps initializer_range bos_token_id eos_token_id pad_token_id dtype"
 COPIED = (*_SHAPE.split(), *_REST.split())
@@ -115,13 +115,13 @@ def copy_code(folder: Path) -> None:
 def _check_family(config: Mapping[str, Any]) -> None:
     family, known = config["model_type"], ", ".join(FAMILIES)
     if family not in FAMILIES:
-        norms = "norms its queries and keys, which" if family in QK_NORMS else "is built in a way that"
+        why = "norms its queries and keys, which" if family in QK_NORMS else "is built in a way that"
         raise ArchitectureError(
-            f"a model of type {family} {norms} DeciLM does not have; --format deci takes {known}: leave it out"
+            f"a model of type {family} {why} DeciLM cannot carry; it takes {known}: leave out --format deci"
         )
     architecture = (config.get("architectures") or [FAMILIES[family]])[0]
     if architecture != FAMILIES[family]:
-        raise ArchitectureError(f"--format deci takes {FAMILIES[family]}, not {architecture}: leave it out")
+        raise ArchitectureError(f"DeciLM carries {FAMILIES[family]}, not {architecture}: leave out --format deci")
     for key in ("quantization_config", "per_layer_config"):
         if config.get(key):
             raise ArchitectureError(f"--format deci cannot carry the {key} of config.json: export the plain original")

@@ -42,17 +42,17 @@ def write(source: Path, spec: str, out: Path) -> PreTrainedModel:
     return pruned
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pruned_in_memory() -> Callable[[Path, str], PreTrainedModel]:
     return drop
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_deci() -> Callable[[Path, str, Path], PreTrainedModel]:
     return write
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def lively(tiny) -> Callable[..., Path]:
     """A tiny model in a folder whose norms and biases are no ones and zeros, so that a lost one shows."""
 
