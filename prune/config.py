@@ -131,8 +131,13 @@ def _names_blocks(key: str, value: list, blocks: int) -> bool:
 
 
 def _as_pruned(config: dict[str, Any], outline: Outline, arrangement: Arrangement) -> dict[str, Any]:
-    """Give the config our own model_type, so that no stock loader fills the gaps with random weights."""
+    """Give the config our own model_type, so that no stock loader fills the gaps with random weights.
+
+    Engines go by the architecture, not the type: vLLM would read a `LlamaForCausalLM` as the dense one.
+    """
     config["base_model_type"] = config["model_type"]
+    names = config.get("architectures") or []
+    config["architectures"] = [n if n.startswith("Dropformer") else f"Dropformer{n}" for n in names]
     config["model_type"] = "dropformer"
     config["dropformer_modules"] = skipped_modules(outline, arrangement)
     main = next((s for s in outline.stacks if s.name in ("", "decoder")), outline.stacks[0])

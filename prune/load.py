@@ -52,7 +52,7 @@ def load(
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {_first_line(error)}") from error
-    _check_whole(path, info)
+    check_whole(path, info)
     return model if place else model.to(device)
 
 
@@ -103,7 +103,7 @@ def auto_class(config: transformers.PreTrainedConfig) -> Any:
     raise ModelError(f"transformers has no model for configs of type {config.model_type}")
 
 
-def _check_whole(path: Path, info: dict[str, Any]) -> None:
+def check_whole(path: Path, info: dict[str, Any]) -> None:
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         found = sorted(map(str, info.get(problem) or []))
         if found:
