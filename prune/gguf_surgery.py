@@ -176,9 +176,7 @@ def _interleaved_heads(old: int, source: GgufTensor, heads: int) -> Iterator[tup
         yield done, interleaved(data, 1, source.shape[-1] // heads)
 
 
-def _check_header(
-    new: int, file: Path, header: bytes, pieces: Sequence[GgufPiece], starts: Sequence[int]
-) -> None:
+def _check_header(new: int, file: Path, header: bytes, pieces: Sequence[GgufPiece], starts: Sequence[int]) -> None:
     """Read the copy's header as a stranger would; VerificationError if it is not what was meant."""
     try:
         found = read_gguf_header(file, "the copy").tensors
@@ -189,9 +187,7 @@ def _check_header(
         raise VerificationError("the copy's header is not the one that was written; nothing is kept")
 
 
-def _check_tensors(
-    old: int, new: int, pieces: Sequence[GgufPiece], starts: Sequence[int], thorough: bool
-) -> None:
+def _check_tensors(old: int, new: int, pieces: Sequence[GgufPiece], starts: Sequence[int], thorough: bool) -> None:
     draw = random.Random(len(pieces))
     for piece, at in zip(pieces, starts, strict=True):
         spans = [(0, piece.nbytes)] if thorough else probes(piece.nbytes, draw)

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import cache
 
 import gguf
 import numpy as np
@@ -26,8 +27,13 @@ from dropformer.prune.surgery import operate
 KINDS = {name: gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_1")}
 
 
+@cache
+def architecture_of(family, blocks):
+    return discover(tiny_model(family, blocks=blocks))
+
+
 def surgery_of(model, spec, mapped=()):
-    architecture = discover(model)
+    architecture = architecture_of(model.config.model_type, model.config.num_hidden_layers)
     outline = outline_of(model, architecture)
     width = model.config.hidden_size
     forms = {layer: short(linear_forms(model, architecture, layer, width), layer) for layer in mapped}
@@ -47,6 +53,10 @@ def make(tmp_path, spec, family="llama", kind="F32", **options):
     dense = write_gguf(tmp_path / "dense.gguf", model, KINDS[kind], **write)
     report = prune_gguf(dense, tmp_path / "pruned.gguf", surgery_of(model, spec), **options)
     return gguf.GGUFReader(dense), gguf.GGUFReader(tmp_path / "pruned.gguf"), report
+
+
+def listing(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def tensors(reader):
@@ -113,7 +123,12 @@ def test_every_other_key_is_carried_over(tmp_path):
             new = f"deci.{rest}" if prefix == "llama" else key
             assert value(pruned, new) == value(dense, key) and pruned.fields[new].types == dense.fields[key].types
     assert value(pruned, "dropformer.record") == '{"spec": "attn=1"}'
-    assert value(pruned, "deci.rope.scaling.type") == "yarn" and value(pruned, "tokenizer.ggml.token_type")[:4] == [3, 3, 3, 1]
+    assert value(pruned, "deci.rope.scaling.type") == "yarn" and value(pruned, "tokenizer.ggml.token_type")[:4] == [
+        3,
+        3,
+        3,
+        1,
+    ]
 
 
 def test_whole_blocks_leave_an_ordinary_shorter_file(tmp_path):
@@ -181,16 +196,17 @@ def test_a_dropped_mlp_becomes_a_narrow_one_of_zeros(tmp_path):
     assert report.copied.tensors_replaced == 8
 
 
-@pytest.mark.parametrize("name", [kind.name for kind in gguf.GGML_QUANT_SIZES])
-def test_zero_bytes_are_zeros_in_every_type_that_can_be_read(name):
-    kind = gguf.GGMLQuantizationType[name]
-    block, nbytes = gguf.GGML_QUANT_SIZES[kind]
-    assert 256 % block == 0
-    try:
-        values = gguf.quants.dequantize(np.zeros((1, 256 // block * nbytes), np.uint8), kind)
-    except NotImplementedError:
-        pytest.skip("the gguf package does not read this type")
-    assert not values.any()
+def test_zero_bytes_are_zeros_in_every_type_that_can_be_read():
+    read = 0
+    for kind, (block, nbytes) in gguf.GGML_QUANT_SIZES.items():
+        assert 256 % block == 0
+        try:
+            values = gguf.quants.dequantize(np.zeros((1, 256 // block * nbytes), np.uint8), kind)
+        except NotImplementedError:  # integers, and types that only llama.cpp reads
+            continue
+        assert not values.any()
+        read += 1
+    assert read >= 20
 
 
 def test_rotary_tables_and_biases_are_carried_over(tmp_path):
@@ -252,7 +268,7 @@ def test_a_matrix_beyond_the_range_of_16_bits_stays_in_32(tmp_path):
 def test_a_linear_map_becomes_a_block_whose_mlp_is_its_bias(tmp_path):
     weight, bias = torch.randn(64, 64), torch.randn(64)
     names = {"model.layers.2.self_attn.weight": weight, "model.layers.2.self_attn.bias": bias}
-    new, report = repaired(tmp_path, "llama", "attn=2", "F32", names, [Layer("attn", 2)])
+    new, _ = repaired(tmp_path, "llama", "attn=2", "F32", names, [Layer("attn", 2)])
     found = tensors(new)
     assert value(new, "deci.attention.head_count") == [4, 4, 4, 0, 4]
     assert value(new, "deci.attention.head_count_kv") == [2, 2, 0, 0, 2]
@@ -274,7 +290,7 @@ def refuse(tmp_path, words, error=CheckpointError, *, spec="attn=1", tensors=Non
         with pytest.raises(error, match=words) as caught:
             run()
         assert "\n" not in str(caught.value)
-    assert os.listdir(tmp_path) == ["dense.gguf"]
+    assert listing(tmp_path) == ["dense.gguf"]
 
 
 def test_one_of_several_files_is_refused(tmp_path):
@@ -319,7 +335,7 @@ def test_another_architecture_is_refused(tmp_path):
     dense.write_bytes(dense.read_bytes().replace(b"llama", b"gemma"))
     with pytest.raises(CheckpointError, match="gemma; a GGUF is written only from llama or qwen2"):
         prune_gguf(dense, tmp_path / "pruned.gguf", surgery_of(model, "attn=1"))
-    assert os.listdir(tmp_path) == ["dense.gguf"]
+    assert listing(tmp_path) == ["dense.gguf"]
 
 
 def test_a_plan_for_another_model_is_refused(tmp_path):
@@ -334,9 +350,9 @@ def test_a_damaged_file_is_refused(tmp_path):
     whole = write_gguf(tmp_path / "dense.gguf", model).read_bytes()
     for content in (b"", b"GGUF", whole[:3000], whole[:-5000], b"PK\x03\x04" + whole):
         (tmp_path / "dense.gguf").write_bytes(content)
-        with pytest.raises(CheckpointError, match="damaged|cut short|no GGUF"):
+        with pytest.raises(CheckpointError, match=r"damaged|cut short|no GGUF"):
             prune_gguf(tmp_path / "dense.gguf", tmp_path / "pruned.gguf", surgery)
-    assert os.listdir(tmp_path) == ["dense.gguf"]
+    assert listing(tmp_path) == ["dense.gguf"]
 
 
 def test_what_exists_is_never_touched(tmp_path):
@@ -350,7 +366,7 @@ def test_what_exists_is_never_touched(tmp_path):
             prune_gguf(dense, tmp_path / name, surgery_of(model, "attn=1"))
         assert "\n" not in str(caught.value)
     assert (tmp_path / "file").read_text() == "mine"
-    assert sorted(os.listdir(tmp_path)) == ["dense.gguf", "file", "folder", "link"]
+    assert listing(tmp_path) == ["dense.gguf", "file", "folder", "link"]
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -366,14 +382,14 @@ def test_a_copy_that_differs_is_not_kept(tmp_path, monkeypatch, family):
     monkeypatch.setattr(os, "ftruncate", spoil)
     with pytest.raises(VerificationError, match="differs"):
         prune_gguf(dense, tmp_path / "pruned.gguf", surgery_of(model, "attn=1"), verify="all")
-    assert os.listdir(tmp_path) == ["dense.gguf"]
+    assert listing(tmp_path) == ["dense.gguf"]
 
 
 KILLED = """
 import sys
 from pathlib import Path
 from dropformer.prune.gguf_surgery import write_gguf
-from dropformer.prune.surgery import Surgery
+from types import SimpleNamespace
 from dropformer.prune.arrange import Arrangement, NewBlock
 from dropformer.prune.outline import Outline
 outline = Outline.model_validate_json(sys.argv[2])
@@ -381,7 +397,8 @@ arrangement = Arrangement({"": (NewBlock(0, 0), NewBlock(1, 1, ("attn",)))})
 def stop(done, total):
     print("writing", flush=True)
     sys.stdin.read()
-write_gguf(Path(sys.argv[1]) / "dense.gguf", Path(sys.argv[1]) / "pruned.gguf", Surgery(outline, (), arrangement), progress=stop)
+folder, surgery = Path(sys.argv[1]), SimpleNamespace(outline=outline, arrangement=arrangement, tensors={})
+write_gguf(folder / "dense.gguf", folder / "pruned.gguf", surgery, progress=stop)
 """
 
 
@@ -394,10 +411,10 @@ def test_a_killed_run_leaves_no_file_and_the_next_one_takes_its_rest_away(tmp_pa
     assert run.stdout.readline() == b"writing\n"
     run.send_signal(signal.SIGKILL)
     run.wait()
-    left = [name for name in os.listdir(tmp_path) if name != "dense.gguf"]
+    left = [name for name in listing(tmp_path) if name != "dense.gguf"]
     assert len(left) == 1 and left[0].startswith(".dropformer-")
     prune_gguf(dense, tmp_path / "pruned.gguf", surgery)
-    assert sorted(os.listdir(tmp_path)) == ["dense.gguf", "pruned.gguf"]
+    assert listing(tmp_path) == ["dense.gguf", "pruned.gguf"]
 
 
 def test_progress_tells_the_bytes_of_the_new_file(tmp_path):
