@@ -52,6 +52,7 @@ pytestmark = [
 
 
 def llamacpp(tmp_path, *files):
+    """Logits [files, 2, T, V]: in float32 throughout, and with flash attention."""
     out = tmp_path / "logits.npy"
     command = [PYTHON, RUNNER, out, json.dumps(IDS), *files]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -74,6 +75,13 @@ def error(got, want):
     return np.abs(got - want).max() / np.abs(want).max()
 
 
+def assert_same(got, want):
+    """Logits of llama.cpp, [2, T, V], are those of torch, as near as each way of attention allows."""
+    exact, flash = got
+    assert error(exact, want) < 1e-5
+    assert error(flash, want) < 3e-3
+
+
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_llama_cpp_gives_the_logits_of_the_pruned_model(tmp_path, family, spec):
@@ -84,7 +92,7 @@ def test_llama_cpp_gives_the_logits_of_the_pruned_model(tmp_path, family, spec):
     want = logits(cut(copy.deepcopy(model), surgery))
     (got,) = llamacpp(tmp_path, tmp_path / "pruned.gguf")
     assert report.architecture == (family if SPECS[spec] == "dense" else "deci")
-    assert error(got, want) < 1e-5
+    assert_same(got, want)
     assert error(want, logits(model)) > 1e-2
 
 
@@ -133,7 +141,7 @@ def test_linear_maps_with_their_biases_work(tmp_path, family, layers):
     dense = write_gguf(tmp_path / "dense.gguf", model)
     prune_gguf(dense, tmp_path / "pruned.gguf", surgery)
     (got,) = llamacpp(tmp_path, tmp_path / "pruned.gguf")
-    assert error(got, logits(cut(copy.deepcopy(model), surgery))) < 1e-5
+    assert_same(got, logits(cut(copy.deepcopy(model), surgery)))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -148,4 +156,4 @@ def test_repaired_weights_work(tmp_path, family):
     surgery = replace(surgery, tensors=tensors)
     prune_gguf(write_gguf(tmp_path / "dense.gguf", model), tmp_path / "pruned.gguf", surgery)
     (got,) = llamacpp(tmp_path, tmp_path / "pruned.gguf")
-    assert error(got, logits(cut(copy.deepcopy(model), surgery))) < 1e-5
+    assert_same(got, logits(cut(copy.deepcopy(model), surgery)))
