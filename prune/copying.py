@@ -104,7 +104,7 @@ def copy_checkpoint(
     renamed = {name: rename(name) for name in source.tensors}
     shards = lay_out(source, renamed, replace)
     files = dict(zip(shard_names(len(shards)), shards, strict=True))
-    options = _Options(link, verify == "all", _counter(progress, sum(shard.nbytes for shard in shards)))
+    options = _Options(link, verify == "all", counter(progress, sum(shard.nbytes for shard in shards)))
     with _all_or_none(Path(target)) as written:
         linked = tuple(name for name, shard in files.items() if _place(written, name, shard, options))
         if len(files) > 1:
@@ -213,12 +213,12 @@ def _verify(source: int, target: int, shard: NewShard, thorough: bool) -> None:
     draw = random.Random(len(meant))
     for piece in shard.pieces:
         start = spans[piece.name].start
-        windows = [(0, piece.nbytes)] if thorough else _windows(piece.nbytes, draw)
+        windows = [(0, piece.nbytes)] if thorough else probes(piece.nbytes, draw)
         if not all(_same(source, target, piece, start, at, length) for at, length in windows):
             raise VerificationError(f"{shown(piece.name)}: the copy differs from the source; nothing is kept")
 
 
-def _windows(size: int, draw: random.Random) -> list[tuple[int, int]]:
+def probes(size: int, draw: random.Random) -> list[tuple[int, int]]:
     """(offset, length) of the first, the last and a random page of `size` bytes."""
     length = min(_WINDOW, size)
     return [(at, length) for at in sorted({0, draw.randint(0, size - length), size - length})]
@@ -242,7 +242,7 @@ def _write_index(written: _Written, source: Checkpoint, shards: Mapping[str, New
         write_at(file, memoryview(text.encode()), 0)
 
 
-def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
+def counter(progress: Progress | None, total: int) -> Callable[[int], None]:
     done = 0
 
     def moved(count: int) -> None:

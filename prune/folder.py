@@ -1,4 +1,4 @@
-"""A folder that appears complete or not at all.
+"""A folder, or a file, that appears complete or not at all.
 
     with new_folder(out) as folder:      # a hidden sibling of `out`, locked by this process
         ...                              # write into it
@@ -34,6 +34,29 @@ def new_folder(out: Path | str) -> Iterator[Path]:
     if the disk is full; whatever the block raises, KeyboardInterrupt too, nothing is left behind.
     """
     out = _usable(Path(out))
+    with _hidden_beside(out) as temporary:
+        yield temporary
+        flush(temporary)
+        _rename(temporary, out)
+
+
+@contextmanager
+def new_file(out: Path | str) -> Iterator[Path]:
+    """Yield where to write a file that becomes `out` when the block ends well; otherwise as `new_folder`.
+
+    Raises OutputError if `out` exists, whatever it is.
+    """
+    out = _unused(Path(out))
+    with _hidden_beside(out) as temporary:
+        yield temporary / out.name
+        flush(temporary)
+        _move(temporary / out.name, out)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _hidden_beside(out: Path) -> Iterator[Path]:
+    """A locked temporary folder beside `out`, which the block puts to use; gone after any error."""
     with suppress(OSError):  # tidying up must not stand in the way
         _remove_left_overs(out.parent)
     temporary = out.parent / f".dropformer-{os.getpid()}-{secrets.token_hex(4)}"
@@ -41,8 +64,6 @@ def new_folder(out: Path | str) -> Iterator[Path]:
     try:
         lock = _create(temporary)
         yield temporary
-        flush(temporary)
-        _rename(temporary, out)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in FULL:
@@ -94,6 +115,20 @@ def _usable(out: Path) -> Path:
     return out
 
 
+def _unused(out: Path) -> Path:
+    """`out` with its parent's links resolved and its parent made, once it is certain that there is nothing."""
+    try:
+        out = out.parent.resolve() / out.name
+        if os.path.lexists(out):
+            raise OutputError(f"{shown(out, 1000)}: exists; remove it or name another")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(out, error) from None
+    except RuntimeError:  # Python before 3.13 reports a loop of links so
+        raise OutputError(f"{shown(out, 1000)}: a loop of links; name another folder") from None
+    return out
+
+
 def _create(temporary: Path) -> int:
     """Make and lock the folder; the lock ends with this process, however it ends."""
     try:
@@ -113,6 +148,19 @@ def _rename(temporary: Path, out: Path) -> None:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise OutputError(f"{shown(out, 1000)}: appeared meanwhile; remove it or name another") from None
         raise cannot_write(out, error) from None
+    _flush_one(out.parent)
+
+
+def _move(file: Path, out: Path) -> None:
+    """Give a file its name, but never one that exists; a file system without links cannot rule out a race."""
+    try:
+        os.link(file, out)
+    except FileExistsError:
+        raise OutputError(f"{shown(out, 1000)}: appeared meanwhile; remove it or name another") from None
+    except OSError:
+        if os.path.lexists(out):
+            raise OutputError(f"{shown(out, 1000)}: appeared meanwhile; remove it or name another") from None
+        file.rename(out)
     _flush_one(out.parent)
 
 

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from transformers.utils import logging
 
 from dropformer.prune.errors import CheckpointError
+from dropformer.prune.gguf_header import GgufHeader, read_gguf_header
 from dropformer.recipes.cache import Progress, building, cache_folder, place, silent
-from dropformer.recipes.gguf_header import GgufHeader, read_gguf_header
 from dropformer.recipes.tokens import gguf_tokenizer
 
 LAYOUT = 1
@@ -115,9 +115,8 @@ def _all_accounted_for(path: Path, header: GgufHeader, model: PreTrainedModel, i
             f"{path.name} scales its rotary frequencies by a table, which transformers would ignore; "
             "use the model's Hugging Face folder"
         )
-    have = sum(header.tensors.values())
-    if model.config.tie_word_embeddings:
-        have -= header.tensors.get("output.weight", 0)
+    tied = {"output.weight"} if model.config.tie_word_embeddings else set()
+    have = sum(tensor.elements for name, tensor in header.tensors.items() if name not in tied)
     used = sum(parameter.numel() for parameter in model.parameters())
     if have != used:
         raise CheckpointError(

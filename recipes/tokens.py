@@ -12,7 +12,7 @@ from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dropformer.prune.errors import CheckpointError
-from dropformer.recipes.gguf_header import GgufHeader
+from dropformer.prune.gguf_header import GgufHeader
 
 # llama.cpp splits off every \p{N} before it applies GPT-2's rule.
 DIGITS_THEN_GPT2 = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})

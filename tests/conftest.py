@@ -1,6 +1,7 @@
 """Tiny random models that every test may use."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.append(str(Path(__file__).parent / "makers"))  # modules that several folders' tests import
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 SHAPE = {

@@ -10,8 +10,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dropformer.prune.errors import CheckpointError
+from dropformer.prune.gguf_header import read_gguf_header
 from dropformer.recipes.gguf import convert_gguf
-from dropformer.recipes.gguf_header import read_gguf_header
 
 F32, F16, BF16, Q4_1, Q8_0 = (gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q4_1", "Q8_0"))
 
@@ -142,7 +142,9 @@ def test_scaled_rotary_frequencies_are_refused_because_transformers_would_ignore
 def test_the_header_is_that_of_the_gguf_package(tmp_path, tiny):
     path = tiny.write(tmp_path / "tiny.gguf", tiny.llama(), Q4_1)
     header, reader = read_gguf_header(path), gguf.GGUFReader(path)
-    assert header.tensors == {tensor.name: tensor.n_elements for tensor in reader.tensors}
+    assert {n: (t.kind, t.shape, t.elements, t.nbytes, t.start) for n, t in header.tensors.items()} == {
+        t.name: (t.tensor_type, tuple(t.shape), t.n_elements, t.n_bytes, t.data_offset) for t in reader.tensors
+    }
     assert header.text("tokenizer.ggml.pre") == "smollm"
     assert header.metadata["llama.block_count"] == 2
     assert header.metadata["tokenizer.ggml.tokens"] == len(tiny.vocabulary())
