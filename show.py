@@ -127,6 +127,8 @@ def report_notes(report: Report) -> list[str]:
             f"perplexity: {text.windows} windows of {text.length} tokens of `{text.name}`, not calibrated on; "
             f"KL(dense || pruned) {report.kl:.4f} nats a token"
         )
+    if report.outputs:
+        notes += [str(report.outputs), "no perplexity and no decode speed: the model writes no text token by token"]
     if report.trend and report.trend.cliff is not None:
         notes.append(f"warning: {report.trend}")
     if report.speed:

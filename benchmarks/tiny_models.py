@@ -55,9 +55,12 @@ _INDEXER = {
     "indexer_budget": 8,
     "indexer_compress_ratio": 4,
 }
+_SWIN = {"embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 2, "patch_size": 4}
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
     "big_bird": {"attention_type": "original_full"},
+    "albert": {"num_hidden_groups": LAYERS},
+    "bigbird_pegasus": {"attention_type": "original_full"},
     "blenderbot": {"encoder_layers": LAYERS},
     "blt": {"encoder_hash_byte_group_vocab": VOCAB, "encoder_config": {"num_hidden_layers": 2}},
     "cohere_compass_text": {
@@ -72,12 +75,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "funnel": {"block_sizes": [2, 2], "d_head": HEAD_DIM, "n_head": HEADS, "d_inner": INNER},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2},
     "granitemoehybrid": {**_LINEAR_AND_FULL, "mamba_n_heads": 8, "mamba_d_head": 16},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+    "led": {"attention_window": [8] * LAYERS},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
     "nemotron_h": {"layers_block_type": ["full_attention", "linear_attention", "moe", "full_attention"]},
     "recurrent_gemma": {"num_hidden_layers": 6, "block_types": ["attention", "recurrent"]},
+    "longformer": {"attention_window": [8] * LAYERS},
     "mamba2": {"num_heads": 8, "head_dim": HEAD_DIM, "n_groups": 1},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp_text": {**_INDEXER, "ngram_vocab_size_base": 64},
@@ -90,6 +96,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "attention_head_size": HEAD_DIM,
     },
     "rwkv": {"rescale_every": 0},
+    "swin": _SWIN,
+    "swinv2": _SWIN,
     "xlstm": {"hidden_size": 2 * WIDTH, "embedding_dim": 2 * WIDTH},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2},

@@ -12,13 +12,14 @@ from dropformer.prune.outline import Outline, StackOutline
 
 # What counts the blocks of a stack, by the stack's name.
 COUNTS = {
-    "": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks"),
+    "": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "num_hidden_groups"),
     "encoder": ("encoder_layers", "num_encoder_layers", "num_layers"),
     "decoder": ("decoder_layers", "num_decoder_layers"),
 }
 # One entry a block: the entries of blocks that stay.
 _BLOCK = "layer_types attention_layers layers_block_type block_types no_rope_layers indexer_types layer_rope_theta"
-PER_BLOCK = {*_BLOCK.split(), "num_attention_heads_per_layer"}
+PER_BLOCK = {*_BLOCK.split(), "num_attention_heads_per_layer", "attention_window"}
+NOT_THE_DECODERS = {"attention_window"}  # LED's sparse windows are its encoder's alone
 # One letter a block.
 PATTERNS = {"hybrid_override_pattern"}
 # One entry a block, following the MLP.
@@ -103,6 +104,8 @@ def _counts(config: dict[str, Any], stack: StackOutline) -> list[str]:
 
 
 def _follower(key: str, value: Any, stack: StackOutline):  # type: ignore[no-untyped-def]
+    if key in NOT_THE_DECODERS and stack.name == "decoder":
+        return None
     if key in INDICES and isinstance(value, list):
         part = INDICES[key]
         return lambda v, blocks: [new for new, b in enumerate(blocks) if getattr(b, part) in v]

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Tables of absolute positions of a text: not of distances, and not of a vision tower's patches.
+POSITIONS = re.compile(r"^(?!.*(rel|dist|vision|visual|image|patch)).*(position|\bwpe\b)", re.I)
 
 
 def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str, Any]:
@@ -18,7 +22,7 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     name = getattr(model, "main_input_name", "input_ids")
     if name == "pixel_values":
-        return {"pixel_values": _pixels(config, batch).to(device)}
+        return {"pixel_values": random_pixels(config, batch).to(device)}
     generator = torch.Generator().manual_seed(0)
     if name == "input_features":
         shape = (batch, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 1500))
@@ -37,8 +41,33 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str
     return inputs
 
 
-def _pixels(config: object, batch: int) -> Tensor:
+def random_pixels(config: object, batch: int, seed: int = 0) -> Tensor:
+    """Images of the size that a config names, uniform from 0 to 1.  [batch, channels, height, width]"""
+    if not hasattr(config, "image_size"):
+        config = getattr(config, "vision_config", config)
     size = getattr(config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else tuple(size)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     return torch.rand(batch, getattr(config, "num_channels", 3), height, width, generator=generator)
+
+
+def takes_pictures(model: object) -> bool:
+    """Does the model read images and nothing else?"""
+    return getattr(model, "main_input_name", "input_ids") == "pixel_values"
+
+
+def writes_text(model: object) -> bool:
+    """Does the model write text token by token from the text itself: is it a causal language model?"""
+    return hasattr(model, "generate") and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+def longest_text(model: nn.Module) -> int | None:
+    """How many tokens the model's tables of learned positions reach; None where it has no such table."""
+    tables = (m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and POSITIONS.search(name))
+    found = [m.num_embeddings - _offset(m) for m in tables]
+    return min(found, default=None)
+
+
+def _offset(table: nn.Embedding) -> int:
+    """Rows of a position table that no token gets: RoBERTa counts from its padding on, BART from 2."""
+    return int(getattr(table, "offset", 0) or (table.padding_idx + 1 if table.padding_idx is not None else 0))

@@ -269,11 +269,9 @@ def _factory(auto_name: str) -> type:
     return Factory
 
 
-PrunedAutoModel = _factory("AutoModel")
-PrunedAutoModelForCausalLM = _factory("AutoModelForCausalLM")
-PrunedAutoModelForMaskedLM = _factory("AutoModelForMaskedLM")
-PrunedAutoModelForSeq2SeqLM = _factory("AutoModelForSeq2SeqLM")
-PrunedAutoModelForImageClassification = _factory("AutoModelForImageClassification")
-PrunedAutoModelForImageTextToText = _factory("AutoModelForImageTextToText")
+# One for every Auto class of models, such as PrunedAutoModelForCausalLM: a checkpoint may have any head.
+for _name, _auto in list(vars(modeling_auto).items()):
+    if _name.startswith("AutoModel") and hasattr(_auto, "_model_mapping"):
+        globals()[f"Pruned{_name}"] = _factory(_name)
 
 AutoConfig.register(MODEL_TYPE, DropformerConfig, exist_ok=True)
