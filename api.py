@@ -23,9 +23,10 @@ from dropformer.prune.census import outline_of
 from dropformer.prune.checkpoint import export, reference, save_in_memory
 from dropformer.prune.discover import discover
 from dropformer.prune.errors import ModelError, OutputError, PlanError
+from dropformer.prune.inputs import of_images, with_images
 from dropformer.prune.load import load, quiet_transformers
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import Plan, choose, make_plan
+from dropformer.prune.plan import Plan, choose, make_plan, parse_spec
 from dropformer.prune.proof import prove
 from dropformer.prune.replacing import stored_dtype
 from dropformer.prune.sharing import sharing_copy
@@ -149,10 +150,11 @@ def plan_unscored(
     return make_plan(outline, ref, spec, layers, keep=list(keep))
 
 
-def outline(model: nn.Module) -> Outline:
-    """The proven anatomy of a model.  Raises ArchitectureError."""
-    architecture = discover(model)
-    prove(model, architecture)
+def outline(model: nn.Module, spec: str = "") -> Outline:
+    """The proven anatomy of a model, with its vision tower where a drop spec names it.  Raises ArchitectureError."""
+    inputs = with_images(model) if any(of_images(s.stack) for s in parse_spec(spec or "attn:1")) else None
+    architecture = discover(model, inputs)
+    prove(model, architecture, inputs)
     return outline_of(model, architecture)
 
 

@@ -21,9 +21,9 @@ from dropformer.metrics.scores import Scores
 from dropformer.metrics.windows import windows
 from dropformer.preflight import check_out, default_out, short_name
 from dropformer.prune.checkpoint import Exported, export
-from dropformer.prune.errors import ModelError
+from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.files import CopyReport
-from dropformer.prune.inputs import takes_pictures, writes_text
+from dropformer.prune.inputs import of_images, takes_pictures, writes_text
 from dropformer.prune.plan import Plan, parse_spec
 from dropformer.recipes import Recipe
 from dropformer.scoring import get_scores, open_to_score
@@ -93,8 +93,13 @@ def make_plan(opened: api.Opened, request: Request, watcher: Watcher) -> tuple[P
     spec = request.drop or ""
     published = opened.recipe.published if opened.recipe else None  # type: ignore[union-attr]
     if all(s.published or s.indices is not None for s in parse_spec(spec)):
-        outline = api.outline(opened.model)
+        outline = api.outline(opened.model, spec)
         return api.plan_unscored(opened.ref, outline, spec, request.keep, published), None  # type: ignore[arg-type]
+    if seen := next((s for s in parse_spec(spec) if of_images(s.stack)), None):
+        raise PlanError(
+            f"`{seen}` needs scores on images with their texts; name the layers, as in {seen.stack}.{seen.kind}=1,2, "
+            "or use dropformer.analyze(model, batches) in Python"
+        )
     scores = get_scores(opened, request, watcher)
     return api.plan(scores, spec, request.keep, published), scores  # type: ignore[arg-type]
 
@@ -167,7 +172,8 @@ def _likeness(opened: api.Opened, pruned: Any, request: Request, watcher: Watche
     name = (request.calibration.calibration or PIXELS) if takes_pictures(pruned) else request.text
     if opened.tokenizer is None and not takes_pictures(pruned):
         return None
-    chosen = replace(fitted(pruned, HELD_OUT), name=name)
+    length = min(HELD_OUT.length, request.calibration.length or HELD_OUT.length)
+    chosen = replace(fitted(pruned, replace(HELD_OUT, length=length)), name=name)
     with watcher.stage(f"outputs on {name}"):
         data = material(pruned, opened.tokenizer, opened.path, chosen)
         return likeness(opened.model, pruned, data.batches(1), name)

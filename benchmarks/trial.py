@@ -21,9 +21,10 @@ import dropformer
 from dropformer import api
 from dropformer.metrics.analyze import analyze_model
 from dropformer.prune.architecture import Architecture, Layer, Stack
+from dropformer.prune.census import outline_of
 from dropformer.prune.discover import discover
-from dropformer.prune.errors import PlanError
-from dropformer.prune.inputs import sample_inputs
+from dropformer.prune.errors import ArchitectureError, PlanError
+from dropformer.prune.inputs import sample_inputs, with_images
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import choose
 from dropformer.prune.proof import prove
@@ -41,12 +42,15 @@ class Wrong(Exception):
 
 @dataclass(frozen=True)
 class Trial:
-    """A dense model with what was found in it; `generates`: its cached generation can be compared; `auto`: the
-    name of the Auto class that must load its checkpoints."""
+    """A dense model with what was found in it, and the inputs that it is tried on.
+
+    `generates`: its cached generation can be compared; `auto`: the Auto class that must load its checkpoints.
+    """
 
     dense: nn.Module
     architecture: Architecture
     outline: Outline
+    inputs: dict[str, Any]
     folder: Path
     generates: bool
     auto: str
@@ -58,16 +62,20 @@ def through(dense: nn.Module, folder: Path, auto: str = "AutoModelForCausalLM") 
     Raises Wrong, Partly, or a DropformerError where it is refused.
     """
     dense.save_pretrained(folder / "dense")
-    architecture = discover(dense)
-    prove(dense, architecture)
-    analyze_model(dense, [inputs(dense)], architecture)
+    given, note = _inputs(dense, auto)
+    architecture = discover(dense, given)
+    prove(dense, architecture, given)
+    analyze_model(dense, [given], architecture)
     opened = api.Opened(dropformer.load(folder / "dense"), None, folder / "dense", _reference(folder / "dense"), None)
-    _same(outputs(opened.model), outputs(dense), "transformers' own reload of the dense model")
-    trial = Trial(opened.model, architecture, api.outline(opened.model), folder, _generates(dense), auto)
-    tried, notes = [], ["no cached generation to compare"] if dense.can_generate() and not trial.generates else []
+    _same(outputs(opened.model, given), outputs(dense, given), "transformers' own reload of the dense model")
+    outline = outline_of(opened.model, architecture)
+    trial = Trial(opened.model, architecture, outline, given, folder, _generates(dense, given), auto)
+    tried, notes = [], [note]
+    if dense.can_generate() and not trial.generates:
+        notes.append("no cached generation to compare")
     for stack in architecture.stacks:
         for kind in ("attn", "cross", "mlp", "block"):
-            if layers := _some(stack, kind, trial.outline):
+            if layers := _some(stack, kind, outline):
                 tried.append(_spec(layers))
                 notes.append(_drop(trial, opened, layers))
     blocks = [block for stack in architecture.stacks for block in stack.blocks]
@@ -87,25 +95,25 @@ def _drop(trial: Trial, opened: api.Opened, layers: list[Layer]) -> str:
 
 
 def _check(trial: Trial, layers: list[Layer], pruned: nn.Module) -> None:
-    what, out = _spec(layers), trial.folder / _spec(layers)
+    what, given, out = _spec(layers), trial.inputs, trial.folder / _spec(layers)
     with silenced(trial.dense, trial.architecture, layers):
-        want = outputs(trial.dense)
-    got = outputs(pruned)
+        want = outputs(trial.dense, given)
+    got = outputs(pruned, given)
     _same(got, want, f"{what}: dropping against silencing")
-    if torch.allclose(got, outputs(trial.dense), rtol=0, atol=1e-6):
+    if torch.allclose(got, outputs(trial.dense, given), rtol=0, atol=1e-6):
         raise Wrong(f"{what}: dropping changes nothing")
     if trial.generates:
-        _same_generation(pruned, what)
+        _same_generation(pruned, given, what)
     api.save(pruned, out)
     again = dropformer.load(out)
-    _same(outputs(again), got, f"{what}: reload against memory")
+    _same(outputs(again, given), got, f"{what}: reload against memory")
     if type(again).__name__.removeprefix("Dropformer") != type(trial.dense).__name__:
         raise Wrong(f"{what}: reloaded as {type(again).__name__}")
     stock = getattr(transformers, trial.auto).from_pretrained(out).eval()
     if type(stock).__name__ == type(again).__name__:  # AutoModelForCausalLM may know a family by its text part
-        _same(outputs(stock), got, f"{what}: {trial.auto} against memory")
+        _same(outputs(stock, given), got, f"{what}: {trial.auto} against memory")
     if trial.generates and layers[0].kind in ("attn", "cross"):
-        _same_generation(again, f"{what}, reloaded")
+        _same_generation(again, given, f"{what}, reloaded")
 
 
 @contextmanager
@@ -167,26 +175,36 @@ def _spec(layers: list[Layer]) -> str:
     return f"{name}={','.join(str(layer.index) for layer in layers)}"
 
 
-def inputs(model: nn.Module) -> dict[str, Any]:
-    """The forward arguments of a sample batch, with our own token ids in it where it takes some."""
+def _inputs(model: nn.Module, auto: str) -> tuple[dict[str, Any], str]:
+    """Forward arguments of a sample batch, with token ids of our own in it where it takes some, and a note.
+
+    A vision-language model gets images too, so that its vision tower is tried.
+    """
+    if auto == "AutoModelForImageTextToText":
+        try:
+            return with_images(model), ""
+        except ArchitectureError as error:
+            note = f"the language stack alone: {str(error).partition(',')[0]}"
+            return sample_inputs(model), note
     found = sample_inputs(model)
     if "input_ids" not in found:
-        return found
+        return found, ""
     ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(1))
-    return {**found, "input_ids": ids.repeat(found["input_ids"].shape[0] // 2, 1)}
+    return {**found, "input_ids": ids.repeat(found["input_ids"].shape[0] // 2, 1)}, ""
 
 
 @torch.no_grad()
-def outputs(model: nn.Module) -> torch.Tensor:
-    """What the model gives first, its logits where it has a head, on the sample batch."""
-    return model(**inputs(model))[0].float()
+def outputs(model: nn.Module, given: dict[str, Any]) -> torch.Tensor:
+    """What the model gives first, its logits where it has a head."""
+    return model(**given)[0].float()
 
 
 @torch.no_grad()
-def _generation(model: nn.Module, use_cache: bool) -> torch.Tensor:
-    given = {k: v for k, v in inputs(model).items() if k != "use_cache" and not k.startswith("decoder_")}
+def _generation(model: nn.Module, given: dict[str, Any], use_cache: bool) -> torch.Tensor:
+    start = {"decoder_start_token_id": 0} if model.config.is_encoder_decoder else {}
     made = model.generate(
-        **given,
+        **{name: value for name, value in given.items() if name in ("input_ids", "pixel_values")},
+        **start,
         max_new_tokens=NEW_TOKENS,
         min_new_tokens=NEW_TOKENS,
         do_sample=False,
@@ -197,16 +215,16 @@ def _generation(model: nn.Module, use_cache: bool) -> torch.Tensor:
     return torch.stack(made.logits).float()
 
 
-def _generates(model: nn.Module) -> bool:
+def _generates(model: nn.Module, given: dict[str, Any]) -> bool:
     """Does the dense model generate with its cache what it generates without?"""
     try:
-        return _close(_generation(model, True), _generation(model, False))
-    except Exception:  # families that only generate from images, audio or a target model
+        return _close(_generation(model, given, True), _generation(model, given, False))
+    except Exception:  # families that only generate from audio or with a target model
         return False
 
 
-def _same_generation(model: nn.Module, what: str) -> None:
-    _same(_generation(model, True), _generation(model, False), f"{what}: cached against uncached")
+def _same_generation(model: nn.Module, given: dict[str, Any], what: str) -> None:
+    _same(_generation(model, given, True), _generation(model, given, False), f"{what}: cached against uncached")
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:

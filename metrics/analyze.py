@@ -58,7 +58,11 @@ def joined(parts: Sequence[Rows]) -> Rows:
 def proven(model: nn.Module, batch: Batch | None = None, told: Architecture | None = None) -> Architecture:
     """The architecture of a model, found or told, and proven.  A module without a config needs a batch of its
     inputs."""
-    sample = None if hasattr(model, "config") or batch is None else as_inputs(model, _few(batch))
+    sample = None
+    if isinstance(batch, Mapping) and {"input_ids", "pixel_values"} <= batch.keys():
+        sample = as_inputs(model, batch)  # images and their places in the text belong together
+    elif batch is not None and not hasattr(model, "config"):
+        sample = as_inputs(model, _few(batch))
     architecture = told or discover(model, sample)
     prove(model, architecture, sample)
     return architecture

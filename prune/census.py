@@ -16,7 +16,8 @@ from dropformer.prune.outline import BlockOutline, BranchOutline, Outline, Stack
 def outline_of(model: nn.Module, architecture: Architecture) -> Outline:
     """The architecture as data, with what each branch weighs.  Meta models will do."""
     kv = _cache_elements(model, architecture)
-    stacks = [_stack(model, stack, kv if len(architecture.stacks) == 1 else {}) for stack in architecture.stacks]
+    writes = next((s for s in architecture.stacks if s.name in ("", "decoder")), architecture.stacks[0])
+    stacks = [_stack(model, stack, kv if stack is writes else {}) for stack in architecture.stacks]
     return Outline(stacks=stacks, parameters=sum(p.numel() for p in model.parameters()))
 
 
@@ -110,6 +111,7 @@ def _cache_elements(model: nn.Module, architecture: Architecture) -> dict[int, i
     except Exception:  # whatever the model's own code raises: BLT has no cache in transformers 5.23
         return {}
     tokens = inputs["input_ids"].numel()
+    cache = getattr(cache, "self_attention_cache", cache)
     elements = {}
     for index, layer in enumerate(getattr(cache, "layers", [])):
         held = [getattr(layer, name, None) for name in ("keys", "values")]

@@ -23,9 +23,10 @@ from dropformer.prune.card import model_card
 from dropformer.prune.config import completed, pruned_config, without_heads
 from dropformer.prune.errors import CheckpointError, VerificationError
 from dropformer.prune.files import CopyReport, copy_checkpoint, new_folder, open_checkpoint
-from dropformer.prune.inputs import sample_inputs
+from dropformer.prune.inputs import of_images, sample_inputs, with_images
 from dropformer.prune.load import load
 from dropformer.prune.names import meta_model, numbered_heads, parameter_names, renaming
+from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan
 from dropformer.prune.replacing import replacements
 from dropformer.prune.surgery import Surgery, config_from
@@ -74,7 +75,7 @@ def export(
         copy_side_files(source, folder)
         results = finish(folder, copied) if finish else None
         write_record(folder, plan, surgery, copied, results)
-        difference = verify(folder, model)
+        difference = verify(folder, model, surgery.outline)
     return Exported(out, copied, fields["model_type"] != modeling.MODEL_TYPE, difference)
 
 
@@ -163,14 +164,17 @@ def provenance(plan: Plan, surgery: Surgery, copied: CopyReport) -> dict[str, An
     }
 
 
-def verify(folder: Path, model: PreTrainedModel) -> float:
+def verify(folder: Path, model: PreTrainedModel, outline: Outline) -> float:
     """Reload a checkpoint and compare its logits with the model in memory; the largest difference.
+
+    The batch holds images where the outline has the vision tower of a vision-language model.
 
     Raises VerificationError when a tensor is missing or unexpected or the difference exceeds 1e-4 of
     the largest logit.
     """
     again = load(folder, dtype=model.dtype, device=model.device)
-    inputs = sample_inputs(model)
+    images = any(of_images(stack.name) for stack in outline.stacks)
+    inputs = with_images(model) if images else sample_inputs(model)
     with torch.inference_mode(), quiet_eval(model), quiet_eval(again):
         mine, theirs = model(**inputs)[0].float(), again(**inputs)[0].float()
     difference = float((mine - theirs).abs().max())
@@ -218,5 +222,5 @@ def save_in_memory(model: PreTrainedModel, surgery: Surgery, plan: Plan, out: Pa
         share = plan.savings.parameters / max(1, plan.savings.parameters_after)
         report = CopyReport(len(written.tensors), 0, written.nbytes, round(written.nbytes * (share - 1)))
         write_record(folder, plan, surgery, report)
-        difference = verify(folder, model)
+        difference = verify(folder, model, surgery.outline)
     return Exported(out, report, surgery.arrangement.packed, difference)

@@ -8,6 +8,7 @@ from typing import Any
 from dropformer.prune.architecture import KIND_NAMES
 from dropformer.prune.arrange import Arrangement, NewBlock, new_index, skipped_modules
 from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.inputs import of_images
 from dropformer.prune.outline import Outline, StackOutline
 
 # What counts the blocks of a stack, by the stack's name.
@@ -16,6 +17,8 @@ COUNTS = {
     "encoder": ("encoder_layers", "num_encoder_layers", "num_layers"),
     "decoder": ("decoder_layers", "num_decoder_layers"),
 }
+# Numbers of blocks by stage, of which each is a stack.
+STAGES = ("depths", "block_sizes")
 # One entry a block: the entries of blocks that stay.
 _BLOCK = "layer_types attention_layers layers_block_type block_types no_rope_layers indexer_types layer_rope_theta"
 PER_BLOCK = {*_BLOCK.split(), "num_attention_heads_per_layer", "attention_window"}
@@ -40,6 +43,8 @@ def pruned_config(config: dict[str, Any], outline: Outline, arrangement: Arrange
     for stack in outline.stacks:
         blocks = arrangement.stacks[stack.name]
         if any(b.source != i or b.mlp != i for i, b in enumerate(blocks)) or len(blocks) != stack.blocks:
+            if of_images(stack.name) and "vision_feature_layer" in new:
+                raise ArchitectureError("blocks stay where they are: vision_feature_layer counts them")
             _shorten(_section(new, stack), stack, blocks)
     return new if arrangement.packed else _as_pruned(new, outline, arrangement)
 
@@ -78,6 +83,8 @@ def _section(config: dict[str, Any], stack: StackOutline) -> dict[str, Any]:
 
 
 def _shorten(config: dict[str, Any], stack: StackOutline, blocks: tuple[NewBlock, ...]) -> None:
+    if stage := next((key for key in STAGES if isinstance(config.get(key), list)), None):
+        raise ArchitectureError(f"blocks stay where they are: config.json counts them by stage (`{stage}`)")
     counts = _counts(config, stack)
     if not counts and not any(len(config.get(key) or ()) == stack.blocks for key in PER_BLOCK | PATTERNS):
         raise ArchitectureError(

@@ -146,7 +146,7 @@ def _stack_names(paths: list[str]) -> list[str]:
 
 def _part(path: str, paths: list[str]) -> str:
     """The word that tells a stack from the others, or the stretch of its path in which they differ."""
-    for word in ("encoder", "decoder", "vision", "audio"):
+    for word in ("vision", "audio", "encoder", "decoder"):  # a vision tower has an encoder of its own
         if [p for p in paths if word in p] == [path]:
             return word
     split = [p.split(".") for p in paths]
