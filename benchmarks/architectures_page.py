@@ -120,11 +120,11 @@ def count(verdicts: list[Verdict]) -> dict[str, int]:
 
 
 def write(path: Path, verdicts: list[Verdict], are_others: bool) -> None:
-    """Write the page with the new verdicts of one part, and those of the other part that it holds already."""
+    """Write the page with the new verdicts of one part; all others that it holds already stay."""
     page = path.read_text(encoding="utf-8") if path.exists() else ""
-    causal = kept(page, CAUSAL_PART) if are_others else verdicts
-    others = verdicts if are_others else kept(page, OTHERS_PART)
-    path.write_text(document(causal, others), encoding="utf-8")
+    parts = {part: {(v.family, v.model): v for v in kept(page, part)} for part in (CAUSAL_PART, OTHERS_PART)}
+    parts[OTHERS_PART if are_others else CAUSAL_PART] |= {(v.family, v.model): v for v in verdicts}
+    path.write_text(document(*(list(part.values()) for part in parts.values())), encoding="utf-8")
 
 
 def document(causal: list[Verdict], others: list[Verdict]) -> str:

@@ -14,7 +14,13 @@ from dropformer.prune.architecture import Layer
 from dropformer.prune.arrange import Arrangement, arrange, skipped_modules
 from dropformer.prune.config import pruned_config
 from dropformer.prune.errors import ArchitectureError
-from dropformer.prune.modeling import DropformerConfig, empty_cache_entries, pruned_model_class, skip_modules
+from dropformer.prune.modeling import (
+    DropformerConfig,
+    empty_cache_entries,
+    number_attentions,
+    pruned_model_class,
+    skip_modules,
+)
 from dropformer.prune.outline import Outline, StackOutline
 
 
@@ -72,6 +78,7 @@ def cut(model: nn.Module, surgery: Surgery) -> nn.Module:
     if not surgery.arrangement.packed:
         model.__class__ = pruned_model_class(type(model), type(model.config))  # type: ignore[arg-type]
         empty_cache_entries(model.config)
+        number_attentions(model)
     _install(model, surgery.tensors)
     return model
 
