@@ -13,22 +13,25 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from dropformer.metrics.analyze import analyze_model, calibrated
 from dropformer.metrics.calibration import Calibration
+from dropformer.metrics.material import fitted, material
 from dropformer.metrics.planning import plan_from as plan
 from dropformer.metrics.repair import Repair
 from dropformer.metrics.scores import Scores
-from dropformer.metrics.windows import windows
+from dropformer.prune.architecture import Architecture
+from dropformer.prune.arrange import Surgery
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.census import outline_of
 from dropformer.prune.checkpoint import export, reference, save_in_memory
 from dropformer.prune.discover import discover
 from dropformer.prune.errors import ModelError, OutputError, PlanError
+from dropformer.prune.inputs import of_images, with_images
 from dropformer.prune.load import load, quiet_transformers
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import Plan, choose, make_plan
+from dropformer.prune.plan import Plan, choose, make_plan, parse_spec
 from dropformer.prune.proof import prove
 from dropformer.prune.replacing import stored_dtype
 from dropformer.prune.sharing import sharing_copy
-from dropformer.prune.surgery import Surgery, cut, operate
+from dropformer.prune.surgery import cut, operate
 from dropformer.prune.writing import How
 from dropformer.recipes import Recipe, open_source
 
@@ -110,23 +113,24 @@ def analyze(
     calibration: Calibration | None = None,
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    architecture: Architecture | None = None,
 ) -> Scores:
     """How redundant every block, attention layer and MLP layer is, from one forward pass.
 
     `model` is whatever `--model` takes, calibrated on `calibration` (default: the recipe's, else
-    builtin), or any torch module with `batches` of its inputs (tensors or mappings, with the batch
-    first).  Raises ModelError, ArchitectureError or CalibrationError.
+    builtin, random pixels for a model of images), or any torch module with `batches` of its inputs (tensors or
+    mappings, with the batch first).  `architecture`: what `describe` or `discover` found in it; it is proven on
+    the first batch, and plan and drop then follow it.  Raises ModelError, ArchitectureError or CalibrationError.
     """
     if isinstance(model, nn.Module):
         if batches is None:
             raise ModelError("analyze(module) needs batches of its inputs; give analyze(module, batches)")
-        return analyze_model(model, batches, progress=progress)
+        return analyze_model(model, batches, architecture, progress=progress)
+    if architecture is not None:
+        raise ModelError("an architecture belongs to a module in memory; give analyze(module, batches, architecture=)")
     opened = model if isinstance(model, Opened) else open_model(model)
-    if opened.tokenizer is None:
-        raise ModelError(
-            f"{opened.ref.name} has no tokenizer, so text cannot calibrate it; use analyze(model, batches)"
-        )
-    data = windows(calibration or default_calibration(opened.recipe), opened.tokenizer)
+    settings = calibration or fitted(opened.model, default_calibration(opened.recipe))
+    data = material(opened.model, opened.tokenizer, opened.path, settings)
     scores = analyze_model(opened.model, data.batches(batch_size), ref=opened.ref, progress=progress)
     return calibrated(scores, data)
 
@@ -153,10 +157,11 @@ def plan_unscored(
     return make_plan(outline, ref, spec, layers, keep=list(keep))
 
 
-def outline(model: nn.Module) -> Outline:
-    """The proven anatomy of a model.  Raises ArchitectureError."""
-    architecture = discover(model)
-    prove(model, architecture)
+def outline(model: nn.Module, spec: str = "") -> Outline:
+    """The proven anatomy of a model, with its vision tower where a drop spec names it.  Raises ArchitectureError."""
+    inputs = with_images(model) if any(of_images(s.stack) for s in parse_spec(spec or "attn:1")) else None
+    architecture = discover(model, inputs)
+    prove(model, architecture, inputs)
     return outline_of(model, architecture)
 
 

@@ -19,6 +19,7 @@ from dropformer.metrics.quality import quality as named
 from dropformer.metrics.repair import Repair
 from dropformer.metrics.windows import Windows, windows
 from dropformer.prune.errors import ModelError, PlanError
+from dropformer.prune.inputs import writes_text
 from dropformer.prune.plan import Plan
 
 if TYPE_CHECKING:
@@ -54,7 +55,11 @@ def improve(
 
 
 def need_tokenizer(opened: api.Opened) -> Any:
-    """Raises ModelError for a model without one."""
+    """Raises ModelError for a model without one, and for one whose text has no next token to predict."""
+    if not writes_text(opened.model):
+        raise ModelError(
+            f"{opened.ref.name} is no causal language model, so only similarity ranks; leave out --quality"
+        )
     if opened.tokenizer is None:
         raise ModelError(f"{opened.ref.name} has no tokenizer, so no text can choose or repair; leave out --quality")
     return opened.tokenizer

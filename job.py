@@ -7,19 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from dropformer import api
+from dropformer.eval.likeness import Likeness, likeness
 from dropformer.eval.report import Measured, Report, TextRef, card_lines, measure_quality, measure_speed, sizes
 from dropformer.eval.sweep import Sweep, find_cliff, point
 from dropformer.eval.trend import trend
 from dropformer.improving import Improvement, given_plan, improved
 from dropformer.metrics.calibration import Calibration
 from dropformer.metrics.distributed import rank
+from dropformer.metrics.images import PIXELS
+from dropformer.metrics.material import fitted, material
 from dropformer.metrics.picture import similarity_by_depth
 from dropformer.metrics.scores import Scores
 from dropformer.metrics.windows import windows
 from dropformer.preflight import check_out, default_out, short_name
 from dropformer.prune.checkpoint import Exported, export
+from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.formats import known_format
+from dropformer.prune.inputs import of_images, takes_pictures, writes_text
 from dropformer.prune.plan import Plan, parse_spec
 from dropformer.prune.writing import How
 from dropformer.recipes import Recipe
@@ -90,8 +95,13 @@ def make_plan(opened: api.Opened, request: Request, watcher: Watcher) -> tuple[P
     spec = request.drop or ""
     published = opened.recipe.published if opened.recipe else None  # type: ignore[union-attr]
     if all(s.published or s.indices is not None for s in parse_spec(spec)):
-        outline = api.outline(opened.model)
+        outline = api.outline(opened.model, spec)
         return api.plan_unscored(opened.ref, outline, spec, request.keep, published), None  # type: ignore[arg-type]
+    if seen := next((s for s in parse_spec(spec) if of_images(s.stack)), None):
+        raise PlanError(
+            f"`{seen}` needs scores on images with their texts; name the layers, as in {seen.stack}.{seen.kind}=1,2, "
+            "or use dropformer.analyze(model, batches) in Python"
+        )
     scores = get_scores(opened, request, watcher)
     return api.plan(scores, spec, request.keep, published), scores  # type: ignore[arg-type]
 
@@ -144,9 +154,13 @@ def run(request: Request, watcher: Watcher | None = None) -> Outcome:
 def _measure(
     opened: api.Opened, pruned: Any, plan: Plan, request: Request, watcher: Watcher
 ) -> tuple[Measured, Measured]:
-    quality = speed = Measured({}, {}, {})
-    generates = hasattr(pruned, "generate") and not pruned.config.is_encoder_decoder
-    if request.measure and opened.tokenizer is not None and generates:
+    nothing = Measured({}, {}, {})
+    quality = speed = nothing
+    if not request.measure:
+        return quality, speed
+    if not writes_text(pruned):
+        return Measured({}, {}, {"outputs": _likeness(opened, pruned, request, watcher)}), nothing
+    if opened.tokenizer is not None:
         data = windows(replace(HELD_OUT, name=request.text), opened.tokenizer)
         text = TextRef(name=request.text, windows=len(data), length=data.ids.shape[1], hash=data.ref.hash)
         with watcher.stage(f"perplexity on {request.text}"):
@@ -157,6 +171,18 @@ def _measure(
             with watcher.stage("speed, dense and pruned interleaved"):
                 speed = measure_speed(opened.model, pruned, request.seconds)
     return quality, speed
+
+
+def _likeness(opened: api.Opened, pruned: Any, request: Request, watcher: Watcher) -> Likeness | None:
+    """How like the outputs are on held-out text, or on images like those calibrated on; None without either."""
+    name = (request.calibration.calibration or PIXELS) if takes_pictures(pruned) else request.text
+    if opened.tokenizer is None and not takes_pictures(pruned):
+        return None
+    length = min(HELD_OUT.length, request.calibration.length or HELD_OUT.length)
+    chosen = replace(fitted(pruned, replace(HELD_OUT, length=length)), name=name)
+    with watcher.stage(f"outputs on {name}"):
+        data = material(pruned, opened.tokenizer, opened.path, chosen)
+        return likeness(opened.model, pruned, data.batches(1), name)
 
 
 def _report(dense: Any, pruned: Any, plan: Plan, copied: CopyReport, quality: Measured, speed: Measured) -> Report:
@@ -200,6 +226,8 @@ def sweep(request: Request, kind: str, counts: list[int], shape: tuple[int, int]
     """Measure every number of drops of a kind, most redundant first, on windows of the shape (N, T)."""
     with watcher.stage("opening the model"):
         opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
+    if not writes_text(opened.model):
+        raise ModelError(f"a sweep measures perplexity, and {request.model} is no causal language model; prune it")
     scores = get_scores(opened, request, watcher)
     data = windows(Calibration(request.text, *shape, seed=HELD_OUT.seed), opened.tokenizer)
     points = []

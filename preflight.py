@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from dropformer.metrics.images import PIXELS, image_files
 from dropformer.metrics.text import check_name
 from dropformer.prune.errors import OutputError, PlanError
 from dropformer.prune.files import open_checkpoint
@@ -28,7 +29,10 @@ def check(
     if out:
         check_out(out)
     for name in calibration.split(",") if calibration else ():
-        check_name(name)
+        if Path(name).is_dir():
+            image_files(name)
+        elif name != PIXELS:
+            check_name(name)
     folder = locate(model)
     if folder:
         open_checkpoint(folder)

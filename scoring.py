@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 from dropformer import api
 from dropformer.metrics import distributed
 from dropformer.metrics.calibration import CalibrationRef
+from dropformer.metrics.images import PIXELS
+from dropformer.metrics.material import fitted, material
 from dropformer.metrics.measure import Measuring, measure
+from dropformer.metrics.pictures import Material, Pictures
 from dropformer.metrics.scores import Scores
-from dropformer.metrics.windows import Windows, windows
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.recipes.cache import cache_folder
 
@@ -42,7 +44,7 @@ def get_scores(opened: api.Opened, request: Request, watcher: Watcher) -> Scores
                 f"{request.scores} was measured on other weights than {opened.ref.name}; analyze this model"
             )
         return scores
-    data = _windows(opened, request, watcher)
+    data = _material(opened, request, watcher)
     kept = scores_cache(opened.ref.fingerprint or "", data.ref)
     if scores := _reused(kept, opened, data):  # type: ignore[assignment]
         watcher.say(f"scores: reused, same weights and same tokens ({kept})")
@@ -53,17 +55,31 @@ def get_scores(opened: api.Opened, request: Request, watcher: Watcher) -> Scores
     return scores
 
 
-def _windows(opened: api.Opened, request: Request, watcher: Watcher) -> Windows:
-    if opened.tokenizer is None:
-        raise ModelError(
-            f"{opened.ref.name} has no tokenizer, so text cannot calibrate it; use dropformer.analyze in Python"
-        )
-    settings = request.calibration.of(opened.recipe)
+def _material(opened: api.Opened, request: Request, watcher: Watcher) -> Material:
+    said = request.calibration
+    settings = said.of(opened.recipe)
     why = "the recipe's" if opened.recipe and settings == api.default_calibration(opened.recipe) else "as asked"
-    if not opened.recipe and request.calibration.calibration is None:
+    if not opened.recipe and said.calibration is None:
         why = "the default, no recipe names another"
-    watcher.say(f"calibration: {settings.name}, {settings.samples} windows of {settings.length} tokens ({why})")
-    return windows(settings, opened.tokenizer)
+    free = fitted(opened.model, settings)
+    settings = replace(
+        settings,
+        name=settings.name if said.calibration else free.name,
+        length=settings.length if said.length else free.length,
+    )
+    data = material(opened.model, opened.tokenizer, opened.path, settings)
+    watcher.say(f"calibration: {wording(data, opened)} ({why})")
+    return data
+
+
+def wording(data: Material, opened: api.Opened) -> str:
+    """What a model is calibrated on, in words, and what its decoder reads where it has one beside an encoder."""
+    if isinstance(data, Pictures):
+        random = "random pixels, no images: " if data.ref.name == PIXELS else ""
+        return f"{random}{data.ref.name}, {len(data)} images"
+    two = getattr(getattr(opened.model, "config", None), "is_encoder_decoder", False)
+    shifted = "; the decoder reads the encoder's text, shifted right" if two else ""
+    return f"{data.ref.name}, {len(data)} windows of {data.ref.length} tokens{shifted}"
 
 
 def scores_cache(fingerprint: str, calibration: CalibrationRef) -> Path:
@@ -71,7 +87,7 @@ def scores_cache(fingerprint: str, calibration: CalibrationRef) -> Path:
     return cache_folder() / "scores" / f"{fingerprint[:16]}-{calibration.hash[:16]}.json"
 
 
-def _reused(kept: Path, opened: api.Opened, data: Windows) -> Scores | None:
+def _reused(kept: Path, opened: api.Opened, data: Material) -> Scores | None:
     """What process 0 finds in its cache, in every process: they all measure, or none does."""
     found = ""
     if distributed.rank() == 0 and kept.exists() and (scores := Scores.read(kept)).matches(opened.ref, data.ref):
@@ -80,7 +96,7 @@ def _reused(kept: Path, opened: api.Opened, data: Windows) -> Scores | None:
     return Scores.model_validate_json(found) if found else None
 
 
-def _measured(opened: api.Opened, data: Windows, request: Request, watcher: Watcher) -> Scores:
+def _measured(opened: api.Opened, data: Material, request: Request, watcher: Watcher) -> Scores:
     if request.memory is not None:
         return _streamed(opened, data, request, watcher)
     rows = scores_cache(opened.ref.fingerprint or "", data.ref).with_suffix(".rows.jsonl")
@@ -92,7 +108,7 @@ def _measured(opened: api.Opened, data: Windows, request: Request, watcher: Watc
     return scores
 
 
-def _streamed(opened: api.Opened, data: Windows, request: Request, watcher: Watcher) -> Scores:
+def _streamed(opened: api.Opened, data: Material, request: Request, watcher: Watcher) -> Scores:
     from dropformer.metrics.memory import parse_bytes
     from dropformer.metrics.streaming import open_streamed, stream_scores
 

@@ -130,6 +130,8 @@ def report_notes(report: Report) -> list[str]:
             f"perplexity: {text.windows} windows of {text.length} tokens of `{text.name}`, not calibrated on; "
             f"KL(dense || pruned) {report.kl:.4f} nats a token"
         )
+    if report.outputs:
+        notes += [str(report.outputs), "no perplexity and no decode speed: the model writes no text token by token"]
     if report.trend and report.trend.cliff is not None:
         notes.append(f"warning: {report.trend}")
     if report.speed:
@@ -159,7 +161,8 @@ def done(out: Any, record: Mapping[str, Any], difference: float | None = None) -
     """Where the checkpoint is, how it is loaded, and how it was checked."""
     form = known_format(record["format"])
     checked = form.checked if difference is None else f"reloaded, logits equal to {difference:.1e}"
-    return f"wrote {out} ({form.summary(record['packed'])}); {checked}"
+    notes = "".join(f"\nnote: {note}" for note in record["notes"])
+    return f"wrote {out} ({form.summary(record['packed'])}); {checked}{notes}"
 
 
 def _change(before: float, after: float) -> str:

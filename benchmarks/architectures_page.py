@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import transformers
 from transformers.models.auto import modeling_auto
 
-OTHERS = ("MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ", "TEXT_TO_WAVEFORM")
+OTHER_KINDS = ("MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ", "TEXT_TO_WAVEFORM")
+CAUSAL_PART, OTHERS_PART = "## Causal language models", "## Encoders, encoder-decoders, vision models"
 DOCUMENT = """# Architectures
 
-Every causal language model of transformers {version}, tried by `python benchmarks/architectures.py`:
-a tiny random model of the family is analyzed; attention layers, MLP layers and blocks are dropped; each
-pruned model equals the dense one with these branches silenced, generates with its cache what it generates
-without, and is the same after export and reload.
+Every causal language model of transformers {version}, tried by `python benchmarks/architectures.py`, and a choice of
+its encoders, encoder-decoders, vision and vision-language models, by the same with `--others`:
+a tiny random model of the family is analyzed; attention, cross-attention and MLP layers and blocks of each stack are
+dropped; each pruned model equals the dense one with these branches silenced, generates with its cache what it generates
+without where it generates, keeps its head, and is the same after export and reload, by dropformer and by transformers'
+Auto class.
 
-Of {families} families {works} work, {partly} work in part, {refused} are refused, {wrong} are wrong.
+Of {families} causal families {works} work, {partly} work in part, {refused} are refused, {wrong} are wrong.
 Of those that are text decoders and nothing else, {share} work.
-Families marked unbuildable do not build from their default config here and are not counted.
+Of {others[families]} models of other kinds {others[works]} work, {others[partly]} work in part, {others[refused]} are \
+refused, {others[wrong]} are wrong.
+Those marked unbuildable do not build from their default config here and are not counted.
 
 ## How a drop leaves the model
 
@@ -53,9 +59,30 @@ files while no block gets another number; else it goes, since transformers leave
 - Inkling keeps the states of its short convolutions, before and after attention and MLP, in the cache entry of the
   attention, and X-MOD adds the output of its adapters to that of the MLP: these kinds stay, the others work.
 
-## Families
+## What is no causal language model
+
+- **Names.** A model of one stack has `attn:3`, `mlp:3`, `block:3`.  Of an encoder-decoder the stacks are
+  `encoder.attn:3` and `decoder.attn:3`, and the attention of the decoder to the encoder is `decoder.cross:3`.  Where
+  blocks stand in stages (Swin, Funnel, SegFormer), each stage is a stack with the number of the stage in its name.
+- **Heads.** A checkpoint keeps the head that its config.json names in `architectures`, whichever that is: loading never
+  falls back to the trunk, nor to another head with random weights.
+- **T5** (mT5, LongT5, Switch) computes the bias for relative positions in block 0 and hands it on, so attention and
+  cross-attention of block 0 stay; UMT5 has a bias in each block, and everything goes.
+- **ALBERT** runs one block many times with the same weights: no single pass of it can be dropped, but config.json says
+  how often it runs (`num_hidden_layers`).  With as many groups as layers each has weights of its own and can go.
+- **BigBird** exchanges its sparse attention for full attention on short inputs, for good, while it runs: it is refused
+  until its config says `attention_type: original_full`.
+- **Stages.** Funnel counts its blocks by stage and Swin alternates shifted windows: their blocks stay in place, empty.
+- **Vision-language models.** The language stack is the main one, `attn:3`; the vision tower is left alone unless
+  named, as in `vision.attn:3`.
+
+{causal_part}
 
 {table}
+
+{others_part}
+
+{others_table}
 """
 
 
@@ -66,16 +93,24 @@ class Verdict:
     family: str
     result: str
     said: str = ""
+    model: str = ""
 
 
 def table(verdicts: list[Verdict]) -> str:
-    rows = [f"| {v.family} | {v.result} | {v.said.replace('|', '/')} |" for v in verdicts]
-    return "\n".join(["| family | result | |", "|---|---|---|", *rows])
+    rows = [f"| {v.family} | {v.model} | {v.result} | {v.said.replace('|', '/')} |" for v in verdicts]
+    return "\n".join(["| family | class | result | |", "|---|---|---|---|", *rows])
+
+
+def kept(page: str, part: str) -> list[Verdict]:
+    """The verdicts of one part of a page that was written before."""
+    rows = page.partition(part)[2].partition("\n## ")[0].splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:5]] for row in rows if row.startswith("| ")][1:]
+    return [Verdict(family, result, said, model) for family, model, result, said in cells]
 
 
 def decoder_only(family: str) -> bool:
     """Is the family a text decoder and nothing else: in none of the tables of other kinds of model?"""
-    return not any(family in getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES") for kind in OTHERS)
+    return not any(family in getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES") for kind in OTHER_KINDS)
 
 
 def count(verdicts: list[Verdict]) -> dict[str, int]:
@@ -84,9 +119,26 @@ def count(verdicts: list[Verdict]) -> dict[str, int]:
     return counts | {result: results.count(result) for result in ("works", "partly", "refused", "wrong")}
 
 
-def document(verdicts: list[Verdict]) -> str:
-    every, decoders = count(verdicts), count([v for v in verdicts if decoder_only(v.family)])
-    return DOCUMENT.format(version=transformers.__version__, table=table(verdicts), share=_share(decoders), **every)
+def write(path: Path, verdicts: list[Verdict], are_others: bool) -> None:
+    """Write the page with the new verdicts of one part; all others that it holds already stay."""
+    page = path.read_text(encoding="utf-8") if path.exists() else ""
+    parts = {part: {(v.family, v.model): v for v in kept(page, part)} for part in (CAUSAL_PART, OTHERS_PART)}
+    parts[OTHERS_PART if are_others else CAUSAL_PART] |= {(v.family, v.model): v for v in verdicts}
+    path.write_text(document(*(list(part.values()) for part in parts.values())), encoding="utf-8")
+
+
+def document(causal: list[Verdict], others: list[Verdict]) -> str:
+    decoders = count([v for v in causal if decoder_only(v.family)])
+    return DOCUMENT.format(
+        version=transformers.__version__,
+        causal_part=CAUSAL_PART,
+        table=table(causal),
+        others_part=OTHERS_PART,
+        others_table=table(others),
+        share=_share(decoders),
+        others=count(others),
+        **count(causal),
+    )
 
 
 def _share(counts: dict[str, int]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dropformer.eval.likeness import Likeness
 from dropformer.eval.memory import kv_bytes_per_token, parameter_count
 from dropformer.eval.perplexity import side_by_side
 from dropformer.eval.speed import quick
@@ -62,6 +63,7 @@ class Report(Artifact):
     kl_stderr: float | None = None
     trend: Trend | None = None
     speed: SpeedRef | None = None
+    outputs: Likeness | None = None
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,11 @@ def measure_speed(dense: nn.Module, pruned: nn.Module, seconds: float) -> Measur
 
 
 def sizes(model: nn.Module, checkpoint_bytes: int) -> dict[str, int]:
-    """Parameters, checkpoint bytes, and KV bytes per token counted from a real cache."""
+    """Parameters, checkpoint bytes, and KV bytes per token counted from a real cache (0 where nothing is written)."""
     return {
         "parameters": parameter_count(model),
         "checkpoint_bytes": checkpoint_bytes,
-        "kv_bytes_per_token": kv_bytes_per_token(model),
+        "kv_bytes_per_token": kv_bytes_per_token(model) if hasattr(model, "generate") else 0,
     }
 
 
@@ -116,6 +118,8 @@ def card_lines(report: Report) -> list[str]:
             f"Perplexity on {report.text.windows} windows of {report.text.length} tokens of `{report.text.name}`: "
             f"{report.dense.perplexity:.2f} dense, {report.pruned.perplexity:.2f} pruned ({ratio:.3f} times)."
         )
+    if report.outputs:
+        lines.append(f"{str(report.outputs).capitalize()}.")
     if report.speed and report.dense.decode_tokens_per_s and report.pruned.decode_tokens_per_s:
         ratio = report.pruned.decode_tokens_per_s / report.dense.decode_tokens_per_s
         lines.append(

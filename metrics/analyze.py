@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dropformer.metrics.capture import Rows, capturing
+from dropformer.metrics.pictures import Material
 from dropformer.metrics.scores import LayerScore, Scores
-from dropformer.metrics.windows import Windows
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.census import outline_of
@@ -40,7 +40,7 @@ def analyze_model(
     CalibrationError when there is nothing to average.
     """
     first, pairs = _peek(batches)
-    architecture = architecture or proven(model, first[0])
+    architecture = proven(model, first[0], architecture)
     parts: list[Rows] = []
     with measuring(model, architecture) as run:
         for inputs, scored in pairs:
@@ -55,10 +55,15 @@ def joined(parts: Sequence[Rows]) -> Rows:
     return Rows(torch.cat([part.sums for part in parts]), torch.cat([part.tokens for part in parts]))
 
 
-def proven(model: nn.Module, batch: Batch | None = None) -> Architecture:
-    """The architecture of a model, found and proven.  A module without a config needs a batch of its inputs."""
-    sample = None if hasattr(model, "config") or batch is None else as_inputs(model, _few(batch))
-    architecture = discover(model, sample)
+def proven(model: nn.Module, batch: Batch | None = None, told: Architecture | None = None) -> Architecture:
+    """The architecture of a model, found or told, and proven.  A module without a config needs a batch of its
+    inputs."""
+    sample = None
+    if isinstance(batch, Mapping) and {"input_ids", "pixel_values"} <= batch.keys():
+        sample = as_inputs(model, batch)  # images and their places in the text belong together
+    elif batch is not None and not hasattr(model, "config"):
+        sample = as_inputs(model, _few(batch))
+    architecture = told or discover(model, sample)
     prove(model, architecture, sample)
     return architecture
 
@@ -126,7 +131,7 @@ def standard_error(rows: Rows) -> Tensor | None:
     return (residuals.square().sum(0) / (n - 1) / n).sqrt() / tokens.mean(0)
 
 
-def calibrated(scores: Scores, windows: Windows) -> Scores:
+def calibrated(scores: Scores, windows: Material) -> Scores:
     """The scores with the calibration they came from written in."""
     return scores.model_copy(update={"calibration": windows.ref})
 
@@ -154,7 +159,18 @@ def as_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     fields = {next(iter(names)): batch} if isinstance(batch, Tensor) else dict(batch)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in fields.items()}
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" in names
+    if two and "input_ids" in moved and "decoder_input_ids" not in moved:
+        moved["decoder_input_ids"] = shifted(moved["input_ids"], model)
     return moved | {"use_cache": False} if "use_cache" in names else moved
+
+
+def shifted(ids: Tensor, model: nn.Module) -> Tensor:
+    """What a decoder reads when it is to write `ids`: its start token, and all of them but the last.  [B, T]"""
+    config: Any = getattr(model, "config", None)
+    named = (getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))
+    start = next((token for token in named if isinstance(token, int)), 0)
+    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
 
 
 def _few(batch: Batch) -> Batch:

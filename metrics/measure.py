@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from dropformer.metrics import distributed
 from dropformer.metrics.analyze import Progress, calibrated, joined, measuring, proven, scores_of
 from dropformer.metrics.capture import Rows
+from dropformer.metrics.pictures import Material
 from dropformer.metrics.resume import Header, RowsFile
 from dropformer.metrics.scores import Scores, Settled
 from dropformer.metrics.stability import Stopper, first
-from dropformer.metrics.windows import Windows
 from dropformer.prune.architecture import Architecture
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.census import outline_of
@@ -40,7 +40,11 @@ class Measuring:
 
 
 def measure(
-    model: nn.Module, data: Windows, ref: ModelRef, how: Measuring | None = None, progress: Progress | None = None
+    model: nn.Module,
+    data: Material,
+    ref: ModelRef,
+    how: Measuring | None = None,
+    progress: Progress | None = None,
 ) -> Scores:
     """Scores of a model on calibration windows, the same whatever the number of processes.
 
@@ -63,7 +67,12 @@ def measure(
 
 
 def _earlier(
-    model: nn.Module, data: Windows, ref: ModelRef, how: Measuring, architecture: Architecture, stack: ExitStack
+    model: nn.Module,
+    data: Material,
+    ref: ModelRef,
+    how: Measuring,
+    architecture: Architecture,
+    stack: ExitStack,
 ) -> tuple[dict[int, Rows], RowsFile | None]:
     """What an earlier run left, in every process, and the file that process 0 adds to."""
     if how.rows is None or ref.fingerprint is None:
@@ -95,7 +104,12 @@ class _Watch:
 
 
 def _run(
-    model: nn.Module, architecture: Architecture, data: Windows, earlier: dict[int, Rows], watch: _Watch, size: int
+    model: nn.Module,
+    architecture: Architecture,
+    data: Material,
+    earlier: dict[int, Rows],
+    watch: _Watch,
+    size: int,
 ) -> tuple[Rows, Settled | None]:
     """Measure the windows that are missing, each process its batch a round, until all are or the set is settled."""
     done = dict(earlier)

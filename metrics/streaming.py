@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -58,6 +59,13 @@ class Streamed:
         return max(self.weights.nbytes(block.path) for block in blocks_of(self.architecture))
 
 
+def _builder(loader: Any) -> Any:
+    """How an Auto class, or a model's own class, builds from a config."""
+    if hasattr(loader, "from_config"):
+        return loader.from_config
+    return lambda config, dtype, trust_remote_code: loader._from_config(config, dtype=dtype)
+
+
 def open_streamed(path: Path, dtype: torch.dtype | str = torch.float32, trust_remote_code: bool = False) -> Streamed:
     """Read a checkpoint's config and headers only; `dtype` "auto" is the config's.
 
@@ -68,7 +76,7 @@ def open_streamed(path: Path, dtype: torch.dtype | str = torch.float32, trust_re
         dtype = getattr(config, "dtype", None) or torch.float32
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{path} is quantized, and quantized weights cannot be streamed; leave out --memory")
-    build = auto_class(config).from_config
+    build = _builder(auto_class(config))
     with quiet_transformers():
         with torch.device("meta"):
             # bfloat16, since the grouped products of experts have no other form there; the dtype is of no matter
@@ -86,7 +94,12 @@ def _unpadded(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def stream_scores(
-    streamed: Streamed, data: Windows, ref: ModelRef, memory: int, size: int = 1, progress: Progress | None = None
+    streamed: Streamed,
+    data: Windows,
+    ref: ModelRef,
+    memory: int,
+    size: int = 1,
+    progress: Progress | None = None,
 ) -> Scores:
     """Scores of a model on calibration windows, `size` at a time, in about `memory` bytes of RAM.
 
@@ -102,7 +115,12 @@ def stream_scores(
 
 
 def stream(
-    streamed: Streamed, data: Windows, which: list[int], size: int, memory: int, progress: Progress | None = None
+    streamed: Streamed,
+    data: Windows,
+    which: list[int],
+    size: int,
+    memory: int,
+    progress: Progress | None = None,
 ) -> Rows:
     """The rows of windows `which`, in their order."""
     batches = [data.batch(which[i : i + size]) for i in range(0, len(which), size)]

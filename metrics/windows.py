@@ -57,15 +57,17 @@ def windows(calibration: Calibration, tokenizer: Any) -> Windows:
 
 
 def _packed(calibration: Calibration, tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Random windows of the documents laid end to end, each led by the BOS token where the tokenizer adds one."""
-    start = bos(tokenizer)
-    body = calibration.length - len(start)
+    """Random windows of the documents laid end to end, each framed as the tokenizer frames a text."""
+    start, end = frame(tokenizer)
+    body = calibration.length - len(start) - len(end)
+    if body < 1:
+        raise CalibrationError(f"{calibration.length} tokens hold no text beside the special ones; raise --length")
     rows: list[list[int]] = []
     rest: list[int] = []
     wanted = calibration.samples if calibration.name not in FINITE else None
     for text in documents(calibration.name):
         rest += tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
-        rows += [start + rest[i : i + body] for i in range(0, len(rest) - body + 1, body)]
+        rows += [start + rest[i : i + body] + end for i in range(0, len(rest) - body + 1, body)]
         rest = rest[len(rest) // body * body :]
         if wanted and len(rows) >= wanted * STREAM_POOL:
             break
@@ -108,3 +110,11 @@ def bos(tokenizer: Any) -> list[int]:
     """[BOS] where the tokenizer begins texts with it, else []."""
     start = tokenizer("a", verbose=False)["input_ids"][:1]
     return start if start and start[0] == tokenizer.bos_token_id else []
+
+
+def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text: [BOS] or [CLS], and [SEP] or [EOS]."""
+    whole, inner = (tokenizer("a", verbose=False, add_special_tokens=say)["input_ids"] for say in (True, False))
+    places = (i for i in range(len(whole) - len(inner) + 1) if whole[i : i + len(inner)] == inner)
+    place = next(places, len(bos(tokenizer)))
+    return whole[:place], whole[place + len(inner) :]

@@ -7,7 +7,7 @@ the others stay with a part skipped.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,21 @@ class Arrangement:
         """True when every block is where it was, so that no number and no count changes."""
         moved = any(b.source != i or b.mlp != i for blocks in self.stacks.values() for i, b in enumerate(blocks))
         return not moved and all(len(self.stacks[stack.name]) == stack.blocks for stack in outline.stacks)
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """What was done to a model: the outline it had, the layers that went, the blocks that remain.
+
+    `note` says why blocks that lost everything stayed as empty ones, where that is so.  `tensors`: parameters
+    of the pruned model, by its names, that are no longer the dense model's (repairs).
+    """
+
+    outline: Outline
+    layers: tuple[Layer, ...]
+    arrangement: Arrangement
+    note: str = ""
+    tensors: Mapping[str, Any] = field(default_factory=dict)
 
 
 def arrange(

@@ -35,7 +35,7 @@ def model_card(plan: Plan, record: dict[str, Any], loading: str, results: list[s
         lines += ["", "Repaired: " + "; ".join(plan.repairs) + "."]
     if results:
         lines += ["", *results]
-    lines += ["", loading]
+    lines += ["", loading, *(f"Note: {note}." for note in record["notes"])]
     if record["command"]:
         lines += ["", f"Made with dropformer {record['dropformer']}: `{record['command']}`"]
     return "\n".join(lines) + "\n"

@@ -7,17 +7,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from dropformer.prune.architecture import Architecture, Block, Branch, Stack
 from dropformer.prune.inputs import sample_inputs
+from dropformer.prune.loading_names import auto_names, native_class
 from dropformer.prune.outline import BlockOutline, BranchOutline, Outline, StackOutline
+from dropformer.prune.signature import signature
 
 
 def outline_of(model: nn.Module, architecture: Architecture) -> Outline:
     """The architecture as data, with what each branch weighs.  Meta models will do."""
     kv = _cache_elements(model, architecture)
-    stacks = [_stack(model, stack, kv if len(architecture.stacks) == 1 else {}) for stack in architecture.stacks]
-    return Outline(stacks=stacks, parameters=sum(p.numel() for p in model.parameters()))
+    writes = next((s for s in architecture.stacks if s.name in ("", "decoder")), architecture.stacks[0])
+    stacks = [_stack(model, stack, kv if stack is writes else {}) for stack in architecture.stacks]
+    autos = auto_names(native_class(type(model))) if isinstance(model, PreTrainedModel) else []
+    return Outline(stacks=stacks, parameters=sum(p.numel() for p in model.parameters()), autos=autos)
 
 
 def _stack(model: nn.Module, stack: Stack, kv: dict[int, int]) -> StackOutline:
@@ -45,9 +50,16 @@ def _stack(model: nn.Module, stack: Stack, kv: dict[int, int]) -> StackOutline:
         blocks=len(stack.blocks),
         parallel=parallel,
         caches=caches,
+        alike=_alike(model, stack),
         branches=branches,
         rest=_rest(model, stack),
     )
+
+
+def _alike(model: nn.Module, stack: Stack) -> bool:
+    """Are all blocks made of the same modules, with the same settings?"""
+    first, *others = (signature(model.get_submodule(block.path)) for block in stack.blocks)
+    return all(other == first for other in others)
 
 
 def _caches(model: nn.Module, stack: Stack) -> int:
@@ -110,6 +122,7 @@ def _cache_elements(model: nn.Module, architecture: Architecture) -> dict[int, i
     except Exception:  # whatever the model's own code raises: BLT has no cache in transformers 5.23
         return {}
     tokens = inputs["input_ids"].numel()
+    cache = getattr(cache, "self_attention_cache", cache)
     elements = {}
     for index, layer in enumerate(getattr(cache, "layers", [])):
         held = [getattr(layer, name, None) for name in ("keys", "values")]

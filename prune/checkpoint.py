@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dropformer.prune import modeling
+from dropformer.prune.arrange import Surgery
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.config import completed
 from dropformer.prune.errors import VerificationError
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
 from dropformer.prune.formats import known_format
-from dropformer.prune.inputs import sample_inputs
+from dropformer.prune.inputs import of_images, sample_inputs, with_images
 from dropformer.prune.load import load
-from dropformer.prune.loading_names import meta_model, parameter_names
+from dropformer.prune.loading_names import auto_names, meta_model, native_class, parameter_names
+from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan
 from dropformer.prune.record import licence_of, read_config, write_record
-from dropformer.prune.replacing import new_tensor
-from dropformer.prune.surgery import Surgery, config_from
+from dropformer.prune.surgery import config_from
 from dropformer.prune.writing import How, Writing, copy_side_files, write_config
 
 
@@ -65,10 +65,11 @@ def export(
     writing = replace(writing_of(native_class(type(model)), surgery, open_checkpoint(source), how), model=model)
     with new_folder(out) as folder:
         copied = kind.write(writing, folder)
-        copy_side_files(source, folder)
+        if kind.sides:
+            copy_side_files(source, folder)
         results = finish(folder, copied) if finish else None
         record = write_record(folder, plan, surgery.arrangement, copied, how.format, results)
-        difference = verify(folder, model) if kind.reloads else None
+        difference = verify(folder, model, surgery.outline) if kind.reloads else None
     return Exported(out, copied, record, difference)
 
 
@@ -79,31 +80,22 @@ def writing_of(native: type[PreTrainedModel], surgery: Surgery, source: Checkpoi
     if not surgery.arrangement.in_place(surgery.outline):
         config = completed(config, known.to_dict(), surgery.outline)
     return Writing(
-        source=source,
-        config=config,
-        outline=surgery.outline,
-        layers=surgery.layers,
-        arrangement=surgery.arrangement,
-        names=parameter_names(meta_model(native, known), source.tensors),
-        prefix=native.base_model_prefix,
-        new={name: new_tensor(tensor) for name, tensor in surgery.tensors.items()},
-        how=how,
-    )
+        source, config, surgery, parameter_names(meta_model(native, known), source.tensors), native.base_model_prefix,
+        auto_names(native), how,
+    )  # fmt: skip
 
 
-def native_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The transformers class behind a pruned one."""
-    return cls.__bases__[0] if cls.__module__ == modeling.__name__ else cls
-
-
-def verify(folder: Path, model: PreTrainedModel) -> float:
+def verify(folder: Path, model: PreTrainedModel, outline: Outline) -> float:
     """Reload a checkpoint and compare its logits with the model in memory; the largest difference.
+
+    The batch holds images where the outline has the vision tower of a vision-language model.
 
     Raises VerificationError when a tensor is missing or unexpected or the difference exceeds 1e-4 of
     the largest logit.
     """
     again = load(folder, dtype=model.dtype, device=model.device)
-    inputs = sample_inputs(model)
+    images = any(of_images(stack.name) for stack in outline.stacks)
+    inputs = with_images(model) if images else sample_inputs(model)
     with torch.inference_mode(), quiet_eval(model), quiet_eval(again):
         mine, theirs = model(**inputs)[0].float(), again(**inputs)[0].float()
     difference = float((mine - theirs).abs().max())
@@ -147,9 +139,10 @@ def save_in_memory(model: PreTrainedModel, surgery: Surgery, plan: Plan, out: Pa
         model.save_pretrained(folder)
         written = open_checkpoint(folder)
         if not surgery.arrangement.packed:
-            write_config(folder, json.loads((folder / "config.json").read_text(encoding="utf-8")))
+            fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            write_config(folder, fields, surgery.outline.autos)
         share = plan.savings.parameters / max(1, plan.savings.parameters_after)
         report = CopyReport(len(written.tensors), 0, written.nbytes, round(written.nbytes * (share - 1)))
         record = write_record(folder, plan, surgery.arrangement, report)
-        difference = verify(folder, model)
+        difference = verify(folder, model, surgery.outline)
     return Exported(out, report, record, difference)

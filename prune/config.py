@@ -8,17 +8,21 @@ from typing import Any
 from dropformer.prune.architecture import KIND_NAMES
 from dropformer.prune.arrange import Arrangement, NewBlock, new_index, skipped_modules
 from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.inputs import of_images
 from dropformer.prune.outline import Outline, StackOutline
 
 # What counts the blocks of a stack, by the stack's name.
 COUNTS = {
-    "": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks"),
+    "": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "num_hidden_groups"),
     "encoder": ("encoder_layers", "num_encoder_layers", "num_layers"),
     "decoder": ("decoder_layers", "num_decoder_layers"),
 }
+# Numbers of blocks by stage, of which each is a stack.
+STAGES = ("depths", "block_sizes")
 # One entry a block: the entries of blocks that stay.
 _BLOCK = "layer_types attention_layers layers_block_type block_types no_rope_layers indexer_types layer_rope_theta"
-PER_BLOCK = {*_BLOCK.split(), "num_attention_heads_per_layer"}
+PER_BLOCK = {*_BLOCK.split(), "num_attention_heads_per_layer", "attention_window"}
+NOT_THE_DECODERS = {"attention_window"}  # LED's sparse windows are its encoder's alone
 # One letter a block.
 PATTERNS = {"hybrid_override_pattern"}
 # One entry a block, following the MLP.
@@ -35,11 +39,17 @@ def pruned_config(config: dict[str, Any], outline: Outline, arrangement: Arrange
 
     `config` is config.json as read.  Raises ArchitectureError for a per-block list that it does not know.
     """
-    new = copy.deepcopy(config)
+    new, shortened = copy.deepcopy(config), False
     for stack in outline.stacks:
         blocks = arrangement.stacks[stack.name]
         if any(b.source != i or b.mlp != i for i, b in enumerate(blocks)) or len(blocks) != stack.blocks:
+            if of_images(stack.name) and "vision_feature_layer" in new:
+                raise ArchitectureError("blocks stay where they are: vision_feature_layer counts them")
             _shorten(_section(new, stack), stack, blocks)
+            shortened = True
+    encoder, decoder = (new.get(key) for key in ("num_layers", "num_decoder_layers"))
+    if shortened and isinstance(encoder, int) and isinstance(decoder, int) and encoder < decoder:
+        raise ArchitectureError("blocks stay where they are: transformers sizes the decoder's cache by the encoder")
     return new if arrangement.packed else _as_pruned(new, outline, arrangement)
 
 
@@ -77,6 +87,8 @@ def _section(config: dict[str, Any], stack: StackOutline) -> dict[str, Any]:
 
 
 def _shorten(config: dict[str, Any], stack: StackOutline, blocks: tuple[NewBlock, ...]) -> None:
+    if stage := next((key for key in STAGES if isinstance(config.get(key), list)), None):
+        raise ArchitectureError(f"blocks stay where they are: config.json counts them by stage (`{stage}`)")
     counts = _counts(config, stack)
     if not counts and not any(len(config.get(key) or ()) == stack.blocks for key in PER_BLOCK | PATTERNS):
         raise ArchitectureError(
@@ -103,6 +115,8 @@ def _counts(config: dict[str, Any], stack: StackOutline) -> list[str]:
 
 
 def _follower(key: str, value: Any, stack: StackOutline):  # type: ignore[no-untyped-def]
+    if key in NOT_THE_DECODERS and stack.name == "decoder":
+        return None
     if key in INDICES and isinstance(value, list):
         part = INDICES[key]
         return lambda v, blocks: [new for new, b in enumerate(blocks) if getattr(b, part) in v]
@@ -144,9 +158,21 @@ def _as_pruned(config: dict[str, Any], outline: Outline, arrangement: Arrangemen
     blocks = arrangement.stacks[main.name]
     skips = {i: sorted(KIND_NAMES[k].lower() for k in b.skipped) for i, b in enumerate(blocks) if b.skipped}
     mapped = {new_index(arrangement, layer) for layer in arrangement.mapped if layer.stack == main.name}
-    silent = sorted(mapped | {i for i, names in skips.items() if "attention" in names})
+    _check_two_caches(_section(config, main), main, skips)
+    two = any(branch.kind == "cross" for branch in main.branches)  # two caches: see modeling.number_attentions
+    silent = [] if two else sorted(mapped | {i for i, names in skips.items() if "attention" in names})
     config["dropformer_no_cache"] = [entry for i in silent for entry in range(i * main.caches, (i + 1) * main.caches)]
     layers = config.get("per_layer_config") or {}
     merged = {str(i): {**layers.get(str(i), {}), "skip": names} for i, names in skips.items()}
     config["per_layer_config"] = {**layers, **merged}
     return config
+
+
+def _check_two_caches(config: dict[str, Any], stack: StackOutline, skips: dict[int, list[str]]) -> None:
+    """Raise ArchitectureError where attentions that move up in a decoder's cache would find entries of another kind."""
+    several = len(set(config.get("layer_types") or ())) > 1
+    if several and stack.name == "decoder" and any("attention" in names for names in skips.values()):
+        raise ArchitectureError(
+            "the attentions of this decoder are of several kinds, of which transformers' cache of an encoder-decoder "
+            "cannot leave one out; drop other layers"
+        )

@@ -44,7 +44,7 @@ _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(frozen=True)
 class CopyReport:
-    """What a copy did.  Bytes are those of tensors, headers left out."""
+    """What a copy did.  Bytes are those of tensors, headers left out; `notes` are lines for a person."""
 
     tensors_kept: int
     tensors_dropped: int
@@ -55,6 +55,7 @@ class CopyReport:
     files: tuple[str, ...] = ()
     bytes_overwritten: int = 0
     bytes_new: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes_before(self) -> int:

@@ -12,19 +12,23 @@ carry is refused here, with the reason, rather than by an engine or by nobody.
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dropformer.prune import configuration_decilm
-from dropformer.prune.arrange import NewBlock, new_name
+from dropformer.prune.arrange import NewBlock, Surgery, new_name
 from dropformer.prune.errors import ArchitectureError, PlanError
+from dropformer.prune.files import CopyReport
 from dropformer.prune.layout import NewTensor
-from dropformer.prune.replacing import new_tensor
-from dropformer.prune.surgery import Surgery, config_from
+from dropformer.prune.replacing import new_tensor, stored_dtype
+from dropformer.prune.surgery import config_from
+from dropformer.prune.writing import Writing, replacements
 
 ARCHITECTURE = "DeciLMForCausalLM"
 CODE_FILE = "configuration_decilm.py"
@@ -107,9 +111,14 @@ def deci_notes(fields: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def copy_code(folder: Path) -> None:
-    """Put the code that reads the config beside the weights."""
+def write(writing: Writing, folder: Path) -> CopyReport:
+    """Write the checkpoint, with the code that reads its config beside the weights.  Raises as `deci_config`."""
+    fields = deci_config(writing.config, writing.surgery, list(writing.names.values()))
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(configuration_decilm.__file__, folder / CODE_FILE)
+    rename = deci_renaming(writing.surgery, writing.names, writing.prefix)
+    new = replacements(writing, rename) | deci_tensors(fields, stored_dtype(writing.source.folder))
+    return replace(writing.copy(folder, rename, new), notes=tuple(deci_notes(fields)))
 
 
 def _check_family(config: Mapping[str, Any]) -> None:

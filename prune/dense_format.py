@@ -34,7 +34,7 @@ def _check_expressible(writing: Writing) -> None:
         raise PlanError(
             "--format dense has no place for linear maps; leave out --repair linear, or use --format dropformer"
         )
-    for layer in writing.layers:
+    for layer in writing.surgery.layers:
         rest = writing.outline.stack(layer.stack).block(layer.index)
         if layer.kind == "block" and not rest.plain:
             raise PlanError(
@@ -45,14 +45,14 @@ def _check_expressible(writing: Writing) -> None:
 
 def _replaced(writing: Writing) -> Iterator[tuple[str, NewTensor]]:
     """Zeros for what is dropped, new values for what is repaired, by tensor name."""
-    gone = set(writing.outline.branch_layers(writing.layers))
+    gone = set(writing.outline.branch_layers(writing.surgery.layers))
     empty = mmap.mmap(-1, max((span.nbytes for span in writing.source.tensors.values()), default=0) or 1)
     for tensor, span in writing.source.tensors.items():
         for parameter in writing.parameters(tensor):
             if _owner(writing, parameter) in gone:
                 yield tensor, NewTensor(span.dtype, span.shape, memoryview(empty)[: span.nbytes])
-            elif (new := new_name(writing.outline, writing.arrangement, parameter)) in writing.new:
-                yield tensor, writing.new[new]  # type: ignore[index]
+            elif (new := new_name(writing.outline, writing.arrangement, parameter)) in writing.repaired:
+                yield tensor, writing.repaired[new]  # type: ignore[index]
 
 
 def _owner(writing: Writing, parameter: str) -> Layer | None:

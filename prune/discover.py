@@ -146,7 +146,7 @@ def _stack_names(paths: list[str]) -> list[str]:
 
 def _part(path: str, paths: list[str]) -> str:
     """The word that tells a stack from the others, or the stretch of its path in which they differ."""
-    for word in ("encoder", "decoder", "vision", "audio"):
+    for word in ("vision", "audio", "encoder", "decoder"):  # a vision tower has an encoder of its own
         if [p for p in paths if word in p] == [path]:
             return word
     split = [p.split(".") for p in paths]
@@ -201,7 +201,7 @@ class _StackReader:
         if len(calls) > 1:
             raise ValueError(
                 f"it runs {len(calls)} times a pass with the same weights, so it cannot go from one of them alone; "
-                "how often it runs is for the config to say"
+                f"how often it runs is for the config to say{self._counting(len(calls))}"
             )
         flow = Flow(self.trace, calls[0])
         if self.trace.tensors[flow.x].ndim > 3 and "input_ids" in self.inputs:
@@ -211,6 +211,12 @@ class _StackReader:
         if flow.multiplied:
             raise ValueError("its residual stream is itself multiplied by a matrix, so it is no sum of branches")
         return flow
+
+    def _counting(self, times: int) -> str:
+        """The fields of the config that may say how often a block runs: ALBERT's num_hidden_layers."""
+        fields = vars(getattr(self.model, "config", None) or object)
+        found = [key for key, value in fields.items() if value == times and "layer" in key]
+        return f" ({', '.join(found)})" if found else ""
 
     def _assemble(self, index: int, flow: Flow) -> Block:
         path = flow.call.path

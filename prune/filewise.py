@@ -2,8 +2,8 @@
 
     write_by_plan(plan, folder, out)
 
-Neither torch nor transformers is imported where blocks stay in their places and the files call tensors as the model
-does, which the plan's own counts prove; else transformers is asked, on a model without weights.
+Neither torch nor transformers is imported where blocks stay in their places, or are all alike, and the files call
+tensors as the model does, which the plan's own counts prove; else transformers is asked, on a model without weights.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dropformer.prune.arrange import arrange
+from dropformer.prune.arrange import Surgery, arrange
 from dropformer.prune.errors import OutputError, PlanError
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
 from dropformer.prune.formats import known_format
@@ -49,27 +49,29 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: How | None = None) -
     writing = plain_writing(plan, checkpoint, how) or asked_writing(plan, checkpoint, how)
     with new_folder(out) as folder:
         copied = kind.write(writing, folder)
-        copy_side_files(source, folder)
+        if kind.sides:
+            copy_side_files(source, folder)
         record = write_record(folder, plan, writing.arrangement, copied, how.format)
         plan.write(folder / "plan.json")
     return Written(out, copied, record)
 
 
 def plain_writing(plan: Plan, source: Checkpoint, how: How) -> Writing | None:
-    """What is to be written, if tensors and parameters have the same names and no block moves; else None.
+    """What is to be written, if tensors and parameters have the same names and no block moves to where it would be
+    another one; else None.
 
-    They do when the tensors that would go hold as many numbers as the plan says go.
+    The names are the same when the tensors that would go hold as many numbers as the plan says go.
     """
-    arrangement = arrange(plan.outline, plan.layers)
-    if not arrangement.in_place(plan.outline):
+    outline = plan.outline
+    arrangement = arrange(outline, plan.layers)
+    if not outline.autos or not (arrangement.in_place(outline) or all(stack.alike for stack in outline.stacks)):
         return None
+    surgery = Surgery(outline, tuple(plan.layers), arrangement)
     names = {name: name for name in source.tensors}
-    prefix = plan.outline.stacks[0].path.partition(".")[0]
-    writing = Writing(
-        source, read_config(source.folder), plan.outline, tuple(plan.layers), arrangement, names, prefix, how=how
-    )
+    prefix = outline.stacks[0].path.partition(".")[0]
+    writing = Writing(source, read_config(source.folder), surgery, names, prefix, outline.autos, how)
     gone = sum(math.prod(span.shape) for name, span in source.tensors.items() if writing.rename(name) is None)
-    return writing if gone == plan.outline.dropped_parameters(plan.layers) else None
+    return writing if gone == outline.dropped_parameters(plan.layers) else None
 
 
 def asked_writing(plan: Plan, source: Checkpoint, how: How) -> Writing:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dropformer.prune.dense_format import write_dense
@@ -23,7 +23,8 @@ class Format:
     `checked`: what is known of the files where transformers does not load them.
 
     `reloads`: transformers loads it, so that its logits can be compared with the model in memory; `packs`: a plan
-    that packs gives a stock model; `saves`: what is dropped is gone; `runs`: the model itself is needed, not its files.
+    that packs gives a stock model; `saves`: what is dropped is gone; `sides`:
+    the tokenizer and other files go along; `runs`: the model itself is needed, not its files.
     """
 
     write: Write
@@ -32,6 +33,7 @@ class Format:
     reloads: bool = False
     packs: bool = False
     saves: bool = True
+    sides: bool = True
     runs: bool = False
     checked: str = "every tensor's bytes are the source's"
 
@@ -40,6 +42,34 @@ class Format:
 
     def summary(self, packed: bool) -> str:
         return "a stock, shorter model: loads anywhere" if packed and self.packs else self.brief
+
+
+def write_deci(writing: Writing, folder: Path) -> CopyReport:
+    """A DeciLM checkpoint, or a stock one where the plan packs.  Raises as `deci.deci_config`."""
+    if writing.arrangement.packed:
+        return write_pruned(writing, folder)
+    from dropformer.prune import deci  # imports torch
+
+    return deci.write(writing, folder)
+
+
+def write_gguf(writing: Writing, folder: Path) -> CopyReport:
+    """A GGUF file made from the dense one.  Raises OutputError where the model did not come as a .gguf file."""
+    if writing.how.gguf is None:
+        raise OutputError(
+            "--format gguf cuts a .gguf file, and this model is none; give the .gguf of the dense model as --model "
+            "(llama.cpp's convert_hf_to_gguf.py makes it)"
+        )
+    from dropformer.prune import gguf_surgery
+
+    done = gguf_surgery.write_gguf(
+        writing.how.gguf,
+        folder / f"{writing.how.gguf.stem}-pruned.gguf",
+        writing.surgery,
+        progress=writing.how.progress,
+        verify="all" if writing.how.thorough else "sample",
+    )
+    return replace(done.copied, notes=done.stand_ins)
 
 
 FORMATS = {
@@ -58,6 +88,19 @@ FORMATS = {
         "saves neither bytes nor time.",
         reloads=True,
         saves=False,
+    ),
+    "deci": Format(
+        write_deci,
+        "for vLLM, SGLang and TensorRT-LLM",
+        "A DeciLMForCausalLM: `vllm serve` runs it where dropformer is installed, else with `--trust-remote-code`, "
+        "which reads the small `configuration_decilm.py` in this folder.",
+        packs=True,
+    ),
+    "gguf": Format(
+        write_gguf,
+        "for llama.cpp, with flash attention on",
+        "The .gguf file runs in llama.cpp; turn flash attention on (`-fa on`).",
+        sides=False,
     ),
     "onnx": Format(
         write_onnx,

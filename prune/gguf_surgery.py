@@ -37,7 +37,7 @@ from dropformer.prune.gguf_rows import interleaved
 from dropformer.prune.outline import Outline
 
 if TYPE_CHECKING:
-    from dropformer.prune.surgery import Surgery
+    from dropformer.prune.arrange import Surgery
 
 VERSION = 3
 

@@ -87,20 +87,28 @@ def read_model_config(path: Path, trust_remote_code: bool = False) -> transforme
 
 
 def auto_class(config: transformers.PreTrainedConfig) -> Any:
-    """The Auto class that loads a config's model with the head it was saved with."""
+    """What loads a config's model with the head it was saved with: an Auto class, else the named class itself."""
     base = getattr(type(config), "base_config_class", type(config))
-    modeling.pruned_config_class(base)  # type: ignore[arg-type]  # registers the pruned classes with every Auto class
+    pruned = modeling.pruned_config_class(base)  # type: ignore[arg-type]  # registers with every Auto class
     architecture = (getattr(config, "architectures", None) or [""])[0].removeprefix("Dropformer")
-    known = [auto for auto in HEADS if base in getattr(modeling_auto, auto)._model_mapping]
-    for auto in known:
-        native = getattr(modeling_auto, auto)._model_mapping[base]
+    known = {name: auto._model_mapping[base] for name, auto in _autos().items() if base in auto._model_mapping}
+    for name, native in known.items():
         if getattr(native, "__name__", "") == architecture:
-            return getattr(transformers, auto)
-    if known:
-        return getattr(transformers, known[0])
+            return getattr(transformers, name)
+    native = getattr(transformers, architecture, None)
+    if isinstance(native, type) and issubclass(native, PreTrainedModel) and native.config_class is base:
+        return modeling.pruned_model_class(native, pruned) if isinstance(config, pruned) else native
+    if usual := next((name for name in HEADS if name in known), None):
+        return getattr(transformers, usual)
     if hasattr(config, "auto_map"):
         return transformers.AutoModelForCausalLM
     raise ModelError(f"transformers has no model for configs of type {config.model_type}")
+
+
+def _autos() -> dict[str, Any]:
+    """Every Auto class of models by name, the usual heads first."""
+    names = [*HEADS, *(name for name in vars(modeling_auto) if name.startswith("AutoModel") and name not in HEADS)]
+    return {name: getattr(modeling_auto, name) for name in names}
 
 
 def check_whole(path: Path, info: dict[str, Any]) -> None:

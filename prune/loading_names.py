@@ -12,6 +12,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.models.auto import modeling_auto
+
+from dropformer.prune import modeling
 
 
 def meta_model(native: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -34,3 +37,17 @@ def renamed_on_load(model: PreTrainedModel) -> Callable[[str], tuple[str, str | 
     renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
     state = model.state_dict()
     return lambda name: rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+
+
+def native_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The transformers class behind a pruned one."""
+    return cls.__bases__[0] if cls.__module__ == modeling.__name__ else cls
+
+
+def auto_names(native: type[PreTrainedModel]) -> list[str]:
+    """The names of transformers' Auto classes that load models with this class's config, with one head or another."""
+    return [
+        name
+        for name, auto in vars(modeling_auto).items()
+        if name.startswith("AutoModel") and native.config_class in (getattr(auto, "_model_mapping", None) or ())
+    ]

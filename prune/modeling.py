@@ -20,6 +20,7 @@ that do attend.
 
 from __future__ import annotations
 
+import re
 from collections import namedtuple
 from functools import cache
 from typing import Any
@@ -214,6 +215,7 @@ def pruned_model_class(native: Any, config: Any) -> type[PreTrainedModel]:
             super().__init__(config, *args, **kwargs)
             skip_modules(self, own_modules(self, getattr(config, "dropformer_modules", {})))
             empty_cache_entries(config)
+            number_attentions(self)
 
         @classmethod
         def is_custom_code(cls) -> bool:
@@ -234,6 +236,21 @@ def empty_cache_entries(config: PreTrainedConfig) -> None:
         text.dropformer_no_cache = missing
         if not hasattr(text, "empties_cache_entries"):
             text.__class__ = cache_config_class(type(text))  # type: ignore[arg-type]
+
+
+def number_attentions(model: PreTrainedModel) -> None:
+    """Number the attentions of an encoder-decoder that are left one after another, those to the encoder apart.
+
+    Its two caches are made from one config, so no entry can be marked empty in one of them alone; and the first
+    entry, which is asked how long the text is, must be one that is used.
+    """
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return
+    numbers: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if isinstance(getattr(module, "layer_idx", None), int) and not isinstance(module, Skipped):
+            place = re.sub(r"\.\d+(?=\.|$)", "", path, count=1)
+            module.layer_idx = numbers[place] = numbers.get(place, -1) + 1  # type: ignore[assignment]
 
 
 def own_modules(model: PreTrainedModel, modules: dict[str, Any]) -> dict[str, Any]:
@@ -272,11 +289,9 @@ def _factory(auto_name: str) -> type:
     return Factory
 
 
-PrunedAutoModel = _factory("AutoModel")
-PrunedAutoModelForCausalLM = _factory("AutoModelForCausalLM")
-PrunedAutoModelForMaskedLM = _factory("AutoModelForMaskedLM")
-PrunedAutoModelForSeq2SeqLM = _factory("AutoModelForSeq2SeqLM")
-PrunedAutoModelForImageClassification = _factory("AutoModelForImageClassification")
-PrunedAutoModelForImageTextToText = _factory("AutoModelForImageTextToText")
+# One for every Auto class of models, such as PrunedAutoModelForCausalLM: a checkpoint may have any head.
+for _name, _auto in list(vars(modeling_auto).items()):
+    if _name.startswith("AutoModel") and hasattr(_auto, "_model_mapping"):
+        globals()[f"Pruned{_name}"] = _factory(_name)
 
 AutoConfig.register(MODEL_TYPE, DropformerConfig, exist_ok=True)

@@ -44,7 +44,8 @@ class StackOutline(Part):
     """One stack: its module path, how many blocks, whether a block's branches read the same stream.
 
     `rest` tells what blocks are beyond their branches; a block that it does not name is plain and keeps nothing.
-    `caches`: how many entries of the cache a block has, block i those from i * caches on.
+    `caches`: how many entries of the cache a block has, block i those from i * caches on.  `alike`: any block could
+    stand in any other's place.
     """
 
     name: str = ""
@@ -52,6 +53,7 @@ class StackOutline(Part):
     blocks: int
     parallel: bool = False
     caches: int = 1
+    alike: bool = False
     branches: list[BranchOutline]
     rest: list[BlockOutline] = []
 
@@ -66,10 +68,11 @@ class StackOutline(Part):
 
 
 class Outline(Part):
-    """Every stack of a model."""
+    """Every stack of a model.  `autos`: which of transformers' Auto classes load it, with one head or another."""
 
     stacks: list[StackOutline]
     parameters: int
+    autos: list[str] = []
 
     def stack(self, name: str) -> StackOutline:
         for stack in self.stacks:

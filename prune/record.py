@@ -65,6 +65,7 @@ def provenance(plan: Plan, arrangement: Arrangement, copied: CopyReport, format:
         "scores": {drop.layer: drop.similarity for drop in plan.drops},
         "calibration": plan.calibration,
         "repairs": plan.repairs,
+        "notes": list(copied.notes),
         "command": " ".join(["prune", *sys.argv[1:]]) if Path(sys.argv[0]).name == "prune" else None,
         "before": before,
         "after": after if known_format(format).saves else before,

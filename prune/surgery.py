@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,26 +10,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dropformer.prune.architecture import Layer
-from dropformer.prune.arrange import Arrangement, arrange, skipped_modules
+from dropformer.prune.arrange import Arrangement, Surgery, arrange, skipped_modules
 from dropformer.prune.config import pruned_config
 from dropformer.prune.errors import ArchitectureError
-from dropformer.prune.modeling import DropformerConfig, empty_cache_entries, pruned_model_class, skip_modules
+from dropformer.prune.modeling import (
+    DropformerConfig,
+    empty_cache_entries,
+    number_attentions,
+    pruned_model_class,
+    skip_modules,
+)
 from dropformer.prune.outline import Outline, StackOutline
-
-
-@dataclass(frozen=True)
-class Surgery:
-    """What was done to a model: the outline it had, the layers that went, the blocks that remain.
-
-    `note` says why blocks that lost everything stayed as empty ones, where that is so.  `tensors`: parameters
-    of the pruned model, by its names, that are no longer the dense model's (repairs).
-    """
-
-    outline: Outline
-    layers: tuple[Layer, ...]
-    arrangement: Arrangement
-    note: str = ""
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+from dropformer.prune.signature import settings
 
 
 def operate(
@@ -72,6 +63,7 @@ def cut(model: nn.Module, surgery: Surgery) -> nn.Module:
     if not surgery.arrangement.packed:
         model.__class__ = pruned_model_class(type(model), type(model.config))  # type: ignore[arg-type]
         empty_cache_entries(model.config)
+        number_attentions(model)
     _install(model, surgery.tensors)
     return model
 
@@ -191,30 +183,11 @@ def _check_around(model: nn.Module, built: nn.Module, outline: Outline) -> None:
 
 def _signature(block: nn.Module, stack: StackOutline, source: int, mlp: int, blocks: Any) -> dict[str, Any]:
     """What a block is made of: for each module its class, its parameters' shapes and its settings."""
-    found = {name: _settings(module) for name, module in block.named_modules()}
+    found = {name: settings(module) for name, module in block.named_modules()}
     branch = stack.branch("mlp", mlp) if mlp != source else None
     if branch:
         for name in branch.modules:
             found = {n: s for n, s in found.items() if n != name and not n.startswith(name + ".")}
             for inner, module in blocks[mlp].get_submodule(name).named_modules():
-                found[f"{name}.{inner}" if inner else name] = _settings(module)
+                found[f"{name}.{inner}" if inner else name] = settings(module)
     return found
-
-
-def _settings(module: nn.Module) -> Any:
-    plain = {
-        key: value
-        for key, value in vars(module).items()
-        if key not in ("layer_idx", "training") and not key.startswith("_") and _plain(value)
-    }
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
-    return type(module).__name__, plain, shapes
-
-
-def _plain(value: Any) -> bool:
-    """Is a setting a value, or a collection of values, such as Zamba 2's table of positions?"""
-    if isinstance(value, dict):
-        return bool(value) and all(_plain(v) for v in (*value, *value.values()))
-    if isinstance(value, (list, tuple)):
-        return bool(value) and all(map(_plain, value))
-    return isinstance(value, (int, float, str, bool))

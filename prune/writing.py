@@ -6,16 +6,14 @@ A `Writing` says what is to be written; each format (`prune.formats`) is a funct
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dropformer.prune.architecture import Layer
-from dropformer.prune.arrange import Arrangement, new_name, skipped_modules
+from dropformer.prune.arrange import Arrangement, Surgery, new_name, skipped_modules
 from dropformer.prune.config import pruned_config, without_heads
 from dropformer.prune.errors import CheckpointError
 from dropformer.prune.files import Checkpoint, CopyReport, NewTensor, copy_checkpoint
@@ -49,26 +47,40 @@ class Writing:
     """What is to be written.
 
     `config` is the dense config.json, with what transformers derives by position written out where blocks move;
-    `names` maps the source's tensors to parameters of the dense model, whose trunk is at `prefix`; `new` are
-    parameters of the pruned model, by its names, that are not the dense model's (repairs); `model` is the pruned model
-    in memory, for formats that need it.
+    `names` maps the source's tensors to parameters of the dense model, whose trunk is at `prefix`; `autos` are the
+    Auto classes that load it; `model` is the pruned model in memory, for formats that need it.
     """
 
     source: Checkpoint
     config: dict[str, Any]
-    outline: Outline
-    layers: tuple[Layer, ...]
-    arrangement: Arrangement
+    surgery: Surgery
     names: Mapping[str, str]
     prefix: str
-    new: Mapping[str, NewTensor] = field(default_factory=dict)
+    autos: Sequence[str]
     how: How = field(default_factory=How)
     model: Any = None
+
+    @property
+    def outline(self) -> Outline:
+        return self.surgery.outline
+
+    @property
+    def arrangement(self) -> Arrangement:
+        return self.surgery.arrangement
 
     @cached_property
     def rename(self) -> Callable[[str], str | None]:
         """What each tensor of the source is called in the pruned checkpoint; None for those that go."""
         return renaming(self.outline, self.arrangement, self.names, self.prefix)
+
+    @cached_property
+    def repaired(self) -> dict[str, NewTensor]:
+        """Parameters of the pruned model, by its names, that are not the dense model's."""
+        if not self.surgery.tensors:
+            return {}
+        from dropformer.prune.replacing import new_tensor  # imports torch: only where there is a tensor
+
+        return {name: new_tensor(tensor) for name, tensor in self.surgery.tensors.items()}
 
     def copy(self, folder: Path, rename: Callable[[str], str | None], replace: Mapping[str, NewTensor]) -> CopyReport:
         """Copy the source's tensors under new names; raises as `copy_checkpoint`."""
@@ -93,23 +105,18 @@ def write_pruned(writing: Writing, folder: Path) -> CopyReport:
     that loads it."""
     heads = numbered_heads(writing.outline, writing.arrangement, writing.names, writing.prefix)
     config = without_heads(writing.config, writing.outline, heads)
-    write_config(folder, pruned_config(config, writing.outline, writing.arrangement))
-    return writing.copy(folder, writing.rename, replacements(writing))
+    write_config(folder, pruned_config(config, writing.outline, writing.arrangement), writing.autos)
+    return writing.copy(folder, writing.rename, replacements(writing, writing.rename))
 
 
-def write_config(folder: Path, fields: dict[str, Any]) -> None:
-    """config.json; one that no stock loader knows comes with the code that loads it."""
+def write_config(folder: Path, fields: dict[str, Any], autos: Sequence[str]) -> None:
+    """config.json; one that no stock loader knows comes with the code that loads it under `trust_remote_code`."""
     if fields["model_type"] == MODEL_TYPE:
-        fields = {**fields, "auto_map": auto_map()}
+        stem = Path(CODE_FILE).stem
+        classes = {"AutoConfig": f"{stem}.DropformerConfig"} | {auto: f"{stem}.Pruned{auto}" for auto in autos}
+        fields = {**fields, "auto_map": classes}
         shutil.copyfile(CODE, folder / CODE_FILE)
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-
-
-def auto_map() -> dict[str, str]:
-    """Which class of the carried code each Auto class uses under `trust_remote_code`."""
-    stem = Path(CODE_FILE).stem
-    autos = re.findall(r"^Pruned(AutoModel\w*) = ", CODE.read_text(encoding="utf-8"), re.M)
-    return {"AutoConfig": f"{stem}.DropformerConfig"} | {auto: f"{stem}.Pruned{auto}" for auto in autos}
 
 
 def copy_side_files(source: Path, folder: Path) -> None:
@@ -124,15 +131,15 @@ def copy_side_files(source: Path, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-def replacements(writing: Writing) -> dict[str, NewTensor]:
-    """What is to be written in place of the source's tensors, by new file name.
+def replacements(writing: Writing, rename: Callable[[str], str | None]) -> dict[str, NewTensor]:
+    """What is to be written in place of the source's tensors, by the name that `rename` gives the new one.
 
     Raises CheckpointError where a repaired parameter is not one tensor of the files (merged experts).
     """
-    left, found = dict(writing.new), {}
+    left, found = dict(writing.repaired), {}
     bare = True  # the files leave out the prefix that the model with its head puts before the trunk's names
     for tensor in writing.names:
-        new_file = writing.rename(tensor)
+        new_file = rename(tensor)
         if new_file is None:
             continue
         for candidate in writing.parameters(tensor):

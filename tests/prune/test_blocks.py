@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
-from dropformer.prune.arrange import arrange
+from dropformer.prune.arrange import Surgery, arrange
 from dropformer.prune.census import outline_of
 from dropformer.prune.discover import discover
 from dropformer.prune.errors import PlanError
 from dropformer.prune.plan import choose, make_plan
-from dropformer.prune.surgery import Surgery, cut, operate
+from dropformer.prune.surgery import cut, operate
 
 BART = {"d_model": 32, "decoder_layers": 4, "encoder_layers": 4, "decoder_ffn_dim": 48, "decoder_attention_heads": 4}
 SHARED = {"default_language": "en_XX", "languages": ["en_XX"], "is_decoder": True}

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+import dropformer
 from dropformer.prune.architecture import Architecture
 from dropformer.prune.discover import describe, discover
-from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.errors import ArchitectureError, ModelError
 from dropformer.prune.proof import on_tap, prove
 from dropformer.prune.replay import skipped
 
@@ -165,6 +166,40 @@ def test_three_lines_describe_what_is_to_be_found(batch):
     told = describe(model, blocks="stages", attn="two", mlp="one", inputs=batch)
     prove(model, told, batch)
     assert told.stacks[0].blocks[0].branch("attn").modules == {"b": "input", "two": "zeros"}
+
+
+@pytest.mark.parametrize("part", [Linformer, Performer, Strided])
+@pytest.mark.parametrize("told", [False, True], ids=["found", "described"])
+def test_a_handwritten_model_is_analyzed_planned_and_cut(part, told, batch):
+    """Told, attention and MLP trade names, so that what goes shows whom analyze, plan and drop have followed."""
+    model = Encoder(part)
+    words = {"blocks": "stages", "attn": "two", "mlp": "one"}
+    architecture = dropformer.describe(model, inputs=batch, **words) if told else None
+    scores = dropformer.analyze(model, [batch, batch["x"]], architecture=architecture)
+    assert scores.windows == 4 and len(scores.layers) == 9
+    plan = dropformer.plan(scores, "attn=1,mlp=0")
+    pruned = dropformer.drop(model, plan)
+    keep = [("two",), ("one",), ("one", "two")] if told else [("one",), ("two",), ("one", "two")]
+    with torch.no_grad():
+        torch.testing.assert_close(pruned(**batch), without(model, keep, batch["x"]), rtol=0, atol=0)
+    assert plan.savings.parameters_after == sum(p.numel() for p in pruned.parameters())
+
+
+def without(model, keep, x):
+    """The model's output with only these parts of each stage, each read through its norm."""
+    norms = {"one": "a", "two": "b"}
+    x = model.inp(x)
+    for stage, parts in zip(model.stages, keep, strict=True):
+        for part in parts:
+            x = x + getattr(stage, part)(getattr(stage, norms[part])(x))
+    return model.head(x)
+
+
+def test_a_description_is_for_a_module_in_memory(batch):
+    model = Encoder(Linformer)
+    told = describe(model, blocks="stages", attn="one", inputs=batch)
+    with pytest.raises(ModelError, match="module in memory"):
+        dropformer.analyze("smollm2-135m", architecture=told)
 
 
 def test_a_description_of_what_is_not_there_is_refused(batch):

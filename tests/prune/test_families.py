@@ -12,12 +12,12 @@ from torch import nn
 
 import dropformer
 from dropformer import api
-from dropformer.prune.arrange import arrange
+from dropformer.prune.arrange import Surgery, arrange
 from dropformer.prune.census import outline_of
 from dropformer.prune.discover import discover
 from dropformer.prune.errors import PlanError
 from dropformer.prune.plan import choose
-from dropformer.prune.surgery import Surgery, cut, operate
+from dropformer.prune.surgery import cut, operate
 from dropformer.prune.trace import tracing
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

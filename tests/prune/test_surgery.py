@@ -171,8 +171,7 @@ def test_any_other_module_has_its_branches_replaced():
 
     model, x = Encoder().eval(), torch.randn(2, 5, 16)
     outline = outline_of(model, discover(model, {"x": x}))
-    from dropformer.prune.arrange import arrange
-    from dropformer.prune.surgery import Surgery
+    from dropformer.prune.arrange import Surgery, arrange
 
     layers = choose(outline, "block=1")
     small = cut(copy.deepcopy(model), Surgery(outline, tuple(layers), arrange(outline, layers, shorten=False)))
