@@ -225,13 +225,28 @@ def test_the_config_object_survives_saving(lively, write_deci, tmp_path):
     assert again.attention_bias is True
 
 
+def test_the_config_class_reads_the_rotary_settings_of_others_decilms():
+    scaling = {key: value for key, value in LLAMA3.items() if key != "rope_theta"}
+    block = {"attention": {"no_op": False, "n_heads_in_group": 8}, "ffn": {"no_op": False, "ffn_mult": 2.625}}
+    config = DeciLMConfig(
+        block_configs=[block],
+        rope_theta=5e5,
+        rope_scaling=scaling,
+        max_position_embeddings=64,
+        num_key_value_heads=None,
+    )
+    assert config.rope_parameters == LLAMA3
+    assert config.block_configs[0].ffn.ffn_mult == 2.625
+    assert not hasattr(config.block_configs[0].ffn, "intermediate_size")
+
+
 READ = """
 import sys
-from transformers import AutoConfig
 if sys.argv[2] == "plugin":
     from dropformer.prune.deci_plugin import register
-    assert "torch" not in sys.modules or "dropformer.prune.modeling" not in sys.modules
+    assert "transformers" not in sys.modules and "torch" not in sys.modules
     register(); register()
+from transformers import AutoConfig
 config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] == "trust")
 assert ("dropformer" in sys.modules) is (sys.argv[2] == "plugin")
 print([b.attention.no_op for b in config.block_configs], config.architectures[0])
