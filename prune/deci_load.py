@@ -50,7 +50,7 @@ def dropformer_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     return new
 
 
-def load_deci(folder: Path, dtype: torch.dtype = torch.float32, device: Any = None) -> PreTrainedModel:
+def load_deci(folder: Path, dtype: torch.dtype | str = torch.float32, device: Any = None) -> PreTrainedModel:
     """The model in a deci checkpoint, from its files alone.  Raises CheckpointError where they are not whole, or
     where the bias that Qwen 2 does not have is not zero."""
     fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -20,9 +20,9 @@ PACKED = "The layers that remain pair up, so this is a stock, shorter model: it 
 @dataclass(frozen=True)
 class Format:
     """`write` fills a folder; `brief` and `loads` say how the result is loaded, in a few words and for a model card.
-    `checked`: what is known of the files where transformers does not load them.
+    `checked`: what is known of the files where dropformer does not load them.
 
-    `reloads`: transformers loads it, so that its logits can be compared with the model in memory; `packs`: a plan
+    `reloads`: dropformer loads it, so that its logits can be compared with the model in memory; `packs`: a plan
     that packs gives a stock model; `saves`: what is dropped is gone; `sides`:
     the tokenizer and other files go along; `runs`: the model itself is needed, not its files.
     """
@@ -94,6 +94,7 @@ FORMATS = {
         "for vLLM, SGLang and TensorRT-LLM",
         "A DeciLMForCausalLM: `vllm serve` runs it where dropformer is installed, else with `--trust-remote-code`, "
         "which reads the small `configuration_decilm.py` in this folder.",
+        reloads=True,
         packs=True,
     ),
     "gguf": Format(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from transformers.models.auto import modeling_auto
 
 from dropformer.prune import modeling
 from dropformer.prune.errors import CheckpointError, ModelError
+
+DECI = "nemotron-nas"  # what the format `deci` bears
 
 HEADS = (
     "AutoModelForCausalLM",
@@ -43,6 +46,10 @@ def load(
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" and device_map is None else "auto"
     place = {"device_map": device_map} if device_map is not None else {}
+    if _model_type(path) == DECI:
+        from dropformer.prune.deci_load import load_deci
+
+        return load_deci(path, dtype, device)
     config = read_model_config(path, trust_remote_code)
     auto = auto_class(config)
     try:
@@ -54,6 +61,14 @@ def load(
         raise CheckpointError(f"{path} cannot be loaded: {_first_line(error)}") from error
     check_whole(path, info)
     return model if place else model.to(device)
+
+
+def _model_type(path: Path) -> str | None:
+    """What config.json says, where there is one that can be read."""
+    try:
+        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def weightless(path: Path, trust_remote_code: bool = False) -> PreTrainedModel:
