@@ -48,7 +48,7 @@ OTHERS = {
     "AutoModelForSeq2SeqLM": "t5 bart marian mt5 umt5 longt5 switch_transformers mbart pegasus pegasus_x "
     "bigbird_pegasus led blenderbot blenderbot-small m2m_100 nllb-moe prophetnet fsmt mvp plbart t5gemma",
     "AutoModelForImageClassification": "vit swin swinv2 beit dinov2 dinov2_with_registers vit_msn ijepa "
-    "data2vec-vision pvt segformer hiera clip siglip mobilevit cvt focalnet",
+    "data2vec-vision pvt segformer hiera clip siglip",
     "AutoModelForImageTextToText": "llava gemma3 paligemma idefics3 qwen2_vl",
 }
 

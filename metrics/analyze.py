@@ -75,8 +75,9 @@ def measuring(model: nn.Module, architecture: Architecture) -> Iterator[Callable
     with torch.inference_mode(), evaluating(model), capturing(model, architecture) as capture:
 
         def run(batch: Batch, scored: Tensor | None) -> Rows:
-            capture.scored = scored
             inputs = as_inputs(part, batch)
+            capture.scored = scored
+            capture.batch = next((len(value) for value in inputs.values() if isinstance(value, Tensor)), None)
             part(**inputs)
             return capture.take()
 

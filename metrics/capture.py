@@ -49,12 +49,13 @@ class Rows:
 class Capture:
     """The similarity of every layer, for each window of the forward passes it has seen.
 
-    Set `scored` [B, T] (bool; None: all tokens) before each pass; read `take()` after.
+    Set `scored` [B, T] (bool; None: all tokens) or else `batch`, B, before each pass; read `take()` after.
     """
 
     def __init__(self, architecture: Architecture) -> None:
         self.layers = architecture.layers()
         self.scored: Tensor | None = None
+        self.batch: int | None = None
         self.listening = True  # False: forward passes are not looked at
         self._column = {layer: i for i, layer in enumerate(self.layers)}
         self._similarity: dict[int, Tensor] = {}  # column -> per token, until `take`
@@ -66,6 +67,7 @@ class Capture:
 
         The sum is NaN where a layer did not run.
         """
+        self._similarity = {column: self._batch_first(found) for column, found in self._similarity.items()}
         batch = next(iter(self._similarity.values())).shape[0] if self._similarity else 0
         sums = torch.full((batch, len(self.layers)), torch.nan, dtype=torch.float64)
         tokens = torch.zeros((batch, len(self.layers)), dtype=torch.int64)
@@ -108,6 +110,12 @@ class Capture:
 
     def _add(self, layer: Layer, x: Stream, y: Stream) -> None:
         self._similarity[self._column[layer]] = cosine(dot(x.values, y.values), x.norm, y.norm)
+
+    def _batch_first(self, similarity: Tensor) -> Tensor:
+        """[B, T] of a stream that runs with its tokens first (XLNet, FSMT) too; others as they are."""
+        batch = self.batch if self.scored is None else self.scored.shape[0]
+        first = similarity.ndim != 2 or batch is None or similarity.shape[0] == batch or similarity.shape[1] != batch
+        return similarity if first else similarity.T
 
     def _alike(self) -> list[list[int]]:
         """Columns whose similarities can be stacked: of one shape, on one device."""

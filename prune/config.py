@@ -80,7 +80,8 @@ def without_heads(config: dict[str, Any], outline: Outline, stacks: set[str]) ->
 
 def _section(config: dict[str, Any], stack: StackOutline) -> dict[str, Any]:
     """The part of a composite config that describes the stack."""
-    for key in ("text_config", "language_config", "llm_config", stack.name, f"{stack.name}_config"):
+    texts = ("text_config", "language_config", "llm_config", stack.name, f"{stack.name}_config")
+    for key in ("vision_config",) if of_images(stack.path) else texts:
         if isinstance(config.get(key), dict) and (stack.name in ("", "decoder") or key.startswith(stack.name)):
             return config[key]
     return config

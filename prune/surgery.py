@@ -142,6 +142,8 @@ def _check_shortened(
     _check_around(model, built, outline)
     for stack in outline.stacks:
         old, new = model.get_submodule(stack.path), built.get_submodule(stack.path)
+        if len(new) != len(arrangement.stacks[stack.name]):  # type: ignore[arg-type]
+            raise ArchitectureError(f"blocks stay where they are: no known field of config.json counts {stack.path}")
         for i, block in enumerate(arrangement.stacks[stack.name]):
             mine = _signature(old[block.source], stack, block.source, block.mlp, old)  # type: ignore[index]
             theirs = _signature(new[i], stack, block.source, block.source, new)  # type: ignore[index]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel, XLNetConfig, XLNetModel
 
 from dropformer.metrics.analyze import analyze_model, measuring, proven
 from dropformer.metrics.capture import capturing
@@ -269,3 +269,15 @@ def test_rows_are_one_for_each_window_of_a_batch(tiny, ids):
         both, first, second = run({"input_ids": ids}, None), run(ids[:1], None), run(ids[1:], None)
     assert both.sums.dtype == torch.float64 and both.total() == ids.numel()
     torch.testing.assert_close(both.sums, torch.cat([first.sums, second.sums]), atol=1e-5, rtol=0)
+
+
+def test_a_stream_that_runs_with_its_tokens_first_has_a_row_for_each_window_too(ids):
+    """XLNet's blocks see [T, B, D]; what is not scored must be the same tokens as elsewhere."""
+    shape = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "vocab_size": 64}
+    model = XLNetModel(XLNetConfig(**shape)).eval()
+    scored = torch.arange(ids.shape[1]) < torch.tensor([[12], [5]])
+    with measuring(model, proven(model)) as run:
+        both, alone = run(ids, scored), [run(ids[i : i + 1], scored[i : i + 1]) for i in range(2)]
+        whole = run(ids, None)
+    assert both.tokens[:, 0].tolist() == [12, 5] and whole.tokens[:, 0].tolist() == [12, 12]
+    torch.testing.assert_close(both.sums, torch.cat([rows.sums for rows in alone]))
