@@ -17,14 +17,14 @@ from dropformer.metrics.material import fitted, material
 from dropformer.metrics.planning import plan_from as plan
 from dropformer.metrics.repair import Repair
 from dropformer.metrics.scores import Scores
-from dropformer.prune.architecture import Architecture
+from dropformer.prune.architecture import Architecture, of_images
 from dropformer.prune.arrange import Surgery
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.census import outline_of
 from dropformer.prune.checkpoint import export, reference, save_in_memory
 from dropformer.prune.discover import discover
 from dropformer.prune.errors import ModelError, OutputError, PlanError
-from dropformer.prune.inputs import of_images, with_images
+from dropformer.prune.inputs import with_images
 from dropformer.prune.load import load, quiet_transformers
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, choose, make_plan, parse_spec

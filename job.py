@@ -20,11 +20,12 @@ from dropformer.metrics.picture import similarity_by_depth
 from dropformer.metrics.scores import Scores
 from dropformer.metrics.windows import windows
 from dropformer.preflight import check_out, default_out, short_name
+from dropformer.prune.architecture import of_images
 from dropformer.prune.checkpoint import Exported, export
 from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.formats import known_format
-from dropformer.prune.inputs import of_images, takes_pictures, writes_text
+from dropformer.prune.inputs import takes_pictures, writes_text
 from dropformer.prune.plan import Plan, parse_spec
 from dropformer.prune.writing import How
 from dropformer.recipes import Recipe

@@ -6,6 +6,7 @@ surgery replaces the modules named in `Branch.modules`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,6 +16,11 @@ from dropformer.prune.errors import PlanError
 BranchKind = Literal["attn", "mlp", "cross"]
 LayerKind = Literal["attn", "mlp", "cross", "block"]
 KIND_NAMES: dict[str, str] = {"attn": "attention", "mlp": "MLP", "cross": "cross-attention", "block": "block"}
+
+
+def of_images(stack: str) -> bool:
+    """Is a stack of this name the vision tower of a vision-language model?"""
+    return bool(re.search("vision|visual|image", stack))
 
 
 @dataclass(frozen=True, order=True)

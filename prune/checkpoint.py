@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dropformer.prune.architecture import of_images
 from dropformer.prune.arrange import Surgery
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.config import completed
 from dropformer.prune.errors import VerificationError
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
 from dropformer.prune.formats import known_format
-from dropformer.prune.inputs import of_images, sample_inputs, with_images
+from dropformer.prune.inputs import sample_inputs, with_images
 from dropformer.prune.load import load
 from dropformer.prune.loading_names import auto_names, meta_model, native_class, parameter_names
 from dropformer.prune.outline import Outline

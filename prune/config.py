@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from dropformer.prune.architecture import KIND_NAMES
+from dropformer.prune.architecture import KIND_NAMES, of_images
 from dropformer.prune.arrange import Arrangement, NewBlock, new_index, skipped_modules
 from dropformer.prune.errors import ArchitectureError
-from dropformer.prune.inputs import of_images
 from dropformer.prune.outline import Outline, StackOutline
 
 # What counts the blocks of a stack, by the stack's name.

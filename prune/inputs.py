@@ -77,11 +77,6 @@ def random_pixels(config: object, batch: int, seed: int = 0) -> Tensor:
     return torch.rand(batch, getattr(config, "num_channels", 3), height, width, generator=generator)
 
 
-def of_images(name: str) -> bool:
-    """Is a stack of this name the vision tower of a vision-language model?"""
-    return bool(re.search("vision|visual|image", name))
-
-
 def takes_pictures(model: object) -> bool:
     """Does the model read images and nothing else?"""
     return getattr(model, "main_input_name", "input_ids") == "pixel_values"

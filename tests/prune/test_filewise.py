@@ -49,7 +49,13 @@ def contents(folder):
 
 @pytest.mark.parametrize(
     ("family", "spec", "plain"),
-    [("llama", "attn=0,2", True), ("llama", "block=1", False), ("mixtral", "mlp=1", False), ("gpt2", "attn=3", True)],
+    [
+        ("llama", "attn=0,2", True),
+        ("llama", "block=1", True),  # all blocks alike
+        ("gemma2", "block=1", False),  # sliding and global attention by turns
+        ("mixtral", "mlp=1", False),  # experts are merged on loading
+        ("gpt2", "attn=3", True),
+    ],
 )
 def test_the_files_are_those_that_the_model_in_memory_gives(planned, tmp_path, family, spec, plain):
     opened, plan = planned(family, spec)
