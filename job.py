@@ -8,7 +8,8 @@ from typing import Any
 
 from dropformer import api
 from dropformer.eval.report import Measured, Report, TextRef, card_lines, measure_quality, measure_speed, sizes
-from dropformer.eval.sweep import Sweep, find_cliff, point
+from dropformer.eval.sweep import AT, Sweep, find_cliff, point, with_speed
+from dropformer.eval.timing import Setting
 from dropformer.eval.trend import trend
 from dropformer.improving import Improvement, given_plan, improved
 from dropformer.metrics.calibration import Calibration
@@ -18,6 +19,7 @@ from dropformer.metrics.scores import Scores
 from dropformer.metrics.windows import windows
 from dropformer.preflight import check_out, default_out, short_name
 from dropformer.prune.checkpoint import Exported, export
+from dropformer.prune.errors import OutputError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.plan import Plan, parse_spec
 from dropformer.recipes import Recipe
@@ -25,6 +27,8 @@ from dropformer.scoring import get_scores, open_to_score
 from dropformer.watcher import Watcher
 
 HELD_OUT = Calibration("heldout", samples=8, length=512, seed=1)
+SWEEP = Setting(prompt=256, new=16)
+"""What a sweep times each model at."""
 
 
 @dataclass(frozen=True)
@@ -185,27 +189,40 @@ def analyze(request: Request, watcher: Watcher | None = None) -> tuple[Scores, P
     Of several processes launched together only the first writes.
     """
     watcher = watcher or Watcher()
+    out = request.out or Path(f"{short_name(request.model)}-scores")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; choose another --out")
     opened = open_to_score(request, watcher)
     scores = get_scores(opened, request, watcher)
-    out = request.out or Path(f"{short_name(request.model)}-scores")
     if rank() == 0:
         scores.write(out / "scores.json")
         similarity_by_depth(scores, out / "similarity.png")
     return scores, out
 
 
-def sweep(request: Request, kind: str, counts: list[int], shape: tuple[int, int], watcher: Watcher) -> Sweep:
-    """Measure every number of drops of a kind, most redundant first, on windows of the shape (N, T)."""
+def sweep(
+    request: Request, kind: str, counts: list[int], shape: tuple[int, int], watcher: Watcher, speed: bool = False
+) -> Sweep:
+    """Measure every number of drops of a kind, most redundant first, on windows of the shape (N, T); dense first.
+
+    With `speed` all of them are timed too, interleaved.
+    """
     with watcher.stage("opening the model"):
         opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
     scores = get_scores(opened, request, watcher)
+    plans = [api.plan(scores, f"{kind}:{count}", request.keep) for count in counts if count]
     data = windows(Calibration(request.text, *shape, seed=HELD_OUT.seed), opened.tokenizer)
+    models = [opened.model, *(api.drop(opened, plan) for plan in plans)]
+    setting = SWEEP if speed else AT
     points = []
-    with watcher.stage(f"perplexity on {request.text}", len(counts)) as progress:
-        for count in counts:
-            plan = api.plan(scores, f"{kind}:{count}") if count else None
-            pruned = api.drop(opened, plan) if plan else opened.model
-            points.append(point(opened.model, pruned, plan.layers if plan else [], data.ids))
+    with watcher.stage(f"perplexity on {request.text}", len(models)) as progress:
+        for model, layers in zip(models, [[], *(plan.layers for plan in plans)], strict=True):
+            points.append(point(opened.model, model, layers, data.ids, setting))
             progress(len(points), len(points) * data.ids.numel())
-    text = data.ref.model_dump()
-    return Sweep(model=opened.ref, of=kind, text=text, points=points, cliff=find_cliff(points))
+    if speed:
+        with watcher.stage(f"speed, {len(models)} models interleaved"):
+            points = with_speed(points, models, setting)
+    return Sweep(
+        model=opened.ref, of=kind, text=data.ref.model_dump(), setting=str(setting), points=points,
+        cliff=find_cliff(points),
+    )  # fmt: skip

@@ -10,7 +10,9 @@ from dropformer import api
 from dropformer.metrics import distributed
 from dropformer.metrics.calibration import CalibrationRef
 from dropformer.metrics.measure import Measuring, measure
+from dropformer.metrics.memory import parse_bytes
 from dropformer.metrics.scores import Scores
+from dropformer.metrics.stability import check_spec
 from dropformer.metrics.windows import Windows, windows
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.recipes.cache import cache_folder
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 
 def open_to_score(request: Request, watcher: Watcher) -> api.Opened:
     """Open a model for analysis: on this process's own device, without its weights where they are to be streamed."""
+    if request.until_stable:
+        check_spec(request.until_stable)
+    if request.memory is not None:
+        parse_bytes(request.memory)
     place = request.placement
     if place.device_map and distributed.world() > 1:
         raise ModelError("--device-map spreads one model over the GPUs, but each launched process has its own; use one")
@@ -93,7 +99,6 @@ def _measured(opened: api.Opened, data: Windows, request: Request, watcher: Watc
 
 
 def _streamed(opened: api.Opened, data: Windows, request: Request, watcher: Watcher) -> Scores:
-    from dropformer.metrics.memory import parse_bytes
     from dropformer.metrics.streaming import open_streamed, stream_scores
 
     if request.until_stable:
