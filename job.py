@@ -13,6 +13,7 @@ from dropformer.eval.timing import Setting
 from dropformer.eval.trend import trend
 from dropformer.improving import Improvement, given_plan, improved
 from dropformer.metrics.calibration import Calibration
+from dropformer.metrics.context import check_length, context_of
 from dropformer.metrics.distributed import rank
 from dropformer.metrics.picture import similarity_by_depth
 from dropformer.metrics.scores import Scores
@@ -147,7 +148,8 @@ def _measure(
     nothing = Measured({}, {}, {})
     quality = speed = nothing
     if opened.tokenizer is not None and hasattr(pruned, "generate") and not pruned.config.is_encoder_decoder:
-        data = windows(replace(HELD_OUT, name=request.text), opened.tokenizer)
+        length = min(HELD_OUT.length, context_of(pruned.config) or HELD_OUT.length)
+        data = windows(replace(HELD_OUT, name=request.text, length=length), opened.tokenizer)
         text = TextRef(name=request.text, windows=len(data), length=data.ids.shape[1], hash=data.ref.hash)
         with watcher.stage(f"perplexity on {request.text}"):
             quality = measure_quality(opened.model, pruned, data.ids, text)
@@ -209,6 +211,7 @@ def sweep(
     """
     with watcher.stage("opening the model"):
         opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
+    check_length(opened.model.config, max(shape[1], SWEEP.prompt + SWEEP.new if speed else 0), opened.ref.name)
     scores = get_scores(opened, request, watcher)
     plans = [api.plan(scores, f"{kind}:{count}", request.keep) for count in counts if count]
     data = windows(Calibration(request.text, *shape, seed=HELD_OUT.seed), opened.tokenizer)

@@ -16,7 +16,8 @@ LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 def check(model: str, drop: str | None, calibration: str | None = None, out: Path | None = None) -> None:
     """Raise the error that the arguments would end in, as far as their files alone can tell."""
-    selectors = parse_spec(drop) if drop else ()
+    if drop:
+        parse_spec(drop)
     if out:
         check_out(out)
     for name in calibration.split(",") if calibration else ():
@@ -24,13 +25,18 @@ def check(model: str, drop: str | None, calibration: str | None = None, out: Pat
     folder = locate(model)
     if folder:
         open_checkpoint(folder)
-        blocks = _blocks(folder)
-        for selector in selectors:
-            limit = blocks and blocks * len(selector.kinds)
-            if limit and not selector.percent and selector.count > limit:
-                raise PlanError(
-                    f"`{selector}` drops {selector.count} layers, but {model} has {limit} of that kind; ask for fewer"
-                )
+        check_drop(drop, folder, model)
+
+
+def check_drop(drop: str | None, folder: Path, name: str) -> None:
+    """Raises PlanError where a spec asks for more layers than the config in a folder has."""
+    blocks = _blocks(folder)
+    for selector in parse_spec(drop) if drop else ():
+        limit = blocks and blocks * len(selector.kinds)
+        if limit and not selector.percent and selector.count > limit:
+            raise PlanError(
+                f"`{selector}` drops {selector.count} layers, but {name} has {limit} of that kind; ask for fewer"
+            )
 
 
 def check_out(out: Path) -> None:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from dropformer import api
 from dropformer.metrics import distributed
 from dropformer.metrics.calibration import CalibrationRef
+from dropformer.metrics.context import check_length
 from dropformer.metrics.measure import Measuring, measure
 from dropformer.metrics.memory import parse_bytes
 from dropformer.metrics.scores import Scores
 from dropformer.metrics.stability import check_spec
 from dropformer.metrics.windows import Windows, windows
+from dropformer.prune.checkpoint import read_config
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.recipes.cache import cache_folder
 
@@ -68,6 +70,7 @@ def _windows(opened: api.Opened, request: Request, watcher: Watcher) -> Windows:
     why = "the recipe's" if opened.recipe and settings == api.default_calibration(opened.recipe) else "as asked"
     if not opened.recipe and request.calibration.calibration is None:
         why = "the default, no recipe names another"
+    check_length(read_config(opened.path), settings.length, opened.ref.name)
     watcher.say(f"calibration: {settings.name}, {settings.samples} windows of {settings.length} tokens ({why})")
     return windows(settings, opened.tokenizer)
 

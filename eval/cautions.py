@@ -28,10 +28,12 @@ def _falls(results: Sequence[ModelResult]) -> Iterator[str]:
     dense = {probe["name"]: probe for probe in results[0].probes}
     for result in results[1:]:
         for probe in result.probes:
-            before = dense[probe["name"]]
+            before = dense.get(probe["name"], probe)
             fall = before["accuracy"] - probe["accuracy"]
             if fall > LEAST and fall > CLEAR * (before["stderr"] ** 2 + probe["stderr"] ** 2) ** 0.5:
                 yield f"{result.name}: the {probe['name']} probe falls from {_percent(before)} to {_percent(probe)}"
+    if dense and "needle" not in dense:
+        yield f"the needle probe was left out: its text is longer than the context of {results[0].name}"
     for name, probe in dense.items():
         if probe["accuracy"] - probe["chance"] < CLEAR * probe["stderr"]:
             yield (

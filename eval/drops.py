@@ -13,7 +13,8 @@ def drops_of(selectors: Sequence[Selector]) -> dict[str, Any]:
     """A drop spec as an estimate takes it: kind -> count, or the set of blocks.  Raises PlanError."""
     drops: dict[str, Any] = {}
     for selector in selectors:
-        if selector.kind == "joint" or selector.percent or selector.stack or selector.kind in drops:
+        counted = not (selector.kind == "joint" or selector.percent or selector.stack or selector.published)
+        if not counted or selector.kind in drops:
             raise PlanError(f"an estimate takes attn:N, mlp:N, block:N or lists of blocks, each once, not `{selector}`")
         drops[selector.kind] = set(selector.indices) if selector.indices is not None else selector.count
     return drops

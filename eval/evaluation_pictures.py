@@ -109,8 +109,9 @@ def _kept(dense: ModelResult, model: ModelResult) -> Iterator[tuple[str, tuple[f
         paired = model.paired.get(name)
         if paired and paired.retained is not None:
             yield name, (paired.retained, paired.retained_stderr or 0.0)
-    for before, after in zip(dense.probes, model.probes, strict=True):
-        if before["accuracy"]:
+    probes = {probe["name"]: probe for probe in model.probes}
+    for before in dense.probes:
+        if before["accuracy"] and (after := probes.get(before["name"])):
             yield f"probe: {before['name']}", _share(before, after)
 
 

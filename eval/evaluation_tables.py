@@ -35,9 +35,9 @@ def quality(evaluation: Evaluation) -> Table:
         body.append((name, *(_task_cell(m, name) for m in models)))
         body.append(("  retained of dense (McNemar's p)", *(_paired_cell(m, name) for m in models)))
         body += [(f"  {group}", *(_task_cell(m, group) for m in models)) for group in _groups(models[0], name)]
-    for i, probe in enumerate(models[0].probes):
+    for probe in models[0].probes:
         label = f"probe: {probe['name']} (chance {probe['chance']:.0%})"
-        body.append((label, *(f"{m.probes[i]['accuracy']:.0%} ± {m.probes[i]['stderr']:.0%}" for m in models)))
+        body.append((label, *(_probe_cell(m, probe["name"]) for m in models)))
     return ["", *(m.name for m in models)], [row for row in body if any(row[1:])]
 
 
@@ -148,6 +148,11 @@ def _perplexity_cell(model: ModelResult) -> str:
 
 def _plus_minus(found: dict[str, Any] | None, digits: int) -> str:
     return f"{found['value']:.{digits}f} ± {found['stderr']:.{digits}f}" if found else ""
+
+
+def _probe_cell(model: ModelResult, name: str) -> str:
+    found = next((probe for probe in model.probes if probe["name"] == name), None)
+    return f"{found['accuracy']:.0%} ± {found['stderr']:.0%}" if found else ""
 
 
 def _task_cell(model: ModelResult, name: str) -> str:

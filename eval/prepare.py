@@ -16,6 +16,7 @@ from dropformer.eval.sinks import Sinks, fitting, sink_cache
 from dropformer.eval.tasks import TaskOptions
 from dropformer.eval.timing import Setting, device_of
 from dropformer.metrics.calibration import Calibration
+from dropformer.metrics.context import context_of
 from dropformer.metrics.windows import Windows, windows
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.plan import Plan
@@ -111,15 +112,9 @@ def _check(candidate: Candidate, dense: Candidate, options: EvaluationOptions) -
 
 def _check_context(candidate: Candidate, tokens: int, advice: str) -> None:
     """Learned positions end at the context; with rotary ones a figure beyond it would be of no use."""
-    context = context_of(candidate.model)
+    context = context_of(candidate.model.config)
     if context and tokens > context:
         raise EvaluationError(f"{tokens} tokens are more than the context of {candidate.name}, {context}; {advice}")
-
-
-def context_of(model: PreTrainedModel) -> int | None:
-    """The tokens that a model was made for, None where its config sets no bound."""
-    config: Any = model.config
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _vocabulary(candidate: Candidate) -> int:

@@ -19,6 +19,7 @@ from torch import nn
 from dropformer.eval.memory import Peak, peak_of
 from dropformer.eval.timing import Run, Setting, Step, decoder, device_name, device_of, fits, time_run
 from dropformer.eval.work import Work, work_of
+from dropformer.metrics.context import context_of
 from dropformer.prune.errors import EvaluationError
 
 __all__ = [
@@ -162,7 +163,8 @@ def quick(models: Mapping[str, nn.Module], seconds: float = 18.0, repeats: int =
     left = max(0.0, seconds - (time.perf_counter() - start)) / repeats
     prompt = 0.4 * left / sum(run.prefill.wall for run in runs) * trial.prompt
     new = 0.6 * left / sum(run.decode.wall for run in runs) * trial.new
-    setting = Setting(prompt=_clamp(prompt, 16, 512), new=_clamp(new, 4, 128))
+    room = min(context_of(model.config) or 10**9 for model in models.values())
+    setting = Setting(prompt=_clamp(prompt, 16, min(512, room // 2)), new=_clamp(new, 4, min(128, room // 2)))
     return measure(models, [setting], repeats, seconds=0.8 * seconds, warm=False)
 
 

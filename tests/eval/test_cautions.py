@@ -34,8 +34,16 @@ def test_a_probe_that_falls_clearly_is_named_with_both_figures(after, said):
 
 
 def test_a_probe_that_the_dense_model_guesses_is_said_to_show_nothing():
-    lines = cautions([result("dense", probe("addition", 0.25)), result("pruned", probe("addition", 0.2))])
+    dense, pruned = (
+        result(n, probe("addition", a), probe("needle", 1.0)) for n, a in (("dense", 0.25), ("pruned", 0.2))
+    )
+    lines = cautions([dense, pruned])
     assert lines == ["dense is at chance on the addition probe (25%, guessing gives 20%), so it cannot show a loss"]
+
+
+def test_a_needle_that_did_not_fit_is_said_to_be_left_out():
+    lines = cautions([result("dense", probe("copy", 1.0)), result("pruned", probe("copy", 1.0))])
+    assert lines == ["the needle probe was left out: its text is longer than the context of dense"]
 
 
 def test_mmlu_is_said_to_hold_longer_than_what_it_does_not_test():
