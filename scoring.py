@@ -94,7 +94,7 @@ def _measured(opened: api.Opened, data: Windows, request: Request, watcher: Watc
         return _streamed(opened, data, request, watcher)
     rows = scores_cache(opened.ref.fingerprint or "", data.ref).with_suffix(".rows.jsonl")
     how = Measuring(request.batch_size, request.until_stable, request.keep, rows)
-    with watcher.stage("scoring", len(data)) as progress:
+    with watcher.stage("scoring windows", len(data)) as progress:
         scores = measure(opened.model, data, opened.ref, how, progress)
     if request.until_stable:
         watcher.say(str(scores.settled or f"{request.until_stable} was not settled: all {len(data)} windows were used"))
@@ -113,5 +113,5 @@ def _streamed(opened: api.Opened, data: Windows, request: Request, watcher: Watc
         raise ModelError("--memory computes on the CPU; leave out --device and --device-map, or --memory")
     dtype = api.torch_dtype(place.dtype or "float32")
     streamed = open_streamed(opened.path, dtype, place.trust_remote_code)  # type: ignore[arg-type]
-    with watcher.stage("scoring block by block", len(data)) as progress:
+    with watcher.stage("scoring windows, block by block", len(data)) as progress:
         return stream_scores(streamed, data, opened.ref, parse_bytes(request.memory), request.batch_size, progress)  # type: ignore[arg-type]

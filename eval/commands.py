@@ -26,6 +26,9 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="lm-eval tasks by commas: mmlu,hellaswag,...")] = "",
     shots: Annotated[int | None, typer.Option(min=0, help="Few-shot examples; default: each task's own.")] = None,
     mmlu_data: Annotated[Path | None, typer.Option(help="MMLU's CSV files in the original layout, offline.")] = None,
+    include: Annotated[
+        Path | None, typer.Option("--include-path", help="Folder of further task files, as for lm-eval.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions per task, sampled in proportion.")] = None,
     seed: Annotated[int, typer.Option(help="Which questions and windows are drawn.")] = 0,
     backend: Annotated[str, typer.Option(help="fast, or hf for lm-eval's own.")] = "fast",
@@ -72,7 +75,7 @@ def evaluate(
     if backend not in ("fast", "hf"):
         raise EvaluationError(f"backend `{backend}` is unknown; expected fast or hf")
     names = tuple(t for t in tasks.replace(" ", "").split(",") if t)
-    _check_used(names, shots, limit, mmlu_data, cache)
+    _check_used(names, mmlu_data, cache, shots, limit, include)
     if not speed and (batch, context, new_tokens, repeats, compile) != (BATCH, CONTEXT, NEW, REPEATS, None):
         raise EvaluationError("--batch, --context, --new-tokens, --repeats and --compile describe --speed; add it")
     if window and not stream:
@@ -90,7 +93,7 @@ def evaluate(
 
     swept = _swept(sweep)
     if names:
-        find_tasks(names, mmlu_data)  # a name or data that is not there is said before a model is loaded
+        find_tasks(names, mmlu_data, include)  # a name or data that is not there is said before a model is loaded
     first = distributed.rank() == 0
     watcher = show.Terminal(quiet or not first)
     placement = api.Placement(
@@ -99,7 +102,7 @@ def evaluate(
     opened = [api.open_model(name, None, placement, watcher.say) for name in models]
     options = ev.EvaluationOptions(
         names,
-        TaskOptions(shots, limit, seed, mmlu_data, backend=backend, cache=cache),  # type: ignore[arg-type]
+        TaskOptions(shots, limit, seed, mmlu_data, include, backend, cache=cache),  # type: ignore[arg-type]
         Calibration(text, samples, length, seed) if text else None,
         probes, tuple(settings), repeats=repeats, compile=compile, stream=stream, window=window,
     )  # fmt: skip
@@ -123,11 +126,14 @@ def evaluate(
         show.out.print(line, markup=False)
 
 
-def _check_used(names: tuple[str, ...], shots: int | None, limit: int | None, mmlu_data: Any, cache: Any) -> None:
+def _check_used(names: tuple[str, ...], mmlu_data: Path | None, cache: Path | None, *others: Any) -> None:
+    """Raises EvaluationError for what describes tasks where none, or no such ones, are named."""
     from dropformer.prune.errors import EvaluationError
 
-    if not names and (shots, limit, mmlu_data, cache) != (None,) * 4:
-        raise EvaluationError("--shots, --limit, --mmlu-data and --cache describe --tasks; name some, as in mmlu")
+    if not names and any(given is not None for given in (mmlu_data, cache, *others)):
+        raise EvaluationError(
+            "--shots, --limit, --mmlu-data, --include-path and --cache describe --tasks; name some, as in --tasks mmlu"
+        )
     if mmlu_data and not any(name.startswith("mmlu") for name in names):
         raise EvaluationError("--mmlu-data serves the tasks mmlu and mmlu_SUBJECT; name one in --tasks")
     if cache and cache.exists() and not cache.is_dir():
