@@ -88,7 +88,7 @@ OVER = (
 LAYERS = "Importance on a logarithmic scale; a dot marks what the drop spec chooses, grey is a layer that is gone."
 AGREEMENT = (
     "Spearman's rank correlation of similarity between each two checkpoints, over the layers that both have, and the "
-    "Jaccard overlap of what the drop spec chooses of each."
+    "Jaccard overlap of what the drop spec chooses of each. Grey: fewer than three layers in common."
 )
 MEASURED = (
     "Similarity is the cosine between the residual stream before and after a layer, in float32 per token, averaged "

@@ -68,8 +68,8 @@ class Speed:
 
     bound_prefill, bound_decode: the ratios that FLOPs, and parameter and KV bytes, allow.  A measured
     ratio above its bound means that the dropped layers also cost something else: copies of the cache,
-    launches of small operations.  The cpu ratios compare processor time instead of the clock's: other
-    programs on a busy machine disturb them least; they say nothing on a GPU.
+    launches of small operations.  prefill_cpu, decode_cpu: seconds of processor time of all threads, and
+    their ratios; other programs on a busy machine disturb them least; they say nothing on a GPU.
     """
 
     model: str
@@ -78,6 +78,8 @@ class Speed:
     decode: Quartiles
     prefill_ratio: Quartiles
     decode_ratio: Quartiles
+    prefill_cpu: Quartiles
+    decode_cpu: Quartiles
     prefill_cpu_ratio: Quartiles
     decode_cpu_ratio: Quartiles
     bound_prefill: float
@@ -228,6 +230,8 @@ def _speed(name: str, setting: Setting, runs: Mapping[str, list[Run]], peak: Pea
         decode=Quartiles.of([batch * setting.new / run.decode.wall for run in own]),
         prefill_ratio=ratio(lambda run: run.prefill.wall),
         decode_ratio=ratio(lambda run: run.decode.wall),
+        prefill_cpu=Quartiles.of([run.prefill.cpu for run in own]),
+        decode_cpu=Quartiles.of([run.decode.cpu for run in own]),
         prefill_cpu_ratio=ratio(lambda run: run.prefill.cpu),
         decode_cpu_ratio=ratio(lambda run: run.decode.cpu),
         bound_prefill=bound_prefill,
