@@ -9,10 +9,12 @@ from typing import Any
 from dropformer import api
 from dropformer.eval.likeness import Likeness, likeness
 from dropformer.eval.report import Measured, Report, TextRef, card_lines, measure_quality, measure_speed, sizes
-from dropformer.eval.sweep import Sweep, find_cliff, point
+from dropformer.eval.sweep import AT, Sweep, find_cliff, point, with_speed
+from dropformer.eval.timing import Setting
 from dropformer.eval.trend import trend
 from dropformer.improving import Improvement, given_plan, improved
 from dropformer.metrics.calibration import Calibration
+from dropformer.metrics.context import check_length, context_of
 from dropformer.metrics.distributed import rank
 from dropformer.metrics.images import PIXELS
 from dropformer.metrics.material import fitted, material
@@ -22,7 +24,7 @@ from dropformer.metrics.windows import windows
 from dropformer.preflight import check_out, default_out, short_name
 from dropformer.prune.architecture import of_images
 from dropformer.prune.checkpoint import Exported, export
-from dropformer.prune.errors import ModelError, PlanError
+from dropformer.prune.errors import ModelError, OutputError, PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.formats import known_format
 from dropformer.prune.inputs import takes_pictures, writes_text
@@ -33,6 +35,8 @@ from dropformer.scoring import get_scores, open_to_score
 from dropformer.watcher import Watcher
 
 HELD_OUT = Calibration("heldout", samples=8, length=512, seed=1)
+SWEEP = Setting(prompt=256, new=16)
+"""What a sweep times each model at."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,8 @@ def _measure(
     if not writes_text(pruned):
         return Measured({}, {}, {"outputs": _likeness(opened, pruned, request, watcher)}), nothing
     if opened.tokenizer is not None:
-        data = windows(replace(HELD_OUT, name=request.text), opened.tokenizer)
+        length = min(HELD_OUT.length, context_of(pruned.config) or HELD_OUT.length)
+        data = windows(replace(HELD_OUT, name=request.text, length=length), opened.tokenizer)
         text = TextRef(name=request.text, windows=len(data), length=data.ids.shape[1], hash=data.ref.hash)
         with watcher.stage(f"perplexity on {request.text}"):
             quality = measure_quality(opened.model, pruned, data.ids, text)
@@ -214,29 +219,43 @@ def analyze(request: Request, watcher: Watcher | None = None) -> tuple[Scores, P
     Of several processes launched together only the first writes.
     """
     watcher = watcher or Watcher()
+    out = request.out or Path(f"{short_name(request.model)}-scores")
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file; choose another --out")
     opened = open_to_score(request, watcher)
     scores = get_scores(opened, request, watcher)
-    out = request.out or Path(f"{short_name(request.model)}-scores")
     if rank() == 0:
         scores.write(out / "scores.json")
         similarity_by_depth(scores, out / "similarity.png")
     return scores, out
 
 
-def sweep(request: Request, kind: str, counts: list[int], shape: tuple[int, int], watcher: Watcher) -> Sweep:
-    """Measure every number of drops of a kind, most redundant first, on windows of the shape (N, T)."""
+def sweep(
+    request: Request, kind: str, counts: list[int], shape: tuple[int, int], watcher: Watcher, speed: bool = False
+) -> Sweep:
+    """Measure every number of drops of a kind, most redundant first, on windows of the shape (N, T); dense first.
+
+    With `speed` all of them are timed too, interleaved.
+    """
     with watcher.stage("opening the model"):
         opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
     if not writes_text(opened.model):
         raise ModelError(f"a sweep measures perplexity, and {request.model} is no causal language model; prune it")
+    check_length(opened.model.config, max(shape[1], SWEEP.prompt + SWEEP.new if speed else 0), opened.ref.name)
     scores = get_scores(opened, request, watcher)
+    plans = [api.plan(scores, f"{kind}:{count}", request.keep) for count in counts if count]
     data = windows(Calibration(request.text, *shape, seed=HELD_OUT.seed), opened.tokenizer)
+    models = [opened.model, *(api.drop(opened, plan) for plan in plans)]
+    setting = SWEEP if speed else AT
     points = []
-    with watcher.stage(f"perplexity on {request.text}", len(counts)) as progress:
-        for count in counts:
-            plan = api.plan(scores, f"{kind}:{count}") if count else None
-            pruned = api.drop(opened, plan) if plan else opened.model
-            points.append(point(opened.model, pruned, plan.layers if plan else [], data.ids))
+    with watcher.stage(f"perplexity on {request.text}", len(models)) as progress:
+        for model, layers in zip(models, [[], *(plan.layers for plan in plans)], strict=True):
+            points.append(point(opened.model, model, layers, data.ids, setting))
             progress(len(points), len(points) * data.ids.numel())
-    text = data.ref.model_dump()
-    return Sweep(model=opened.ref, of=kind, text=text, points=points, cliff=find_cliff(points))
+    if speed:
+        with watcher.stage(f"speed, {len(models)} models interleaved"):
+            points = with_speed(points, models, setting)
+    return Sweep(
+        model=opened.ref, of=kind, text=data.ref.model_dump(), setting=str(setting), points=points,
+        cliff=find_cliff(points),
+    )  # fmt: skip

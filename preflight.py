@@ -25,7 +25,8 @@ def check(
 ) -> None:
     """Raise the error that the arguments would end in, as far as their files alone can tell."""
     known_format(format)
-    selectors = parse_spec(drop) if drop else ()
+    if drop:
+        parse_spec(drop)
     if out:
         check_out(out)
     for name in calibration.split(",") if calibration else ():
@@ -36,13 +37,18 @@ def check(
     folder = locate(model)
     if folder:
         open_checkpoint(folder)
-        blocks = _blocks(folder)
-        for selector in selectors:
-            limit = blocks and blocks * len(selector.kinds)
-            if limit and not selector.percent and selector.count > limit:
-                raise PlanError(
-                    f"`{selector}` drops {selector.count} layers, but {model} has {limit} of that kind; ask for fewer"
-                )
+        check_drop(drop, folder, model)
+
+
+def check_drop(drop: str | None, folder: Path, name: str) -> None:
+    """Raises PlanError where a spec asks for more layers than the config in a folder has."""
+    blocks = _blocks(folder)
+    for selector in parse_spec(drop) if drop else ():
+        limit = blocks and blocks * len(selector.kinds)
+        if limit and not selector.percent and selector.count > limit:
+            raise PlanError(
+                f"`{selector}` drops {selector.count} layers, but {name} has {limit} of that kind; ask for fewer"
+            )
 
 
 def check_out(out: Path) -> None:

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING
 from dropformer import api
 from dropformer.metrics import distributed
 from dropformer.metrics.calibration import CalibrationRef
+from dropformer.metrics.context import check_length
 from dropformer.metrics.images import PIXELS
 from dropformer.metrics.material import fitted, material
 from dropformer.metrics.measure import Measuring, measure
+from dropformer.metrics.memory import parse_bytes
 from dropformer.metrics.pictures import Material, Pictures
 from dropformer.metrics.scores import Scores
+from dropformer.metrics.stability import check_spec
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
+from dropformer.prune.inputs import takes_pictures
+from dropformer.prune.record import read_config
 from dropformer.recipes.cache import cache_folder
 
 if TYPE_CHECKING:
@@ -24,6 +29,10 @@ if TYPE_CHECKING:
 
 def open_to_score(request: Request, watcher: Watcher) -> api.Opened:
     """Open a model for analysis: on this process's own device, without its weights where they are to be streamed."""
+    if request.until_stable:
+        check_spec(request.until_stable)
+    if request.memory is not None:
+        parse_bytes(request.memory)
     place = request.placement
     if place.device_map and distributed.world() > 1:
         raise ModelError("--device-map spreads one model over the GPUs, but each launched process has its own; use one")
@@ -67,6 +76,8 @@ def _material(opened: api.Opened, request: Request, watcher: Watcher) -> Materia
         name=settings.name if said.calibration else free.name,
         length=settings.length if said.length else free.length,
     )
+    if not takes_pictures(opened.model):
+        check_length(read_config(opened.path), settings.length, opened.ref.name)
     data = material(opened.model, opened.tokenizer, opened.path, settings)
     watcher.say(f"calibration: {wording(data, opened)} ({why})")
     return data
@@ -101,7 +112,7 @@ def _measured(opened: api.Opened, data: Material, request: Request, watcher: Wat
         return _streamed(opened, data, request, watcher)
     rows = scores_cache(opened.ref.fingerprint or "", data.ref).with_suffix(".rows.jsonl")
     how = Measuring(request.batch_size, request.until_stable, request.keep, rows)
-    with watcher.stage("scoring", len(data)) as progress:
+    with watcher.stage("scoring windows", len(data)) as progress:
         scores = measure(opened.model, data, opened.ref, how, progress)
     if request.until_stable:
         watcher.say(str(scores.settled or f"{request.until_stable} was not settled: all {len(data)} windows were used"))
@@ -109,7 +120,6 @@ def _measured(opened: api.Opened, data: Material, request: Request, watcher: Wat
 
 
 def _streamed(opened: api.Opened, data: Material, request: Request, watcher: Watcher) -> Scores:
-    from dropformer.metrics.memory import parse_bytes
     from dropformer.metrics.streaming import open_streamed, stream_scores
 
     if request.until_stable:
@@ -121,5 +131,5 @@ def _streamed(opened: api.Opened, data: Material, request: Request, watcher: Wat
         raise ModelError("--memory computes on the CPU; leave out --device and --device-map, or --memory")
     dtype = api.torch_dtype(place.dtype or "float32")
     streamed = open_streamed(opened.path, dtype, place.trust_remote_code)  # type: ignore[arg-type]
-    with watcher.stage("scoring block by block", len(data)) as progress:
+    with watcher.stage("scoring windows, block by block", len(data)) as progress:
         return stream_scores(streamed, data, opened.ref, parse_bytes(request.memory), request.batch_size, progress)  # type: ignore[arg-type]

@@ -11,12 +11,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from dropformer.prune.formats import known_format
 from dropformer.watcher import Watcher
@@ -44,16 +46,27 @@ class Terminal(Watcher):
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
         columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn()]
-        columns += [
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-        ]
+        columns += [TextColumn("{task.fields[note]}"), TimeLeftColumn()]
         short = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
         with Progress(*(columns if total else short), console=err, disable=self.quiet, transient=False) as progress:
             task = progress.add_task(name, total=total, note="")
             yield lambda done, count: progress.update(task, completed=done, note=_rate(progress, task, count))
             progress.update(task, completed=total or 1, total=total or 1)
+
+
+class TimeLeftColumn(ProgressColumn):
+    """The time left, and once all is done the time that it took."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished:
+            return Text(f"in {_clock(task.finished_time or 0)}", "progress.elapsed")
+        left = task.time_remaining
+        return Text("" if left is None else f"{_clock(left)} left", "progress.remaining")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _rate(progress: Progress, task: Any, count: int) -> str:

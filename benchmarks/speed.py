@@ -4,8 +4,9 @@
 
 Prefill and decode are measured apart with the real KV cache, both models interleaved in one run. Beside each
 ratio stands what FLOPs (prefill) and parameter and KV bytes (decode) allow, and what the roofline estimate says
-for this machine, measured in the same run: `estimate_*_off` is its error in seconds, in percent of the measured
-time. On a busy machine read the `cpu` ratios, of processor time, which other programs disturb least.
+for this machine, measured in the same run: `estimate_*_off` is its error in percent of the dense model's
+processor seconds of each thread. On a busy machine read the `cpu` ratios, of processor time, which other programs
+disturb least.
 """
 
 from __future__ import annotations
@@ -54,12 +55,10 @@ def estimated(table: SpeedTable, models: dict[str, nn.Module], setting: Setting,
     return Estimate(dense, pruned)
 
 
-def off(row: Speed, times: Times) -> tuple[float, float]:
-    """Error of the estimated seconds, in percent of the measured ones: prefill, decode."""
-    batch = int(row.setting.batch)
-    prefill = batch * row.setting.prompt / row.prefill.median
-    decode = batch * row.setting.new / row.decode.median
-    return 100 * (times.prefill / prefill - 1), 100 * (times.decode / decode - 1)
+def off(row: Speed, times: Times, threads: int) -> tuple[float, float]:
+    """Error of the estimated seconds, in percent of the processor seconds of each thread: prefill, decode."""
+    measured = row.prefill_cpu.median / threads, row.decode_cpu.median / threads
+    return 100 * (times.prefill / measured[0] - 1), 100 * (times.decode / measured[1] - 1)
 
 
 def figures(table: SpeedTable, guess: Estimate | None, setting: Setting) -> dict[str, Any]:
@@ -88,7 +87,9 @@ def figures(table: SpeedTable, guess: Estimate | None, setting: Setting) -> dict
             round(speedup.prefill, 3),
             round(speedup.decode, 3),
         )
-        line["estimate_prefill_off"], line["estimate_decode_off"] = (round(x, 1) for x in off(dense, times))
+        line["estimate_prefill_off"], line["estimate_decode_off"] = (
+            round(x, 1) for x in off(dense, times, table.threads)
+        )
     return line
 
 
@@ -115,6 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for kernels in KERNELS:
             speedup = guess.speedup(kernels)
             print(f"estimate, {kernels} kernels: prefill {speedup.prefill:.3f}x, decode {speedup.decode:.3f}x")
+        prefill, decode = off(table.row("dense", chosen[0]), guess.dense.times["sdpa"], table.threads)
+        print(f"the estimate's seconds, sdpa kernels, dense: prefill {prefill:+.0f}%, decode {decode:+.0f}% off")
     print(json.dumps(figures(table, guess, table.rows[0].setting)))
 
 

@@ -10,11 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
+from dropformer.eval.out import check_out
+
 Text = str | None
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Dtype = Annotated[Text, typer.Option(help="Computation: float32, bfloat16, float16, auto.")]
 Device = Annotated[Text, typer.Option(help="cpu, cuda, cuda:1, ...")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+BATCH, CONTEXT, NEW, REPEATS = "1", "512", 32, 5
 
 
 def evaluate(
@@ -22,6 +26,9 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="lm-eval tasks by commas: mmlu,hellaswag,...")] = "",
     shots: Annotated[int | None, typer.Option(min=0, help="Few-shot examples; default: each task's own.")] = None,
     mmlu_data: Annotated[Path | None, typer.Option(help="MMLU's CSV files in the original layout, offline.")] = None,
+    include: Annotated[
+        Path | None, typer.Option("--include-path", help="Folder of further task files, as for lm-eval.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Questions per task, sampled in proportion.")] = None,
     seed: Annotated[int, typer.Option(help="Which questions and windows are drawn.")] = 0,
     backend: Annotated[str, typer.Option(help="fast, or hf for lm-eval's own.")] = "fast",
@@ -34,63 +41,111 @@ def evaluate(
     speed: Annotated[bool, typer.Option("--speed", help="Measure prefill and decode.")] = False,
     batch: Annotated[
         str, typer.Option(help="Batch sizes by commas, or `paper`: 2048 in, 2048 out, largest batch.")
-    ] = "1",
-    context: Annotated[str, typer.Option(help="Prompt lengths by commas.")] = "512",
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each prompt.")] = 32,
+    ] = BATCH,
+    context: Annotated[str, typer.Option(help="Prompt lengths by commas.")] = CONTEXT,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded after each prompt.")] = NEW,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of every model at every setting.")] = REPEATS,
+    compile: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Decode through torch.compile too; default: on a GPU."),
+    ] = None,
     stream: Annotated[int, typer.Option(min=0, help="Read this many tokens with attention sinks.")] = 0,
+    window: Annotated[
+        int | None, typer.Option(min=8, help="Tokens that attention sees while it streams; default 1024.")
+    ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder of answers, so that a run cut off goes on.")] = None,
+    sweep: Annotated[Path | None, typer.Option(help="A sweep.json of the dense model, for the page.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for report.json and report.html.")] = None,
     dtype: Dtype = None,
     device: Device = None,
     device_map: Annotated[Text, typer.Option(help="Passed to accelerate: auto.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """What a drop cost and what it saved: tasks, perplexity, probes, speed, memory, side by side."""
+    os.environ["TQDM_DISABLE"] = "1"  # before tqdm is there: lm-eval shows a bar for each of MMLU's 57 subjects
     from dropformer import preflight
     from dropformer.prune.errors import EvaluationError
 
     for model in models:
-        preflight.check(model, None, text or None, out)
+        preflight.check(model, None, text or None)
+    if out:
+        check_out(out, "report.html")
     if backend not in ("fast", "hf"):
         raise EvaluationError(f"backend `{backend}` is unknown; expected fast or hf")
+    names = tuple(t for t in tasks.replace(" ", "").split(",") if t)
+    _check_used(names, mmlu_data, cache, shots, limit, include)
+    if not speed and (batch, context, new_tokens, repeats, compile) != (BATCH, CONTEXT, NEW, REPEATS, None):
+        raise EvaluationError("--batch, --context, --new-tokens, --repeats and --compile describe --speed; add it")
+    if window and not stream:
+        raise EvaluationError("--window describes --stream; give the number of tokens to stream, as in --stream 65536")
     settings = _settings(batch, context, new_tokens) if speed else ()
-    os.environ["TQDM_DISABLE"] = "1"  # lm-eval shows a bar for each of MMLU's 57 subjects
     from dropformer import api, show
     from dropformer.eval import evaluation as ev
     from dropformer.eval import evaluation_output as output
+    from dropformer.eval.evaluation_tables import summary
+    from dropformer.eval.prepare import labels
+    from dropformer.eval.registry import find_tasks
     from dropformer.eval.tasks import TaskOptions
     from dropformer.metrics import distributed
     from dropformer.metrics.calibration import Calibration
 
+    swept = _swept(sweep)
+    if names:
+        find_tasks(names, mmlu_data, include)  # a name or data that is not there is said before a model is loaded
     first = distributed.rank() == 0
     watcher = show.Terminal(quiet or not first)
-    placement = api.Placement(dtype, device if device_map else distributed.own_device(device), device_map)
+    placement = api.Placement(
+        dtype, device if device_map else distributed.own_device(device), device_map, trust_remote_code
+    )
     opened = [api.open_model(name, None, placement, watcher.say) for name in models]
     options = ev.EvaluationOptions(
-        tuple(t for t in tasks.replace(" ", "").split(",") if t),
-        TaskOptions(shots, limit, seed, mmlu_data, backend=backend, cache=cache),  # type: ignore[arg-type]
+        names,
+        TaskOptions(shots, limit, seed, mmlu_data, include, backend, cache=cache),  # type: ignore[arg-type]
         Calibration(text, samples, length, seed) if text else None,
-        probes, tuple(settings), stream=stream,
+        probes, tuple(settings), repeats=repeats, compile=compile, stream=stream, window=window,
     )  # fmt: skip
     named = [
-        ev.Candidate(preflight.short_name(m), o.model, o.tokenizer, api.plan_of(o, opened[0]))
-        for m, o in zip(models, opened, strict=True)
+        ev.Candidate(label, o.model, o.tokenizer, api.plan_of(o, opened[0]))
+        for label, o in zip(labels(models), opened, strict=True)
     ]
     found = ev.evaluate(named, options, watcher)
     if not first:
         return
     if out:
         found.write(out / "report.json")
-        pictures = [(o.path / "similarity.png", f"{c.name}: similarity by depth, the dropped layers marked")
+        pictures = [(o.path / "similarity.png", f"{c.name}: similarity by depth, crosses mark the dropped layers.")
                     for o, c in zip(opened, named, strict=True) if (o.path / "similarity.png").is_file()]  # fmt: skip
-        (out / "report.html").write_text(output.html(found, pictures), encoding="utf-8")
+        (out / "report.html").write_text(output.html(found, pictures, swept), encoding="utf-8")
     if as_json:
         sys.stdout.write(found.to_json())
         return
-    show.out.print(show.plain_table(*output.rows(found)))
+    show.out.print(show.plain_table(*summary(found)))
     for line in [*found.warnings, *([f"wrote {out}/report.json and {out}/report.html"] if out else [])]:
         show.out.print(line, markup=False)
+
+
+def _check_used(names: tuple[str, ...], mmlu_data: Path | None, cache: Path | None, *others: Any) -> None:
+    """Raises EvaluationError for what describes tasks where none, or no such ones, are named."""
+    from dropformer.prune.errors import EvaluationError
+
+    if not names and any(given is not None for given in (mmlu_data, cache, *others)):
+        raise EvaluationError(
+            "--shots, --limit, --mmlu-data, --include-path and --cache describe --tasks; name some, as in --tasks mmlu"
+        )
+    if mmlu_data and not any(name.startswith("mmlu") for name in names):
+        raise EvaluationError("--mmlu-data serves the tasks mmlu and mmlu_SUBJECT; name one in --tasks")
+    if cache and cache.exists() and not cache.is_dir():
+        raise EvaluationError(f"--cache {cache} is a file; give a folder for the answers")
+
+
+def _swept(path: Path | None) -> Any:
+    if path is None:
+        return None
+    from dropformer.eval.sweep import Sweep
+
+    return Sweep.read(path)
 
 
 def _settings(batch: str, context: str, new: int) -> list[Any]:
@@ -142,41 +197,44 @@ def estimate(
 def sweep(
     model: Annotated[str, typer.Argument(help="Anything --model takes.")],
     drop: Annotated[str, typer.Option("--drop", "-d", help="A range of counts: attn:0..12, mlp:0..8..2.")],
+    keep: Annotated[str, typer.Option(help="Blocks to leave whole, such as 0,1,-1.")] = "",
+    calibration: Annotated[Text, typer.Option(help="Text to rank by: builtin, c4, wikitext, or a file.")] = None,
     text: Annotated[str, typer.Option(help="Text for perplexity, as for --calibration.")] = "heldout",
     samples: Annotated[int, typer.Option(min=1, help="Windows of that text.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
+    speed: Annotated[bool, typer.Option("--speed", help="Measure speed too, all models interleaved.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for sweep.json and sweep.png.")] = None,
     dtype: Dtype = None,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quality for every number of drops, the speed-up the work allows, and where the cliff is."""
+    """Quality for every number of drops, the speed-up, and where the cliff is."""
     from dropformer import preflight
     from dropformer.eval.drops import parse_range
-    from dropformer.prune.plan import parse_spec
+    from dropformer.prune.plan import parse_keep, parse_spec
 
     kind, counts = parse_range(drop)
     parse_spec(f"{kind}:{counts[-1]}")
-    preflight.check(model, f"{kind}:{counts[-1]}", text, out)
+    folder = out or Path(f"{preflight.short_name(model)}-sweep")
+    preflight.check(model, f"{kind}:{counts[-1]}", f"{text},{calibration}" if calibration else text)
+    check_out(folder, "sweep.json")
     from dropformer import job, show
     from dropformer.api import Placement
     from dropformer.eval import sweep as sw
 
-    request = job.Request(model, f"{kind}:{counts[-1]}", placement=Placement(dtype, device), text=text)
-    found = job.sweep(request, kind, counts, (samples, length), show.Terminal(quiet))
-    folder = out or Path(f"{preflight.short_name(model)}-sweep")
+    request = job.Request(
+        model, f"{kind}:{counts[-1]}", keep=parse_keep(keep), calibration=job.Overrides(calibration),
+        placement=Placement(dtype, device, None, trust_remote_code), text=text,
+    )  # fmt: skip
+    found = job.sweep(request, kind, counts, (samples, length), show.Terminal(quiet), speed)
     found.write(folder / "sweep.json")
     sw.draw(found, folder / "sweep.png")
     if as_json:
         sys.stdout.write(found.to_json())
         return
-    base = found.points[0].perplexity
-    body = [
-        (str(p.drops), f"{p.perplexity:.2f}", f"{p.perplexity / base:.3f}x", f"{p.kl:.4f}", f"{p.decode_bound:.2f}x")
-        for p in found.points
-    ]
-    show.out.print(show.plain_table(["drops", "perplexity", "over dense", "KL, nats", "decode bound"], body))
+    show.out.print(show.plain_table(*sw.table(found)))
     beyond = (
         f"cliff: quality leaves its trend at {found.cliff} drops"
         if found.cliff is not None

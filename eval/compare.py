@@ -12,15 +12,16 @@ from dropformer import api
 from dropformer.eval.alignment import Origin, aligned, read_origin
 from dropformer.eval.checkpoints import Checkpoint, find_checkpoints
 from dropformer.eval.comparable import Comparable, SharedTokens
-from dropformer.eval.comparison import Comparison, Entry, chosen_layers, compare_scores
+from dropformer.eval.comparison import Comparison, Entry, check_counts, chosen_layers, compare_scores
 from dropformer.eval.downloads import Downloads
 from dropformer.metrics.calibration import Calibration
+from dropformer.metrics.context import check_length
 from dropformer.metrics.scores import Scores
+from dropformer.preflight import check_drop
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.checkpoint import reference
 from dropformer.prune.errors import DropformerError, ModelError
 from dropformer.prune.files import open_checkpoint
-from dropformer.prune.plan import parse_spec
 from dropformer.prune.record import read_config
 from dropformer.recipes import open_source
 from dropformer.recipes.gguf import fingerprint as gguf_fingerprint
@@ -77,7 +78,8 @@ def compare(request: CompareRequest, watcher: Watcher | None = None) -> Comparis
     as configs and tokenizers tell; PlanError for a drop spec that does not fit.
     """
     if request.drop:
-        parse_spec(request.drop)
+        check_counts(request.drop)
+    api.torch_dtype(request.placement.dtype)
     checkpoints = find_checkpoints(request.names, request.revisions)
     return Run(request, watcher or Watcher()).compare(checkpoints)
 
@@ -94,7 +96,11 @@ class Run:
         sides = [self.side(checkpoint) for checkpoint in checkpoints]
         for checkpoint, side in zip(checkpoints, sides, strict=True):
             if side.folder:
-                self.comparable.config(checkpoint.label, read_config(side.folder), read_origin(side.folder))
+                config, origin = read_config(side.folder), read_origin(side.folder)
+                check_length(config, self.request.calibration.length, checkpoint.label)
+                self.comparable.config(checkpoint.label, config, origin)
+                if origin is None:
+                    check_drop(self.request.drop, side.folder, checkpoint.label)
         self.tokens = self.shared_tokens(checkpoints, sides)
         for checkpoint, side in zip(checkpoints, sides, strict=True):
             if side.folder and (own := self.tokenizer(side.folder)) is not None:

@@ -38,7 +38,7 @@ def compare(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
     """How redundancy and the layers to drop change over training, or between pruned variants."""
-    from dropformer.eval import compare_output
+    from dropformer.eval.out import check_out
     from dropformer.metrics.text import check_name
     from dropformer.prune.plan import parse_keep, parse_spec
 
@@ -47,9 +47,10 @@ def compare(
     if calibration:
         check_name(calibration)
     folder = out or Path(f"{Path(checkpoints[0].partition('@')[0]).resolve().name}-compare")
-    compare_output.check_out(folder)
+    check_out(folder, "compare.json")
     from dropformer import show
     from dropformer.api import Placement
+    from dropformer.eval import compare_output
     from dropformer.eval.compare import CompareRequest
     from dropformer.eval.compare import compare as run
     from dropformer.job import Overrides

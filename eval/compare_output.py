@@ -11,25 +11,17 @@ from markupsafe import Markup, escape
 from dropformer.eval.checkpoints import TRAINER
 from dropformer.eval.compare_pictures import agreement, heatmaps, over_training
 from dropformer.eval.comparison import Comparison, kind_title
+from dropformer.eval.out import check_out
 from dropformer.eval.page import Section, page, paragraph, picture, table
 from dropformer.prune.architecture import KIND_NAMES
-from dropformer.prune.errors import OutputError
 
 JSON = "compare.json"
 PICTURES = {"heatmaps.png": heatmaps, "training.png": over_training, "agreement.png": agreement}
 
 
-def check_out(out: Path) -> None:
-    """Raises OutputError unless `out` is new, empty, or holds an earlier comparison, which is replaced."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; choose another --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / JSON).exists():
-        raise OutputError(f"{out} is not empty and holds no {JSON}; choose another --out or remove it")
-
-
 def write(found: Comparison, out: Path) -> Path:
     """Write all files into `out`, each whole or not at all; the page's path.  Raises OutputError."""
-    check_out(out)
+    check_out(out, JSON)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".compare-", dir=out) as scratch:
         folder = Path(scratch)
@@ -96,7 +88,7 @@ OVER = (
 LAYERS = "Importance on a logarithmic scale; a dot marks what the drop spec chooses, grey is a layer that is gone."
 AGREEMENT = (
     "Spearman's rank correlation of similarity between each two checkpoints, over the layers that both have, and the "
-    "Jaccard overlap of what the drop spec chooses of each."
+    "Jaccard overlap of what the drop spec chooses of each. Grey: fewer than three layers in common."
 )
 MEASURED = (
     "Similarity is the cosine between the residual stream before and after a layer, in float32 per token, averaged "

@@ -52,13 +52,23 @@ def over_training(found: Comparison, path: Path) -> Path:
     figure = Figure(figsize=(10, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     places = found.steps or list(range(len(found.checkpoints)))
+    line = "-" if found.steps else "none"  # variants have no order for a line to follow
     for kind in found.kinds:
         style = {"color": COLORS[kind.rpartition(".")[2]], "marker": "o", "markersize": 3.5, "label": kind_title(kind)}
+        style["linestyle"] = line
         left.plot(places, _numbers([c.mean[kind] for c in found.checkpoints]), **style)
         right.plot(places, _numbers(found.spearman_to_last(kind)), **style)
     if found.overlap:
         shared = [row[-1] for row in found.overlap]
-        right.plot(places, shared, "k--", marker="s", markersize=3.5, label=f"overlap of {found.spec}")
+        right.plot(
+            places,
+            shared,
+            color="k",
+            linestyle="--" if found.steps else "none",
+            marker="s",
+            markersize=3.5,
+            label=f"overlap of {found.spec}",
+        )
     if found.overlap_by_chance:
         right.axhline(found.overlap_by_chance, color="k", linewidth=0.8, linestyle=":", label="overlap by chance")
     if found.known_from and found.known_from.index:

@@ -110,14 +110,19 @@ def compare_scores(entries: Sequence[Entry], spec: str | None = None, keep: Sequ
 
 def chosen_layers(scores: Scores, spec: str, keep: Sequence[int] = ()) -> list[Layer]:
     """What a spec of counts takes of aligned scores; layers that are gone are never taken.  Raises PlanError."""
-    if any(s.published or s.indices is not None for s in parse_spec(spec)):
-        raise PlanError(f"--drop `{spec}` names layers, which every checkpoint would share; give counts, as in attn:8")
+    check_counts(spec)
     similarity = scores.similarity()
     blocks = [layer for stack in scores.outline.stacks for layer in scores.outline.layers("block", stack.name)]
     found = choose(scores.outline, spec, {**dict.fromkeys(blocks, GONE), **similarity}, keep)
     if missing := [layer for layer in found if layer not in similarity]:
         raise PlanError(f"`{spec}` asks {scores.model.name} for more blocks than it has left ({missing[0]} is gone)")
     return found
+
+
+def check_counts(spec: str) -> None:
+    """Raises PlanError for a spec that names its layers."""
+    if any(s.published or s.indices is not None for s in parse_spec(spec)):
+        raise PlanError(f"--drop `{spec}` names layers, which every checkpoint would share; give counts, as in attn:8")
 
 
 def kind_title(kind: str) -> str:

@@ -13,7 +13,8 @@ def drops_of(selectors: Sequence[Selector]) -> dict[str, Any]:
     """A drop spec as an estimate takes it: kind -> count, or the set of blocks.  Raises PlanError."""
     drops: dict[str, Any] = {}
     for selector in selectors:
-        if selector.kind == "joint" or selector.percent or selector.stack or selector.kind in drops:
+        counted = not (selector.kind == "joint" or selector.percent or selector.stack or selector.published)
+        if not counted or selector.kind in drops:
             raise PlanError(f"an estimate takes attn:N, mlp:N, block:N or lists of blocks, each once, not `{selector}`")
         drops[selector.kind] = set(selector.indices) if selector.indices is not None else selector.count
     return drops
@@ -23,7 +24,8 @@ def parse_range(text: str) -> tuple[str, list[int]]:
     """`attn:0..12` or `attn:0..12..4` -> ("attn", [0, 1, ..., 12]).  Raises PlanError."""
     kind, _, numbers = text.replace(" ", "").partition(":")
     parts = numbers.split("..")
-    if not 2 <= len(parts) <= 3 or not all(p.isdecimal() for p in parts) or int(parts[0]) >= int(parts[1]):
+    known = 2 <= len(parts) <= 3 and all(part.isdecimal() for part in parts)
+    first, last, step = [*map(int, parts), 1][:3] if known else (0, 0, 0)
+    if first >= last or step == 0:
         raise PlanError(f"`{text}` is no range of drops; expected for example attn:0..12 or mlp:0..8..2")
-    step = int(parts[2]) if len(parts) == 3 else 1
-    return kind, list(range(int(parts[0]), int(parts[1]) + 1, max(1, step)))
+    return kind, list(range(first, last + 1, step))

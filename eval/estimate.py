@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from dropformer.eval.hardware import Hardware
 from dropformer.eval.work import BlockWork, Drops, Work, work_of
-from dropformer.prune.errors import EvaluationError, ModelError
+from dropformer.prune.errors import EvaluationError, ModelError, PlanError
 from dropformer.recipes import Recipe, open_config, recipes
 
 LAUNCHES = {"attention": 45, "mlp": 20}  # small operations of a Llama branch in transformers, counted
@@ -203,7 +203,10 @@ def estimate(
     """
     workload = workload or Workload()
     work = config if isinstance(config, Work) else config_work(config)
-    return Estimate(Side(work, workload, hardware), Side(work.drop(drops), workload, hardware))
+    left = work.drop(drops)
+    if not any(block.attention for block in left.blocks) and any(block.attention for block in work.blocks):
+        raise PlanError("no attention layer would be left, and a model without any mixes no tokens; drop fewer")
+    return Estimate(Side(work, workload, hardware), Side(left, workload, hardware))
 
 
 def named_config(name: str, revision: str | None = None) -> PreTrainedConfig | dict[str, Any]:

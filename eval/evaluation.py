@@ -3,57 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from typing import Any, ClassVar
 
-from transformers import PreTrainedModel
-
+from dropformer.eval.cautions import cautions
 from dropformer.eval.memory import kv_bytes_per_token, parameter_bytes, parameter_count
 from dropformer.eval.paired import Paired
 from dropformer.eval.perplexity import side_by_side
+from dropformer.eval.prepare import Candidate, EvaluationOptions, Inputs, prepare
 from dropformer.eval.probes import run_probes
-from dropformer.eval.sinks import fitting
-from dropformer.eval.speed import Setting, SpeedTable, measure, quick
+from dropformer.eval.speed import measure, quick
 from dropformer.eval.streaming import stream, streaming_speed
-from dropformer.eval.tasks import TaskOptions, TaskResults, compare_tasks, evaluate_tasks
+from dropformer.eval.tasks import TaskResults, compare_tasks, evaluate_tasks
+from dropformer.eval.timing import device_of
 from dropformer.eval.trend import Trend, trend
-from dropformer.metrics.calibration import Calibration
 from dropformer.metrics.distributed import rank
-from dropformer.metrics.windows import Windows, windows
+from dropformer.metrics.windows import Windows
 from dropformer.prune.artifact import Artifact, Part
-from dropformer.prune.errors import EvaluationError
-from dropformer.prune.plan import Plan
 from dropformer.watcher import Watcher
 
-
-@dataclass(frozen=True)
-class EvaluationOptions:
-    """What to evaluate.
-
-    text: windows for perplexity and KL (None: neither).  speed: settings to measure; empty with
-    `seconds` > 0 chooses one that takes about that long.  stream: tokens of text to read past the
-    context with attention sinks (0: none).
-    """
-
-    tasks: tuple[str, ...] = ()
-    task_options: TaskOptions = field(default_factory=TaskOptions)
-    text: Calibration | None = None
-    probes: bool = False
-    speed: tuple[Setting, ...] = ()
-    seconds: float = 0.0
-    repeats: int = 5
-    stream: int = 0
-
+__all__ = ["Candidate", "Evaluation", "EvaluationOptions", "ModelResult", "evaluate"]
 
 TIMED = 9
 """Single tokens timed behind a full window, cached and recomputed, one of them to warm up."""
 
 
 class ModelResult(Part):
-    """One model's measurements; `paired` compares it with the dense model, question by question."""
+    """One model's measurements; `paired` compares it with the dense model, question by question.
+
+    drops: the layers that were taken out of the dense model to make it, where that is known.
+    """
 
     name: str
+    drops: list[str] = []
     parameters: int
     parameter_bytes: int
     kv_bytes_per_token: int
@@ -78,16 +61,6 @@ class Evaluation(Artifact):
     warnings: list[str] = []
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A model to evaluate, with its name and tokenizer; `plan`: how it was made from the dense one, if known."""
-
-    name: str
-    model: PreTrainedModel
-    tokenizer: Any
-    plan: Plan | None = None
-
-
 def evaluate(models: Sequence[Candidate], options: EvaluationOptions, watcher: Watcher | None = None) -> Evaluation:
     """Evaluate models side by side; the first is the dense one.
 
@@ -95,25 +68,24 @@ def evaluate(models: Sequence[Candidate], options: EvaluationOptions, watcher: W
     launched together all answer questions and only the first measures the rest.  Raises EvaluationError.
     """
     watcher = watcher or Watcher()
-    if len(models) < 1:
-        raise EvaluationError("evaluate needs the dense model, and usually pruned ones after it")
-    data = windows(options.text, models[0].tokenizer) if options.text else None
+    inputs = prepare(models, options)
     results = [_sizes(candidate) for candidate in models]
     results = _with_tasks(results, models, options, watcher)
     if rank() > 0:
         return Evaluation(models=results)
-    results = _with_perplexity(results, models, data, watcher)
+    results = _with_perplexity(results, models, inputs.text, watcher)
     results = _with_probes(results, models, options, watcher)
-    results, device = _with_speed(results, models, options, watcher)
-    results = _with_stream(results, models, options, watcher)
-    text = data.ref.model_dump() if data else None
-    return Evaluation(text=text, device=device, models=results, warnings=warnings(results))
+    results, device, said = _with_speed(results, models, options, watcher)
+    results = _with_stream(results, models, inputs, watcher)
+    text = inputs.text.ref.model_dump() if inputs.text else None
+    return Evaluation(text=text, device=device, models=results, warnings=[*cautions(results), *said])
 
 
 def _sizes(candidate: Candidate) -> ModelResult:
     model = candidate.model
     return ModelResult(
         name=candidate.name,
+        drops=[str(layer) for layer in candidate.plan.layers] if candidate.plan else [],
         parameters=parameter_count(model),
         parameter_bytes=parameter_bytes(model),
         kv_bytes_per_token=kv_bytes_per_token(model),
@@ -176,30 +148,40 @@ def _with_probes(
 
 def _with_speed(
     results: list[ModelResult], models: Sequence[Candidate], options: EvaluationOptions, watcher: Watcher
-) -> tuple[list[ModelResult], str | None]:
+) -> tuple[list[ModelResult], str | None, list[str]]:
+    """Speeds, on what they were measured, and what went wrong with torch.compile, if anything did."""
     if not options.speed and not options.seconds:
-        return results, None
+        return results, None, []
     named = {candidate.name: candidate.model for candidate in models}
     with watcher.stage("speed, interleaved"):
-        found: SpeedTable = (
-            measure(named, options.speed, options.repeats) if options.speed else quick(named, options.seconds)
-        )
-    rows = {name: [asdict(row) for row in found.rows if row.model == name] for name in named}
+        found = measure(named, options.speed, options.repeats) if options.speed else quick(named, options.seconds)
+    tables, said = [found], []
+    on_gpu = device_of(models[0].model).type == "cuda"
+    if options.speed and (on_gpu if options.compile is None else options.compile):
+        with watcher.stage("speed, decoding through torch.compile"):
+            try:
+                tables.append(measure(named, options.speed, options.repeats, compile=True))
+            except Exception as error:  # compilers fail in many ways, and the eager figures are good without them
+                said.append(f"torch.compile failed ({type(error).__name__}: {' '.join(str(error).split())[:120]})")
+    rows = {
+        name: [
+            {**asdict(row), "compiled": table.compiled} for table in tables for row in table.rows if row.model == name
+        ]
+        for name in named
+    }
     where = f"{found.device}, {found.threads} threads, {found.dtype}, {found.rows[0].repeats} repeats"
-    return [_update(r, speed=rows[c.name]) for r, c in zip(results, models, strict=True)], where
+    return [_update(r, speed=rows[c.name]) for r, c in zip(results, models, strict=True)], where, said
 
 
 def _with_stream(
-    results: list[ModelResult], models: Sequence[Candidate], options: EvaluationOptions, watcher: Watcher
+    results: list[ModelResult], models: Sequence[Candidate], inputs: Inputs, watcher: Watcher
 ) -> list[ModelResult]:
-    if not options.stream:
+    ids, shape = inputs.stream, inputs.shape
+    if ids is None or shape is None:
         return results
-    name = options.text.name if options.text else "heldout"
-    ids = windows(Calibration(name, samples=1, length=options.stream), models[0].tokenizer).ids[0]
-    shape = fitting(models[0].model)
     out = []
     for result, candidate in zip(results, models, strict=True):
-        with watcher.stage(f"streaming {options.stream} tokens: {candidate.name}", options.stream) as progress:
+        with watcher.stage(f"streaming {len(ids)} tokens: {candidate.name}", len(ids)) as progress:
             read = stream(candidate.model, ids, shape, progress=lambda done, show=progress: show(done, done))
         found = {**asdict(read), "perplexity": read.perplexity, "tokens_per_second": read.tokens_per_second}
         if len(ids) > shape.size + TIMED:
@@ -208,18 +190,3 @@ def _with_stream(
             found |= {"seconds_per_token": asdict(one), "speedup_over_recompute": one.speedup}
         out.append(_update(result, stream=found))
     return out
-
-
-def warnings(results: Sequence[ModelResult]) -> list[str]:
-    """What a reader of the table might miss: a cliff, and probes that broke although tasks or perplexity held."""
-    lines = [f"{r.name}: {r.trend}" for r in results if r.trend and r.trend.cliff is not None]
-    dense = {probe["name"]: probe for probe in results[0].probes}
-    for result in results[1:]:
-        for probe in result.probes:
-            before, fall = dense[probe["name"]], dense[probe["name"]]["accuracy"] - probe["accuracy"]
-            if fall > 2 * (before["stderr"] ** 2 + probe["stderr"] ** 2) ** 0.5 and fall > 0.05:
-                lines.append(
-                    f"{result.name}: {probe['name']} falls from {before['accuracy']:.0%} to {probe['accuracy']:.0%}; "
-                    "knowledge tests such as MMLU hold longer than generation, arithmetic and long context do"
-                )
-    return lines

@@ -110,7 +110,8 @@ def _documents(folder: Path, subject: str) -> Callable[..., datasets.DatasetDict
         for split in ("dev", "test"):
             path = folder / split / f"{subject}_{split}.csv"
             rows = read_csv(path, subject) if path.exists() else []
-            splits[split] = datasets.Dataset.from_list(rows, features=FEATURES)
+            columns = {name: [row[name] for row in rows] for name in FEATURES}
+            splits[split] = datasets.Dataset.from_dict(columns, features=FEATURES)
         if not len(splits["test"]):
             raise EvaluationError(f"{folder}/test/{subject}_test.csv is empty: expected at least one question")
         return datasets.DatasetDict(splits)

@@ -144,6 +144,8 @@ def _nll(logits: Tensor, targets: Tensor) -> float:
 def _perplexity(sums: Tensor, scored: int) -> Perplexity:
     """From each window's summed nll [N] and the tokens scored in each."""
     nll = float(sums.mean() / scored)
+    if not math.isfinite(nll):
+        raise EvaluationError("the log-likelihoods are not finite: hidden states overflow; try --dtype float32")
     value = math.exp(nll) if nll < 700 else math.inf
     return Perplexity(value=value, nll=nll, stderr=_stderr(sums / scored), tokens=len(sums) * scored)
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
+from dropformer.metrics.context import context_of
 from dropformer.prune.errors import EvaluationError
 
 
@@ -41,6 +42,11 @@ class Probe:
     name: str
     shared: str
     questions: tuple[Question, ...]
+
+    def tokens(self, tokenizer: Any) -> int:
+        """Tokens of the shared text and the longest question with an answer."""
+        longest = max((question.text + max(question.answers, key=len) for question in self.questions), key=len)
+        return len(tokenizer(self.shared + longest, verbose=False)["input_ids"])
 
     @property
     def chance(self) -> float:
@@ -142,7 +148,7 @@ PROBES: dict[str, Callable[[int], Probe]] = {"copy": copying, "addition": additi
 def run_probes(
     model: nn.Module, tokenizer: Any, seed: int = 0, names: Sequence[str] | None = None
 ) -> list[ProbeResult]:
-    """Run the probes (all, or those named) on a causal language model.
+    """Run the probes (all, or those named) on a causal language model, less those longer than its context.
 
     Raises EvaluationError for an unknown name.
     """
@@ -150,7 +156,9 @@ def run_probes(
     for name in names:
         if name not in PROBES:
             raise EvaluationError(f"unknown probe `{name}`; expected {', '.join(PROBES)}")
-    return [score(model, tokenizer, PROBES[name](seed)) for name in names]
+    probes = [PROBES[name](seed) for name in names]
+    room = context_of(model.config) or math.inf
+    return [score(model, tokenizer, probe) for probe in probes if probe.tokens(tokenizer) <= room]
 
 
 @torch.inference_mode()

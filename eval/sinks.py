@@ -55,11 +55,16 @@ class Sinks:
         return f"{self.sinks} sinks + {self.window} recent tokens"
 
 
-def fitting(model: nn.Module) -> Sinks:
-    """4 sinks and a window that together are 1024 tokens, or the model's context where that is shorter."""
+def fitting(model: nn.Module, size: int | None = None) -> Sinks:
+    """4 sinks and a window that together are `size` tokens (None: 1024, or the model's context where that is shorter).
+
+    Raises EvaluationError for more than the context.
+    """
     config: Any = model.config
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1024
-    window = max(1, min(1024, context) - 4)
+    if size and size > context:
+        raise EvaluationError(f"a window of {size} tokens is more than the model's context of {context}; give less")
+    window = max(1, (size or min(1024, context)) - 4)
     return Sinks(4, window, min(256, max(1, window // 4)))
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from dropformer.eval.memory import Peak, peak_of
 from dropformer.eval.timing import Run, Setting, Step, decoder, device_name, device_of, fits, time_run
 from dropformer.eval.work import Work, work_of
+from dropformer.metrics.context import context_of
 from dropformer.prune.errors import EvaluationError
 
 __all__ = [
@@ -67,8 +68,8 @@ class Speed:
 
     bound_prefill, bound_decode: the ratios that FLOPs, and parameter and KV bytes, allow.  A measured
     ratio above its bound means that the dropped layers also cost something else: copies of the cache,
-    launches of small operations.  The cpu ratios compare processor time instead of the clock's: other
-    programs on a busy machine disturb them least; they say nothing on a GPU.
+    launches of small operations.  prefill_cpu, decode_cpu: seconds of processor time of all threads, and
+    their ratios; other programs on a busy machine disturb them least; they say nothing on a GPU.
     """
 
     model: str
@@ -77,6 +78,8 @@ class Speed:
     decode: Quartiles
     prefill_ratio: Quartiles
     decode_ratio: Quartiles
+    prefill_cpu: Quartiles
+    decode_cpu: Quartiles
     prefill_cpu_ratio: Quartiles
     decode_cpu_ratio: Quartiles
     bound_prefill: float
@@ -162,7 +165,8 @@ def quick(models: Mapping[str, nn.Module], seconds: float = 18.0, repeats: int =
     left = max(0.0, seconds - (time.perf_counter() - start)) / repeats
     prompt = 0.4 * left / sum(run.prefill.wall for run in runs) * trial.prompt
     new = 0.6 * left / sum(run.decode.wall for run in runs) * trial.new
-    setting = Setting(prompt=_clamp(prompt, 16, 512), new=_clamp(new, 4, 128))
+    room = min(context_of(model.config) or 10**9 for model in models.values())
+    setting = Setting(prompt=_clamp(prompt, 16, min(512, room // 2)), new=_clamp(new, 4, min(128, room // 2)))
     return measure(models, [setting], repeats, seconds=0.8 * seconds, warm=False)
 
 
@@ -226,6 +230,8 @@ def _speed(name: str, setting: Setting, runs: Mapping[str, list[Run]], peak: Pea
         decode=Quartiles.of([batch * setting.new / run.decode.wall for run in own]),
         prefill_ratio=ratio(lambda run: run.prefill.wall),
         decode_ratio=ratio(lambda run: run.decode.wall),
+        prefill_cpu=Quartiles.of([run.prefill.cpu for run in own]),
+        decode_cpu=Quartiles.of([run.decode.cpu for run in own]),
         prefill_cpu_ratio=ratio(lambda run: run.prefill.cpu),
         decode_cpu_ratio=ratio(lambda run: run.decode.cpu),
         bound_prefill=bound_prefill,

@@ -94,12 +94,14 @@ class _Watch:
     stopper: Stopper | None
     kept: RowsFile | None
     progress: Progress | None
+    measured: int = 0  # tokens of this run alone, so that a rate counts none that an earlier one measured
 
     def see(self, done: Mapping[int, Rows], new: Mapping[int, Rows]) -> Settled | None:
         if self.kept:
             self.kept.add(new)
+        self.measured += sum(row.total() for row in new.values())
         if self.progress:
-            self.progress(len(done), sum(row.total() for row in done.values()))
+            self.progress(len(done), self.measured)
         return self.stopper.settled(_in_order(done)) if self.stopper else None
 
 

@@ -65,9 +65,12 @@ def parse_bytes(text: str) -> int:
     number = text.strip().rstrip("BbiKkMmGgTt")
     unit = text.strip()[len(number) :].upper().removesuffix("B")
     try:
-        return int(float(number) * UNITS[unit])
+        size = int(float(number) * UNITS[unit])
     except (ValueError, KeyError, OverflowError):
-        raise ModelError(f"`{text}` is not an amount of memory; expected for example 2GiB or 500MB") from None
+        size = 0
+    if size <= 0:
+        raise ModelError(f"`{text}` is not an amount of memory; expected for example 2GiB or 500MB")
+    return size
 
 
 def shown(size: int) -> str:

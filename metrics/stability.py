@@ -18,14 +18,21 @@ from dropformer.metrics.analyze import means
 from dropformer.metrics.capture import Rows
 from dropformer.metrics.scores import Settled
 from dropformer.prune.architecture import Layer
+from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import choose
+from dropformer.prune.plan import choose, parse_spec
 
 RESAMPLES = 200
 AGREEMENT = 0.99
 CHECKS = 2
 FIRST = 8  # fewer windows than this say little about how windows vary
 GROWTH = 1.25  # from one check to the next
+
+
+def check_spec(spec: str) -> None:
+    """Raises PlanError for a spec that names its layers: no window has a say in it."""
+    if any(selector.published or selector.indices is not None for selector in parse_spec(spec)):
+        raise PlanError(f"`{spec}` names its layers, so there is nothing to settle; give counts, as in attn:8")
 
 
 @dataclass

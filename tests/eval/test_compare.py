@@ -224,11 +224,11 @@ def test_ids_that_a_checkpoint_does_not_know_are_refused(checkpoint) -> None:
         run(checkpoint("a"), checkpoint("b", tokens=None, vocab_size=50))
 
 
-def test_a_spec_that_asks_for_too_much_is_refused_after_one_checkpoint(checkpoint) -> None:
+def test_a_spec_that_asks_for_too_much_is_refused_before_any_is_scored(checkpoint) -> None:
     heard = Listener()
-    with pytest.raises(PlanError, match="`attn:6` drops 6 attention layers, but the model has 5"):
+    with pytest.raises(PlanError, match="`attn:6` drops 6 layers, but a has 5 of that kind"):
         run(checkpoint("a"), checkpoint("b", 0.1), drop="attn:6", watcher=heard)
-    assert heard.stages == ["scoring a (1 of 2)"]
+    assert heard.stages == []
 
 
 def test_a_spec_that_names_layers_is_refused(checkpoint) -> None:

@@ -7,8 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dropformer.cli import app
-from dropformer.eval.compare_output import check_out, headline, listed, notes, write
+from dropformer.eval.compare_output import JSON, headline, listed, notes, write
 from dropformer.eval.comparison import CheckpointScores, Comparison, KnownFrom, spearman
+from dropformer.eval.out import check_out
 from dropformer.metrics.calibration import CalibrationRef
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import OutputError
@@ -61,9 +62,9 @@ def test_an_earlier_comparison_is_replaced_and_nothing_else(tmp_path: Path) -> N
     assert len(json.loads((out / "compare.json").read_text())["checkpoints"]) == 2
     (tmp_path / "file").write_text("mine")
     with pytest.raises(OutputError, match="is not empty and holds no"):
-        check_out(tmp_path)
+        check_out(tmp_path, JSON)
     with pytest.raises(OutputError, match="is a file"):
-        check_out(tmp_path / "file")
+        check_out(tmp_path / "file", JSON)
 
 
 def test_the_headline_says_since_when_the_drop_set_is_known() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dropformer.eval.drops import drops_of
 from dropformer.eval.estimate import (
     KERNELS,
     Workload,
@@ -16,6 +17,7 @@ from dropformer.eval.estimate_table import estimate_lines
 from dropformer.eval.hardware import HARDWARE, hardware, measure_cpu
 from dropformer.eval.memory import kv_bytes, parameter_bytes
 from dropformer.prune.errors import EvaluationError, ModelError, PlanError
+from dropformer.prune.plan import parse_spec
 from dropformer.recipes import recipe
 
 SMALL = {
@@ -142,6 +144,12 @@ def test_what_cannot_be_estimated_is_refused_in_one_line():
         estimate({"model_type": "vit"}, {}, GPU)
     with pytest.raises(PlanError, match="attn:9"):
         estimate(SMALL, {"attn": {9}}, GPU)
+    for everything in ("attn", "block"):
+        with pytest.raises(PlanError, match="no attention layer would be left"):
+            estimate(SMALL, {everything: len(config_work(SMALL).blocks)}, GPU)
+    for spec in ("joint:4", "attn:25%", "published:attn:8", "attn:1,attn:2"):
+        with pytest.raises(PlanError, match="an estimate takes"):
+            drops_of(parse_spec(spec))
 
 
 def test_this_machine_is_measured_in_plausible_units():

@@ -7,8 +7,11 @@ import sys
 import pytest
 
 from dropformer import api
+from dropformer.eval.cautions import cautions
 from dropformer.eval.evaluation import Candidate, EvaluationOptions, evaluate
-from dropformer.eval.evaluation_output import html, rows
+from dropformer.eval.evaluation_output import html
+from dropformer.eval.evaluation_pictures import kept_by_test, quality_by_drop, speed_against_bound
+from dropformer.eval.evaluation_tables import summary
 from dropformer.eval.sinks import fitting
 from dropformer.eval.speed import Setting
 from dropformer.eval.tasks import TaskOptions, TaskResults, evaluate_tasks
@@ -42,10 +45,10 @@ def found(deep, plan, tokenizer, mmlu_data):
 
 
 def test_the_table_has_a_row_for_every_measurement_and_a_column_for_every_model(found):
-    head, body = rows(found)
+    head, body = summary(found)
     labels = " ".join(row[0] for row in body)
     assert head == ["", "deep", "pruned"]
-    assert all(len(row) == 3 and row[2] for row in body)
+    assert all(len(row) == 3 and row[2] for row in body)  # the dense model has no drops and no KL
     for word in ("parameters", "perplexity", "KL to dense", "mmlu_anatomy", "prefill", "decode", "streamed"):
         assert word in labels
 
@@ -76,16 +79,39 @@ def test_a_plan_of_few_drops_or_with_repairs_has_no_trend(deep, plan, tokenizer)
 
 
 def test_a_cliff_is_said_with_where_it_lies(found):
-    from dropformer.eval.evaluation import warnings
-
     steep = Trend(points=[(0, 2.0), (2, 2.05), (4, 2.1), (6, 2.15), (8, 4.0)], drops=8, cliff=8)
     hurt = [found.models[0], found.models[1].model_copy(update={"trend": steep})]
-    assert any("between 6 and 8 of the 8 drops" in line for line in warnings(hurt))
+    assert any("between 6 and 8 of the 8 drops" in line for line in cautions(hurt))
 
 
 def test_the_page_stands_alone(found):
     page = html(found)
     assert "http" not in page.split("<body", 1)[1] and "streamed" in page
+
+
+def test_the_page_has_the_pictures_and_tables_of_what_was_measured(found):
+    shown = html(found)
+    for title in ("Side by side", "Quality against drop", "Speed and memory", "Beyond the context"):
+        assert f"<h2>{title}</h2>" in shown
+    assert shown.count("<img") == 3 and "5 attention" in shown  # the curve, what is kept, speed against its bound
+
+
+def test_what_is_not_known_is_not_drawn(found, tmp_path):
+    alone = found.model_copy(update={"models": found.models[:1]})
+    for draw in (quality_by_drop, kept_by_test, speed_against_bound):
+        assert draw(alone, tmp_path / "none.png") is None
+    assert "<img" not in html(alone)
+
+
+def test_a_compiler_that_fails_is_said_and_leaves_the_other_speeds(deep, tokenizer, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr("torch.compile", broken)
+    options = EvaluationOptions(speed=(Setting(8, 2),), repeats=1, compile=True)
+    report = evaluate([Candidate("deep", deep, tokenizer)], options)
+    assert report.warnings == ["torch.compile failed (RuntimeError: no C++ compiler)"]
+    assert [row["compiled"] for row in report.models[0].speed] == [False]
 
 
 @pytest.mark.slow

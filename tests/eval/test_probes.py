@@ -105,6 +105,12 @@ def test_a_model_with_an_empty_cache_entry_is_scored_too():
     assert result.logprob < 0
 
 
+def test_a_probe_longer_than_the_context_is_left_out(tiny, tokenizer):
+    model = tiny.llama(num_hidden_layers=1, max_position_embeddings=512)
+    assert [result.name for result in run_probes(model, tokenizer)] == ["copy", "addition"]
+    assert needle().tokens(tokenizer) > 512 > copying().tokens(tokenizer)
+
+
 def test_an_unknown_probe_is_refused():
     with pytest.raises(EvaluationError, match="expected copy, addition, needle"):
         run_probes(llama(), Letters(), names=["poetry"])

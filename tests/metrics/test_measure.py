@@ -102,6 +102,13 @@ def interrupted(model, kept, windows=None):
     assert kept.exists()
 
 
+def test_going_on_counts_no_tokens_that_an_earlier_run_measured(tiny, tmp_path):
+    told = []
+    interrupted(tiny("llama"), tmp_path / "rows.jsonl")
+    measure(tiny("llama"), data(), REF, Measuring(rows=tmp_path / "rows.jsonl"), lambda *both: told.append(both))
+    assert told[0] == (6, 0) and told[-1] == (12, 6 * 16)
+
+
 def test_a_torn_line_is_measured_again(tiny, tmp_path, forwards):
     kept = tmp_path / "rows.jsonl"
     interrupted(tiny("llama"), kept)
