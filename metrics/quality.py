@@ -16,6 +16,7 @@ REPAIRS = ("linear", "refit", "refit-all", "scale")  # in the order in which the
 class Quality:
     """How layers are chosen and what is repaired.
 
+    `aware`: a search measures candidates with their refit or map in place, not as bare gaps.
     `width`: how many candidates a round of `greedy` measures after the first; `refine`: rounds of swaps;
     `stride`: KL is measured at every so many positions, on `cost_windows` windows.
     """
@@ -23,6 +24,7 @@ class Quality:
     metric: str = "similarity"
     select: str = "one-shot"
     repair: tuple[str, ...] = ()
+    aware: bool = True
     width: int = 4
     refine: int = 0
     stride: int = 4

@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from dropformer.metrics.apart import Apart
+from dropformer.metrics.apart import Apart, Reach
 from dropformer.metrics.calibration import CalibrationRef
 from dropformer.metrics.damage import Dense, dropped_modules
+from dropformer.metrics.folding import Folds
 from dropformer.metrics.importance import Bench
 from dropformer.metrics.improve import Improver, improve
 from dropformer.metrics.lockstep import Lockstep
 from dropformer.metrics.projection import projections
 from dropformer.metrics.quality import Quality, Request
 from dropformer.metrics.repair_linear import linear_modules
-from dropformer.metrics.repair_refit import all_slots, gap_slots
+from dropformer.metrics.repair_refit import all_slots, gap_slots, gaps, reaches
 from dropformer.metrics.repair_scale import factors, growth, scale_modules
 from dropformer.metrics.ridge import Sums, error, fit, solve, token_weights
 from dropformer.metrics.stepping import Stepper, replaced
@@ -58,18 +59,27 @@ def stream_error(stepper, dense, modules):
     return total
 
 
-def fitted(stepper, architecture, gone, mapped, slots, standing, penalties, apart):
-    groups = [0] * len(stepper)
-    if apart:
-        return {**standing, **Apart(stepper, architecture, gone, mapped, groups, penalties).refit(slots, standing)}
-    return Lockstep(stepper, architecture, gone, groups, dict(standing), penalties).refit(slots)
+def fitted(stepper, architecture, gone, slots, standing, penalties, apart):
+    """Slots fitted to what is gone right behind them; without `gone`, to what stood in their own place."""
+    groups = [(0, 0)] * len(stepper)
+    if not apart:
+        return Lockstep(stepper, architecture, gone, groups, dict(standing), penalties).refit(slots)
+    if gone:
+        wanted = reaches(architecture, gone, {slot.layer: slot for slot in slots}, len(gone)).items()
+        found = [Reach(slot, stepper.model.get_submodule(slot.path), units) for slot, units in wanted]
+    else:
+        found = [Reach(slot, standing[slot.path], ((slot.layer,),)) for slot in slots]
+    apart = Apart(stepper, found, range(len(stepper)), groups, penalties)
+    if gone:
+        return {**standing, **Folds(architecture, apart).modules(gone)}
+    return {**standing, **{reach.slot.path: apart.module(reach, reach.units) for reach in found}}
 
 
 def test_the_solution_without_penalty_is_least_squares():
     draw = torch.Generator().manual_seed(0)
     z, r = torch.randn(50, 5, generator=draw), torch.randn(50, 3, generator=draw)
     sums = Sums()
-    sums.add(z, r, torch.ones(50))
+    sums.add(z, [r], torch.ones(50))
     zz, zr, rr = sums.mean()
     w = solve(zz, zr, 1e-12)
     torch.testing.assert_close(w.float(), torch.linalg.lstsq(z, r).solution, rtol=1e-4, atol=1e-5)
@@ -84,20 +94,20 @@ def test_sums_do_not_depend_on_how_the_windows_are_split():
         torch.rand(6, 7, generator=draw),
     )
     one, many = Sums(), Sums()
-    one.add(z, r, w)
+    one.add(z, [r], w)
     for i in range(6):
-        many.add(z[i], r[i], w[i])
+        many.add(z[i], [r[i]], w[i])
     torch.testing.assert_close(one.zz, many.zz, rtol=1e-5, atol=1e-5)
     assert one.rr == pytest.approx(many.rr, rel=1e-6)
 
 
 def test_a_fit_that_does_not_carry_over_to_another_kind_of_text_is_no_change():
     draw = torch.Generator().manual_seed(0)
-    groups = []
-    for sign in (1, -1):
+    groups = {}
+    for kind, sign in enumerate((1, -1)):
         z = torch.randn(100, 4, generator=draw)
-        groups.append(Sums())
-        groups[-1].add(z, sign * z, torch.ones(100))
+        groups[kind, 0] = Sums()
+        groups[kind, 0].add(z, [sign * z], torch.ones(100))
     change, _, left_over = fit(groups)
     assert not change.any() and left_over == 1
 
@@ -116,7 +126,7 @@ def test_refit_brings_the_stream_closer_on_what_it_was_fitted_on(tiny, windows, 
     _, architecture, stepper = opened(tiny, windows)
     dense = Dense(stepper)
     slots = which(architecture, gone, projections(stepper))
-    lockstep = Lockstep(stepper, architecture, gone, [0, 0], penalties=[1e-4])
+    lockstep = Lockstep(stepper, architecture, gone, [(0, 0)] * 2, penalties=[1e-4])
     repaired = lockstep.refit(slots)
     before = stream_error(stepper, dense, dropped_modules(architecture, gone))
     assert stream_error(stepper, dense, repaired) < before
@@ -130,7 +140,7 @@ def test_refit_works_whatever_the_family(tiny, windows, family, apart):
     _, architecture, stepper = opened(tiny, windows, family, **fields)
     dense, gone = Dense(stepper), [Layer("attn", 2)]
     slots = (gap_slots if apart else all_slots)(architecture, gone, projections(stepper))
-    repaired = fitted(stepper, architecture, gone, [], slots, dropped_modules(architecture, gone), [1e-4], apart)
+    repaired = fitted(stepper, architecture, gone, slots, dropped_modules(architecture, gone), [1e-4], apart)
     assert slots and stream_error(stepper, dense, repaired) < stream_error(
         stepper, dense, dropped_modules(architecture, gone)
     )
@@ -141,7 +151,7 @@ def test_the_dense_model_is_not_changed_by_a_repair(tiny, windows):
     before = {name: p.clone() for name, p in model.named_parameters()}
     modules = [id(m) for m in model.modules()]
     gone = [Layer("attn", 1)]
-    Lockstep(stepper, architecture, gone, [0, 1]).refit(all_slots(architecture, gone, projections(stepper)))
+    Lockstep(stepper, architecture, gone, [(0, 0), (0, 1)]).refit(all_slots(architecture, gone, projections(stepper)))
     assert [id(m) for m in model.modules()] == modules
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
@@ -154,7 +164,7 @@ def test_the_linear_repair_of_an_attention_that_is_linear_is_exact(tiny, windows
     stepper = Stepper(model, architecture, [{"input_ids": torch.arange(3, 63)[:, None]}])
     layers = [Layer("attn", 1), Layer("attn", 2)]
     modules, slots = linear_modules(model, architecture, layers, 32)
-    repaired = fitted(stepper, architecture, [], layers, slots, modules, TINY, apart)
+    repaired = fitted(stepper, architecture, [], slots, modules, TINY, apart)
     with torch.inference_mode():
         expected = stepper.run(0, 0, stepper.start(0))
         with replaced(model, repaired):
@@ -168,7 +178,7 @@ def test_a_linear_map_is_closer_than_nothing(tiny, windows, family, apart):
     model, architecture, stepper = opened(tiny, windows, family, **fields)
     dense, layers = Dense(stepper), [Layer("attn", 1), Layer("attn", 2)]
     modules, slots = linear_modules(model, architecture, layers, 32)
-    repaired = fitted(stepper, architecture, [], layers, slots, modules, [1e-4], apart)
+    repaired = fitted(stepper, architecture, [], slots, modules, [1e-4], apart)
     nothing = dropped_modules(architecture, layers)
     assert stream_error(stepper, dense, repaired) < stream_error(stepper, dense, nothing)
 
