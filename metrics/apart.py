@@ -9,7 +9,7 @@ after the other.  Slots do not see each other's errors, as they do in `lockstep`
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,8 +22,8 @@ from dropformer.metrics.pairs import after_branch, reading_block
 from dropformer.metrics.projection import Slot, changed, with_constant
 from dropformer.metrics.ridge import PENALTIES, Group, Sums, fit, token_weights
 from dropformer.metrics.stepping import Stepper
-from dropformer.prune.modeling import hidden_states
 from dropformer.prune.architecture import Layer
+from dropformer.prune.modeling import hidden_states
 
 Unit = tuple[Layer, ...]  # branches that go together: one layer's
 

@@ -13,7 +13,7 @@ from dropformer.metrics.lockstep import Lockstep
 from dropformer.metrics.projection import projections
 from dropformer.metrics.quality import Quality, Request
 from dropformer.metrics.repair_linear import linear_modules
-from dropformer.metrics.repair_refit import all_slots, gap_slots, gaps, reaches
+from dropformer.metrics.repair_refit import all_slots, gap_slots, reaches
 from dropformer.metrics.repair_scale import factors, growth, scale_modules
 from dropformer.metrics.ridge import Sums, error, fit, solve, token_weights
 from dropformer.metrics.stepping import Stepper, replaced
