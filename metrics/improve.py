@@ -14,7 +14,7 @@ from torch import nn
 from dropformer.metrics.analyze import evaluating, proven
 from dropformer.metrics.apart import Apart, Reach
 from dropformer.metrics.budget import meter, parse_budget, within
-from dropformer.metrics.damage import Dense, dropped_modules
+from dropformer.metrics.damage import Dense, dropped_modules, first_changed
 from dropformer.metrics.folding import Folds
 from dropformer.metrics.importance import METRICS, Bench
 from dropformer.metrics.lockstep import Lockstep
@@ -22,6 +22,7 @@ from dropformer.metrics.projection import Slot, projections
 from dropformer.metrics.quality import Quality, Request
 from dropformer.metrics.repair import Gate, Repair, gate, tensors_of
 from dropformer.metrics.repair_linear import linear_forms, linear_modules
+from dropformer.metrics.repair_lora import heal, need_peft
 from dropformer.metrics.repair_refit import all_slots, reaches
 from dropformer.metrics.repair_scale import scale_modules
 from dropformer.metrics.select import KL, Choice, Count, greedy, iterative, refine
@@ -51,6 +52,8 @@ class Improver:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if "lora" in self.quality.repair:
+            need_peft()
         self.architecture: Architecture = proven(self.model)
         self.outline: Outline = outline_of(self.model, self.architecture)
         batches, scored, groups = [], [], []
@@ -245,6 +248,8 @@ class Improver:
             return self.standing(gone, ["linear"]), {layer: self._relative(layer, self._forms(layer)) for layer in maps}
         if method == "refit":
             return {**modules, **(self.folds(left).modules(left, mapped) if left else {})}, {}
+        if method == "lora":
+            return {**modules, **heal(self.bench.stepper, modules, first_changed(self.bench.stepper, modules))}, {}
         standing = {path: module for path, module in modules.items() if any(True for _ in module.parameters())}
         slots = all_slots(self.architecture, left, found)
         return Lockstep(self.bench.stepper, self.architecture, left, self.groups, standing).refit(slots), {}

@@ -9,7 +9,7 @@ from dropformer.prune.errors import PlanError
 
 METRIC_NAMES = ("similarity", "angular", "relative-magnitude", "loo-kl", "loo-perplexity", "cca", "random", "reverse")
 SELECTS = ("one-shot", "iterative", "greedy")
-REPAIRS = ("linear", "refit", "refit-all", "scale")  # in the order in which they apply
+REPAIRS = ("linear", "refit", "refit-all", "scale", "lora")  # in the order in which they apply
 
 
 @dataclass(frozen=True)
