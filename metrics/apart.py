@@ -41,7 +41,7 @@ class Reach:
 class Apart:
     """Moments for every slot from one pass of the dense model over fixed windows.
 
-    `batches`: which of the stepper's; `groups` says of each which kind of text it is, and which half of that.
+    `batches`: which of the stepper's; `groups` says of each of these which kind of text it is, and which half of that.
     Time: one dense pass, K x (K + units x D) products a slot and token; a fit is a few K x K solves.
     Memory: K x (K + units x D) numbers in float64 a slot and group, and one batch's branches.
     """
@@ -58,8 +58,8 @@ class Apart:
         self._constants: dict[str, float] = {}
         self._fitted: dict[tuple[str, tuple[Unit, ...]], nn.Module] = {}
         with torch.inference_mode():
-            for batch in self.batches:
-                self._add(batch)
+            for batch, group in zip(self.batches, self.groups, strict=True):
+                self._add(batch, group)
 
     def module(self, reach: Reach, lost: Sequence[Unit]) -> nn.Module:
         """The slot's module once these units of its reach are gone: refitted where that carries over."""
@@ -72,14 +72,14 @@ class Apart:
             self._fitted[key] = changed(reach.module, change, constant) if left_over < 1 else reach.module
         return self._fitted[key]
 
-    def _add(self, batch: int) -> None:
+    def _add(self, batch: int, group: Group) -> None:
         inputs, added, streams = self._pass(batch)
         for reach in self.reaches:
             path, z = reach.slot.path, inputs[reach.slot.path]
             constant = self._constants.setdefault(path, float(z.square().mean().sqrt()))
             lost = [sum(added[layer] for layer in unit) for unit in reach.units]
             weight = token_weights(streams[reach.slot.layer])
-            self._sums[path][self.groups[batch]].add(with_constant(z, reach.module, constant), lost, weight)  # type: ignore[arg-type]
+            self._sums[path][group].add(with_constant(z, reach.module, constant), lost, weight)  # type: ignore[arg-type]
 
     def _pass(self, batch: int) -> tuple[dict[str, Tensor], dict[Layer, Tensor], dict[Layer, Tensor]]:
         """Each slot's input by path, what each branch adds to the dense stream, and the stream behind it."""

@@ -97,7 +97,7 @@ class Improver:
             modules |= self.folds(left).modules(left, maps)
         return modules
 
-    @cached_property
+    @property
     def fitted_on(self) -> list[int]:
         """The windows to fit on: all but those that a search measures its candidates on, where enough are left."""
         searching = self.quality.select == "greedy" or self.quality.refine
@@ -128,10 +128,9 @@ class Improver:
 
     def prepare(self, candidates: Sequence[Layer], count: int) -> None:
         """Take the moments for refits of any `count` of the candidates, from one dense pass."""
-        asked = tuple(candidates), count
+        asked = tuple(candidates), min(count, DEPTH[all(layer.kind == "block" for layer in candidates)])
         if asked != self._asked:
-            depth = min(count, DEPTH[all(layer.kind == "block" for layer in candidates)])
-            self._folds, self._asked = self._prepared(candidates, depth), asked
+            self._folds, self._asked = self._prepared(*asked), asked
 
     def _prepared(self, candidates: Sequence[Layer], depth: int) -> Folds:
         found = reaches(self.architecture, candidates, self.slots, depth)
@@ -226,6 +225,8 @@ class Improver:
             for method in self.quality.repair:
                 with self._timed(method):
                     tried, maps = self._try(method, gone, modules, mapped)
+                if tried == modules:
+                    continue  # nothing for this method to do
                 passed = True
                 if dense is not None:
                     gates.append(gate(dense, method, modules, tried))

@@ -44,7 +44,7 @@ class Request:
 QUALITIES = {
     "paper": Quality(),  # arXiv 2406.15786: one-shot similarity, nothing repaired
     "best": Quality(select="greedy", repair=("refit",)),
-    "linear": Quality(select="greedy", repair=("linear",)),
+    "linear": Quality(select="greedy", repair=("linear", "refit")),
 }
 
 
