@@ -35,7 +35,7 @@ from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, choose, make_plan, parse_spec
 
 Tell = Callable[[str], None]
-DEPTH = {True: 4, False: 2}  # how many blocks, or branches, in a row a search can see refitted
+DEPTH = 2  # how many candidates in a row a search can see refitted
 
 
 @dataclass
@@ -128,7 +128,7 @@ class Improver:
 
     def prepare(self, candidates: Sequence[Layer], count: int) -> None:
         """Take the moments for refits of any `count` of the candidates, from one dense pass."""
-        asked = tuple(candidates), min(count, DEPTH[all(layer.kind == "block" for layer in candidates)])
+        asked = tuple(candidates), min(count, DEPTH)
         if asked != self._asked:
             self._folds, self._asked = self._prepared(*asked), asked
 
@@ -152,8 +152,9 @@ class Improver:
 
     def _few(self, count: int) -> list[int]:
         """So many windows, in turn from each kind of text."""
-        rank = [self.groups[:i].count(group) for i, group in enumerate(self.groups)]
-        return sorted(range(len(rank)), key=lambda i: (rank[i], self.groups[i]))[:count]
+        kinds = [kind for kind, _ in self.groups]
+        rank = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
+        return sorted(range(len(rank)), key=lambda i: (rank[i], kinds[i]))[:count]
 
     def choose(self, request: Request) -> tuple[list[Layer], dict[Layer, float]]:
         """The layers to drop, and the score or cost that each was chosen by (higher goes first)."""

@@ -13,7 +13,7 @@ from dropformer.metrics.lockstep import Lockstep
 from dropformer.metrics.projection import projections
 from dropformer.metrics.quality import Quality, Request
 from dropformer.metrics.repair_linear import linear_modules
-from dropformer.metrics.repair_refit import all_slots, gap_slots, reaches
+from dropformer.metrics.repair_refit import all_slots, gap_slots, gaps, reaches
 from dropformer.metrics.repair_scale import factors, growth, scale_modules
 from dropformer.metrics.ridge import Sums, error, fit, solve, token_weights
 from dropformer.metrics.stepping import Stepper, replaced
@@ -120,6 +120,72 @@ def test_sinks_weigh_their_share_and_no_more():
     assert float(weights[:, 0].sum()) == pytest.approx(10, rel=1e-4)
 
 
+def test_a_huge_input_does_not_make_the_penalty_of_the_others_huge():
+    draw = torch.Generator().manual_seed(0)
+    z, huge = torch.randn(200, 3, generator=draw), torch.randn(200, 1, generator=draw) * 1e4
+    r = z @ torch.randn(3, 2, generator=draw)
+    weights = []
+    for inputs in (z, torch.cat([z, huge], -1)):
+        sums = Sums()
+        sums.add(inputs, [r], torch.ones(200))
+        zz, zr, _ = sums.mean()
+        weights.append(solve(zz, zr, 0.1)[:3])
+    torch.testing.assert_close(weights[0], weights[1], rtol=0.05, atol=0.05)
+
+
+def test_several_targets_add_up():
+    draw = torch.Generator().manual_seed(0)
+    z, one, two = (torch.randn(30, k, generator=draw) for k in (4, 2, 2))
+    parts, whole = Sums(), Sums()
+    parts.add(z, [one, two], torch.ones(30))
+    whole.add(z, [one + two], torch.ones(30))
+    for found, expected in zip(parts.mean([0, 1]), whole.mean(), strict=True):
+        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected))
+
+
+def test_a_gap_belongs_to_the_last_branch_before_it(tiny):
+    architecture = discover(tiny("llama"))
+    gone = [Layer("attn", 0), Layer("attn", 2), Layer("block", 3)]
+    assert gaps(architecture, gone) == {
+        Layer("mlp", 1): [Layer("attn", 2)],
+        Layer("mlp", 2): [Layer("attn", 3), Layer("mlp", 3)],
+    }
+
+
+def test_a_parallel_block_that_lost_a_branch_is_mended_by_its_other_branch(tiny):
+    architecture = discover(tiny("gpt_neox"))
+    assert gaps(architecture, [Layer("mlp", 1)]) == {Layer("attn", 1): [Layer("mlp", 1)]}
+    assert gaps(architecture, [Layer("attn", 1)]) == {Layer("mlp", 1): [Layer("attn", 1)]}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("kinds", [["attn", "mlp"], ["block"]])
+def test_moments_for_all_candidates_give_the_fold_of_each_gap(tiny, windows, family, kinds):
+    _, architecture, stepper = opened(tiny, windows, family)
+    candidates = [layer for layer in architecture.layers() if layer.kind in kinds]
+    gone = [Layer("block", 1), Layer("block", 2)] if "block" in kinds else [Layer("mlp", 1), Layer("attn", 2)]
+    found = []
+    for asked in (candidates, gone):
+        slots = reaches(architecture, asked, projections(stepper), 2)
+        wanted = [Reach(slot, stepper.model.get_submodule(slot.path), units) for slot, units in slots.items()]
+        folds = Folds(architecture, Apart(stepper, wanted, [0, 1], [(0, 0), (0, 0)], [1e-3]))
+        assert folds.cover(gone, projections(stepper))
+        found.append(folds.modules(gone))
+    assert found[0] and found[0].keys() == found[1].keys()
+    for path, module in found[0].items():
+        torch.testing.assert_close(module.weight, found[1][path].weight, rtol=1e-3, atol=1e-5)
+        assert not torch.equal(module.weight, stepper.model.get_submodule(path).weight)
+
+
+def test_a_gap_deeper_than_was_prepared_for_is_not_covered(tiny, windows):
+    _, architecture, stepper = opened(tiny, windows)
+    slots = reaches(architecture, [Layer("block", i) for i in range(4)], projections(stepper), 1)
+    wanted = [Reach(slot, stepper.model.get_submodule(slot.path), units) for slot, units in slots.items()]
+    folds = Folds(architecture, Apart(stepper, wanted, [0], [(0, 0)], [1e-3]))
+    assert folds.cover([Layer("block", 1), Layer("block", 3)], projections(stepper))
+    assert not folds.cover([Layer("block", 1), Layer("block", 2)], projections(stepper))
+
+
 @pytest.mark.parametrize("which", [gap_slots, all_slots])
 @pytest.mark.parametrize("gone", [[Layer("attn", 2)], [Layer("block", 1)], [Layer("attn", 1), Layer("mlp", 2)]])
 def test_refit_brings_the_stream_closer_on_what_it_was_fitted_on(tiny, windows, which, gone):
@@ -218,7 +284,16 @@ def improver_of(tiny, windows, tmp_path, quality):
 
 
 @pytest.mark.parametrize(
-    "repair", [("refit",), ("refit-all",), ("linear",), ("scale",), ("linear", "refit-all"), ("linear", "refit")]
+    "repair",
+    [
+        ("refit",),
+        ("refit-all",),
+        ("linear",),
+        ("scale",),
+        ("linear", "refit-all"),
+        ("linear", "refit"),
+        ("refit", "lora"),
+    ],
 )
 def test_a_repaired_model_is_the_dense_one_with_its_stand_ins_and_survives_saving(tiny, windows, tmp_path, repair):
     model, improver, ref = improver_of(tiny, windows, tmp_path, Quality(repair=repair, stride=1))
@@ -258,6 +333,26 @@ def test_a_repair_that_hurts_other_text_is_not_kept(tiny, windows):
     assert [g.passed for g in good.gates] == [g.after < g.before for g in good.gates]
     assert bool(good.tensors) == good.gates[0].passed
     assert any(True for module in modules.values() for _ in module.parameters())
+
+
+@pytest.mark.parametrize("repair", [("refit",), ("linear",), ("linear", "refit")])
+def test_a_search_measures_a_candidate_as_it_will_be_repaired(tiny, windows, repair):
+    _, improver, _ = improver_of(tiny, windows, None, Quality(select="greedy", repair=repair, stride=1, cost_windows=2))
+    gone = [Layer("attn", 1), Layer("mlp", 2)]
+    expected = improver.cost(gone)
+    _, modules = improver.repair(gone)
+    with replaced(improver.model, modules):
+        assert improver.cost.dense.compare(0).mean_kl == pytest.approx(expected, rel=1e-4)
+    improver.quality = Quality(select="greedy", repair=repair, aware=False, stride=1, cost_windows=2)
+    with replaced(improver.model, dropped_modules(improver.architecture, gone)):
+        assert improver.cost(gone) == pytest.approx(improver.cost.dense.compare(0).mean_kl, rel=1e-4)
+
+
+def test_nothing_is_fitted_on_the_windows_that_a_search_measures_on(tiny, windows):
+    _, improver, _ = improver_of(tiny, windows, None, Quality(select="greedy", repair=("refit",), cost_windows=2))
+    assert improver.fitted_on == [1, 2, 3, 5, 6, 7]
+    improver.quality = Quality(repair=("refit",))
+    assert improver.fitted_on == list(range(8))
 
 
 @pytest.mark.parametrize("select", ["one-shot", "iterative", "greedy"])
