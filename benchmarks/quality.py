@@ -55,7 +55,7 @@ METHODS: dict[str, Quality] = {
     "scale": quality(repair="scale"),
     "refit-all": quality(repair="refit-all"),
     "lora": quality(repair="lora"),
-    "best+lora": quality("best", repair="refit,lora"),
+    "healed": quality("healed"),
     "linear+lora": quality("linear", repair="linear,refit,lora"),
     "random": quality(metric="random"),
     "reverse": quality(metric="reverse"),

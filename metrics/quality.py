@@ -44,6 +44,7 @@ class Request:
 QUALITIES = {
     "paper": Quality(),  # arXiv 2406.15786: one-shot similarity, nothing repaired
     "best": Quality(select="greedy", repair=("refit",)),
+    "healed": Quality(select="greedy", repair=("refit", "lora")),
     "linear": Quality(select="greedy", repair=("linear", "refit")),
 }
 
