@@ -88,7 +88,10 @@ def adapters(student: nn.Module, paths: Sequence[str], how: Healing) -> dict[str
     """Put an adapter that does nothing yet around each of the student's modules at these paths."""
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=how.rank, lora_alpha=2 * how.rank, target_modules=list(paths), bias="none")
+    turned = any(isinstance(student.get_submodule(path), Conv1D) for path in paths)
+    config = LoraConfig(
+        r=how.rank, lora_alpha=2 * how.rank, target_modules=list(paths), bias="none", fan_in_fan_out=turned
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         inject_adapter_in_model(config, student)
