@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from dropformer.watcher import Watcher
 
 GATE = Calibration("docstrings", samples=4, length=512, seed=1)
+SAMPLES = 64  # windows to fit on where nobody said how many: repairs need more of them than rankings do
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def improve(
     """
     opened = model if isinstance(model, api.Opened) else api.open_model(model)
     how = quality if isinstance(quality, Quality) else named(quality)
-    data = [windows(text, need_tokenizer(opened)) for text in texts or [api.default_calibration(opened.recipe)]]
+    texts = texts or [_plenty(api.default_calibration(opened.recipe), how)]
+    data = [windows(text, need_tokenizer(opened)) for text in texts]
     other = windows(GATE, opened.tokenizer) if how.repair else None
     plan, repair, _ = improved_plan(Improver(opened.model, data, how), opened.ref, Wish(spec), other)
     return noted(plan, repair, opened.model), repair
@@ -97,11 +99,18 @@ def wording(quality: Quality) -> str:
 def calibrated_on(opened: api.Opened, request: Request) -> list[Windows]:
     """The calibration windows, one entry a text."""
     settings = request.calibration.of(opened.recipe)
+    if request.calibration.samples is None and request.improvement:
+        settings = _plenty(settings, request.improvement.quality)
     names = settings.name.split(",")
     if settings.samples < len(names):
         raise PlanError(f"{settings.samples} calibration windows do not go round {len(names)} texts; raise --samples")
     each = settings.samples // len(names)
     return [windows(replace(settings, name=name, samples=each), opened.tokenizer) for name in names]
+
+
+def _plenty(text: Calibration, quality: Quality) -> Calibration:
+    """Enough windows of a text for what is to be fitted on them."""
+    return replace(text, samples=max(text.samples, SAMPLES)) if quality.repair else text
 
 
 def given_plan(opened: api.Opened, request: Request) -> Plan:

@@ -1,6 +1,6 @@
 """What each way of choosing and repairing keeps of a model: perplexity relative to dense, on three kinds of text.
 
-    python benchmarks/quality.py [--quick] [--wikitext FILE] [--drops attn:8,block:4] [--methods paper,best]
+    python benchmarks/quality.py [--quick] [--wikitext FILE] [--drops attn:8,block:4] [--methods refit,best]
 
 Calibrated half on wikitext, half on the builtin topics; judged on parts of both that were not calibrated on, and
 on a kind that was not calibrated on at all: source code of Python's standard library.  Repairs are gated on a
@@ -36,32 +36,37 @@ SOURCES = (
     *("json/decoder", "pathlib", "statistics", "tarfile", "textwrap", "zipfile"),
 )
 DROPS = (
-    *("attn:2", "attn:4", "attn:6", "attn:8", "attn:12", "mlp:2", "mlp:4"),
-    *("block:2", "block:4", "block:7", "joint:8", "joint:12"),
+    *("attn:12", "attn:8", "attn:6", "attn:4", "attn:2", "block:7", "block:4", "block:2"),
+    *("mlp:4", "mlp:2", "joint:12", "joint:8"),
 )
 METHODS: dict[str, Quality] = {
-    "random": quality(metric="random"),
-    "reverse": quality(metric="reverse"),
+    "best": quality("best"),
+    "linear": quality("linear"),
+    "refit": quality(repair="refit"),
+    "greedy": quality(select="greedy"),
+    "greedy, then refit": replace(quality("best"), aware=False),
+    "greedy, then linear": replace(quality("linear"), aware=False),
     "similarity": quality("paper"),
+    "iterative": quality(select="iterative"),
     "angular": quality(metric="angular"),
     "relative-magnitude": quality(metric="relative-magnitude"),
     "loo-kl": quality(metric="loo-kl"),
     "cca": quality(metric="cca"),
-    "iterative": quality(select="iterative"),
-    "greedy": quality(select="greedy"),
-    "similarity+scale": quality(repair="scale"),
-    "similarity+refit": quality(repair="refit"),
-    "similarity+refit-all": quality(repair="refit-all"),
-    "similarity+linear": quality(repair="linear"),
-    "greedy+refit": quality(select="greedy", repair="refit"),
-    "best": quality("best"),
-    "linear": quality("linear"),
+    "scale": quality(repair="scale"),
+    "refit-all": quality(repair="refit-all"),
+    "lora": quality(repair="lora"),
+    "healed": quality("healed"),
+    "linear+lora": quality("linear", repair="linear,refit,lora"),
+    "random": quality(metric="random"),
+    "reverse": quality(metric="reverse"),
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method on one drop.  Ratios are perplexity over dense perplexity; stderr that of the geometric mean."""
+    """One method on one drop.  Ratios are perplexity over dense perplexity; stderr that of the geometric mean.
+
+    Seconds are of CPU time, those of choosing and repairing that an earlier row of the same run has not spent."""
 
     method: str
     drop: str
@@ -72,6 +77,12 @@ class Row:
     kl: float
     seconds: float
     gates: list[str]
+
+
+def rows_in(file: Path | None) -> list[Row]:
+    """Rows that an earlier run wrote, one JSON object a line."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file and file.is_file() else []
+    return [Row(**json.loads(line)) for line in lines]
 
 
 @dataclass(frozen=True)
@@ -140,15 +151,18 @@ class Judge:
 
 def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: str, ref: object) -> Row:
     improver.quality = replace(
-        METHODS[method], stride=improver.quality.stride, cost_windows=improver.quality.cost_windows
+        METHODS[method],
+        stride=improver.quality.stride,
+        cost_windows=improver.quality.cost_windows,
+        width=improver.quality.width,
     )
-    start = time.perf_counter()
+    start = time.process_time()
     plan, repair, modules = improve(improver, ref, Request(drop), gate)  # type: ignore[arg-type]
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     damage = judge(dict(modules), _first(improver, modules))
     logs = {name: damage[name].nll - judge.dense[name].damage.nll for name in judge.names}
     means = {name: float(log.mean()) for name, log in logs.items()}
-    variance = sum(float(log.var()) / len(log) for log in logs.values()) / len(logs) ** 2
+    variance = sum(float(log.var(correction=len(log) > 1)) / len(log) for log in logs.values()) / len(logs) ** 2
     mean = math.exp(sum(means.values()) / len(means))
     return Row(
         method,
@@ -188,23 +202,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, help="calibration windows (default 32)")
     parser.add_argument("--judged", type=int, help="windows judged of each text (default 8)")
     parser.add_argument("--length", type=int, help="tokens a window (default 512)")
+    parser.add_argument("--cost-windows", type=int, default=4, help="windows on which searches measure (default 4)")
+    parser.add_argument("--rows", type=Path, help="a file of rows, one JSON object a line: added to, not repeated")
     parser.add_argument("--drops", help="comma-separated (default: the whole table)")
     parser.add_argument("--methods", help=f"comma-separated, of {', '.join(METHODS)}")
     said = parser.parse_args(arguments)
     samples, judged, length = (2, 1, 128) if said.quick else (32, 8, 512)
     samples, judged, length = said.samples or samples, said.judged or judged, said.length or length
     drops = said.drops.split(",") if said.drops else (["attn:4"] if said.quick else list(DROPS))
-    quick = ["similarity", "similarity+refit", "similarity+linear"]
+    quick = ["similarity", "refit", "best"]
     methods = said.methods.split(",") if said.methods else (quick if said.quick else list(METHODS))
     opened = api.open_model(said.model)
     found = texts(opened.tokenizer, said.wikitext, samples, judged, length)
     improver = Improver(opened.model, found.calibration)
     judge = Judge(improver, found.judged)
-    rows = []
-    for drop in drops:
-        for method in methods:
-            rows.append(measure(improver, judge, found.gate, method, drop, opened.ref))
-            show(rows[-1])
+    improver.quality = replace(improver.quality, cost_windows=said.cost_windows)
+    rows = rows_in(said.rows)
+    done = {(row.method, row.drop) for row in rows}
+    for method, drop in ((m, d) for d in drops for m in methods if (m, d) not in done):
+        rows.append(measure(improver, judge, found.gate, method, drop, opened.ref))
+        show(rows[-1])
+        if said.rows:
+            with said.rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(rows[-1])) + "\n")
     summary = {
         "benchmark": "quality",
         "calibration_tokens": sum(w.ids.numel() for w in found.calibration),

@@ -1,14 +1,15 @@
-"""Refit linear modules one by one on the dense model's own stream, all from a single forward pass.
+"""Fit linear modules one by one on the dense model's own stream, whatever goes, all from a single forward pass.
 
-A slot is a linear module that writes into the stream.  Where the next kept branch reads it, the stream lacks
-what the dropped layers right behind the slot gave (and what stood in the slot's own place, for a linear map),
-E; the module changes by the ridge fit of E on its dense inputs.  Slots do not see each other's errors, as
-they do in `lockstep`; which of the two repairs better is not settled (LOG.md).
+A slot is a linear module that writes into the stream.  Where the layers right behind it go, the stream lacks
+what they added, and the module changes by the ridge fit of that on its own dense inputs.  The moments of a
+slot's inputs with what each layer behind it adds are enough to fit any gap, so that a search may ask for one
+after the other.  Slots do not see each other's errors, as they do in `lockstep`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,96 +20,86 @@ from torch import Tensor, nn
 from dropformer.metrics.lockstep import Refit
 from dropformer.metrics.pairs import after_branch, reading_block
 from dropformer.metrics.projection import Slot, changed, with_constant
-from dropformer.metrics.ridge import PENALTIES, Sums, fit, token_weights
-from dropformer.metrics.sites import Site, sites, target
+from dropformer.metrics.ridge import PENALTIES, Group, Sums, fit, token_weights
 from dropformer.metrics.stepping import Stepper
-from dropformer.prune.architecture import Architecture, Layer
+from dropformer.prune.architecture import Layer
 from dropformer.prune.modeling import hidden_states
 
-Progress = Callable[[int, int], None]
+Unit = tuple[Layer, ...]  # branches that go together: one layer's
+
+
+@dataclass(frozen=True)
+class Reach:
+    """A slot, the module in its place, and the units whose loss it can take over, nearest first."""
+
+    slot: Slot
+    module: nn.Module
+    units: tuple[Unit, ...]
 
 
 @dataclass
 class Apart:
-    """Sums for every slot from one pass of the dense model over fixed windows.
+    """Moments for every slot from one pass of the dense model over fixed windows.
 
-    `gone` layers have nothing in their place; `mapped` ones have a slot.  `groups` says which kind of text
-    each batch is.  Time: one dense pass, K x K products for each slot and token, a K x K solve a slot.
-    Memory: K x (K + D) numbers in float64 for each slot and group, and one batch's streams.
+    `batches`: which of the stepper's; `groups` says of each of these which kind of text it is, and which half of that.
+    Time: one dense pass, K x (K + units x D) products a slot and token; a fit is a few K x K solves.
+    Memory: K x (K + units x D) numbers in float64 a slot and group, and one batch's branches.
     """
 
     stepper: Stepper
-    architecture: Architecture
-    gone: Sequence[Layer]
-    mapped: Sequence[Layer]
-    groups: Sequence[int]
+    reaches: Sequence[Reach]
+    batches: Sequence[int]
+    groups: Sequence[Group]
     penalties: Sequence[float] = PENALTIES
     fits: list[Refit] = field(default_factory=list)
 
-    def refit(
-        self, slots: Sequence[Slot], standing: dict[str, nn.Module], progress: Progress | None = None
-    ) -> dict[str, nn.Module]:
-        """The slots' modules (those in `standing`, else the model's), refitted where that carries over."""
-        wanted = {slot.layer: slot for slot in slots}
-        found = sites(self.architecture, self.stepper.stack, self.gone, wanted)
-        aims = {site.layer: (site, target(found, n)) for n, site in enumerate(found) if site.layer in wanted}
-        modules = {
-            layer: standing.get(s.path) or self.stepper.model.get_submodule(s.path) for layer, s in wanted.items()
-        }
-        sums: dict[Layer, dict[int, Sums]] = {layer: {} for layer in aims}
-        constants: dict[Layer, float] = {}
+    def __post_init__(self) -> None:
+        self._sums: dict[str, dict[Group, Sums]] = {reach.slot.path: defaultdict(Sums) for reach in self.reaches}
+        self._constants: dict[str, float] = {}
+        self._fitted: dict[tuple[str, tuple[Unit, ...]], nn.Module] = {}
         with torch.inference_mode():
-            for batch, group in enumerate(self.groups):
-                inputs, streams = self._pass(batch, [wanted[layer] for layer in aims])
-                for layer, (site, aim) in aims.items():
-                    z, goal = inputs[layer], streams[aim.block, aim.key]
-                    constants.setdefault(layer, float(z.square().mean().sqrt()))
-                    lacking = goal - self._without(site, streams)
-                    z = with_constant(z, modules[layer], constants[layer])
-                    sums[layer].setdefault(group, Sums()).add(z, lacking, token_weights(goal))
-                if progress:
-                    progress(batch + 1, len(self.groups))
-        return {
-            wanted[layer].path: self._fit(wanted[layer], modules[layer], sums[layer], constants[layer])
-            for layer in aims
-        }
+            for batch, group in zip(self.batches, self.groups, strict=True):
+                self._add(batch, group)
 
-    def _fit(self, slot: Slot, module: nn.Module, sums: dict[int, Sums], constant: float) -> nn.Module:
-        change, penalty, left_over = fit(list(sums.values()), self.penalties)
-        self.fits.append(Refit(slot, penalty, left_over))
-        return changed(module, change, constant) if left_over < 1 else module
+    def module(self, reach: Reach, lost: Sequence[Unit]) -> nn.Module:
+        """The slot's module once these units of its reach are gone: refitted where that carries over."""
+        key = reach.slot.path, tuple(lost)
+        if key not in self._fitted:
+            targets = [reach.units.index(unit) for unit in lost]
+            change, penalty, left_over = fit(self._sums[reach.slot.path], self.penalties, targets)
+            self.fits.append(Refit(reach.slot, penalty, left_over))
+            constant = self._constants[reach.slot.path]
+            self._fitted[key] = changed(reach.module, change, constant) if left_over < 1 else reach.module
+        return self._fitted[key]
 
-    def _pass(
-        self, batch: int, slots: Sequence[Slot]
-    ) -> tuple[dict[Layer, Tensor], dict[tuple[int, str | None], Tensor]]:
-        """The slots' inputs, and the stream at every site and before every branch, in the dense model."""
-        inputs: dict[Layer, Tensor] = {}
-        streams: dict[tuple[int, str | None], Tensor] = {}
+    def _add(self, batch: int, group: Group) -> None:
+        inputs, added, streams = self._pass(batch)
+        for reach in self.reaches:
+            path, z = reach.slot.path, inputs[reach.slot.path]
+            constant = self._constants.setdefault(path, float(z.square().mean().sqrt()))
+            lost = [sum(added[layer] for layer in unit) for unit in reach.units]
+            weight = token_weights(streams[reach.slot.layer])
+            self._sums[path][group].add(with_constant(z, reach.module, constant), lost, weight)  # type: ignore[arg-type]
 
-        def see(layer: Layer, _m: nn.Module, args: tuple, kwargs: dict) -> None:
-            inputs[layer] = hidden_states(args, kwargs).clone()
+    def _pass(self, batch: int) -> tuple[dict[str, Tensor], dict[Layer, Tensor], dict[Layer, Tensor]]:
+        """Each slot's input by path, what each branch adds to the dense stream, and the stream behind it."""
+        inputs: dict[str, Tensor] = {}
+        added: dict[Layer, Tensor] = {}
+        streams: dict[Layer, Tensor] = {}
+
+        def see(path: str, _m: nn.Module, args: tuple, kwargs: dict) -> None:
+            inputs[path] = hidden_states(args, kwargs).clone()
 
         stream = self.stepper.start(batch)
         with ExitStack() as hooks:
-            for slot in slots:
+            for slot in (reach.slot for reach in self.reaches):
                 module = self.stepper.model.get_submodule(slot.reads or slot.path)
-                hooks.callback(module.register_forward_pre_hook(partial(see, slot.layer), with_kwargs=True).remove)
+                hooks.callback(module.register_forward_pre_hook(partial(see, slot.path), with_kwargs=True).remove)
             for i, block in enumerate(self.stepper.blocks):
                 with reading_block(self.stepper.model, block) as seen:
                     stream = self.stepper.step(i, batch, stream)
-                streams[i, None] = stream
                 for branch in block.branches:
-                    streams[i, branch.kind] = after_branch(branch, seen)
-                    streams[i, f"before {branch.kind}"] = seen[branch.before]
-        return inputs, streams
-
-    def _without(self, site: Site, streams: dict[tuple[int, str | None], Tensor]) -> Tensor:
-        """The dense stream at a site, less what is dropped or mapped there."""
-        stream = streams[site.block, site.key]
-        lost = {
-            b.kind for g in (*self.gone, *self.mapped) if g.index == site.block for b in self.architecture.branches(g)
-        }
-        kinds = lost if site.whole else lost & {site.branch.kind}
-        for kind in kinds:
-            stream = stream - (streams[site.block, kind] - streams[site.block, f"before {kind}"])
-        return stream
+                    layer = Layer(branch.kind, block.index, self.stepper.stack.name)
+                    streams[layer] = after_branch(branch, seen)
+                    added[layer] = streams[layer] - seen[branch.before]
+        return inputs, added, streams

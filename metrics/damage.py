@@ -103,3 +103,9 @@ def dropped_modules(architecture: Architecture, layers: Iterable[Layer]) -> dict
 def first_block(layers: Iterable[Layer]) -> int:
     """The first block that dropping these layers changes; 0 where there are none."""
     return min((layer.index for layer in layers), default=0)
+
+
+def first_changed(stepper: Stepper, paths: Iterable[str]) -> int:
+    """The first block that other modules at these paths change; 0 where there are none."""
+    blocks = [f"{block.path}." for block in stepper.blocks]
+    return min((i for i, block in enumerate(blocks) for path in paths if path.startswith(block)), default=0)

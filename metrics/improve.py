@@ -6,22 +6,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import nn
 
 from dropformer.metrics.analyze import evaluating, proven
-from dropformer.metrics.apart import Apart
+from dropformer.metrics.apart import Apart, Reach
 from dropformer.metrics.budget import meter, parse_budget, within
-from dropformer.metrics.damage import Dense, dropped_modules
+from dropformer.metrics.damage import Dense, dropped_modules, first_changed
+from dropformer.metrics.folding import Folds
 from dropformer.metrics.importance import METRICS, Bench
 from dropformer.metrics.lockstep import Lockstep
-from dropformer.metrics.projection import projections
+from dropformer.metrics.projection import Slot, projections
 from dropformer.metrics.quality import Quality, Request
 from dropformer.metrics.repair import Gate, Repair, gate, tensors_of
 from dropformer.metrics.repair_linear import linear_forms, linear_modules
-from dropformer.metrics.repair_refit import all_slots, gap_slots
+from dropformer.metrics.repair_lora import heal, need_peft
+from dropformer.metrics.repair_refit import all_slots, reaches
 from dropformer.metrics.repair_scale import scale_modules
 from dropformer.metrics.select import KL, Choice, Count, greedy, iterative, refine
 from dropformer.metrics.stepping import Stepper
@@ -33,6 +35,7 @@ from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, choose, make_plan, parse_spec
 
 Tell = Callable[[str], None]
+DEPTH = 2  # how many candidates in a row a search can see refitted
 
 
 @dataclass
@@ -49,6 +52,8 @@ class Improver:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if "lora" in self.quality.repair:
+            need_peft()
         self.architecture: Architecture = proven(self.model)
         self.outline: Outline = outline_of(self.model, self.architecture)
         batches, scored, groups = [], [], []
@@ -56,12 +61,15 @@ class Improver:
             for n, (inputs, counts) in enumerate(windows.batches(1)):
                 batches.append(inputs)
                 scored.append(None if counts.all() else counts)
-                groups.append(group if len(self.data) > 1 else n % 2)  # one kind of text: its halves judge each other
+                groups.append((group, n % 2))
         self.groups = groups
         self.bench = Bench(
             Stepper(self.model, self.architecture, batches), self.architecture, scored, self.quality.stride
         )
         self._dense: Dense | None = None
+        self._costs: dict[tuple[str, ...], KL] = {}
+        self._folds: Folds | None = None
+        self._asked: tuple[tuple[Layer, ...], int] | None = None
 
     @property
     def cost(self) -> KL:
@@ -71,27 +79,69 @@ class Improver:
             batches = [self.bench.stepper.batches[i] for i in few]
             stepper = Stepper(self.model, self.architecture, batches)
             self._dense = Dense(stepper, self.quality.stride, [self.bench.scored[i] for i in few])
-            self._kl = KL(self._dense, self.architecture)
-            self._kl_linear = KL(self._dense, self.architecture, self.standing)
-        return self._kl_linear if "linear" in self.quality.repair else self._kl
+        known = self.quality.repair if self.quality.aware else ()
+        foreseen = tuple(method for method in known if method in ("linear", "refit"))
+        if foreseen not in self._costs:
+            stands = partial(self.standing, repair=foreseen)
+            self._costs[foreseen] = KL(self._dense, self.architecture, stands)
+        return self._costs[foreseen]
 
-    def standing(self, gone: Sequence[Layer]) -> dict[str, nn.Module]:
-        """What stands in for dropped layers: a linear map for each attention layer named as such."""
-        maps = [layer for layer in gone if layer.kind == "attn"]
+    def standing(self, gone: Sequence[Layer], repair: Sequence[str]) -> dict[str, nn.Module]:
+        """What stands in the pruned model for the model's own modules: nothing, or repairs known beforehand."""
+        maps = [layer for layer in gone if layer.kind == "attn"] if "linear" in repair else []
         modules = dropped_modules(self.architecture, [layer for layer in gone if layer not in maps])
         for layer in maps:
             modules |= self.maps[layer]
+        left = self.outline.branch_layers([layer for layer in gone if layer not in maps])
+        if "refit" in repair and left:
+            modules |= self.folds(left).modules(left, maps)
         return modules
+
+    @property
+    def fitted_on(self) -> list[int]:
+        """The windows to fit on: all but those that a search measures its candidates on, where enough are left."""
+        searching = self.quality.select == "greedy" or self.quality.refine
+        few = set(self._few(self.quality.cost_windows)) if searching else set()
+        return [i for i in range(len(self.groups)) if 2 * len(few) > len(self.groups) or i not in few]
+
+    def _apart(self, slots: Sequence[Reach]) -> Apart:
+        groups = [self.groups[i] for i in self.fitted_on]
+        return Apart(self.bench.stepper, slots, self.fitted_on, groups)
 
     @cached_property
     def maps(self) -> dict[Layer, dict[str, nn.Module]]:
         """The fitted linear map of every attention layer, from one dense pass."""
         layers = [layer for layer in self.architecture.layers() if layer.kind == "attn"]
         standing, slots = linear_modules(self.model, self.architecture, layers, self.width)
+        wanted = [Reach(slot, standing[slot.path], ((slot.layer,),)) for slot in slots]
         with self._timed("maps"):
-            fitted = Apart(self.bench.stepper, self.architecture, [], layers, self.groups).refit(slots, standing)
+            apart = self._apart(wanted)
+            fitted = {reach.slot.path: apart.module(reach, reach.units) for reach in wanted}
         modules = {**standing, **fitted}
         return {layer: {path: modules[path] for path in self._forms(layer)} for layer in layers}
+
+    def folds(self, gone: Sequence[Layer]) -> Folds:
+        """Refits for what goes: those prepared for a search where they do, else for just these layers."""
+        if self._folds is None or not self._folds.cover(gone, self.slots):
+            self._folds = self._prepared(gone, len(gone))
+        return self._folds
+
+    def prepare(self, candidates: Sequence[Layer], count: int) -> None:
+        """Take the moments for refits of any `count` of the candidates, from one dense pass."""
+        asked = tuple(candidates), min(count, DEPTH)
+        if asked != self._asked:
+            self._folds, self._asked = self._prepared(*asked), asked
+
+    def _prepared(self, candidates: Sequence[Layer], depth: int) -> Folds:
+        found = reaches(self.architecture, candidates, self.slots, depth)
+        wanted = [Reach(slot, self.model.get_submodule(slot.path), units) for slot, units in found.items()]
+        with self._timed("moments"):
+            return Folds(self.architecture, self._apart(wanted))
+
+    @cached_property
+    def slots(self) -> dict[Layer, Slot]:
+        """The projection of every branch that has one."""
+        return projections(self.bench.stepper)
 
     @property
     def width(self) -> int:
@@ -102,8 +152,9 @@ class Improver:
 
     def _few(self, count: int) -> list[int]:
         """So many windows, in turn from each kind of text."""
-        rank = [self.groups[:i].count(group) for i, group in enumerate(self.groups)]
-        return sorted(range(len(rank)), key=lambda i: (rank[i], self.groups[i]))[:count]
+        kinds = [kind for kind, _ in self.groups]
+        rank = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
+        return sorted(range(len(rank)), key=lambda i: (rank[i], kinds[i]))[:count]
 
     def choose(self, request: Request) -> tuple[list[Layer], dict[Layer, float]]:
         """The layers to drop, and the score or cost that each was chosen by (higher goes first)."""
@@ -133,6 +184,8 @@ class Improver:
                 chosen += free
                 continue
             candidates = self._candidates(selector.kinds, selector.stack, request.keep)
+            if self._refits():
+                self.prepare([*candidates, *chosen], len(free))
             chosen += self._search(candidates, len(free), chosen).layers
         return chosen
 
@@ -150,7 +203,12 @@ class Improver:
         budget = parse_budget(request.budget or "")
         candidates = self._candidates(("attn", "mlp"), "", request.keep)
         goal = meter(budget, self.outline, candidates, request.context)
+        if self._refits():
+            self.prepare(candidates, len(candidates))
         return within(goal, candidates, self.cost, self.quality.width)
+
+    def _refits(self) -> bool:
+        return self.quality.aware and "refit" in self.quality.repair
 
     def repair(self, gone: Sequence[Layer], other: Windows | None = None) -> tuple[Repair, Mapping[str, nn.Module]]:
         """Repair a model without `gone`, method by method, each kept only if it helps on `other` text.
@@ -168,6 +226,8 @@ class Improver:
             for method in self.quality.repair:
                 with self._timed(method):
                     tried, maps = self._try(method, gone, modules, mapped)
+                if tried == modules:
+                    continue  # nothing for this method to do
                 passed = True
                 if dense is not None:
                     gates.append(gate(dense, method, modules, tried))
@@ -181,21 +241,18 @@ class Improver:
         self, method: str, gone: Sequence[Layer], modules: Mapping[str, nn.Module], mapped: Mapping[Layer, Any]
     ) -> tuple[dict[str, nn.Module], dict[Layer, Any]]:
         """The modules that stand in once a method has been applied, and the layers that it mapped."""
-        found = {layer: slot for layer, slot in projections(self.bench.stepper).items() if layer not in mapped}
-        branches = self.outline.branch_layers(gone)
-        left = [layer for layer in branches if layer not in mapped]
+        found = {layer: slot for layer, slot in self.slots.items() if layer not in mapped}
+        left = [layer for layer in self.outline.branch_layers(gone) if layer not in mapped]
         if method == "scale":
             return {**modules, **scale_modules(self.bench, left, found)}, {}
         if method == "linear":
             maps = [layer for layer in gone if layer.kind == "attn"]
-            return self.standing(gone), {layer: self._relative(layer, self._forms(layer)) for layer in maps}
-        standing = {path: module for path, module in modules.items() if any(True for _ in module.parameters())}
+            return self.standing(gone, ["linear"]), {layer: self._relative(layer, self._forms(layer)) for layer in maps}
         if method == "refit":
-            slots = gap_slots(self.architecture, left, found)
-            fitted = Apart(self.bench.stepper, self.architecture, left, list(mapped), self.groups).refit(
-                slots, standing
-            )
-            return {**modules, **fitted}, {}
+            return {**modules, **(self.folds(left).modules(left, mapped) if left else {})}, {}
+        if method == "lora":
+            return {**modules, **heal(self.bench.stepper, modules, first_changed(self.bench.stepper, modules))}, {}
+        standing = {path: module for path, module in modules.items() if any(True for _ in module.parameters())}
         slots = all_slots(self.architecture, left, found)
         return Lockstep(self.bench.stepper, self.architecture, left, self.groups, standing).refit(slots), {}
 

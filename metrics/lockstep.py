@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dropformer.metrics.damage import dropped_modules
 from dropformer.metrics.pairs import after_branch, reading_block
 from dropformer.metrics.projection import Slot, changed, with_constant
-from dropformer.metrics.ridge import PENALTIES, Sums, fit, token_weights
+from dropformer.metrics.ridge import PENALTIES, Group, Sums, fit, token_weights
 from dropformer.metrics.sites import Site, sites, target
 from dropformer.metrics.stepping import Stepper, replaced
 from dropformer.prune.architecture import Architecture, Layer
@@ -41,7 +41,7 @@ class Refit:
 class Lockstep:
     """A model on fixed windows without the `gone` layers; `modules` stand in for others of its own.
 
-    `groups` says which kind of text each batch is.
+    `groups` says of each batch which kind of text it is, and which half of that.
 
     Time: one dense pass, one pruned one and one more for each block's slots, and a K x K solve a slot.
     Memory: four streams of all windows, N T D numbers each, and K x (K + D) in float64.
@@ -50,7 +50,7 @@ class Lockstep:
     stepper: Stepper
     architecture: Architecture
     gone: Sequence[Layer]
-    groups: Sequence[int]
+    groups: Sequence[Group]
     modules: dict[str, nn.Module] = field(default_factory=dict)
     penalties: Sequence[float] = PENALTIES
     fits: list[Refit] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Lockstep:
         return self.modules
 
     def _fit(self, slot: Slot, site: Site, aim: Site, streams: list[Tensor], dense: _Dense) -> None:
-        sums: dict[int, Sums] = {}
+        sums: dict[Group, Sums] = {}
         constant: float | None = None
         for batch, stream in enumerate(streams):
             goal = dense.at(batch, aim)
@@ -84,8 +84,8 @@ class Lockstep:
                 z, after = self._observe(site, module, batch, stream)
             constant = constant or float(z.square().mean().sqrt())
             group = sums.setdefault(self.groups[batch], Sums())
-            group.add(with_constant(z, module, constant), goal - after, token_weights(goal))
-        change, penalty, left_over = fit(list(sums.values()), self.penalties)
+            group.add(with_constant(z, module, constant), [goal - after], token_weights(goal))
+        change, penalty, left_over = fit(sums, self.penalties)
         if left_over < 1:
             self.modules[slot.path] = changed(module, change, constant or 1.0)
         self.fits.append(Refit(slot, penalty, left_over))

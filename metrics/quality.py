@@ -9,13 +9,14 @@ from dropformer.prune.errors import PlanError
 
 METRIC_NAMES = ("similarity", "angular", "relative-magnitude", "loo-kl", "loo-perplexity", "cca", "random", "reverse")
 SELECTS = ("one-shot", "iterative", "greedy")
-REPAIRS = ("linear", "refit", "refit-all", "scale")  # in the order in which they apply
+REPAIRS = ("linear", "refit", "refit-all", "scale", "lora")  # in the order in which they apply
 
 
 @dataclass(frozen=True)
 class Quality:
     """How layers are chosen and what is repaired.
 
+    `aware`: a search measures candidates with their refit or map in place, not as bare gaps.
     `width`: how many candidates a round of `greedy` measures after the first; `refine`: rounds of swaps;
     `stride`: KL is measured at every so many positions, on `cost_windows` windows.
     """
@@ -23,6 +24,7 @@ class Quality:
     metric: str = "similarity"
     select: str = "one-shot"
     repair: tuple[str, ...] = ()
+    aware: bool = True
     width: int = 4
     refine: int = 0
     stride: int = 4
@@ -42,7 +44,8 @@ class Request:
 QUALITIES = {
     "paper": Quality(),  # arXiv 2406.15786: one-shot similarity, nothing repaired
     "best": Quality(select="greedy", repair=("refit",)),
-    "linear": Quality(select="greedy", repair=("linear",)),
+    "healed": Quality(select="greedy", repair=("refit", "lora")),
+    "linear": Quality(select="greedy", repair=("linear", "refit")),
 }
 
 

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from torch import nn
 
-from dropformer.metrics.damage import Dense, dropped_modules, first_block
+from dropformer.metrics.damage import Dense, dropped_modules, first_changed
 from dropformer.metrics.importance import Bench, PairScore, mean_over_tokens, similarity
 from dropformer.metrics.stepping import replaced
 from dropformer.prune.architecture import Architecture, Layer
@@ -44,7 +44,7 @@ class KL:
         if key not in self.measured:
             modules = self.stand_ins(layers) if self.stand_ins else dropped_modules(self.architecture, layers)
             with replaced(self.dense.stepper.model, modules):
-                self.measured[key] = self.dense.compare(first_block(layers)).mean_kl
+                self.measured[key] = self.dense.compare(first_changed(self.dense.stepper, modules)).mean_kl
         return self.measured[key]
 
 

@@ -16,7 +16,7 @@ def test_the_light_list_of_metrics_is_the_registry():
 
 
 def test_repairs_apply_in_the_order_that_makes_sense_whatever_was_typed():
-    assert quality(repair="refit-all, linear").repair == ("linear", "refit-all")
+    assert quality(repair="lora, refit-all, linear").repair == ("linear", "refit-all", "lora")
 
 
 @pytest.mark.parametrize("wrong", [{"name": "worst"}, {"metric": "x"}, {"select": "x"}, {"repair": "linear,x"}])

@@ -3,16 +3,17 @@
 import pytest
 import torch
 
-from dropformer.metrics.apart import Apart
+from dropformer.metrics.apart import Apart, Reach
 from dropformer.metrics.calibration import CalibrationRef
 from dropformer.metrics.damage import Dense, dropped_modules
+from dropformer.metrics.folding import Folds
 from dropformer.metrics.importance import Bench
 from dropformer.metrics.improve import Improver, improve
 from dropformer.metrics.lockstep import Lockstep
 from dropformer.metrics.projection import projections
 from dropformer.metrics.quality import Quality, Request
 from dropformer.metrics.repair_linear import linear_modules
-from dropformer.metrics.repair_refit import all_slots, gap_slots
+from dropformer.metrics.repair_refit import all_slots, gap_slots, gaps, reaches
 from dropformer.metrics.repair_scale import factors, growth, scale_modules
 from dropformer.metrics.ridge import Sums, error, fit, solve, token_weights
 from dropformer.metrics.stepping import Stepper, replaced
@@ -58,18 +59,27 @@ def stream_error(stepper, dense, modules):
     return total
 
 
-def fitted(stepper, architecture, gone, mapped, slots, standing, penalties, apart):
-    groups = [0] * len(stepper)
-    if apart:
-        return {**standing, **Apart(stepper, architecture, gone, mapped, groups, penalties).refit(slots, standing)}
-    return Lockstep(stepper, architecture, gone, groups, dict(standing), penalties).refit(slots)
+def fitted(stepper, architecture, gone, slots, standing, penalties, apart):
+    """Slots fitted to what is gone right behind them; without `gone`, to what stood in their own place."""
+    groups = [(0, 0)] * len(stepper)
+    if not apart:
+        return Lockstep(stepper, architecture, gone, groups, dict(standing), penalties).refit(slots)
+    if gone:
+        wanted = reaches(architecture, gone, {slot.layer: slot for slot in slots}, len(gone)).items()
+        found = [Reach(slot, stepper.model.get_submodule(slot.path), units) for slot, units in wanted]
+    else:
+        found = [Reach(slot, standing[slot.path], ((slot.layer,),)) for slot in slots]
+    apart = Apart(stepper, found, range(len(stepper)), groups, penalties)
+    if gone:
+        return {**standing, **Folds(architecture, apart).modules(gone)}
+    return {**standing, **{reach.slot.path: apart.module(reach, reach.units) for reach in found}}
 
 
 def test_the_solution_without_penalty_is_least_squares():
     draw = torch.Generator().manual_seed(0)
     z, r = torch.randn(50, 5, generator=draw), torch.randn(50, 3, generator=draw)
     sums = Sums()
-    sums.add(z, r, torch.ones(50))
+    sums.add(z, [r], torch.ones(50))
     zz, zr, rr = sums.mean()
     w = solve(zz, zr, 1e-12)
     torch.testing.assert_close(w.float(), torch.linalg.lstsq(z, r).solution, rtol=1e-4, atol=1e-5)
@@ -84,20 +94,20 @@ def test_sums_do_not_depend_on_how_the_windows_are_split():
         torch.rand(6, 7, generator=draw),
     )
     one, many = Sums(), Sums()
-    one.add(z, r, w)
+    one.add(z, [r], w)
     for i in range(6):
-        many.add(z[i], r[i], w[i])
+        many.add(z[i], [r[i]], w[i])
     torch.testing.assert_close(one.zz, many.zz, rtol=1e-5, atol=1e-5)
     assert one.rr == pytest.approx(many.rr, rel=1e-6)
 
 
 def test_a_fit_that_does_not_carry_over_to_another_kind_of_text_is_no_change():
     draw = torch.Generator().manual_seed(0)
-    groups = []
-    for sign in (1, -1):
+    groups = {}
+    for kind, sign in enumerate((1, -1)):
         z = torch.randn(100, 4, generator=draw)
-        groups.append(Sums())
-        groups[-1].add(z, sign * z, torch.ones(100))
+        groups[kind, 0] = Sums()
+        groups[kind, 0].add(z, [sign * z], torch.ones(100))
     change, _, left_over = fit(groups)
     assert not change.any() and left_over == 1
 
@@ -110,13 +120,79 @@ def test_sinks_weigh_their_share_and_no_more():
     assert float(weights[:, 0].sum()) == pytest.approx(10, rel=1e-4)
 
 
+def test_a_huge_input_does_not_make_the_penalty_of_the_others_huge():
+    draw = torch.Generator().manual_seed(0)
+    z, huge = torch.randn(200, 3, generator=draw), torch.randn(200, 1, generator=draw) * 1e4
+    r = z @ torch.randn(3, 2, generator=draw)
+    weights = []
+    for inputs in (z, torch.cat([z, huge], -1)):
+        sums = Sums()
+        sums.add(inputs, [r], torch.ones(200))
+        zz, zr, _ = sums.mean()
+        weights.append(solve(zz, zr, 0.1)[:3])
+    torch.testing.assert_close(weights[0], weights[1], rtol=0.05, atol=0.05)
+
+
+def test_several_targets_add_up():
+    draw = torch.Generator().manual_seed(0)
+    z, one, two = (torch.randn(30, k, generator=draw) for k in (4, 2, 2))
+    parts, whole = Sums(), Sums()
+    parts.add(z, [one, two], torch.ones(30))
+    whole.add(z, [one + two], torch.ones(30))
+    for found, expected in zip(parts.mean([0, 1]), whole.mean(), strict=True):
+        torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected))
+
+
+def test_a_gap_belongs_to_the_last_branch_before_it(tiny):
+    architecture = discover(tiny("llama"))
+    gone = [Layer("attn", 0), Layer("attn", 2), Layer("block", 3)]
+    assert gaps(architecture, gone) == {
+        Layer("mlp", 1): [Layer("attn", 2)],
+        Layer("mlp", 2): [Layer("attn", 3), Layer("mlp", 3)],
+    }
+
+
+def test_a_parallel_block_that_lost_a_branch_is_mended_by_its_other_branch(tiny):
+    architecture = discover(tiny("gpt_neox"))
+    assert gaps(architecture, [Layer("mlp", 1)]) == {Layer("attn", 1): [Layer("mlp", 1)]}
+    assert gaps(architecture, [Layer("attn", 1)]) == {Layer("mlp", 1): [Layer("attn", 1)]}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("kinds", [["attn", "mlp"], ["block"]])
+def test_moments_for_all_candidates_give_the_fold_of_each_gap(tiny, windows, family, kinds):
+    _, architecture, stepper = opened(tiny, windows, family)
+    candidates = [layer for layer in architecture.layers() if layer.kind in kinds]
+    gone = [Layer("block", 1), Layer("block", 2)] if "block" in kinds else [Layer("mlp", 1), Layer("attn", 2)]
+    found = []
+    for asked in (candidates, gone):
+        slots = reaches(architecture, asked, projections(stepper), 2)
+        wanted = [Reach(slot, stepper.model.get_submodule(slot.path), units) for slot, units in slots.items()]
+        folds = Folds(architecture, Apart(stepper, wanted, [0, 1], [(0, 0), (0, 0)], [1e-3]))
+        assert folds.cover(gone, projections(stepper))
+        found.append(folds.modules(gone))
+    assert found[0] and found[0].keys() == found[1].keys()
+    for path, module in found[0].items():
+        torch.testing.assert_close(module.weight, found[1][path].weight, rtol=1e-3, atol=1e-5)
+        assert not torch.equal(module.weight, stepper.model.get_submodule(path).weight)
+
+
+def test_a_gap_deeper_than_was_prepared_for_is_not_covered(tiny, windows):
+    _, architecture, stepper = opened(tiny, windows)
+    slots = reaches(architecture, [Layer("block", i) for i in range(4)], projections(stepper), 1)
+    wanted = [Reach(slot, stepper.model.get_submodule(slot.path), units) for slot, units in slots.items()]
+    folds = Folds(architecture, Apart(stepper, wanted, [0], [(0, 0)], [1e-3]))
+    assert folds.cover([Layer("block", 1), Layer("block", 3)], projections(stepper))
+    assert not folds.cover([Layer("block", 1), Layer("block", 2)], projections(stepper))
+
+
 @pytest.mark.parametrize("which", [gap_slots, all_slots])
 @pytest.mark.parametrize("gone", [[Layer("attn", 2)], [Layer("block", 1)], [Layer("attn", 1), Layer("mlp", 2)]])
 def test_refit_brings_the_stream_closer_on_what_it_was_fitted_on(tiny, windows, which, gone):
     _, architecture, stepper = opened(tiny, windows)
     dense = Dense(stepper)
     slots = which(architecture, gone, projections(stepper))
-    lockstep = Lockstep(stepper, architecture, gone, [0, 0], penalties=[1e-4])
+    lockstep = Lockstep(stepper, architecture, gone, [(0, 0)] * 2, penalties=[1e-4])
     repaired = lockstep.refit(slots)
     before = stream_error(stepper, dense, dropped_modules(architecture, gone))
     assert stream_error(stepper, dense, repaired) < before
@@ -130,7 +206,7 @@ def test_refit_works_whatever_the_family(tiny, windows, family, apart):
     _, architecture, stepper = opened(tiny, windows, family, **fields)
     dense, gone = Dense(stepper), [Layer("attn", 2)]
     slots = (gap_slots if apart else all_slots)(architecture, gone, projections(stepper))
-    repaired = fitted(stepper, architecture, gone, [], slots, dropped_modules(architecture, gone), [1e-4], apart)
+    repaired = fitted(stepper, architecture, gone, slots, dropped_modules(architecture, gone), [1e-4], apart)
     assert slots and stream_error(stepper, dense, repaired) < stream_error(
         stepper, dense, dropped_modules(architecture, gone)
     )
@@ -141,7 +217,7 @@ def test_the_dense_model_is_not_changed_by_a_repair(tiny, windows):
     before = {name: p.clone() for name, p in model.named_parameters()}
     modules = [id(m) for m in model.modules()]
     gone = [Layer("attn", 1)]
-    Lockstep(stepper, architecture, gone, [0, 1]).refit(all_slots(architecture, gone, projections(stepper)))
+    Lockstep(stepper, architecture, gone, [(0, 0), (0, 1)]).refit(all_slots(architecture, gone, projections(stepper)))
     assert [id(m) for m in model.modules()] == modules
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
@@ -154,7 +230,7 @@ def test_the_linear_repair_of_an_attention_that_is_linear_is_exact(tiny, windows
     stepper = Stepper(model, architecture, [{"input_ids": torch.arange(3, 63)[:, None]}])
     layers = [Layer("attn", 1), Layer("attn", 2)]
     modules, slots = linear_modules(model, architecture, layers, 32)
-    repaired = fitted(stepper, architecture, [], layers, slots, modules, TINY, apart)
+    repaired = fitted(stepper, architecture, [], slots, modules, TINY, apart)
     with torch.inference_mode():
         expected = stepper.run(0, 0, stepper.start(0))
         with replaced(model, repaired):
@@ -168,7 +244,7 @@ def test_a_linear_map_is_closer_than_nothing(tiny, windows, family, apart):
     model, architecture, stepper = opened(tiny, windows, family, **fields)
     dense, layers = Dense(stepper), [Layer("attn", 1), Layer("attn", 2)]
     modules, slots = linear_modules(model, architecture, layers, 32)
-    repaired = fitted(stepper, architecture, [], layers, slots, modules, [1e-4], apart)
+    repaired = fitted(stepper, architecture, [], slots, modules, [1e-4], apart)
     nothing = dropped_modules(architecture, layers)
     assert stream_error(stepper, dense, repaired) < stream_error(stepper, dense, nothing)
 
@@ -208,7 +284,16 @@ def improver_of(tiny, windows, tmp_path, quality):
 
 
 @pytest.mark.parametrize(
-    "repair", [("refit",), ("refit-all",), ("linear",), ("scale",), ("linear", "refit-all"), ("linear", "refit")]
+    "repair",
+    [
+        ("refit",),
+        ("refit-all",),
+        ("linear",),
+        ("scale",),
+        ("linear", "refit-all"),
+        ("linear", "refit"),
+        ("refit", "lora"),
+    ],
 )
 def test_a_repaired_model_is_the_dense_one_with_its_stand_ins_and_survives_saving(tiny, windows, tmp_path, repair):
     model, improver, ref = improver_of(tiny, windows, tmp_path, Quality(repair=repair, stride=1))
@@ -248,6 +333,26 @@ def test_a_repair_that_hurts_other_text_is_not_kept(tiny, windows):
     assert [g.passed for g in good.gates] == [g.after < g.before for g in good.gates]
     assert bool(good.tensors) == good.gates[0].passed
     assert any(True for module in modules.values() for _ in module.parameters())
+
+
+@pytest.mark.parametrize("repair", [("refit",), ("linear",), ("linear", "refit")])
+def test_a_search_measures_a_candidate_as_it_will_be_repaired(tiny, windows, repair):
+    _, improver, _ = improver_of(tiny, windows, None, Quality(select="greedy", repair=repair, stride=1, cost_windows=2))
+    gone = [Layer("attn", 1), Layer("mlp", 2)]
+    expected = improver.cost(gone)
+    _, modules = improver.repair(gone)
+    with replaced(improver.model, modules):
+        assert improver.cost.dense.compare(0).mean_kl == pytest.approx(expected, rel=1e-4)
+    improver.quality = Quality(select="greedy", repair=repair, aware=False, stride=1, cost_windows=2)
+    with replaced(improver.model, dropped_modules(improver.architecture, gone)):
+        assert improver.cost(gone) == pytest.approx(improver.cost.dense.compare(0).mean_kl, rel=1e-4)
+
+
+def test_nothing_is_fitted_on_the_windows_that_a_search_measures_on(tiny, windows):
+    _, improver, _ = improver_of(tiny, windows, None, Quality(select="greedy", repair=("refit",), cost_windows=2))
+    assert improver.fitted_on == [1, 2, 3, 5, 6, 7]
+    improver.quality = Quality(repair=("refit",))
+    assert improver.fitted_on == list(range(8))
 
 
 @pytest.mark.parametrize("select", ["one-shot", "iterative", "greedy"])
