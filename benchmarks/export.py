@@ -9,6 +9,7 @@ layers by name, and times in one interleaved run, each in a process of its own:
     copy         open_checkpoint + copy_checkpoint with its sampled verification
     cp, sync     cp, then sync of those files
     export       the same inside new_folder, which waits for the disk
+    command      the whole command, `prune --plan`: plan, copy, config, record; it waits for the disk too
     link         copy_checkpoint(link=True): unchanged shards are hard links
 
 Before each, everything is flushed, all files leave the page cache, and those about to be read are read in.
@@ -28,7 +29,6 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import statistics
 import subprocess
@@ -40,10 +40,12 @@ from pathlib import Path
 from typing import Any
 
 from dropformer.prune.files import copy_checkpoint, new_folder, open_checkpoint
+from dropformer.prune.plan import Plan, choose, make_plan
 from dropformer.prune.safetensors_header import byte_size, encode_header
 
 MIB = 2**20
 DROPPED = re.compile(r"model\.layers\.([6789]\.(self_attn|input_layernorm)|[78]\.(mlp|post_attention\w+))\..*")
+SPEC = "attn=6,7,8,9,mlp=7,8"
 PAIRS = {"copy": "cp", "export": "cp, sync"}
 
 
@@ -96,6 +98,19 @@ def make_checkpoint(folder: Path, hidden: int, total: int) -> None:
     (folder / "config.json").write_text(json.dumps(config | sizes | heads | {"tie_word_embeddings": True}))
 
 
+def plan_of(folder: Path) -> Plan:
+    """The plan that drops what DROPPED names, from the headers of the checkpoint."""
+    from dropformer.prune.census import outline_of
+    from dropformer.prune.checkpoint import reference
+    from dropformer.prune.discover import discover
+    from dropformer.prune.load import weightless
+
+    model = weightless(folder)
+    outline = outline_of(model, discover(model))
+    layers = choose(outline, SPEC)
+    return make_plan(outline, reference(str(folder), folder), SPEC, layers)
+
+
 def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> None:
     noise = memoryview(random.Random(seed).randbytes(16 * MIB))
     with path.open("wb") as file:
@@ -108,6 +123,9 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], seed: int) -> No
 
 def copy_once(mode: str, source: Path, out: Path) -> None:
     """What a process of ours does: copy, and print its own figures."""
+    if mode == "plan":
+        (out / "plan.json").write_text(plan_of(source).to_json())
+        return
     began, busy = time.perf_counter(), time.process_time()
     checkpoint = open_checkpoint(source)
     if mode == "export":
@@ -127,13 +145,13 @@ def time_ours(mode: str, source: Path, out: Path) -> Run:
 
 
 def time_command(command: list[str]) -> Run:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began = time.perf_counter()
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - began
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Run(seconds, cpu, 0.0)
+    if status:
+        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), command)
+    return Run(seconds, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)
 
 
 def time_cp(files: Path, out: Path, wait: bool) -> Run:
@@ -160,6 +178,9 @@ def one_run(mode: str, work: Path) -> Run:
     try:
         if mode.startswith("cp"):
             return time_cp(kept, out, wait=mode == "cp, sync")
+        if mode == "command":
+            options = ["--model", source, "--plan", work / "plan.json", "--out", out, "--quiet"]
+            return time_command([sys.executable, "-m", "dropformer", *map(str, options)])
         return time_ours(mode, source, out)
     finally:
         shutil.rmtree(out, ignore_errors=True)
@@ -175,12 +196,15 @@ def fastest(runs: list[Run]) -> float:
 
 
 def measure(work: Path, repeats: int) -> dict[str, list[Run]]:
-    runs: dict[str, list[Run]] = {mode: [] for pair in PAIRS.items() for mode in pair} | {"link": []}
+    runs: dict[str, list[Run]] = {mode: [] for pair in PAIRS.items() for mode in pair} | {"command": [], "link": []}
+    # In a process of its own: what it imports would count as the peak of every process that this one starts.
+    subprocess.run([sys.executable, __file__, "--worker", "plan", str(work / "source"), str(work)], check=True)
     for repeat in range(repeats):
         for ours, theirs in PAIRS.items():
             for mode in (ours, theirs) if repeat % 2 else (theirs, ours):
                 runs[mode].append(one_run(mode, work))
-        runs["link"].append(one_run("link", work))
+        for mode in ("command", "link"):
+            runs[mode].append(one_run(mode, work))
         print(" ".join(f"{mode} {each[-1].seconds:.2f} s;" for mode, each in runs.items()), flush=True)
     return runs
 
@@ -197,7 +221,8 @@ def figures(runs: dict[str, list[Run]]) -> dict[str, Any]:
     for mode, each in runs.items():
         found[f"seconds_{mode.replace(', ', '_')}"] = round(statistics.median(run.seconds for run in each), 3)
     ours = [run.peak_mib for mode in ("copy", "export", "link") for run in runs[mode]]
-    return found | {"peak_rss_mib": round(max(ours), 1)}
+    command = max(run.peak_mib for run in runs["command"])
+    return found | {"peak_rss_mib": round(max(ours), 1), "peak_rss_command_mib": round(command, 1)}
 
 
 def mergekit(work: Path, cp_seconds_per_byte: float) -> dict[str, float]:
@@ -235,7 +260,8 @@ def benchmark(work: Path, hidden: int, total: int, repeats: int) -> dict[str, An
         found |= mergekit(work, found["seconds_cp"] / report.bytes_kept)
     print(
         f"copy / cp {found['ratio_to_cp']} (spread {found['spread_to_cp']}), of the fastest "
-        f"{found['best_ratio_to_cp']}, of processor time {found['cpu_ratio_to_cp']}; peak {found['peak_rss_mib']} MiB"
+        f"{found['best_ratio_to_cp']}, of processor time {found['cpu_ratio_to_cp']}; peak {found['peak_rss_mib']} MiB; "
+        f"the whole command peaks at {found['peak_rss_command_mib']} MiB"
     )
     return {"source_bytes": checkpoint.nbytes, "kept_bytes": report.bytes_kept, "repeats": repeats, **found}
 
