@@ -71,14 +71,21 @@ def through(dense: nn.Module, folder: Path, auto: str = "AutoModelForCausalLM") 
     _same(outputs(opened.model, given), outputs(dense, given), "transformers' own reload of the dense model")
     outline = outline_of(opened.model, architecture)
     trial = Trial(opened.model, architecture, outline, given, folder, _generates(dense, given), auto)
-    tried, notes = [], [note]
+    tried, notes, refused = [], [note], []
     if dense.can_generate() and not trial.generates:
         notes.append("no cached generation to compare")
     for stack in architecture.stacks:
         for kind in ("attn", "cross", "mlp", "block"):
             if layers := _some(stack, kind, outline):
-                tried.append(_spec(layers))
-                notes.append(_drop(trial, opened, layers))
+                try:
+                    notes.append(_drop(trial, opened, layers))
+                    tried.append(_spec(layers))
+                except ArchitectureError as error:
+                    refused.append(f"{_spec(layers)}: {error}")
+    if refused and not tried:
+        raise ArchitectureError(refused[0])
+    if refused:
+        raise Partly(f"{', '.join(tried)} work; {refused[0]}")
     blocks = [block for stack in architecture.stacks for block in stack.blocks]
     for kind in sorted({kind for block in blocks for kind in block.kept} - {x.kind for x in architecture.layers()}):
         reason = next(block.kept[kind] for block in blocks if kind in block.kept)
