@@ -211,6 +211,7 @@ def _by_plan(
 
     from dropformer import show
     from dropformer.prune.filewise import write_by_plan
+    from dropformer.prune.formats import known_format
     from dropformer.prune.plan import Plan
     from dropformer.recipes import open_source
 
@@ -223,8 +224,10 @@ def _by_plan(
         how = replace(how, gguf=source.file, progress=lambda done, total: progress(100 * done // max(1, total), 0))
         written = write_by_plan(made, source.path, out, how)
     record = json.dumps(written.record, indent=1)
-    note = f"not measured: `prune evaluate {model} {out}` does it, and --measure here"
-    _print(record if as_json else None, show.record_table(written.record), note, show.done(out, written.record))
+    notes = [show.done(out, written.record)]
+    if known_format(how.format).reloads:
+        notes.insert(0, f"not measured: `prune evaluate {model} {out}` does it, and --measure here")
+    _print(record if as_json else None, show.record_table(written.record), *notes)
 
 
 @app.command()

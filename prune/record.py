@@ -49,7 +49,8 @@ def write_record(
 
 def provenance(plan: Plan, arrangement: Arrangement, copied: CopyReport, format: str) -> dict[str, Any]:
     """dropformer.json: where the checkpoint comes from and what is missing, in original indices."""
-    saved, width = plan.savings, copied.bytes_before / max(1, plan.savings.parameters)
+    saved = plan.savings
+    width = max(2.0, copied.bytes_before / max(1, saved.parameters))  # keys and values are never of fewer than 16 bits
     before = _sizes(saved.parameters, copied.bytes_before, saved.kv * width)
     after = _sizes(saved.parameters_after, copied.bytes_after, saved.kv_after * width)
     return {
