@@ -183,7 +183,8 @@ def drop(model: str | Path | Opened | nn.Module, plan: Plan, repair: Repair | No
         dtype = stored_dtype(opened.path) if opened else next(dense.parameters()).dtype
         surgery = replace(surgery, tensors={name: tensor.to(dtype) for name, tensor in named.items()})
     cut(pruned, surgery)
-    pruned.dropformer = Cut(plan, surgery, opened and opened.path, opened and opened.file)  # type: ignore[assignment]
+    files = (opened.path, opened.file) if opened else (None, None)
+    pruned.dropformer = Cut(plan, surgery, *files)  # type: ignore[assignment]
     return pruned
 
 

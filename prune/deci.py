@@ -52,7 +52,8 @@ def deci_config(config: Mapping[str, Any], surgery: Surgery, parameters: Collect
     full = config_from(copy.deepcopy(dict(config))).to_dict()
     _check_settings(full)
     heads, hidden = full["num_attention_heads"], full["hidden_size"]
-    fields = {"architectures": [ARCHITECTURE], "model_type": configuration_decilm.DeciLMConfig.model_type}
+    fields: dict[str, Any] = {"architectures": [ARCHITECTURE]}
+    fields["model_type"] = configuration_decilm.DeciLMConfig.model_type
     fields["auto_map"] = {"AutoConfig": f"{Path(CODE_FILE).stem}.DeciLMConfig"}
     fields |= {"base_model_type": full["model_type"], "num_hidden_layers": len(blocks)}
     fields |= {key: full.get(key) for key in COPIED}

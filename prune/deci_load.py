@@ -57,7 +57,7 @@ def load_deci(folder: Path, dtype: torch.dtype | str = torch.float32, device: An
     config = config_from(dropformer_config(fields))
     base = type(config).base_config_class  # type: ignore[attr-defined]
     pruned_config_class(base)
-    native = modeling_auto.AutoModelForCausalLM._model_mapping[type(config)]
+    native: Any = modeling_auto.AutoModelForCausalLM._model_mapping[type(config)]
     with quiet_transformers():
         model, info = native.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
     if fields["base_model_type"] == "qwen2":
