@@ -78,4 +78,6 @@ def _measured_on(evaluation: Evaluation) -> Iterator[str]:
     if tasks:
         stats = tasks.stats
         work = f" {stats['computed']:,} tokens computed where {stats['needed']:,} are asked for." if stats else ""
+        if stats and not stats["requests"]:
+            work = " All answers were kept from an earlier run."
         yield f"Tasks by lm-eval {tasks.lm_eval}, {tasks.backend} backend, seed {tasks.seed}.{work}"
