@@ -64,6 +64,7 @@ class FastLM(HFLM):
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability, is greedy) of each request's continuation: lm-eval's contract."""
+        disable_tqdm = disable_tqdm or self.progress is not None  # someone else shows how far it is
         answers: list[tuple[float, bool]] = []
         for start in range(0, len(requests), AT_ONCE):
             part = requests[start : start + AT_ONCE]

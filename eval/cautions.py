@@ -34,12 +34,9 @@ def _falls(results: Sequence[ModelResult]) -> Iterator[str]:
                 yield f"{result.name}: the {probe['name']} probe falls from {_percent(before)} to {_percent(probe)}"
     if dense and "needle" not in dense:
         yield f"the needle probe was left out: its text is longer than the context of {results[0].name}"
-    for name, probe in dense.items():
-        if probe["accuracy"] - probe["chance"] < CLEAR * probe["stderr"]:
-            yield (
-                f"{results[0].name} is at chance on the {name} probe ({_percent(probe)}, guessing gives "
-                f"{probe['chance']:.0%}), so it cannot show a loss"
-            )
+    guessed = [name for name, probe in dense.items() if probe["accuracy"] - probe["chance"] < CLEAR * probe["stderr"]]
+    if guessed:
+        yield f"{results[0].name} guesses on the probes {', '.join(guessed)}, so they cannot show a loss"
 
 
 def _knowledge(results: Sequence[ModelResult]) -> Iterator[str]:

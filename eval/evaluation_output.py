@@ -44,7 +44,7 @@ def _sections(
     if evaluation.models[0].speed:
         drawn = pictures.speed_against_bound(evaluation, scratch / "speed.png")
         shown = [picture(drawn, SPEED, SPEED)] if drawn else []
-        where = paragraph(f"On {evaluation.device}; medians and quartiles over the repeats, models interleaved.")
+        where = paragraph(f"On {evaluation.device}. {TIMES}")
         yield Section("Speed and memory", [*shown, table(*tables.speed(evaluation)), where])
     if (streamed := tables.streaming(evaluation))[1]:
         yield Section("Beyond the context", [table(*streamed), paragraph(STREAMED)])
@@ -62,6 +62,7 @@ KEPT = (
     "questions each, and their error counts both models."
 )
 SPEED = "Dots: measured, with quartiles. Bars: what FLOPs (prefill) and bytes of weights and KV cache (decode) allow."
+TIMES = "Medians with half the interquartile range, ratios with quartiles; models interleaved in one run."
 STREAMED = (
     "The first four tokens and a rolling window stay in the cache, positions are those inside the cache "
     "(arXiv 2309.17453)."
@@ -77,4 +78,6 @@ def _measured_on(evaluation: Evaluation) -> Iterator[str]:
     if tasks:
         stats = tasks.stats
         work = f" {stats['computed']:,} tokens computed where {stats['needed']:,} are asked for." if stats else ""
+        if stats and not stats["requests"]:
+            work = " All answers were kept from an earlier run."
         yield f"Tasks by lm-eval {tasks.lm_eval}, {tasks.backend} backend, seed {tasks.seed}.{work}"

@@ -65,11 +65,11 @@ def kept_by_test(evaluation: Evaluation, path: Path) -> Path | None:
         axes.errorbar(values, places, xerr=errors, fmt="o", color=color, capsize=3, label=model)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set_xlabel("share of the dense model's score that is kept, ± one standard error")
     axes.grid(alpha=0.25, axis="x")
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    _legend_below(figure, len(rows))
     return _saved(figure, path)
 
 
@@ -89,13 +89,21 @@ def speed_against_bound(evaluation: Evaluation, path: Path) -> Path | None:
         spread = [[r["median"] - r["low"] for r, _ in ratios], [r["high"] - r["median"] for r, _ in ratios]]
         axes.errorbar(medians, places, xerr=spread, fmt="o", color=color, capsize=3, label=f"{model.name}, measured")
         allowed = [bound for _, bound in ratios]
-        axes.plot(allowed, places, "|", color=color, markersize=16, markeredgewidth=2.5, label="what its work allows")
+        axes.plot(
+            allowed,
+            places,
+            "|",
+            color=color,
+            markersize=16,
+            markeredgewidth=2.5,
+            label=f"{model.name}, what its work allows",
+        )
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel("times as fast as dense")
     axes.grid(alpha=0.25, axis="x")
-    axes.legend(frameon=False, fontsize=8)
+    _legend_below(figure, len(pruned))
     return _saved(figure, path)
 
 
@@ -120,6 +128,10 @@ def _share(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float]
     ratio = after["accuracy"] / before["accuracy"]
     relative = [p["stderr"] / p["accuracy"] if p["accuracy"] else 0.0 for p in (before, after)]
     return ratio, ratio * math.hypot(*relative)
+
+
+def _legend_below(figure: Figure, columns: int) -> None:
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=columns)
 
 
 def _saved(figure: Figure, path: Path) -> Path:

@@ -30,10 +30,10 @@ def quality(evaluation: Evaluation) -> Table:
     ]
     if models[0].perplexity:
         body.append(("perplexity", *(_perplexity_cell(m) for m in models)))
-        body.append(("KL to dense, nats a token", *(_plus_minus(m.kl, 4) for m in models)))
+        body.append(("KL to dense, nats", *(_plus_minus(m.kl, 4) for m in models)))
     for name in models[0].tasks.named if models[0].tasks else ():
         body.append((name, *(_task_cell(m, name) for m in models)))
-        body.append(("  retained of dense (McNemar's p)", *(_paired_cell(m, name) for m in models)))
+        body.append(("  retained (McNemar's p)", *(_paired_cell(m, name) for m in models)))
         body += [(f"  {group}", *(_task_cell(m, group) for m in models)) for group in _groups(models[0], name)]
     for probe in models[0].probes:
         label = f"probe: {probe['name']} (chance {probe['chance']:.0%})"
@@ -114,17 +114,22 @@ def mebibytes(count: int) -> str:
 
 def _speed_rows(models: Sequence[ModelResult]) -> Iterator[Row]:
     for rows in zip(*(m.speed for m in models), strict=True):
-        where = setting_name(rows[0])
+        yield (setting_name(rows[0]), *("" for _ in rows))
         for part in ("prefill", "decode"):
-            yield (f"{part} tokens/s ({where})", *(_speed_cells(row, part)[0] for row in rows))
-            yield ("  ratio; work allows", *("; ".join(_speed_cells(row, part)[1:]) for row in rows))
+            cells = [_speed_cells(row, part) for row in rows]
+            ratios = [row[f"{part}_ratio"]["median"] for row in rows]
+            yield (f"  {part} tokens/s", *(speed for speed, _, _ in cells))
+            pairs = zip(ratios, cells, strict=True)
+            yield ("    ratio; work allows", *(f"{ratio:.2f}; {bound}" for ratio, (_, _, bound) in pairs))
         yield ("  KV cache; peak memory", *("; ".join(_memory(row)) for row in rows))
 
 
 def _speed_cells(row: dict[str, Any], part: str) -> Row:
+    """The median with half of the interquartile range, the ratio with its quartiles, and its bound."""
     found, ratio = row[part], row[f"{part}_ratio"]
+    spread = (found["high"] - found["low"]) / 2 / found["median"]
     return (
-        f"{found['median']:,.1f} [{found['low']:,.1f}, {found['high']:,.1f}]",
+        f"{found['median']:,.1f} ±{spread:.0%}",
         f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
         f"{row[f'bound_{part}']:.2f}",
     )

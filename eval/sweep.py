@@ -121,7 +121,8 @@ def draw(sweep: Sweep, path: Path) -> Path:
         )  # fmt: skip
     left.set_title(f"{sweep.model.name}: what each further drop costs and saves")
     left.grid(alpha=0.25)
-    left.legend(lines, [str(line.get_label()) for line in lines], frameon=False, loc="upper left", fontsize=8)
+    labels = [str(line.get_label()) for line in lines]
+    figure.legend(lines, labels, frameon=False, loc="outside lower center", ncols=len(lines), fontsize=8)
     figure.savefig(path, dpi=150)
     return path
 

@@ -224,7 +224,7 @@ def _results(raw: Any, found: Found, options: TaskOptions, lm: LM) -> TaskResult
     named = tuple(name for name in found.tops if name in tasks)
     samples = raw.get("samples", {})
     correct = {name: _correct(samples.get(name, []), tasks[name].metric) for name in found.leaves if name in tasks}
-    return TaskResults(  # type: ignore[call-arg]  # the schema has a default, behind its alias
+    results = TaskResults(  # type: ignore[call-arg]  # the schema has a default, behind its alias
         named=named,
         tasks={name: task for name, task in tasks.items() if task.questions},
         correct={name: answers for name, answers in correct.items() if answers},
@@ -234,6 +234,19 @@ def _results(raw: Any, found: Found, options: TaskOptions, lm: LM) -> TaskResult
         limit=options.limit,
         stats=asdict(lm.stats) if isinstance(lm, FastLM) else None,
     )
+    return results.model_copy(update={"tasks": {n: _with_stderr(t, results) for n, t in results.tasks.items()}})
+
+
+def _with_stderr(task: TaskResult, results: TaskResults) -> TaskResult:
+    """The binomial standard error where lm-eval has none, as for a group of which one task has a single question."""
+    answers = list(results.answers(task.name).values())
+    if task.stderr is not None or len(answers) < 2 or task.value is None:
+        return task
+    right = sum(answers) / len(answers)
+    if not math.isclose(right, task.value, abs_tol=1e-6):  # the group is not the mean over its questions
+        return task
+    metric = Metric(value=task.value, stderr=math.sqrt(right * (1 - right) / (len(answers) - 1)))
+    return task.model_copy(update={"metrics": {**task.metrics, task.metric: metric}})
 
 
 def _counted(row: Mapping[str, Any]) -> bool:

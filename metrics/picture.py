@@ -33,6 +33,7 @@ def similarity_by_depth(scores: Scores, path: Path, dropped: Collection[Layer] =
             "x", color=COLORS[kind], markersize=10, markeredgewidth=2,
         )  # fmt: skip
     axes.set_xlabel("block")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("cosine similarity of the residual stream,\nbefore and after the layer")
     axes.set_title(f"{scores.model.name}: the higher, the more redundant")
     axes.grid(alpha=0.25)

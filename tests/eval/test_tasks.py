@@ -106,6 +106,14 @@ def test_a_limit_below_the_number_of_subjects_leaves_some_out(llama, tokenizer, 
     assert all(task.questions for task in got.tasks.values())
 
 
+def test_a_sample_with_one_question_of_a_subject_has_a_standard_error_too(llama, tokenizer, mmlu_data):
+    found = evaluate_tasks(llama, tokenizer, ["mmlu"], TaskOptions(shots=0, mmlu_data=mmlu_data, limit=5))
+    assert min(task.questions for task in found.tasks.values()) == 1
+    right = sum(found.answers("mmlu").values()) / 5
+    assert found.tasks["mmlu"].value == pytest.approx(right)
+    assert found.tasks["mmlu"].stderr == pytest.approx((right * (1 - right) / 4) ** 0.5)
+
+
 def test_two_models_are_compared_question_by_question(llama, tiny, tokenizer, mmlu_data):
     options = TaskOptions(shots=1, mmlu_data=mmlu_data)
     dense = evaluate_tasks(llama, tokenizer, ["mmlu"], options)
