@@ -71,6 +71,7 @@ class Improver:
         self._dense: Dense | None = None
         self._costs: dict[tuple[str, ...], KL] = {}
         self._folds: Folds | None = None
+        self._searched_folds: Folds | None = None
         self._asked: tuple[tuple[Layer, ...], int] | None = None
 
     @property
@@ -96,7 +97,7 @@ class Improver:
             modules |= self.maps[layer]
         left = self.outline.branch_layers([layer for layer in gone if layer not in maps])
         if "refit" in repair and left:
-            modules |= self.folds(left).modules(left, maps)
+            modules |= (self._searched_folds or self.folds(left)).modules(left, maps)
         return modules
 
     @property
@@ -124,8 +125,10 @@ class Improver:
 
     def folds(self, gone: Sequence[Layer]) -> Folds:
         """Refits for what goes: those prepared for a search where they do, else for just these layers."""
-        if self._folds is None or not self._folds.cover(gone, self.slots):
-            self._folds = self._prepared(gone, len(gone))
+        for folds in (self._searched_folds, self._folds):
+            if folds is not None and folds.cover(gone, self.slots):
+                return folds
+        self._folds = self._prepared(gone, len(gone))
         return self._folds
 
     def prepare(self, candidates: Sequence[Layer], count: int) -> None:
@@ -136,7 +139,7 @@ class Improver:
         left = tuple(layer for layer in candidates if not (mapped and layer.kind == "attn"))
         asked = left, min(count, DEPTH)
         if left and asked != self._asked:
-            self._folds, self._asked = self._prepared(*asked), asked
+            self._searched_folds, self._asked = self._prepared(*asked), asked
 
     def _prepared(self, candidates: Sequence[Layer], depth: int) -> Folds:
         found = reaches(self.architecture, candidates, self.slots, depth)
