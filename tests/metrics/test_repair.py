@@ -362,6 +362,19 @@ def test_a_search_measures_a_candidate_as_it_will_be_repaired(tiny, windows, rep
         assert improver.cost(gone) == pytest.approx(improver.cost.dense.compare(0).mean_kl, rel=1e-4)
 
 
+def test_a_search_over_deep_gaps_takes_no_further_pass(tiny, windows, monkeypatch):
+    from dropformer.metrics import improve as module
+
+    passes = []
+    monkeypatch.setattr(module, "Apart", lambda *args: passes.append(args) or Apart(*args))
+    _, improver, _ = improver_of(tiny, windows, None, Quality(select="greedy", repair=("refit",), cost_windows=2))
+    improver.prepare([Layer("block", i) for i in range(4)], 3)
+    improver.cost([Layer("block", 1), Layer("block", 2), Layer("block", 3)])
+    assert len(passes) == 1
+    improver.repair([Layer("block", 1), Layer("block", 2), Layer("block", 3)])
+    assert len(passes) == 2
+
+
 def test_nothing_is_fitted_on_the_windows_that_a_search_measures_on(tiny, windows):
     _, improver, _ = improver_of(tiny, windows, None, Quality(select="greedy", repair=("refit",), cost_windows=2))
     assert improver.fitted_on == [1, 2, 3, 5, 6, 7]
