@@ -84,13 +84,13 @@ def fit(
     kinds = [sums.mean(targets) for kind, sums in groups.items() if kind is not None]
     judge = groups[None].mean(targets) if None in groups else None
     penalty, left_over = _least(lambda penalty: _left_over(kinds, judge, penalty), penalties)
-    mean = _average(kinds)
+    zz, zr, _ = _average(kinds)
     if judge is not None:
         share = groups[None].weight / sum(sums.weight for sums in groups.values())
-        mean = tuple((1 - share) * a + share * b for a, b in zip(mean, judge, strict=True))  # type: ignore[assignment]
+        zz, zr = (1 - share) * zz + share * judge[0], (1 - share) * zr + share * judge[1]
     if left_over >= 1:
-        return torch.zeros_like(mean[1]), penalty, 1.0
-    return solve(mean[0], mean[1], penalty), penalty, left_over
+        return torch.zeros_like(zr), penalty, 1.0
+    return solve(zz, zr, penalty), penalty, left_over
 
 
 def _least(score: Callable[[float], float], penalties: Sequence[float]) -> tuple[float, float]:
