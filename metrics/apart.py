@@ -41,7 +41,8 @@ class Reach:
 class Apart:
     """Moments for every slot from one pass of the dense model over fixed windows.
 
-    `batches`: which of the stepper's; `groups` says of each of these which kind of text it is, and which half of that.
+    `batches`: which of the stepper's; `groups` says of each of these which kind of text it is, or
+    that it judges.
     Time: one dense pass, K x (K + units x D) products a slot and token; a fit is a few K x K solves.
     Memory: K x (K + units x D) numbers in float64 a slot and group, and one batch's branches.
     """

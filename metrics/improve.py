@@ -25,6 +25,7 @@ from dropformer.metrics.repair_linear import linear_forms, linear_modules
 from dropformer.metrics.repair_lora import heal, need_peft
 from dropformer.metrics.repair_refit import all_slots, reaches
 from dropformer.metrics.repair_scale import scale_modules
+from dropformer.metrics.ridge import group_of
 from dropformer.metrics.select import KL, Choice, Count, greedy, iterative, refine
 from dropformer.metrics.stepping import Stepper
 from dropformer.metrics.windows import Windows
@@ -56,19 +57,21 @@ class Improver:
             need_peft()
         self.architecture: Architecture = proven(self.model)
         self.outline: Outline = outline_of(self.model, self.architecture)
-        batches, scored, groups = [], [], []
-        for group, windows in enumerate(self.data):
+        batches, scored, kinds, groups = [], [], [], []
+        for kind, windows in enumerate(self.data):
             for n, (inputs, counts) in enumerate(windows.batches(1)):
                 batches.append(inputs)
                 scored.append(None if counts.all() else counts)
-                groups.append((group, n % 2))
-        self.groups = groups
+                kinds.append(kind)
+                groups.append(group_of(kind, n))
+        self.kinds, self.groups = kinds, groups
         self.bench = Bench(
             Stepper(self.model, self.architecture, batches), self.architecture, scored, self.quality.stride
         )
         self._dense: Dense | None = None
         self._costs: dict[tuple[str, ...], KL] = {}
         self._folds: Folds | None = None
+        self._searched_folds: Folds | None = None
         self._asked: tuple[tuple[Layer, ...], int] | None = None
 
     @property
@@ -94,7 +97,7 @@ class Improver:
             modules |= self.maps[layer]
         left = self.outline.branch_layers([layer for layer in gone if layer not in maps])
         if "refit" in repair and left:
-            modules |= self.folds(left).modules(left, maps)
+            modules |= (self._searched_folds or self.folds(left)).modules(left, maps)
         return modules
 
     @property
@@ -122,15 +125,21 @@ class Improver:
 
     def folds(self, gone: Sequence[Layer]) -> Folds:
         """Refits for what goes: those prepared for a search where they do, else for just these layers."""
-        if self._folds is None or not self._folds.cover(gone, self.slots):
-            self._folds = self._prepared(gone, len(gone))
+        for folds in (self._searched_folds, self._folds):
+            if folds is not None and folds.cover(gone, self.slots):
+                return folds
+        self._folds = self._prepared(gone, len(gone))
         return self._folds
 
     def prepare(self, candidates: Sequence[Layer], count: int) -> None:
-        """Take the moments for refits of any `count` of the candidates, from one dense pass."""
-        asked = tuple(candidates), min(count, DEPTH)
-        if asked != self._asked:
-            self._folds, self._asked = self._prepared(*asked), asked
+        """Take the moments for refits of any `count` of the candidates, where a search is to see them."""
+        if not self.quality.aware or "refit" not in self.quality.repair:
+            return
+        mapped = "linear" in self.quality.repair
+        left = tuple(layer for layer in candidates if not (mapped and layer.kind == "attn"))
+        asked = left, min(count, DEPTH)
+        if left and asked != self._asked:
+            self._searched_folds, self._asked = self._prepared(*asked), asked
 
     def _prepared(self, candidates: Sequence[Layer], depth: int) -> Folds:
         found = reaches(self.architecture, candidates, self.slots, depth)
@@ -152,9 +161,8 @@ class Improver:
 
     def _few(self, count: int) -> list[int]:
         """So many windows, in turn from each kind of text."""
-        kinds = [kind for kind, _ in self.groups]
-        rank = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
-        return sorted(range(len(rank)), key=lambda i: (rank[i], kinds[i]))[:count]
+        rank = [self.kinds[:i].count(kind) for i, kind in enumerate(self.kinds)]
+        return sorted(range(len(rank)), key=lambda i: (rank[i], self.kinds[i]))[:count]
 
     def choose(self, request: Request) -> tuple[list[Layer], dict[Layer, float]]:
         """The layers to drop, and the score or cost that each was chosen by (higher goes first)."""
@@ -184,8 +192,7 @@ class Improver:
                 chosen += free
                 continue
             candidates = self._candidates(selector.kinds, selector.stack, request.keep)
-            if self._refits():
-                self.prepare([*candidates, *chosen], len(free))
+            self.prepare([*candidates, *chosen], len(free))
             chosen += self._search(candidates, len(free), chosen).layers
         return chosen
 
@@ -203,12 +210,8 @@ class Improver:
         budget = parse_budget(request.budget or "")
         candidates = self._candidates(("attn", "mlp"), "", request.keep)
         goal = meter(budget, self.outline, candidates, request.context)
-        if self._refits():
-            self.prepare(candidates, len(candidates))
+        self.prepare(candidates, len(candidates))
         return within(goal, candidates, self.cost, self.quality.width)
-
-    def _refits(self) -> bool:
-        return self.quality.aware and "refit" in self.quality.repair
 
     def repair(self, gone: Sequence[Layer], other: Windows | None = None) -> tuple[Repair, Mapping[str, nn.Module]]:
         """Repair a model without `gone`, method by method, each kept only if it helps on `other` text.

@@ -41,7 +41,7 @@ class Refit:
 class Lockstep:
     """A model on fixed windows without the `gone` layers; `modules` stand in for others of its own.
 
-    `groups` says of each batch which kind of text it is, and which half of that.
+    `groups` says of each batch which kind of text it is, or that it judges.
 
     Time: one dense pass, one pruned one and one more for each block's slots, and a K x K solve a slot.
     Memory: four streams of all windows, N T D numbers each, and K x (K + D) in float64.

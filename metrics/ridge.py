@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -11,8 +10,14 @@ from torch import Tensor
 PENALTIES = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 SKETCH = 48  # random mixtures of the outputs that stand for all of them where penalties are compared
 ABROAD = 1 / 3  # what error on a kind of text that was not fitted on counts beside error on more of the same
+HOLD_OUT = 4  # every so many windows of a kind judge penalties
 
-Group = tuple[int, int]  # a kind of text, and which half of its windows
+Group = int | None  # a kind of text to fit on; None: windows of every kind that judge
+
+
+def group_of(kind: int, window: int) -> Group:
+    """The group of a kind's window, by its place among them."""
+    return None if window % HOLD_OUT == HOLD_OUT - 1 else kind
 
 
 class Sums:
@@ -71,16 +76,18 @@ def fit(
 ) -> tuple[Tensor, float, float]:
     """(W [K, D], its penalty, what it leaves of the error on text that was not fitted on), kinds weighing the same.
 
-    Each penalty is judged twice: on half of a kind, fitted on all the rest, and on a whole kind, fitted on
-    the other kinds only.  So the one that wins carries over to more text of the same kinds and to text of
-    another.  W is zero where none does.  Time: 2 K x K solves for each kind and penalty tried, about four.
+    Each penalty is judged twice: on held-out windows of all kinds, fitted on the rest, and on each kind, fitted
+    on the others.  So the one that wins carries over to more text of the same kinds and to text of another.
+    The last fit is on everything.  W is zero where no penalty helps; a lone group judges itself.
+    Time: a K x K solve for each kind and one more, for each penalty tried, about four.
     """
-    kinds: dict[int, list[Mean]] = defaultdict(list)
-    for (kind, _), sums in sorted(groups.items()):
-        kinds[kind].append(sums.mean(targets))
-    halves = list(kinds.values())
-    penalty, left_over = _least(lambda penalty: _left_over(halves, penalty), penalties)
-    zz, zr, _ = _average([_average(kind) for kind in halves])
+    kinds = [sums.mean(targets) for kind, sums in groups.items() if kind is not None]
+    judge = groups[None].mean(targets) if None in groups else None
+    penalty, left_over = _least(lambda penalty: _left_over(kinds, judge, penalty), penalties)
+    zz, zr, _ = _average(kinds)
+    if judge is not None:
+        share = groups[None].weight / sum(sums.weight for sums in groups.values())
+        zz, zr = (1 - share) * zz + share * judge[0], (1 - share) * zr + share * judge[1]
     if left_over >= 1:
         return torch.zeros_like(zr), penalty, 1.0
     return solve(zz, zr, penalty), penalty, left_over
@@ -106,17 +113,13 @@ def _average(means: Sequence[Mean]) -> Mean:
     return torch.stack(zz).mean(0), torch.stack(zr).mean(0), sum(rr) / len(rr)
 
 
-def _left_over(kinds: Sequence[Sequence[Mean]], penalty: float) -> float:
-    """What a fit with this penalty leaves on text that it did not see; a single group judges its own fit."""
-    home = abroad = 0.0
-    for k, halves in enumerate(kinds):
-        others = [_average(other) for j, other in enumerate(kinds) if j != k]
-        judge, rest = halves[0], list(halves[1:])
-        home += _judged([*([_average(rest)] if rest else []), *others] or [judge], judge, penalty)
-        if others:
-            abroad += _judged(others, _average(halves), penalty)
-    share = ABROAD if len(kinds) > 1 else 0.0
-    return ((1 - share) * home + share * abroad) / len(kinds)
+def _left_over(kinds: Sequence[Mean], judge: Mean | None, penalty: float) -> float:
+    """What a fit with this penalty leaves on text that it did not see."""
+    abroad = [_judged([m for m in kinds if m is not kind], kind, penalty) for kind in kinds if len(kinds) > 1]
+    home = _judged(kinds, judge or kinds[0], penalty) if judge or not abroad else None
+    if home is None or not abroad:
+        return sum(abroad) / len(abroad) if home is None else home
+    return (1 - ABROAD) * home + ABROAD * sum(abroad) / len(abroad)
 
 
 def _judged(fitted: Sequence[Mean], judge: Mean, penalty: float) -> float:

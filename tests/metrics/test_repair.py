@@ -15,7 +15,7 @@ from dropformer.metrics.quality import Quality, Request
 from dropformer.metrics.repair_linear import linear_modules
 from dropformer.metrics.repair_refit import all_slots, gap_slots, gaps, reaches
 from dropformer.metrics.repair_scale import factors, growth, scale_modules
-from dropformer.metrics.ridge import Sums, error, fit, solve, token_weights
+from dropformer.metrics.ridge import Sums, error, fit, group_of, solve, token_weights
 from dropformer.metrics.stepping import Stepper, replaced
 from dropformer.metrics.windows import Windows
 from dropformer.prune.architecture import Layer
@@ -61,7 +61,7 @@ def stream_error(stepper, dense, modules):
 
 def fitted(stepper, architecture, gone, slots, standing, penalties, apart):
     """Slots fitted to what is gone right behind them; without `gone`, to what stood in their own place."""
-    groups = [(0, 0)] * len(stepper)
+    groups = [0] * len(stepper)
     if not apart:
         return Lockstep(stepper, architecture, gone, groups, dict(standing), penalties).refit(slots)
     if gone:
@@ -106,10 +106,24 @@ def test_a_fit_that_does_not_carry_over_to_another_kind_of_text_is_no_change():
     groups = {}
     for kind, sign in enumerate((1, -1)):
         z = torch.randn(100, 4, generator=draw)
-        groups[kind, 0] = Sums()
-        groups[kind, 0].add(z, [sign * z], torch.ones(100))
+        groups[kind] = Sums()
+        groups[kind].add(z, [sign * z], torch.ones(100))
     change, _, left_over = fit(groups)
     assert not change.any() and left_over == 1
+
+
+def test_windows_that_judge_are_of_every_kind_and_choose_the_penalty():
+    """More text of the same kind: the less noise an input carries over, the smaller the penalty."""
+    assert [group_of(1, n) for n in range(5)] == [1, 1, 1, None, 1]
+    draw = torch.Generator().manual_seed(0)
+    found = {}
+    for noise in (0.01, 3.0):
+        groups = {0: Sums(), None: Sums()}
+        for sums in groups.values():
+            z = torch.randn(40, 20, generator=draw)
+            sums.add(z, [z[:, :1] + noise * torch.randn(40, 1, generator=draw)], torch.ones(40))
+        found[noise] = fit(groups)
+    assert found[0.01][1] < found[3.0][1] and found[0.01][2] < 0.1 < found[3.0][2]
 
 
 def test_sinks_weigh_their_share_and_no_more():
@@ -168,7 +182,7 @@ def test_moments_for_all_candidates_give_the_fold_of_each_gap(tiny, windows, fam
     for asked in (candidates, gone):
         slots = reaches(architecture, asked, projections(stepper), 2)
         wanted = [Reach(slot, stepper.model.get_submodule(slot.path), units) for slot, units in slots.items()]
-        folds = Folds(architecture, Apart(stepper, wanted, [0, 1], [(0, 0), (0, 0)], [1e-3]))
+        folds = Folds(architecture, Apart(stepper, wanted, [0, 1], [0, 0], [1e-3]))
         assert folds.cover(gone, projections(stepper))
         found.append(folds.modules(gone))
     assert found[0] and found[0].keys() == found[1].keys()
@@ -181,7 +195,7 @@ def test_a_gap_deeper_than_was_prepared_for_is_not_covered(tiny, windows):
     _, architecture, stepper = opened(tiny, windows)
     slots = reaches(architecture, [Layer("block", i) for i in range(4)], projections(stepper), 1)
     wanted = [Reach(slot, stepper.model.get_submodule(slot.path), units) for slot, units in slots.items()]
-    folds = Folds(architecture, Apart(stepper, wanted, [0], [(0, 0)], [1e-3]))
+    folds = Folds(architecture, Apart(stepper, wanted, [0], [0], [1e-3]))
     assert folds.cover([Layer("block", 1), Layer("block", 3)], projections(stepper))
     assert not folds.cover([Layer("block", 1), Layer("block", 2)], projections(stepper))
 
@@ -192,7 +206,7 @@ def test_refit_brings_the_stream_closer_on_what_it_was_fitted_on(tiny, windows, 
     _, architecture, stepper = opened(tiny, windows)
     dense = Dense(stepper)
     slots = which(architecture, gone, projections(stepper))
-    lockstep = Lockstep(stepper, architecture, gone, [(0, 0)] * 2, penalties=[1e-4])
+    lockstep = Lockstep(stepper, architecture, gone, [0, 0], penalties=[1e-4])
     repaired = lockstep.refit(slots)
     before = stream_error(stepper, dense, dropped_modules(architecture, gone))
     assert stream_error(stepper, dense, repaired) < before
@@ -217,7 +231,7 @@ def test_the_dense_model_is_not_changed_by_a_repair(tiny, windows):
     before = {name: p.clone() for name, p in model.named_parameters()}
     modules = [id(m) for m in model.modules()]
     gone = [Layer("attn", 1)]
-    Lockstep(stepper, architecture, gone, [(0, 0), (0, 1)]).refit(all_slots(architecture, gone, projections(stepper)))
+    Lockstep(stepper, architecture, gone, [0, 1]).refit(all_slots(architecture, gone, projections(stepper)))
     assert [id(m) for m in model.modules()] == modules
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
@@ -346,6 +360,19 @@ def test_a_search_measures_a_candidate_as_it_will_be_repaired(tiny, windows, rep
     improver.quality = Quality(select="greedy", repair=repair, aware=False, stride=1, cost_windows=2)
     with replaced(improver.model, dropped_modules(improver.architecture, gone)):
         assert improver.cost(gone) == pytest.approx(improver.cost.dense.compare(0).mean_kl, rel=1e-4)
+
+
+def test_a_search_over_deep_gaps_takes_no_further_pass(tiny, windows, monkeypatch):
+    from dropformer.metrics import improve as module
+
+    passes = []
+    monkeypatch.setattr(module, "Apart", lambda *args: passes.append(args) or Apart(*args))
+    _, improver, _ = improver_of(tiny, windows, None, Quality(select="greedy", repair=("refit",), cost_windows=2))
+    improver.prepare([Layer("block", i) for i in range(4)], 3)
+    improver.cost([Layer("block", 1), Layer("block", 2), Layer("block", 3)])
+    assert len(passes) == 1
+    improver.repair([Layer("block", 1), Layer("block", 2), Layer("block", 3)])
+    assert len(passes) == 2
 
 
 def test_nothing_is_fitted_on_the_windows_that_a_search_measures_on(tiny, windows):
