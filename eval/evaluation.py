@@ -116,6 +116,10 @@ def _percent(show: Callable[[int, int], None], done: int, asked: int) -> None:
     show(100 * done // asked, 0)
 
 
+def _tokens(show: Callable[[int, int], None], done: int) -> None:
+    show(done, done)
+
+
 def _with_perplexity(
     results: list[ModelResult], models: Sequence[Candidate], data: Windows | None, watcher: Watcher
 ) -> list[ModelResult]:
@@ -182,7 +186,8 @@ def _with_stream(
     out = []
     for result, candidate in zip(results, models, strict=True):
         with watcher.stage(f"streaming {len(ids)} tokens: {candidate.name}", len(ids)) as progress:
-            read = stream(candidate.model, ids, shape, progress=lambda done, show=progress: show(done, done))
+            told = partial(_tokens, progress)
+            read = stream(candidate.model, ids, shape, progress=told)
         found = {**asdict(read), "perplexity": read.perplexity, "tokens_per_second": read.tokens_per_second}
         if len(ids) > shape.size + TIMED:
             with watcher.stage(f"streaming against recomputing the window: {candidate.name}"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dropformer.eval.evaluation import Evaluation, ModelResult
 from dropformer.eval.evaluation_tables import setting_name
@@ -43,7 +44,7 @@ def quality_by_drop(evaluation: Evaluation, path: Path) -> Path | None:
     axes.plot([0], [1], "s", color="black", markersize=6, label=dense.name)
     axes.set_xlabel("layers dropped")
     axes.set_ylabel("perplexity over dense")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     return _saved(figure, path)

@@ -76,16 +76,11 @@ def setting_name(row: dict[str, Any]) -> str:
 
 def subjects(evaluation: Evaluation) -> Table:
     """Every task below those that were named: questions, each model's score, and how many answers were lost and won."""
-    first = evaluation.models[0].tasks
-    below = [name for name in first.tasks if name not in first.named] if first else []
-    head = ["", "questions", *(m.name for m in evaluation.models)]
+    head, first = ["", "questions", *(m.name for m in evaluation.models)], evaluation.models[0].tasks
+    below = {name: task for name, task in first.tasks.items() if name not in first.named} if first else {}
     return head, [
-        (
-            first.tasks[name].alias,
-            str(first.tasks[name].questions),
-            *(_subject_cell(m, name) for m in evaluation.models),
-        )  # type: ignore[union-attr]
-        for name in below
+        (task.alias, str(task.questions), *(_subject_cell(m, name) for m in evaluation.models))
+        for name, task in below.items()
     ]
 
 

@@ -99,6 +99,7 @@ def find_cliff(points: Sequence[Point]) -> int | None:
 def draw(sweep: Sweep, path: Path) -> Path:
     """Perplexity over dense and the speed-up of decoding, by number of drops; the cliff marked."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     left = figure.add_subplot()
@@ -108,7 +109,7 @@ def draw(sweep: Sweep, path: Path) -> Path:
     )
     left.set_xlabel(f"dropped {KIND_NAMES.get(sweep.of, sweep.of)} layers")
     left.set_ylabel("perplexity over dense", color=RED)
-    left.xaxis.get_major_locator().set_params(integer=True)
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right = left.twinx()
     lines += right.plot(drops, [p.decode_bound for p in sweep.points], "--", color=BLUE, label="decode, as work allows")
     lines += _measured(right, sweep)

@@ -14,6 +14,7 @@ COLORS = {"attn": "#1f77b4", "mlp": "#d95f02", "block": "#555555", "cross": "#75
 def similarity_by_depth(scores: Scores, path: Path, dropped: Collection[Layer] = ()) -> Path:
     """Draw similarity against depth, a line a kind, with a band of two standard errors and the dropped marked."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -33,7 +34,7 @@ def similarity_by_depth(scores: Scores, path: Path, dropped: Collection[Layer] =
             "x", color=COLORS[kind], markersize=10, markeredgewidth=2,
         )  # fmt: skip
     axes.set_xlabel("block")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("cosine similarity of the residual stream,\nbefore and after the layer")
     axes.set_title(f"{scores.model.name}: the higher, the more redundant")
     axes.grid(alpha=0.25)
