@@ -79,6 +79,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
 
+# Of click, which typer carries under one name or another.
+USAGE_ERRORS: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"dropformer {__version__}")
@@ -354,14 +358,17 @@ def main() -> None:
     """Run the command; what a user can cause ends in one line on stderr and exit status 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
+    except USAGE_ERRORS as error:
+        said = " ".join(error.format_message().split()).rstrip(".")
+        sys.exit(_fail(f"{said}; see `prune --help`") if said else 0)  # without a word: the help was asked for
     except DropformerError as error:
         _fail(" ".join(str(error).split()))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
             raise
         _fail(f"cannot write: {error.strerror} ({error.filename or 'output'})")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         typer.echo("interrupted; nothing was left half-written", err=True)
         sys.exit(130)
 

@@ -155,6 +155,24 @@ def test_a_wrong_drop_spec(model, here, capsys, drop, said):
     bad("--model", model, "--drop", drop, *SMALL, capsys=capsys, here=here, said=said)
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--nosuch",), "No such option: --nosuch"),
+        (("frobnicate",), "No such command 'frobnicate'; see `prune --help`"),
+        (("analyze",), "Missing argument"),
+        (("--model", "m", "--drop", "attn:1", "--samples", "x"), "Invalid value for '--samples'"),
+    ],
+)
+def test_a_wrong_option_or_command(here, capsys, args, said):
+    bad(*args, capsys=capsys, here=here, said=said)
+
+
+def test_without_arguments_it_helps(here, capsys):
+    status, out, _ = run(capsys=capsys)
+    assert status == 0 and "--drop" in out
+
+
 def test_an_unknown_model(here, capsys):
     bad("--model", "smollm", "--drop", "attn:1", capsys=capsys, here=here, said="smollm2-135m")
 
