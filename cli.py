@@ -361,7 +361,9 @@ def main() -> None:
         sys.exit(app(standalone_mode=False) or 0)
     except USAGE_ERRORS as error:
         said = " ".join(error.format_message().split()).rstrip(".")
-        sys.exit(_fail(f"{said}; see `prune --help`") if said else 0)  # without a word: the help was asked for
+        if said:  # without a word it has just helped
+            _fail(f"{said}; see `prune --help`")
+        sys.exit(0)
     except DropformerError as error:
         _fail(" ".join(str(error).split()))
     except OSError as error:
