@@ -35,9 +35,9 @@ CHOICE, TEXT, REPORT = "What goes, and what is repaired", "Calibration", "What i
 FILES, MACHINE = "What is written", "Where it computes"
 MODEL = "A folder, a Hub id or id@revision, a .gguf file, or a recipe (see `prune recipes`)."
 DROP = "What to drop: attn:8, mlp:25%, block:4, joint:12, attn=20,21, published:attn:8, or several by commas."
-QUALITY = "A named way to choose and to repair: paper (the default), best (folded into the weights), linear."
+QUALITY = "A named way to choose and to repair: paper (the default), best, healed (all in the weights), linear."
 METRIC = "What ranks: similarity, angular, relative-magnitude, cca, loo-kl, loo-perplexity; or random, reverse."
-REPAIR = "By commas: refit, refit-all, scale (folded into the weights), linear (a map in place of an attention)."
+REPAIR = "By commas: refit, refit-all, scale, lora (all end in the weights), linear (a map for each attention)."
 MEASURE = (
     "Perplexity and speed, dense and pruned; by default unless a --plan is followed, which needs no model in memory."
 )
