@@ -17,7 +17,7 @@ COMMANDS = sorted(
     {
         m.strip()
         for m in re.findall(r"(?:^\$ |`|^)(prune [^`\n#]+)", TEXT, re.M)
-        if "SPEC" not in m and m != "prune --plan"
+        if "SPEC" not in m and m not in ("prune --plan", "prune sweep")  # named, not called
     }
 )
 
