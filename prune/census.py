@@ -114,7 +114,7 @@ def _counted(modules: list[nn.Module]) -> int:
 def _cache_elements(model: nn.Module, architecture: Architecture) -> dict[int, int]:
     """Cache elements per token of each entry, read off the cache of a tiny forward pass; none where that fails."""
     inputs = sample_inputs(model)
-    if "use_cache" not in inputs:
+    if "input_ids" not in inputs:
         return {}
     try:
         with torch.no_grad():

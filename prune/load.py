@@ -111,7 +111,7 @@ def auto_class(config: transformers.PreTrainedConfig) -> Any:
         if getattr(native, "__name__", "") == architecture:
             return getattr(transformers, name)
     native = getattr(transformers, architecture, None)
-    if isinstance(native, type) and issubclass(native, PreTrainedModel) and native.config_class is base:
+    if known and isinstance(native, type) and issubclass(native, PreTrainedModel) and native.config_class is base:
         return modeling.pruned_model_class(native, pruned) if isinstance(config, pruned) else native  # type: ignore[arg-type]
     if usual := next((name for name in HEADS if name in known), None):
         return getattr(transformers, usual)
