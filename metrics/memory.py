@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
     from dropformer.metrics.spill import Spill
 
 MARGIN = 0.05  # of the budget, left free
+M_MMAP_THRESHOLD = -3  # mallopt(3) of glibc
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -44,6 +47,16 @@ class Budget:
 def resident() -> int:
     """Bytes of this process that are in memory now."""
     return _status("VmRSS") or peak()
+
+
+def return_large_blocks() -> None:
+    """Have the C library hand large freed blocks back to the system at once, in this process from now on.
+
+    glibc raises its limit for that to the largest block freed so far, and then holes between tensors stay resident:
+    the peak grows with the number of blocks that were loaded and released.
+    """
+    with suppress(OSError, AttributeError):  # another C library has no such setting, or none by that name
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def peak() -> int:
