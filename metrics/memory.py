@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from dropformer.metrics.spill import Spill
 
 MARGIN = 0.05  # of the budget, left free
-M_MMAP_THRESHOLD = -3  # mallopt(3) of glibc
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
@@ -49,14 +48,14 @@ def resident() -> int:
     return _status("VmRSS") or peak()
 
 
-def return_large_blocks() -> None:
-    """Have the C library hand large freed blocks back to the system at once, in this process from now on.
+def return_freed() -> None:
+    """Have the C library hand what was freed back to the system, holes between what is in use included.
 
-    glibc raises its limit for that to the largest block freed so far, and then holes between tensors stay resident:
-    the peak grows with the number of blocks that were loaded and released.
+    glibc keeps them resident, and allocations of ever other places in its heap let a process grow by far more
+    than it uses.  Other libraries have no such call; then nothing happens.
     """
-    with suppress(OSError, AttributeError):  # another C library has no such setting, or none by that name
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak() -> int:

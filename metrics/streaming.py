@@ -27,7 +27,7 @@ from dropformer.metrics import distributed
 from dropformer.metrics.analyze import Progress, as_inputs, calibrated, evaluating, joined, scores_of, trunk
 from dropformer.metrics.capture import Capture, Rows, capturing
 from dropformer.metrics.measure import exchanged
-from dropformer.metrics.memory import Budget, return_large_blocks
+from dropformer.metrics.memory import Budget, return_freed
 from dropformer.metrics.scores import Scores
 from dropformer.metrics.spill import Spill
 from dropformer.metrics.weights import Weights
@@ -124,7 +124,6 @@ def stream(
 ) -> Rows:
     """The rows of windows `which`, in their order."""
     batches = [data.batch(which[i : i + size]) for i in range(0, len(which), size)]
-    return_large_blocks()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(streamed.model))
@@ -227,6 +226,7 @@ class _Run:
         for module in [m for m in self.outside if m and not path.startswith(m + ".")]:
             self.weights.release(module, recurse=False)
             self.outside.discard(module)
+        return_freed()
         self.weights.load(path)
         self.here = path
 
