@@ -63,16 +63,6 @@ class Repair:
                 found[new] = tensor
         return found
 
-    def install(self, pruned: nn.Module, outline: Outline, arrangement: Arrangement) -> None:
-        """Give a pruned model its repaired parameters; tensors that it shares with the dense model stay."""
-        like = next(pruned.parameters())
-        for name, tensor in self.named(outline, arrangement).items():
-            owner, _, leaf = name.rpartition(".")
-            old = getattr(pruned.get_submodule(owner), leaf)
-            device = like.device if old.is_meta else old.device
-            new = nn.Parameter(tensor.to(device, like.dtype, copy=True), requires_grad=old.requires_grad)
-            setattr(pruned.get_submodule(owner), leaf, new)
-
 
 def tensors_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """The parameters of modules that stand in for a model's own, by parameter name."""

@@ -98,7 +98,7 @@ def _flush_one(path: Path) -> None:
 
 def _usable(out: Path) -> Path:
     """`out` with its links resolved and its parent made, once it is certain that it may become ours."""
-    try:
+    with _one_line(out):
         out = out.resolve()
         if out.is_dir():
             if os.path.ismount(out):
@@ -108,25 +108,28 @@ def _usable(out: Path) -> Path:
         elif out.exists():
             raise OutputError(f"{shown(out, 1000)}: exists and is not a folder; name another")
         out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(out, error) from None
-    except RuntimeError:  # Python before 3.13 reports a loop of links so
-        raise OutputError(f"{shown(out, 1000)}: a loop of links; name another folder") from None
     return out
 
 
 def _unused(out: Path) -> Path:
     """`out` with its parent's links resolved and its parent made, once it is certain that there is nothing."""
-    try:
+    with _one_line(out):
         out = out.parent.resolve() / out.name
         if os.path.lexists(out):
             raise OutputError(f"{shown(out, 1000)}: exists; remove it or name another")
         out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+@contextmanager
+def _one_line(out: Path) -> Iterator[None]:
+    """What the system says against `out` becomes an OutputError."""
+    try:
+        yield
     except OSError as error:
         raise cannot_write(out, error) from None
     except RuntimeError:  # Python before 3.13 reports a loop of links so
         raise OutputError(f"{shown(out, 1000)}: a loop of links; name another folder") from None
-    return out
 
 
 def _create(temporary: Path) -> int:

@@ -9,23 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import run
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import dropformer
-from dropformer import cli
-
-
-def run(*args: str, capsys) -> tuple[int, str, str]:
-    """Run the command in this process: exit status, stdout, stderr."""
-    sys.argv = ["prune", *map(str, args)]
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as end:
-        status = int(end.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 @pytest.fixture

@@ -1,17 +1,16 @@
 """The command line on what is no causal language model: encoders, encoder-decoders, vision models."""
 
 import json
-import sys
 
 import pytest
 import torch
+from command import run
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 from transformers import AutoModelForSequenceClassification as Classifier
 
 import dropformer
-from dropformer import cli
 
 WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 BERT = {**WIDTHS, "vocab_size": 64, "max_position_embeddings": 24, "num_labels": 3}
@@ -19,18 +18,6 @@ T5 = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 3, "num_heads": 4, "vo
 T5 |= {"decoder_start_token_id": 0}
 VIT = {**WIDTHS, "image_size": 16, "patch_size": 4, "num_labels": 3}
 SMALL = ("--samples", "3", "--quiet")
-
-
-def run(*args, capsys):
-    """Run the command in this process: exit status, stdout, stderr."""
-    sys.argv = ["prune", *map(str, args)]
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as end:
-        status = int(end.code or 0)
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def bad(*args, capsys, said):

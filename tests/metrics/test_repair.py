@@ -1,5 +1,7 @@
 """Repairs are exact where they can be, and never worse on what they were fitted on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -403,6 +405,4 @@ def repaired(model, plan, repair):
 
     pruned = sharing_copy(model)
     surgery = operate(plan.outline, plan.layers, model, repair.mapped)
-    cut(pruned, surgery)
-    repair.install(pruned, plan.outline, surgery.arrangement)
-    return pruned
+    return cut(pruned, replace(surgery, tensors=repair.named(plan.outline, surgery.arrangement)))
