@@ -16,6 +16,9 @@ from lm_eval.api.model import LM, CachingLM
 from sqlitedict import SqliteDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+ASIDE = ("_name_or_path", "transformers_version", "architectures", "dtype")
+"""Fields of a config that say nothing about answers; a weight's own dtype is in the fingerprint."""
+
 
 class RememberingLM(CachingLM):
     """lm-eval's caching LM with JSON in its file: its own keeps pickles, which run code when read."""
@@ -86,8 +89,9 @@ def shares(texts: Sequence[str], processes: int) -> list[list[int]]:
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """16 hex digits of the model's config, a sample of each weight, and the tokenizer."""
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
+    """16 hex digits of the model's config, a sample of each weight, and the tokenizer; not of where they lie."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ASIDE}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in model.state_dict().items():
         digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode())
         if not weight.is_meta:  # offloaded to disk

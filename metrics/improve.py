@@ -256,7 +256,7 @@ class Improver:
         if method == "lora":
             return {**modules, **heal(self.bench.stepper, modules, first_changed(self.bench.stepper, modules))}, {}
         standing = {path: module for path, module in modules.items() if any(True for _ in module.parameters())}
-        slots = all_slots(self.architecture, left, found)
+        slots = all_slots(self.architecture, self.outline.branch_layers(gone), found)
         return Lockstep(self.bench.stepper, self.architecture, left, self.groups, standing).refit(slots), {}
 
     def _relative(self, layer: Layer, forms: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 import copy
 import json
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,35 @@ def test_answers_are_kept_and_not_computed_again(llama, tiny, tokenizer, mmlu_da
     assert other.stats["requests"] == 4 * 12
     kept = b"".join(path.read_bytes() for path in tmp_path.glob("*.db"))
     assert b"\x80\x04" not in kept and b"\x80\x05" not in kept  # how a pickle begins
+
+
+KILLED = """
+import os, signal, sqlite3, sys, time
+from pathlib import Path
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from dropformer.eval.tasks import TaskOptions, evaluate_tasks
+folder, mmlu_data, cache = map(Path, sys.argv[1:])
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+def die_after_an_answer(*_):
+    time.sleep(0.1)  # a forward pass of a real model takes longer
+    for file in cache.glob("*.db"):
+        if sqlite3.connect(file).execute("select count(*) from unnamed").fetchone()[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+model.model.layers[-1].register_forward_hook(die_after_an_answer)
+evaluate_tasks(model, tokenizer, ["mmlu"], TaskOptions(shots=1, mmlu_data=mmlu_data, cache=cache))
+"""
+
+
+def test_a_killed_run_goes_on_with_what_is_missing_and_gives_the_same_answers(llama, tokenizer, mmlu_data, tmp_path):
+    folder, cache = tmp_path / "model", tmp_path / "answers"
+    llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    ended = subprocess.run([sys.executable, "-c", KILLED, folder, mmlu_data, cache], capture_output=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    whole = evaluate_tasks(llama, tokenizer, ["mmlu"], TaskOptions(shots=1, mmlu_data=mmlu_data))
+    resumed = evaluate_tasks(llama, tokenizer, ["mmlu"], TaskOptions(shots=1, mmlu_data=mmlu_data, cache=cache))
+    assert 0 < resumed.stats["requests"] < whole.stats["requests"]
+    assert resumed.correct == whole.correct and resumed.tasks == whole.tasks
 
 
 def test_a_changed_weight_changes_the_fingerprint(llama, tokenizer):
