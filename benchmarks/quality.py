@@ -54,6 +54,8 @@ METHODS: dict[str, Quality] = {
     "cca": quality(metric="cca"),
     "scale": quality(repair="scale"),
     "refit-all": quality(repair="refit-all"),
+    "best, then refit-all": quality("best", repair="refit,refit-all"),
+    "linear, then refit-all": quality("linear", repair="linear,refit,refit-all"),
     "lora": quality(repair="lora"),
     "healed": quality("healed"),
     "linear+lora": quality("linear", repair="linear,refit,lora"),

@@ -299,6 +299,13 @@ def improver_of(tiny, windows, tmp_path, quality):
     return model, Improver(model, data, quality), ModelRef(name="tiny")
 
 
+def test_what_maps_leave_is_refitted_behind_them(tiny, windows):
+    _, improver, ref = improver_of(tiny, windows, None, Quality(repair=("linear", "refit-all"), stride=1))
+    _, fixed, _ = improve(improver, ref, Request("attn=1"))
+    refitted = {name for name in fixed.tensors if "mlp.down_proj" in name or "self_attn.o_proj" in name}
+    assert refitted and min(int(name.split(".")[2]) for name in refitted) >= 1
+
+
 @pytest.mark.parametrize(
     "repair",
     [
