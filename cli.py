@@ -38,6 +38,7 @@ DROP = "What to drop: attn:8, mlp:25%, block:4, joint:12, attn=20,21, published:
 QUALITY = "A named way to choose and to repair: paper (the default), best, healed (all in the weights), linear."
 METRIC = "What ranks: similarity, angular, relative-magnitude, cca, loo-kl, loo-perplexity; or random, reverse."
 REPAIR = "By commas: refit, refit-all, scale, lora (all end in the weights), linear (a map for each attention)."
+REFINE = "Rounds of swaps in what was chosen, or in a --plan, for as long as one lowers the KL."
 MEASURE = (
     "Perplexity and speed, dense and pruned; by default unless a --plan is followed, which needs no model in memory."
 )
@@ -114,6 +115,7 @@ def prune(
     select: Annotated[
         Text, typer.Option(help="one-shot, iterative, or greedy on the KL to the dense model.", rich_help_panel=CHOICE)
     ] = None,
+    refine: Annotated[int | None, typer.Option(min=0, help=REFINE, rich_help_panel=CHOICE)] = None,
     budget: Annotated[
         Text, typer.Option(help="In place of --drop: kv:-25%, params:-20% or decode:1.3x.", rich_help_panel=CHOICE)
     ] = None,
@@ -164,7 +166,7 @@ def prune(
         raise DropformerError(
             "this job runs in one process; launch `analyze` on many, and give its scores with --scores"
         )
-    better = _better(quality, metric, select, repair, budget)
+    better = _better(quality, metric, select, repair, refine, budget)
     if better and scores:
         raise DropformerError("--scores serve one-shot similarity; leave them out, or --quality and its like")
     target = out or preflight.default_out(model, drop or budget, plan)
@@ -194,17 +196,21 @@ def prune(
     _print(outcome.report.to_json() if as_json else None, show.report_table(outcome.report), *notes)
 
 
-def _better(quality: Text, metric: Text, select: Text, repair: Text, budget: Text) -> Quality | None:
+def _better(
+    quality: Text, metric: Text, select: Text, repair: Text, refine: int | None, budget: Text
+) -> Quality | None:
     """What to do beyond one-shot similarity, or None; nothing heavy is imported for it."""
-    if not any((quality, metric, select, repair, budget)):
+    if not any((quality, metric, select, repair, refine, budget)):
         return None
+    if refine and budget:
+        raise DropformerError("--refine swaps layers one for one, which a --budget need not survive; leave one out")
     from dropformer.metrics import quality as known
 
     if budget:
         from dropformer.metrics.budget import parse_budget
 
         parse_budget(budget)
-    return known.quality(quality, metric, select, repair)
+    return known.quality(quality, metric, select, repair, refine)
 
 
 def _by_plan(

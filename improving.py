@@ -20,7 +20,7 @@ from dropformer.metrics.repair import Repair
 from dropformer.metrics.windows import Windows, windows
 from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.inputs import writes_text
-from dropformer.prune.plan import Plan
+from dropformer.prune.plan import Plan, make_plan
 
 if TYPE_CHECKING:
     from dropformer.job import Request
@@ -71,7 +71,7 @@ def improved(opened: api.Opened, request: Request, watcher: Watcher) -> tuple[Pl
     """The plan and the repair that a request's improvement gives.
 
     `--calibration` may name several texts by commas, of which the windows are then shared out; a plan that is
-    given is only repaired.  Raises PlanError, CalibrationError, ArchitectureError or ModelError.
+    given is only refined and repaired.  Raises PlanError, CalibrationError, ArchitectureError or ModelError.
     """
     how = request.improvement
     assert how is not None
@@ -82,7 +82,7 @@ def improved(opened: api.Opened, request: Request, watcher: Watcher) -> tuple[Pl
     with watcher.stage(f"choosing and repairing by {wording(how.quality)}"):
         improver = Improver(opened.model, calibration, how.quality, watcher.say)
         if request.plan:
-            plan = given_plan(opened, request)
+            plan = refined(given_plan(opened, request), improver)
             repair, _ = improver.repair(plan.layers, other)
         else:
             wish = Wish(request.drop or "", request.keep, how.budget)
@@ -90,10 +90,19 @@ def improved(opened: api.Opened, request: Request, watcher: Watcher) -> tuple[Pl
     return noted(plan, repair, opened.model), repair
 
 
+def refined(plan: Plan, improver: Improver) -> Plan:
+    """The plan after the improver's rounds of swaps."""
+    layers = improver.refined(plan.layers, plan.keep)
+    if set(layers) == set(plan.layers):
+        return plan
+    fields = {"keep": plan.keep, "metric": f"{plan.metric or 'given'}, refined", "calibration": plan.calibration}
+    return make_plan(plan.outline, plan.model, plan.spec, layers, **fields)
+
+
 def wording(quality: Quality) -> str:
     """The settings in a few words, such as `greedy, refit`."""
     chosen = quality.metric if quality.select == "one-shot" else quality.select
-    return ", ".join([chosen, *quality.repair])
+    return ", ".join([chosen, *(["refined"] if quality.refine else []), *quality.repair])
 
 
 def calibrated_on(opened: api.Opened, request: Request) -> list[Windows]:

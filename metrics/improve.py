@@ -177,10 +177,16 @@ class Improver:
                 layers = choose(self.outline, request.spec, scores, request.keep)
             else:
                 layers = self._searched(request)
-            if self.quality.refine:
-                everything = self._candidates(("attn", "mlp", "block"), "", request.keep)
-                layers = list(refine(layers, everything, self.cost, self.quality.refine).layers)
-            return layers, scores
+            return self.refined(layers, request.keep), scores
+
+    def refined(self, layers: Sequence[Layer], keep: Sequence[int] = ()) -> list[Layer]:
+        """A choice after the rounds of swaps that the quality asks for, which keep the number of each kind."""
+        if not self.quality.refine:
+            return list(layers)
+        candidates = self._candidates(sorted({layer.kind for layer in layers}), "", keep)
+        self.prepare(candidates, len(layers))
+        with evaluating(self.model):
+            return list(refine(layers, candidates, self.cost, self.quality.refine).layers)
 
     def _searched(self, request: Request) -> list[Layer]:
         """Layers by `iterative` or `greedy`, blocks first, each item of the spec on top of those before it."""
@@ -281,6 +287,7 @@ def improve(
     repair, modules = improver.repair(layers, other)
     quality = improver.quality
     metric = quality.metric if quality.select == "one-shot" and not request.budget else f"{quality.select} kl"
+    metric += ", refined" if quality.refine else ""
     calibration = improver.data[0].ref.model_dump()
     fields = {"keep": list(request.keep), "metric": metric, "calibration": calibration}
     spec = request.spec or str(parse_budget(request.budget or ""))

@@ -54,6 +54,7 @@ def quality(
     metric: str | None = None,
     select: str | None = None,
     repair: str | None = None,
+    refine: int | None = None,
 ) -> Quality:
     """A named quality with single settings changed; `repair` is a comma-separated list.  Raises PlanError."""
     if name is not None and name not in QUALITIES:
@@ -63,6 +64,8 @@ def quality(
         found = replace(found, metric=_one_of("metric", metric, METRIC_NAMES))
     if select is not None:
         found = replace(found, select=_one_of("select", select, SELECTS))
+    if refine is not None:
+        found = replace(found, refine=refine)
     if repair is not None:
         methods = {_one_of("repair", method.strip(), REPAIRS) for method in repair.split(",") if method.strip()}
         if "scale" in methods and len(methods) > 1:

@@ -303,9 +303,19 @@ def test_a_given_plan_can_be_repaired(model, here, capsys):
     assert "add --repair to repeat them" in err
 
 
+def test_a_given_plan_can_be_refined(model, here, capsys):
+    assert run("--model", model, "--drop", "attn=0", "--out", "one", *SMALL, capsys=capsys)[0] == 0
+    options = ("--plan", "one/plan.json", "--refine", "2", "--out", "two", *QUALITY)
+    assert run("--model", model, *options, capsys=capsys)[0] == 0
+    before, after = (json.loads((here / name / "plan.json").read_text()) for name in ("one", "two"))
+    assert [d["layer"] for d in before["drops"]] == ["attn:0"] != [d["layer"] for d in after["drops"]]
+    assert after["metric"].endswith("refined") and len(after["drops"]) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        (("--budget", "kv:-25%", "--refine", "1"), "leave one out"),
         (("--drop", "attn:1", "--quality", "worst"), "`worst` is unknown"),
         (("--drop", "attn:1", "--metric", "x"), "`x` is unknown"),
         (("--budget", "kv:25%"), "budget `kv:25%` cannot be read"),
