@@ -44,8 +44,8 @@ METHODS: dict[str, Quality] = {
     "linear": quality("linear"),
     "refit": quality(repair="refit"),
     "greedy": quality(select="greedy"),
-    "greedy, then refit": replace(quality("best"), aware=False),
-    "greedy, then linear": replace(quality("linear"), aware=False),
+    "greedy then refit": replace(quality("best"), aware=False),
+    "greedy then linear": replace(quality("linear"), aware=False),
     "similarity": quality("paper"),
     "iterative": quality(select="iterative"),
     "angular": quality(metric="angular"),
@@ -54,8 +54,8 @@ METHODS: dict[str, Quality] = {
     "cca": quality(metric="cca"),
     "scale": quality(repair="scale"),
     "refit-all": quality(repair="refit-all"),
-    "best, then refit-all": quality("best", repair="refit,refit-all"),
-    "linear, then refit-all": quality("linear", repair="linear,refit,refit-all"),
+    "best then refit-all": quality("best", repair="refit,refit-all"),
+    "linear then refit-all": quality("linear", repair="linear,refit,refit-all"),
     "lora": quality(repair="lora"),
     "healed": quality("healed"),
     "linear+lora": quality("linear", repair="linear,refit,lora"),
@@ -214,6 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     drops = said.drops.split(",") if said.drops else (["attn:4"] if said.quick else list(DROPS))
     quick = ["similarity", "refit", "best"]
     methods = said.methods.split(",") if said.methods else (quick if said.quick else list(METHODS))
+    if unknown := [method for method in methods if method not in METHODS]:
+        parser.error(f"method `{unknown[0]}` is unknown; expected one of {', '.join(METHODS)}")
     opened = api.open_model(said.model)
     found = texts(opened.tokenizer, said.wikitext, samples, judged, length)
     improver = Improver(opened.model, found.calibration)
