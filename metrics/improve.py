@@ -260,10 +260,16 @@ class Improver:
         if method == "refit":
             return {**modules, **(self.folds(left).modules(left, mapped) if left else {})}, {}
         if method == "lora":
-            return {**modules, **heal(self.bench.stepper, modules, first_changed(self.bench.stepper, modules))}, {}
+            first = first_changed(self.bench.stepper, modules)
+            return {**modules, **heal(self.bench.stepper, modules, first, progress=self._tell_healing)}, {}
         standing = {path: module for path, module in modules.items() if any(True for _ in module.parameters())}
         slots = all_slots(self.architecture, self.outline.branch_layers(gone), found)
         return Lockstep(self.bench.stepper, self.architecture, left, self.groups, standing).refit(slots), {}
+
+    def _tell_healing(self, step: int, steps: int) -> None:
+        """A line for each tenth of the training."""
+        if step * 10 // steps > (step - 1) * 10 // steps:
+            self.tell(f"lora: {step} of {steps} steps")
 
     def _relative(self, layer: Layer, forms: Mapping[str, Any]) -> dict[str, Any]:
         prefix = self.architecture.block(layer).path + "."

@@ -299,6 +299,15 @@ def improver_of(tiny, windows, tmp_path, quality):
     return model, Improver(model, data, quality), ModelRef(name="tiny")
 
 
+def test_healing_tells_how_far_it_is(tiny, windows):
+    _, improver, ref = improver_of(tiny, windows, None, Quality(repair=("lora",), stride=1))
+    said = []
+    improver.tell = said.append
+    improve(improver, ref, Request("attn=1"))
+    steps = len(improver.bench.stepper)
+    assert said == [f"lora: {step} of {steps} steps" for step in range(1, steps + 1)]
+
+
 def test_what_maps_leave_is_refitted_behind_them(tiny, windows):
     _, improver, ref = improver_of(tiny, windows, None, Quality(repair=("linear", "refit-all"), stride=1))
     _, fixed, _ = improve(improver, ref, Request("attn=1"))
