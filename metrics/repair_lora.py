@@ -33,7 +33,7 @@ class Healing:
 
     rank: int = 16
     rate: float = 1e-3
-    epochs: int = 1
+    epochs: int = 2
     stride: int = 2
     warm_up: int = 8
 
