@@ -41,10 +41,11 @@ DROPS = (
 )
 METHODS: dict[str, Quality] = {
     "best": quality("best"),
+    "greedy with refit": quality("best", repair="refit"),
     "linear": quality("linear"),
     "refit": quality(repair="refit"),
     "greedy": quality(select="greedy"),
-    "greedy then refit": replace(quality("best"), aware=False),
+    "greedy then refit": replace(quality("best", repair="refit"), aware=False),
     "greedy then linear": replace(quality("linear"), aware=False),
     "similarity": quality("paper"),
     "iterative": quality(select="iterative"),
@@ -54,7 +55,6 @@ METHODS: dict[str, Quality] = {
     "cca": quality(metric="cca"),
     "scale": quality(repair="scale"),
     "refit-all": quality(repair="refit-all"),
-    "best then refit-all": quality("best", repair="refit,refit-all"),
     "linear then refit-all": quality("linear", repair="linear,refit,refit-all"),
     "lora": quality(repair="lora"),
     "healed": quality("healed"),

@@ -43,7 +43,7 @@ class Request:
 
 QUALITIES = {
     "paper": Quality(),  # arXiv 2406.15786: one-shot similarity, nothing repaired
-    "best": Quality(select="greedy", repair=("refit",)),
+    "best": Quality(select="greedy", repair=("refit", "refit-all")),
     "healed": Quality(select="greedy", repair=("refit", "lora")),
     "linear": Quality(select="greedy", repair=("linear", "refit")),
 }
