@@ -95,7 +95,11 @@ def refined(plan: Plan, improver: Improver) -> Plan:
     layers = improver.refined(plan.layers, plan.keep)
     if set(layers) == set(plan.layers):
         return plan
-    fields = {"keep": plan.keep, "metric": f"{plan.metric or 'given'}, refined", "calibration": plan.calibration}
+    fields: dict[str, Any] = {
+        "keep": plan.keep,
+        "metric": f"{plan.metric or 'given'}, refined",
+        "calibration": plan.calibration,
+    }
     return make_plan(plan.outline, plan.model, plan.spec, layers, **fields)
 
 
