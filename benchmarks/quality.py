@@ -52,6 +52,7 @@ METHODS: dict[str, Quality] = {
     "angular": quality(metric="angular"),
     "relative-magnitude": quality(metric="relative-magnitude"),
     "loo-kl": quality(metric="loo-kl"),
+    "loo-perplexity": quality(metric="loo-perplexity"),
     "cca": quality(metric="cca"),
     "scale": quality(repair="scale"),
     "refit-all": quality(repair="refit-all"),
@@ -134,20 +135,26 @@ def _docstrings() -> str:
 
 
 class Judge:
-    """Damage of a changed model on the judged texts."""
+    """Damage of a changed model on the judged texts; what lost layers and was not repaired is judged once."""
 
     def __init__(self, improver: Improver, judged: dict[str, Windows]) -> None:
         self.names = list(judged)
         self.dense = {}
+        self.judged: dict[frozenset[str], dict[str, Damage]] = {}
         for name, data in judged.items():
             batches = [inputs for inputs, _ in data.batches(1)]
             self.dense[name] = Dense(Stepper(improver.model, improver.architecture, batches))
 
     def __call__(self, modules: dict[str, torch.nn.Module], first: int) -> dict[str, Damage]:
+        gone = frozenset() if any(any(True for _ in m.parameters()) for m in modules.values()) else frozenset(modules)
+        if gone in self.judged:
+            return self.judged[gone]
         found = {}
         for name, dense in self.dense.items():
             with replaced(dense.stepper.model, modules):
                 found[name] = dense.compare(first)
+        if gone:
+            self.judged[gone] = found
         return found
 
 

@@ -16,8 +16,8 @@ from __future__ import annotations
 import math
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -185,3 +185,19 @@ METRICS: Mapping[str, Callable[[Bench], dict[Layer, float]]] = {
     "random": at_random,
     "reverse": reverse,
 }
+
+
+@dataclass
+class Ranking:
+    """A metric's score of every layer in the model without some, for each set of layers measured once."""
+
+    bench: Bench
+    metric: str = "similarity"
+    measured: dict[frozenset[Layer], dict[Layer, float]] = field(default_factory=dict)
+
+    def __call__(self, gone: Sequence[Layer] = ()) -> dict[Layer, float]:
+        key = frozenset(gone)
+        if key not in self.measured:
+            with replaced(self.bench.stepper.model, dropped_modules(self.bench.architecture, gone)):
+                self.measured[key] = METRICS[self.metric](self.bench)
+        return self.measured[key]

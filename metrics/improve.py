@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from dropformer.metrics.apart import Apart, Reach
 from dropformer.metrics.budget import meter, parse_budget, within
 from dropformer.metrics.damage import Dense, dropped_modules, first_changed
 from dropformer.metrics.folding import Folds
-from dropformer.metrics.importance import METRICS, Bench
+from dropformer.metrics.importance import Bench, Ranking
 from dropformer.metrics.lockstep import Lockstep
 from dropformer.metrics.projection import Slot, projections
 from dropformer.metrics.quality import Quality, Request
@@ -73,6 +73,16 @@ class Improver:
         self._folds: Folds | None = None
         self._searched_folds: Folds | None = None
         self._asked: tuple[tuple[Layer, ...], int] | None = None
+        self._rankings: dict[str, Ranking] = {}
+
+    def ranking(self, metric: str) -> Ranking:
+        """The scores by a metric; those that run the model for each layer measure on the windows of a search."""
+        if metric not in self._rankings:
+            bench = self.bench
+            if metric.startswith("loo-"):
+                bench = replace(bench, stepper=self.cost.dense.stepper, scored=self.cost.dense.scored)
+            self._rankings[metric] = Ranking(bench, metric)
+        return self._rankings[metric]
 
     @property
     def cost(self) -> KL:
@@ -173,7 +183,7 @@ class Improver:
             scores: dict[Layer, float] = {}
             if self.quality.select == "one-shot":
                 if any(s.indices is None for s in parse_spec(request.spec)):
-                    scores = METRICS[self.quality.metric](self.bench)
+                    scores = self.ranking(self.quality.metric)()
                 layers = choose(self.outline, request.spec, scores, request.keep)
             else:
                 layers = self._searched(request)
@@ -204,7 +214,7 @@ class Improver:
 
     def _search(self, candidates: Sequence[Layer], count: int, start: Sequence[Layer]) -> Choice:
         if self.quality.select == "iterative":
-            return iterative(self.bench, candidates, count, start)
+            return iterative(self.ranking("similarity"), candidates, count, start)
         return greedy(candidates, Count(count), self.cost, start, self.quality.width)
 
     def _candidates(self, kinds: Sequence[str], stack: str, keep: Sequence[int]) -> list[Layer]:

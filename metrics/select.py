@@ -17,7 +17,6 @@ from typing import Protocol
 from torch import nn
 
 from dropformer.metrics.damage import Dense, dropped_modules, first_changed
-from dropformer.metrics.importance import Bench, PairScore, mean_over_tokens, similarity
 from dropformer.metrics.stepping import replaced
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.errors import PlanError
@@ -132,17 +131,20 @@ def _overlap(one: Layer, other: Layer) -> bool:
 
 
 def iterative(
-    bench: Bench, candidates: Iterable[Layer], count: int, start: Sequence[Layer] = (), score: PairScore = similarity
+    ranking: Callable[[Sequence[Layer]], Mapping[Layer, float]],
+    candidates: Iterable[Layer],
+    count: int,
+    start: Sequence[Layer] = (),
 ) -> Choice:
     """`count` layers, the highest score first, scores measured anew on the model as it stands after each drop.
 
-    A half-dropped block keeps running its other half, and that half is scored as it now is (LLM-Drop skips
-    it).  Time: the part of a forward pass behind the first candidate, for each drop.  Memory: a stream.
+    `ranking` gives every layer's score once some have gone (`importance.Ranking`).  A half-dropped block keeps
+    running its other half, and that half is scored as it now is (LLM-Drop skips it).  Time: a forward pass
+    for each drop.  Memory: a stream.
     """
     chosen, costs, left = list(start), [], [c for c in candidates if c not in start]
     for _ in range(count):
-        with replaced(bench.stepper.model, dropped_modules(bench.architecture, chosen)):
-            scores = mean_over_tokens(score)(bench)
+        scores = ranking(chosen)
         best = min(left, key=lambda layer: (-scores[layer], -layer.index, layer.kind))
         chosen.append(best)
         costs.append(1 - scores[best])

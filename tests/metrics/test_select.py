@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dropformer.metrics.damage import Dense
-from dropformer.metrics.importance import Bench
+from dropformer.metrics.importance import METRICS, Bench, Ranking
 from dropformer.metrics.select import KL, Count, greedy, iterative, refine
 from dropformer.metrics.stepping import Stepper
 from dropformer.prune.architecture import Layer
@@ -86,13 +86,11 @@ def test_ties_drop_the_deeper_layer():
 
 
 def test_iterative_scores_the_model_without_what_has_gone(bench):
-    found = iterative(bench, layers("attn"), 2)
+    found = iterative(Ranking(bench), layers("attn"), 2)
     model = bench.stepper.model
     first = model.model.layers[found.layers[0].index]
     kept, norm = first.self_attn, first.input_layernorm
     first.self_attn, first.input_layernorm = Skipped(["zeros", None]), Skipped("input")
-    from dropformer.metrics.importance import METRICS
-
     scores = METRICS["similarity"](bench)
     first.self_attn, first.input_layernorm = kept, norm
     left = [layer for layer in layers("attn") if layer != found.layers[0]]
@@ -106,7 +104,7 @@ def test_iterative_keeps_the_surviving_half_of_a_block_running(bench):
         block.mlp.register_forward_hook(lambda *_, i=i: ran.append(i))
         for i, block in enumerate(bench.stepper.model.model.layers)
     ]
-    iterative(bench, layers("attn"), 2)
+    iterative(Ranking(bench), layers("attn"), 2)
     for hook in hooks:
         hook.remove()
     assert ran.count(0) == ran.count(1) == ran.count(2) == 2
