@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from dropformer.metrics.damage import dropped_modules
+from dropformer.metrics.damage import dropped_modules, first_changed
 from dropformer.metrics.pairs import after_branch, reading_block
 from dropformer.metrics.projection import Slot, changed, with_constant
 from dropformer.metrics.ridge import PENALTIES, Group, Sums, fit, token_weights
@@ -24,6 +24,7 @@ from dropformer.metrics.sites import Site, sites, target
 from dropformer.metrics.stepping import Stepper, replaced
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.modeling import hidden_states
+from dropformer.prune.trace import outputs_of
 
 Progress = Callable[[int, int], None]
 
@@ -43,8 +44,9 @@ class Lockstep:
 
     `groups` says of each batch which kind of text it is, or that it judges.
 
-    Time: one dense pass, one pruned one and one more for each block's slots, and a K x K solve a slot.
-    Memory: four streams of all windows, N T D numbers each, and K x (K + D) in float64.
+    Time: one dense pass, one pruned one up to each slot, and a K x K solve a slot: what a block's last slot
+    saw tells what the block gives once it is refitted.
+    Memory: four streams of all windows, N T D numbers each, a slot's inputs, N T K, and K x (K + D) in float64.
     """
 
     stepper: Stepper
@@ -61,37 +63,55 @@ class Lockstep:
         self.modules = dropped_modules(self.architecture, self.gone) | self.modules
         found = sites(self.architecture, self.stepper.stack, self.gone, wanted)
         dense = _Dense(self.stepper)
-        first = min([layer.index for layer in (*wanted, *self.gone)], default=len(self.stepper.blocks))
+        first = first_changed(self.stepper, [*self.modules, *(slot.path for slot in wanted.values())])
         with torch.inference_mode():
             streams = [dense.entering(batch, first) for batch in range(len(self.stepper))]
             for i in range(first, len(self.stepper.blocks)):
+                behind = None
                 for n, site in enumerate(found):
                     if site.block == i and site.layer in wanted:
-                        self._fit(wanted[site.layer], site, target(found, n), streams, dense)
-                with replaced(self.stepper.model, self.modules):
-                    streams = [self.stepper.step(i, batch, stream) for batch, stream in enumerate(streams)]
+                        later = [other.layer for other in found[n + 1 :] if other.block == i and other.alive]
+                        behind = self._fit(wanted[site.layer], (site, target(found, n)), later, streams, dense)
+                streams = behind or self._step(i, streams)
                 if progress:
                     progress(i + 1 - first, len(self.stepper.blocks) - first)
         return self.modules
 
-    def _fit(self, slot: Slot, site: Site, aim: Site, streams: list[Tensor], dense: _Dense) -> None:
+    def _step(self, block: int, streams: Sequence[Tensor]) -> list[Tensor]:
+        with replaced(self.stepper.model, self.modules):
+            return [self.stepper.step(block, batch, stream) for batch, stream in enumerate(streams)]
+
+    def _fit(
+        self, slot: Slot, where: tuple[Site, Site], later: Sequence[Layer], streams: Sequence[Tensor], dense: _Dense
+    ) -> list[Tensor] | None:
+        """Refit a slot at one site towards another, without running the branches of its block that come later.
+
+        Gives the streams behind the block where nothing comes later, so that the block need not run again.
+        """
+        site, aim = where
+        module = self.modules.get(slot.path) or self.stepper.model.get_submodule(slot.path)
+        standing = self.modules | dropped_modules(self.architecture, later)
         sums: dict[Group, Sums] = {}
         constant: float | None = None
+        ends: list[tuple[Tensor, Tensor]] = []
         for batch, stream in enumerate(streams):
+            with replaced(self.stepper.model, standing):
+                z, after, output = self._observe(site, module, batch, stream)
             goal = dense.at(batch, aim)
-            with replaced(self.stepper.model, self.modules):
-                module = self.stepper.model.get_submodule(slot.path)
-                z, after = self._observe(site, module, batch, stream)
             constant = constant or float(z.square().mean().sqrt())
             group = sums.setdefault(self.groups[batch], Sums())
             group.add(with_constant(z, module, constant), [goal - after], token_weights(goal))
+            if not later and torch.equal(after, output):
+                ends.append((z, after))
         change, penalty, left_over = fit(sums, self.penalties)
-        if left_over < 1:
-            self.modules[slot.path] = changed(module, change, constant or 1.0)
         self.fits.append(Refit(slot, penalty, left_over))
+        new = module
+        if left_over < 1:
+            new = self.modules[slot.path] = changed(module, change, constant or 1.0)
+        return [after + written(new, z) - written(module, z) for z, after in ends] if len(ends) == len(streams) else None
 
-    def _observe(self, site: Site, module: nn.Module, batch: int, stream: Tensor) -> tuple[Tensor, Tensor]:
-        """The module's input [B, T, K] and the stream at the site [B, T, D], in the pruned model."""
+    def _observe(self, site: Site, module: nn.Module, batch: int, stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The module's input [B, T, K], the stream at the site and the block's output [B, T, D]."""
         inputs: list[Tensor] = []
 
         def see(_m: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -101,7 +121,12 @@ class Lockstep:
             hooks.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
             seen = hooks.enter_context(reading_block(self.stepper.model, self.stepper.blocks[site.block]))
             output = self.stepper.step(site.block, batch, stream)
-        return inputs[-1], output if site.whole else after_branch(site.branch, seen)
+        return inputs[-1], output if site.whole else after_branch(site.branch, seen), output
+
+
+def written(module: nn.Module, z: Tensor) -> Tensor:
+    """What a slot's module makes of its input.  [B, T, K] -> [B, T, D]."""
+    return next(value for value in outputs_of(module(z)).values() if isinstance(value, Tensor))
 
 
 class _Dense:

@@ -228,6 +228,22 @@ def test_refit_works_whatever_the_family(tiny, windows, family, apart):
     )
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "mixtral"])
+def test_all_slots_in_one_go_are_what_one_after_the_other_gives(tiny, windows, family):
+    """Streams behind a refitted slot are inferred, not run: each lone refit runs the model as it stands."""
+    fields = {"n_embd": 32, "n_layer": 4, "n_head": 4} if family == "gpt2" else {}
+    _, architecture, stepper = opened(tiny, windows, family, **fields)
+    gone = [Layer("attn", 1)]
+    slots = all_slots(architecture, gone, projections(stepper))
+    at_once = Lockstep(stepper, architecture, gone, [0, 0], penalties=[1e-2]).refit(slots)
+    one_by_one = {}
+    for slot in slots:
+        one_by_one = Lockstep(stepper, architecture, gone, [0, 0], one_by_one, [1e-2]).refit([slot])
+    assert at_once.keys() == one_by_one.keys() and len(slots) >= 3
+    for slot in slots:
+        torch.testing.assert_close(at_once[slot.path].weight, one_by_one[slot.path].weight, rtol=1e-3, atol=1e-4)
+
+
 def test_the_dense_model_is_not_changed_by_a_repair(tiny, windows):
     model, architecture, stepper = opened(tiny, windows)
     before = {name: p.clone() for name, p in model.named_parameters()}
