@@ -239,7 +239,7 @@ def test_all_slots_in_one_go_are_what_one_after_the_other_gives(tiny, windows, f
     one_by_one = {}
     for slot in slots:
         one_by_one = Lockstep(stepper, architecture, gone, [0, 0], one_by_one, [1e-2]).refit([slot])
-    assert at_once.keys() == one_by_one.keys() and len(slots) >= 3
+    assert at_once.keys() == one_by_one.keys() and len(slots) >= 2
     for slot in slots:
         torch.testing.assert_close(at_once[slot.path].weight, one_by_one[slot.path].weight, rtol=1e-3, atol=1e-4)
 
