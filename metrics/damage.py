@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from dropformer.metrics.stepping import Stepper
+from dropformer.metrics.stepping import Stepper, replaced
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.modeling import Skipped
 
@@ -65,6 +67,51 @@ class Dense:
                 found.append(self._log_probabilities(batch, stream))
             return self._summary(found)
 
+    def compare_each(self, changes: Sequence[Mapping[str, nn.Module]]) -> list[Damage]:
+        """The damage of each change by itself, a change being the modules that stand in at some paths.
+
+        Each starts from the dense stream before its first changed block, and changes that look alike in a block
+        run it as one batch.  Time: a forward pass of a change's blocks.  Memory: a window's stream and
+        log-probabilities for each change.
+        """
+        if len(changes) > 1 and not self._stacks:
+            return [damage for change in changes for damage in self.compare_each([change])]
+        with torch.inference_mode():
+            found = [self._side_by_side(batch, changes) for batch in range(len(self.stepper))]
+            return [self._summary([parts[k] for parts in found]) for k in range(len(changes))]
+
+    def _side_by_side(self, batch: int, changes: Sequence[Mapping[str, nn.Module]]) -> list[Tensor]:
+        """Log-probabilities of one batch under each change."""
+        firsts = [first_changed(self.stepper, change) for change in changes]
+        streams = [self.streams[batch][first] for first in firsts]
+        rows = len(streams[0])
+        for block in range(min(firsts), len(self.stepper.blocks)):
+            groups: dict[frozenset[tuple[str, str | int]], list[int]] = defaultdict(list)
+            here = [_within(change, f"{self.stepper.blocks[block].path}.") for change in changes]
+            for k, first in enumerate(firsts):
+                if first <= block:
+                    groups[_looks(here[k])].append(k)
+            for group in groups.values():
+                with replaced(self.stepper.model, here[group[0]]):
+                    after = self.stepper.step(block, batch, torch.cat([streams[k] for k in group]))
+                for k, stream in zip(group, after.split(rows), strict=True):
+                    streams[k] = stream
+        return list(self._log_probabilities(batch, torch.cat(streams)).split(rows))
+
+    @cached_property
+    def _stacks(self) -> bool:
+        """Do two copies of a stream, run as one batch, give what one gives?  Not where a block counts its rows."""
+        dense = self.streams[0][-1]
+        exact = 1e-4 if dense.dtype == torch.float32 else 2e-2
+        try:
+            with torch.inference_mode():
+                twice = self.stepper.run(0, 0, torch.cat([self.streams[0][0]] * 2))
+                logits = self._log_probabilities(0, twice)
+        except (RuntimeError, ValueError):
+            return False
+        apart = max(float((half - dense).norm() / dense.norm()) for half in twice.split(len(dense)))
+        return len(logits) == 2 * len(dense) and apart <= exact
+
     def _positions(self, batch: int) -> Tensor:
         start = self.stepper.start(batch)
         return torch.arange(0, start.shape[1] - 1, self.stride, device=start.device)
@@ -109,3 +156,13 @@ def first_changed(stepper: Stepper, paths: Iterable[str]) -> int:
     """The first block that other modules at these paths change; 0 where there are none."""
     blocks = [f"{block.path}." for block in stepper.blocks]
     return min((i for i, block in enumerate(blocks) for path in paths if path.startswith(block)), default=0)
+
+
+def _within(change: Mapping[str, nn.Module], prefix: str) -> dict[str, nn.Module]:
+    return {path: module for path, module in change.items() if path.startswith(prefix)}
+
+
+def _looks(modules: Mapping[str, nn.Module]) -> frozenset[tuple[str, str | int]]:
+    """What tells stand-ins apart: their form where they have no parameters, else which they are."""
+    empty = {path: isinstance(m, Skipped) and not any(True for _ in m.parameters()) for path, m in modules.items()}
+    return frozenset((path, repr(m) if empty[path] else id(m)) for path, m in modules.items())

@@ -36,6 +36,7 @@ from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, choose, make_plan, parse_spec
 
 Tell = Callable[[str], None]
+TOGETHER = 8  # how many candidates an accelerator measures in one pass; a CPU has nothing to gain
 DEPTH = 2  # how many candidates in a row a search can see refitted
 
 
@@ -96,7 +97,8 @@ class Improver:
         foreseen = tuple(method for method in known if method in ("linear", "refit"))
         if foreseen not in self._costs:
             stands = partial(self.standing, repair=foreseen)
-            self._costs[foreseen] = KL(self._dense, self.architecture, stands)
+            together = 1 if self.bench.stepper.start(0).device.type == "cpu" else TOGETHER
+            self._costs[foreseen] = KL(self._dense, self.architecture, stands, together=together)
         return self._costs[foreseen]
 
     def standing(self, gone: Sequence[Layer], repair: Sequence[str]) -> dict[str, nn.Module]:
@@ -215,6 +217,7 @@ class Improver:
     def _search(self, candidates: Sequence[Layer], count: int, start: Sequence[Layer]) -> Choice:
         if self.quality.select == "iterative":
             return iterative(self.ranking("similarity"), candidates, count, start)
+        self.cost.ahead([*start, layer] for layer in candidates)
         return greedy(candidates, Count(count), self.cost, start, self.quality.width)
 
     def _candidates(self, kinds: Sequence[str], stack: str, keep: Sequence[int]) -> list[Layer]:
@@ -227,6 +230,7 @@ class Improver:
         candidates = self._candidates(("attn", "mlp"), "", request.keep)
         goal = meter(budget, self.outline, candidates, request.context)
         self.prepare(candidates, len(candidates))
+        self.cost.ahead([layer] for layer in candidates if goal.saves(layer) > 0)
         return within(goal, candidates, self.cost, self.quality.width)
 
     def repair(self, gone: Sequence[Layer], other: Windows | None = None) -> tuple[Repair, Mapping[str, nn.Module]]:

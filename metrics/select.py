@@ -29,22 +29,30 @@ class KL:
     """KL(dense || without these layers), each set of layers measured once.
 
     `stand_ins` gives the modules that stand in for dropped layers: repairs that are known beforehand count
-    (by default nothing stands in).  Time: the part of a forward pass behind the first dropped layer.
-    Memory: `Dense`.
+    (by default nothing stands in).  Time: the part of a forward pass behind the first dropped layer; `ahead`
+    measures sets `together` at a time.  Memory: `Dense`.
     """
 
     dense: Dense
     architecture: Architecture
     stand_ins: Callable[[Sequence[Layer]], Mapping[str, nn.Module]] | None = None
     measured: dict[frozenset[Layer], float] = field(default_factory=dict)
+    together: int = 1
 
     def __call__(self, layers: Sequence[Layer]) -> float:
-        key = frozenset(layers)
-        if key not in self.measured:
-            modules = self.stand_ins(layers) if self.stand_ins else dropped_modules(self.architecture, layers)
-            with replaced(self.dense.stepper.model, modules):
-                self.measured[key] = self.dense.compare(first_changed(self.dense.stepper, modules)).mean_kl
-        return self.measured[key]
+        self.ahead([layers])
+        return self.measured[frozenset(layers)]
+
+    def ahead(self, sets: Iterable[Sequence[Layer]]) -> None:
+        """Measure sets that will be asked for, several in one pass."""
+        new = list({frozenset(layers): layers for layers in sets if frozenset(layers) not in self.measured}.values())
+        for start in range(0, len(new), self.together):
+            part = new[start : start + self.together]
+            damages = self.dense.compare_each([self._changes(layers) for layers in part])
+            self.measured |= {frozenset(s): damage.mean_kl for s, damage in zip(part, damages, strict=True)}
+
+    def _changes(self, layers: Sequence[Layer]) -> Mapping[str, nn.Module]:
+        return self.stand_ins(layers) if self.stand_ins else dropped_modules(self.architecture, layers)
 
 
 @dataclass(frozen=True)

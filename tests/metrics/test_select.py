@@ -61,6 +61,37 @@ def test_refining_the_worst_pair_never_makes_it_worse_and_finds_the_best(kl):
     assert found.costs[0] == kl(found.layers) == kl(pairs[0])
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2", "qwen3_moe"])
+def test_candidates_measured_together_cost_what_they_cost_alone(tiny, ids, family):
+    """Whole blocks and a pair among them.  BLOOM's position biases have a row for each head, so there it takes turns."""
+    fields = {"n_embd": 32, "n_layer": 4, "n_head": 4} if family == "gpt2" else {}
+    model = tiny(family, **fields)
+    with torch.no_grad():  # a random model's branches add almost nothing
+        for name, p in model.named_parameters():
+            p *= 6 if p.ndim > 1 and "embed" not in name else 1
+    architecture = discover(model)
+    dense = Dense(Stepper(model, architecture, [{"input_ids": row[None]} for row in ids]), 1)
+    sets = [[layer] for layer in architecture.layers()] + [[Layer("attn", 1), Layer("mlp", 2)]]
+    sets = [[layer for layer in gone if architecture.branches(layer)] for gone in sets]
+    alone = KL(dense, architecture)
+    together = KL(dense, architecture, together=5)
+    together.ahead(sets)
+    for gone in sets:
+        assert together.measured[frozenset(gone)] == pytest.approx(alone(gone), rel=1e-3, abs=1e-7)
+    assert dense._stacks is (family != "bloom")
+
+
+def test_blocks_behind_the_candidates_run_once_for_all_of_them(bench, kl):
+    rows = []
+    last = bench.stepper.model.model.layers[2]
+    assert kl.dense._stacks
+    hook = last.register_forward_pre_hook(lambda _m, args: rows.append(len(args[0])))
+    kl.together = 4
+    kl.ahead([Layer(kind, i)] for kind in ("attn", "mlp") for i in (0, 1))
+    hook.remove()
+    assert rows == [4 * len(bench.stepper.start(0))]
+
+
 def test_lazy_greedy_measures_fewer_sets_than_there_are(kl):
     candidates = layers("attn") + layers("mlp")
     greedy(candidates, Count(3), kl, width=2)
