@@ -38,6 +38,7 @@ DROP = "What to drop: attn:8, mlp:25%, block:4, joint:12, attn=20,21, published:
 QUALITY = "A named way to choose and to repair: paper (the default), best, healed (all in the weights), linear."
 METRIC = "What ranks: similarity, angular, relative-magnitude, cca, loo-kl, loo-perplexity; or random, reverse."
 REPAIR = "By commas: refit, refit-all, scale, lora (all end in the weights), linear (a map for each attention)."
+BUDGET = "In place of --drop: kv:-25%, params:-20%, decode:1.3x (by bytes) or measured:1.3x (by the clock)."
 REFINE = "Rounds of swaps in what was chosen, or in a --plan, for as long as one lowers the KL."
 MEASURE = (
     "Perplexity and speed, dense and pruned; by default unless a --plan is followed, which needs no model in memory."
@@ -117,7 +118,7 @@ def prune(
     ] = None,
     refine: Annotated[int | None, typer.Option(min=0, help=REFINE, rich_help_panel=CHOICE)] = None,
     budget: Annotated[
-        Text, typer.Option(help="In place of --drop: kv:-25%, params:-20% or decode:1.3x.", rich_help_panel=CHOICE)
+        Text, typer.Option(help=BUDGET, rich_help_panel=CHOICE)
     ] = None,
     repair: Annotated[Text, typer.Option(help=REPAIR, rich_help_panel=CHOICE)] = None,
     gate: Annotated[
@@ -202,15 +203,15 @@ def _better(
     """What to do beyond one-shot similarity, or None; nothing heavy is imported for it."""
     if not any((quality, metric, select, repair, refine, budget)):
         return None
-    if refine and budget:
-        raise DropformerError("--refine swaps layers one for one, which a --budget need not survive; leave one out")
     from dropformer.metrics import quality as known
 
     if budget:
         from dropformer.metrics.budget import parse_budget
 
         parse_budget(budget)
-    return known.quality(quality, metric, select, repair, refine)
+    how = known.quality(quality, metric, select, repair, refine)
+    how.check(budget)
+    return how
 
 
 def _by_plan(

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dropformer import api
+from dropformer.eval.latency import layer_latency
+from dropformer.metrics.budget import Latency
 from dropformer.metrics.calibration import Calibration
 from dropformer.metrics.improve import Improver
 from dropformer.metrics.improve import improve as improved_plan
@@ -85,9 +87,24 @@ def improved(opened: api.Opened, request: Request, watcher: Watcher) -> tuple[Pl
             plan = refined(given_plan(opened, request), improver)
             repair, _ = improver.repair(plan.layers, other)
         else:
-            wish = Wish(request.drop or "", request.keep, how.budget)
+            latency = measured(opened.model, improver, watcher) if (how.budget or "").startswith("measured") else None
+            wish = Wish(request.drop or "", request.keep, how.budget, latency=latency)
             plan, repair, _ = improved_plan(improver, opened.ref, wish, other)
     return noted(plan, repair, opened.model), repair
+
+
+def measured(model: nn.Module, improver: Improver, watcher: Watcher) -> Latency:
+    """What each layer takes in a decoded token, and a line that says so."""
+    found = layer_latency(model, improver.architecture)
+    shares = {
+        kind: sum(seconds for layer, seconds in found.seconds.items() if layer.kind == kind) / found.total
+        for kind in ("attn", "mlp")
+    }
+    watcher.say(
+        f"measured: a decoded token takes {1000 * found.total:.3g} ms, "
+        f"{shares['attn']:.0%} of it in attention layers and {shares['mlp']:.0%} in MLP layers"
+    )
+    return found
 
 
 def refined(plan: Plan, improver: Improver) -> Plan:

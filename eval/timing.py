@@ -50,7 +50,7 @@ class Run:
 def time_run(model: nn.Module, step: Step, setting: Setting, static: bool) -> Run:
     """One prefill and `setting.new` greedy decode steps, each timed as a whole."""
     device = device_of(model)
-    ids = _prompt(model, setting)
+    ids = prompt_of(model, setting)
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     cache = _static_cache(model, setting) if static else None
 
@@ -110,7 +110,7 @@ def _static_cache(model: nn.Module, setting: Setting) -> StaticCache:
     return StaticCache(config=model.config, max_cache_len=setting.prompt + setting.new)  # type: ignore[arg-type]
 
 
-def _prompt(model: nn.Module, setting: Setting) -> Tensor:
+def prompt_of(model: nn.Module, setting: Setting) -> Tensor:
     """Random token ids, the same for every model of one vocabulary.  [batch, prompt]"""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr, operator]
     generator = torch.Generator().manual_seed(0)

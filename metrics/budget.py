@@ -1,4 +1,4 @@
-"""Budgets instead of counts: kv:-25%, params:-20%, decode:1.3x."""
+"""Budgets instead of counts: kv:-25%, params:-20%, decode:1.3x, measured:1.3x."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ from dropformer.prune.architecture import Layer
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
 
-_BUDGET = re.compile(r"(?P<what>kv|params):-(?P<share>\d+(?:\.\d+)?)%|decode:(?P<factor>\d+(?:\.\d+)?)x")
-EXPECTED = "expected kv:-25% (cache), params:-20% (weights) or decode:1.3x (tokens a second)"
+_BUDGET = re.compile(r"(?P<what>kv|params):-(?P<share>\d+(?:\.\d+)?)%|(?P<speed>decode|measured):(?P<factor>\d+(?:\.\d+)?)x")
+EXPECTED = (
+    "expected kv:-25% (cache), params:-20% (weights), decode:1.3x (tokens a second, by the bytes they read) "
+    "or measured:1.3x (by the time each layer takes on this machine)"
+)
 
 
 @dataclass(frozen=True)
 class Budget:
     """What to save: a share of the KV cache or of the parameters, or decoding that much faster.
 
-    `amount` is the share that must go, in (0, 1); for decode that of the time a token takes.
+    `amount` is the share that must go, in (0, 1); for decode and measured that of the time a token takes.
     """
 
     what: str
     amount: float
 
     def __str__(self) -> str:
-        return (
-            f"decode:{1 / (1 - self.amount):g}x" if self.what == "decode" else f"{self.what}:-{100 * self.amount:.6g}%"
-        )
+        if self.what in ("decode", "measured"):
+            return f"{self.what}:{1 / (1 - self.amount):g}x"
+        return f"{self.what}:-{100 * self.amount:.6g}%"
 
 
 def parse_budget(text: str) -> Budget:
@@ -40,7 +43,15 @@ def parse_budget(text: str) -> Budget:
     amount = 1 - 1 / factor if factor else float(found["share"] or 0) / 100
     if not 0 < amount < 1:
         raise PlanError(f"budget `{text}` saves nothing, or all; {EXPECTED}")
-    return Budget(found["what"] or "decode", amount)
+    return Budget(found["what"] or found["speed"], amount)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds that each layer takes in one decoded token, and those of the whole token."""
+
+    seconds: Mapping[Layer, float]
+    total: float
 
 
 @dataclass(frozen=True)
@@ -68,27 +79,29 @@ def meter(
     outline: Outline,
     candidates: Iterable[Layer],
     context: int = 2048,
-    seconds: Mapping[Layer, float] | None = None,
-    total_seconds: float = 0.0,
+    latency: Latency | None = None,
+    map_size: int = 0,
 ) -> Meter:
     """What each candidate saves of what the budget counts.
 
-    A decoded token costs the time to read every weight and the cache of `context` tokens, all of one dtype,
-    unless a measured table gives each layer's `seconds` and the model's.  Raises PlanError for a model
-    without what the budget counts.
+    For `decode` a token costs the time to read every weight and the cache of `context` tokens, all of one dtype;
+    for `measured` what `latency` says.  `map_size`: parameters of the linear map that each attention layer
+    leaves behind.  Raises PlanError for a model without what the budget counts.
     """
-    if seconds and budget.what == "decode":
-        return Meter(budget, {layer: seconds.get(layer, 0.0) / total_seconds for layer in candidates})
+    sizes = {layer: outline.dropped_parameters([layer]) for layer in candidates}
+    stays = {layer: min(map_size, size) if layer.kind == "attn" else 0 for layer, size in sizes.items()}
+    if budget.what == "measured":
+        if latency is None:
+            raise PlanError(f"budget `{budget}` needs the time that each layer takes (`layer_latency`)")
+        shares = {layer: latency.seconds.get(layer, 0.0) / latency.total for layer in sizes}
+        return Meter(budget, {layer: share * (1 - stays[layer] / sizes[layer]) for layer, share in shares.items()})
     weight = {"params": (1, 0), "kv": (0, 1), "decode": (1, context)}[budget.what]
     whole = weight[0] * outline.parameters + weight[1] * outline.kv_per_token()
     if not whole:
         raise PlanError(f"budget `{budget}` counts the KV cache, and this model has none; use params:-20%")
-    return Meter(budget, {layer: _weighed(outline, layer, weight) / whole for layer in candidates})
-
-
-def _weighed(outline: Outline, layer: Layer, weight: tuple[int, int]) -> int:
-    kv = outline.kv_per_token() - outline.kv_per_token([layer])
-    return weight[0] * outline.dropped_parameters([layer]) + weight[1] * kv
+    kv = {layer: outline.kv_per_token() - outline.kv_per_token([layer]) for layer in sizes}
+    saved = {layer: weight[0] * (sizes[layer] - stays[layer]) + weight[1] * kv[layer] for layer in sizes}
+    return Meter(budget, {layer: amount / whole for layer, amount in saved.items()})
 
 
 def within(goal: Meter, candidates: Iterable[Layer], cost: Cost, width: int | None = None) -> Choice:

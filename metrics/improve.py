@@ -36,7 +36,7 @@ from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, choose, make_plan, parse_spec
 
 Tell = Callable[[str], None]
-TOGETHER = 8  # how many candidates an accelerator measures in one pass; a CPU has nothing to gain
+BUSY_CPU, BUSY_GPU = 256, 8192  # tokens in a pass beyond which more candidates at once gain nothing
 DEPTH = 2  # how many candidates in a row a search can see refitted
 
 
@@ -97,7 +97,9 @@ class Improver:
         foreseen = tuple(method for method in known if method in ("linear", "refit"))
         if foreseen not in self._costs:
             stands = partial(self.standing, repair=foreseen)
-            together = 1 if self.bench.stepper.start(0).device.type == "cpu" else TOGETHER
+            stream = self.bench.stepper.start(0)
+            busy = BUSY_CPU if stream.device.type == "cpu" else BUSY_GPU
+            together = max(1, busy // stream.shape[:2].numel())
             self._costs[foreseen] = KL(self._dense, self.architecture, stands, together=together)
         return self._costs[foreseen]
 
@@ -228,7 +230,9 @@ class Improver:
     def _within(self, request: Request) -> Choice:
         budget = parse_budget(request.budget or "")
         candidates = self._candidates(("attn", "mlp"), "", request.keep)
-        goal = meter(budget, self.outline, candidates, request.context)
+        self.quality.check(budget)
+        map_size = self.width * (self.width + 1) if "linear" in self.quality.repair else 0
+        goal = meter(budget, self.outline, candidates, request.context, request.latency, map_size)
         self.prepare(candidates, len(candidates))
         self.cost.ahead([layer] for layer in candidates if goal.saves(layer) > 0)
         return within(goal, candidates, self.cost, self.quality.width)

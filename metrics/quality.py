@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from dropformer.metrics.budget import Latency
 from dropformer.prune.errors import PlanError
 
 METRIC_NAMES = ("similarity", "angular", "relative-magnitude", "loo-kl", "loo-perplexity", "cca", "random", "reverse")
@@ -30,15 +31,24 @@ class Quality:
     stride: int = 4
     cost_windows: int = 4
 
+    def check(self, budget: object) -> None:
+        """Raises PlanError where a budget and these settings get in each other's way."""
+        if budget and self.refine:
+            raise PlanError("--refine swaps layers one for one, which a --budget need not survive; leave one out")
+
 
 @dataclass(frozen=True)
 class Request:
-    """What to drop: a spec, or a budget over attention and MLP layers (decoding at `context` tokens)."""
+    """What to drop: a spec, or a budget over attention and MLP layers (decoding at `context` tokens).
+
+    `latency`: what each layer takes, for a budget of measured time.
+    """
 
     spec: str = ""
     keep: Sequence[int] = ()
     budget: str | None = None
     context: int = 2048
+    latency: Latency | None = None
 
 
 QUALITIES = {

@@ -1,8 +1,8 @@
 """Replace dropped attention layers by one linear map with bias each (NBL, arXiv 2505.21077).
 
 The map is the linear estimate of least mean square error of what the attention layer gave, from its normed
-input: one matrix product for four, no softmax, no KV cache.  It is fitted in the pruned model towards the
-dense stream, so that it also mends what the maps before it left.
+input: one matrix product for four, no softmax, no KV cache.  What attention mixes in from other tokens is
+beyond any such map, however much text it is fitted on.
 """
 
 from __future__ import annotations

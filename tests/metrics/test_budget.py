@@ -3,7 +3,7 @@
 import pytest
 
 from dropformer import api
-from dropformer.metrics.budget import Budget, meter, parse_budget, within
+from dropformer.metrics.budget import Budget, Latency, meter, parse_budget, within
 from dropformer.prune.architecture import Layer
 from dropformer.prune.errors import PlanError
 
@@ -22,7 +22,7 @@ def by_depth(layers):
     return sum((1 + layer.index) * (3 if layer.kind == "mlp" else 1) for layer in layers)
 
 
-@pytest.mark.parametrize("text", ["kv:-25%", "params:-20%", "decode:1.3x", "params:-12.5%"])
+@pytest.mark.parametrize("text", ["kv:-25%", "params:-20%", "decode:1.3x", "params:-12.5%", "measured:1.25x"])
 def test_a_budget_prints_as_it_was_written(text):
     assert str(parse_budget(text)) == text
 
@@ -68,5 +68,18 @@ def test_a_budget_beyond_all_layers_is_refused(outline):
 
 def test_a_measured_table_decides_what_a_layer_saves(outline):
     table = {layer: 2.0 if layer == Layer("mlp", 3) else 0.1 for layer in candidates(outline)}
-    goal = meter(parse_budget("decode:1.2x"), outline, candidates(outline), seconds=table, total_seconds=10.0)
+    goal = meter(parse_budget("measured:1.2x"), outline, candidates(outline), latency=Latency(table, 10.0))
     assert within(goal, candidates(outline), by_depth).layers == (Layer("mlp", 3),)
+
+
+def test_measured_time_without_a_table_is_refused(outline):
+    with pytest.raises(PlanError, match="time that each layer takes"):
+        meter(parse_budget("measured:1.2x"), outline, candidates(outline))
+
+
+@pytest.mark.parametrize("text", ["params:-20%", "decode:1.3x", "measured:1.3x"])
+def test_an_attention_layer_that_leaves_a_map_saves_less(outline, text):
+    table = Latency(dict.fromkeys(candidates(outline), 1.0), 10.0)
+    bare, mapped = (meter(parse_budget(text), outline, candidates(outline), 2048, table, size) for size in (0, 500))
+    attn, mlp = Layer("attn", 1), Layer("mlp", 1)
+    assert 0 < mapped.saves(attn) < bare.saves(attn) and mapped.saves(mlp) == bare.saves(mlp)
