@@ -69,9 +69,14 @@ def heal(
         stack.enter_context(replaced(student, modules))
         stack.enter_context(flags(stepper.model, modules.values()))
         adapted = adapters(student, linear_paths(student, stepper, first), how)
-        steps = [batch for _ in range(how.epochs) for batch in range(len(stepper))]
+        steps = [batch for epoch in range(how.epochs) for batch in shuffled(len(stepper), epoch)]
         train(student, adapted.values(), stepper, steps, how, progress)
         return {path: merged(adapter) for path, adapter in adapted.items()}
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    """0 ... count - 1 in an order of its own for each seed: kinds of text are mixed, so that none is learned last."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def linear_paths(model: nn.Module, stepper: Stepper, first: int) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from dropformer.metrics.damage import Dense, dropped_modules
 from dropformer.metrics.improve import Improver
 from dropformer.metrics.quality import Quality
-from dropformer.metrics.repair_lora import Healing, heal
+from dropformer.metrics.repair_lora import Healing, heal, shuffled
 from dropformer.metrics.stepping import Stepper, replaced
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discover import discover
@@ -42,6 +42,12 @@ def test_healing_brings_a_pruned_model_closer_to_the_dense_one(opened, family):
         with replaced(model, modules):
             found[name] = dense.compare(1).mean_kl
     assert found["healed"] < 0.9 * found["dropped"]
+
+
+def test_every_pass_takes_each_window_once_in_an_order_of_its_own():
+    passes = [shuffled(20, epoch) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(20)) != order for order in passes) and passes[0] != passes[1]
+    assert shuffled(20, 0) == passes[0]
 
 
 def test_healing_leaves_the_dense_model_as_it_was(opened):
