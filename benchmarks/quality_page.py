@@ -1,29 +1,51 @@
 """The page about quality, from the rows that `benchmarks/quality.py --rows FILE` wrote.
 
-python benchmarks/quality_page.py ROWS... > TABLE.md
+    python benchmarks/quality_page.py ROWS... > TABLE.md
+
+First a table of means, a method a row and a number of drops a column; then a table for each number of drops.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from quality import DROPS, Row, rows_in
+from quality import DROPS, METHODS, Row, rows_in
 
 COLUMNS = ("method", "wikitext", "builtin", "code", "mean", "KL", "CPU s", "layers")
 
 
 def page(rows: Iterable[Row]) -> str:
-    """A Markdown table for each drop, methods from worst to best."""
+    """Markdown: the means of all rows, then everything about each of them."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(row.drop, []).append(row)
     order = sorted(found, key=lambda drop: (drop not in DROPS, DROPS.index(drop) if drop in DROPS else 0, drop))
-    return "\n\n".join(f"### {drop}\n\n{table(found[drop])}" for drop in order)
+    parts = [f"### {drop}\n\n{table(found[drop])}" for drop in order]
+    return "\n\n".join([matrix([row for drop in order for row in found[drop]], order), *parts])
+
+
+def matrix(rows: Sequence[Row], drops: Sequence[str]) -> str:
+    """Means by method and number of drops, the least of each column in bold."""
+    means = {(row.method, row.drop): row.mean for row in rows}
+    least = {drop: min(mean for (_, d), mean in means.items() if d == drop) for drop in drops}
+    methods = [method for method in METHODS if any(row.method == method for row in rows)]
+    lines = [f"| method | {' | '.join(drops)} |", "|---|" + "---:|" * len(drops)]
+    for method in methods:
+        cells = [_mean(means.get((method, drop)), least[drop]) for drop in drops]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _mean(value: float | None, least: float) -> str:
+    if value is None:
+        return ""
+    return f"**{value:.3f}**" if value == least else f"{value:.3f}"
 
 
 def table(rows: Iterable[Row]) -> str:
+    """The rows of one number of drops, from worst to best."""
     head = ["| " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * (len(COLUMNS) - 2) + "---|"]
     return "\n".join([*head, *(line(row) for row in sorted(rows, key=lambda row: -row.mean))])
 
