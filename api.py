@@ -29,6 +29,7 @@ from dropformer.prune.load import load, quiet_transformers
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, choose, make_plan, parse_spec
 from dropformer.prune.proof import prove
+from dropformer.prune.record import need_dense, read_config
 from dropformer.prune.replacing import stored_dtype
 from dropformer.prune.sharing import sharing_copy
 from dropformer.prune.surgery import cut, operate
@@ -176,6 +177,8 @@ def drop(model: str | Path | Opened | nn.Module, plan: Plan, repair: Repair | No
     dense = model if isinstance(model, nn.Module) else opened.model  # type: ignore[union-attr]
     if opened and plan.model.fingerprint and plan.model.fingerprint != opened.ref.fingerprint:
         raise PlanError(f"the plan was made for other weights than {opened.ref.name}; analyze this model first")
+    if opened:
+        need_dense(read_config(opened.path), opened.ref.name)
     pruned = sharing_copy(dense)
     surgery = operate(plan.outline, plan.layers, dense, repair.mapped if repair else None)
     if repair:

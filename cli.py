@@ -299,10 +299,11 @@ def plan(
     from dropformer.metrics.planning import plan_from
     from dropformer.metrics.scores import Scores
     from dropformer.prune.plan import parse_keep
-    from dropformer.recipes import recipes as known
+    from dropformer.recipes.recipe import recipe_of
+    from dropformer.recipes.recipe import recipes as known
 
     read = Scores.read(scores)
-    recipe = known().get(read.model.name)
+    recipe = known().get(read.model.name) or recipe_of(read.model.hub or read.model.name)
     made = plan_from(read, drop, parse_keep(keep), recipe.published if recipe else None, packable)  # type: ignore[arg-type]
     if out:
         made.write(out)

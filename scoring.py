@@ -52,9 +52,9 @@ def get_scores(opened: api.Opened, request: Request, watcher: Watcher) -> Scores
             raise PlanError(
                 f"{request.scores} was measured on other weights than {opened.ref.name}; analyze this model"
             )
-        return scores
+        return scores.model_copy(update={"model": opened.ref})
     data = _material(opened, request, watcher)
-    kept = scores_cache(opened.ref.fingerprint or "", data.ref)
+    kept = scores_cache(opened.ref.fingerprint or "", data.ref, computed_in(opened, request))
     if scores := _reused(kept, opened, data):  # type: ignore[assignment]
         watcher.say(f"scores: reused, same weights and same tokens ({kept})")
         return scores
@@ -93,9 +93,16 @@ def wording(data: Material, opened: api.Opened) -> str:
     return f"{data.ref.name}, {len(data)} windows of {data.ref.length} tokens{shifted}"
 
 
-def scores_cache(fingerprint: str, calibration: CalibrationRef) -> Path:
-    """Where the scores of these weights on these tokens are kept."""
-    return cache_folder() / "scores" / f"{fingerprint[:16]}-{calibration.hash[:16]}.json"
+def scores_cache(fingerprint: str, calibration: CalibrationRef, dtype: str = "float32") -> Path:
+    """Where the scores of these weights on these tokens, computed in a type, are kept."""
+    kind = "" if dtype == "float32" else f"-{dtype}"
+    return cache_folder() / "scores" / f"{fingerprint[:16]}-{calibration.hash[:16]}{kind}.json"
+
+
+def computed_in(opened: api.Opened, request: Request) -> str:
+    """The type that a model computes in, such as bfloat16."""
+    dtype = request.placement.dtype or "float32" if opened.model is None else opened.model.dtype
+    return str(dtype).removeprefix("torch.")
 
 
 def _reused(kept: Path, opened: api.Opened, data: Material) -> Scores | None:
@@ -104,13 +111,13 @@ def _reused(kept: Path, opened: api.Opened, data: Material) -> Scores | None:
     if distributed.rank() == 0 and kept.exists() and (scores := Scores.read(kept)).matches(opened.ref, data.ref):
         found = scores.to_json()
     found = distributed.first_says(found)
-    return Scores.model_validate_json(found) if found else None
+    return Scores.model_validate_json(found).model_copy(update={"model": opened.ref}) if found else None
 
 
 def _measured(opened: api.Opened, data: Material, request: Request, watcher: Watcher) -> Scores:
     if request.memory is not None:
         return _streamed(opened, data, request, watcher)
-    rows = scores_cache(opened.ref.fingerprint or "", data.ref).with_suffix(".rows.jsonl")
+    rows = scores_cache(opened.ref.fingerprint or "", data.ref, computed_in(opened, request)).with_suffix(".rows.jsonl")
     how = Measuring(request.batch_size, request.until_stable, request.keep, rows)
     with watcher.stage("scoring windows", len(data)) as progress:
         scores = measure(opened.model, data, opened.ref, how, progress)

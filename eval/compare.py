@@ -178,7 +178,7 @@ class Run:
                 self.tokens.check(checkpoint.label, own)
         scores = self.kept(reference(checkpoint.name, path).fingerprint or "") or self.score(checkpoint, title)
         for key in {side.key, scores.model.fingerprint or side.key}:
-            scores.write(scores_cache(key, self.tokens.windows.ref))
+            scores.write(self.cache(key))
         return scores
 
     def score(self, checkpoint: Checkpoint, title: str) -> Scores:
@@ -195,9 +195,13 @@ class Run:
         gc.collect()
         return api.calibrated(scores, data)
 
+    def cache(self, key: str) -> Path:
+        """Where the scores of the weights that a key identifies are kept, for the type that they are computed in."""
+        return scores_cache(key, self.tokens.windows.ref, self.request.placement.dtype or "float32")
+
     def kept(self, key: str) -> Scores | None:
         """The scores of the weights that a key identifies, on these tokens, if they were measured before."""
-        path = scores_cache(key, self.tokens.windows.ref)
+        path = self.cache(key)
         if not path.exists():
             return None
         try:

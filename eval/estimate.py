@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from dropformer.eval.hardware import Hardware
 from dropformer.eval.work import BlockWork, Drops, Work, work_of
 from dropformer.prune.errors import EvaluationError, ModelError, PlanError
+from dropformer.prune.load import read_model_config
 from dropformer.recipes import Recipe, open_config, recipes
 
 LAUNCHES = {"attention": 45, "mlp": 20}  # small operations of a Llama branch in transformers, counted
@@ -217,7 +218,7 @@ def named_config(name: str, revision: str | None = None) -> PreTrainedConfig | d
     known = recipes().get(name)
     if known is not None and known.config and revision is None:
         return dict(known.config)
-    return AutoConfig.from_pretrained(open_config(name, revision).path)
+    return read_model_config(open_config(name, revision).path)
 
 
 def published_speedup(recipe: Recipe | None, spec: str) -> float | None:

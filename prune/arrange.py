@@ -128,6 +128,11 @@ def new_index(arrangement: Arrangement, layer: Layer) -> int:
     )
 
 
+def whole(outline: Outline) -> Arrangement:
+    """Every block where it was, with all that it had."""
+    return Arrangement({s.name: tuple(NewBlock(i, i) for i in range(s.blocks)) for s in outline.stacks})
+
+
 def original_blocks(arrangement: Arrangement) -> dict[str, Any]:
     """Map from new to original block: an index, or {attention, mlp} where the two come from different ones."""
 

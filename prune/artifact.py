@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dropformer import __version__
-from dropformer.prune.errors import DropformerError
+from dropformer.prune.errors import DropformerError, OutputError
 
 A = TypeVar("A", bound="Artifact")
 
@@ -58,12 +59,22 @@ class Artifact(Part):
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, allow_nan=False) + "\n"
 
     def write(self, path: Path | str) -> Path:
-        """Write the artifact as indented JSON; an existing file is replaced at once."""
+        """Write the artifact as indented JSON; an existing file is replaced at once.
+
+        Raises OutputError where nothing can be written at `path`, and then leaves nothing behind.
+        """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.name or path.is_dir():
+            raise OutputError(f"{path} is a folder, not a place for a {self.kind} file; give the name of a file")
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(self.to_json(), encoding="utf-8")
-        temporary.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(self.to_json(), encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
         return path
 
     @classmethod

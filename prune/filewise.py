@@ -18,7 +18,7 @@ from dropformer.prune.errors import OutputError, PlanError
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
 from dropformer.prune.formats import known_format
 from dropformer.prune.plan import Plan
-from dropformer.prune.record import read_config, write_record
+from dropformer.prune.record import need_dense, read_config, write_record
 from dropformer.prune.writing import How, Writing, copy_side_files
 
 
@@ -45,6 +45,7 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: How | None = None) -
     checkpoint = open_checkpoint(source)
     if plan.model.fingerprint != checkpoint.fingerprint:
         raise PlanError(f"the plan was made for other weights than those in {source}; plan this model")
+    need_dense(read_config(source), plan.model.name)
     plan = plan.unrepaired()
     writing = plain_writing(plan, checkpoint, how) or asked_writing(plan, checkpoint, how)
     with new_folder(out) as folder:
@@ -80,5 +81,5 @@ def asked_writing(plan: Plan, source: Checkpoint, how: How) -> Writing:
     from dropformer.prune.load import weightless
     from dropformer.prune.surgery import operate
 
-    model = weightless(source.folder)
+    model = weightless(source.folder, how.trust_remote_code)
     return writing_of(type(model), operate(plan.outline, plan.layers, model), source, how)

@@ -92,6 +92,12 @@ def usable_device(name: torch.device | str | None) -> torch.device:
 
 
 def read_model_config(path: Path, trust_remote_code: bool = False) -> transformers.PreTrainedConfig:
+    """The config object of a checkpoint folder.  Raises CheckpointError for one that transformers cannot use."""
+    if _model_type(path) == DECI:
+        from dropformer.prune.deci_load import dropformer_config
+        from dropformer.prune.surgery import config_from
+
+        return config_from(dropformer_config(json.loads((path / "config.json").read_text(encoding="utf-8"))))
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)

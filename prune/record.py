@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ from typing import Any
 import yaml
 
 from dropformer import __version__
-from dropformer.prune.arrange import Arrangement, original_blocks
+from dropformer.prune.arrange import Arrangement, original_blocks, whole
 from dropformer.prune.card import model_card
-from dropformer.prune.errors import CheckpointError
+from dropformer.prune.errors import CheckpointError, PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.formats import known_format
 from dropformer.prune.plan import Plan
 
 RECORD = "dropformer.json"
+PRUNED = ("dropformer", "nemotron-nas")  # the model types that checkpoints with missing layers bear
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -29,6 +31,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise CheckpointError(f"{folder / 'config.json'} has no model_type; expected a transformers config")
     return config
+
+
+def need_dense(config: dict[str, Any], name: str) -> None:
+    """Raises PlanError for the config of a checkpoint that lacks layers already: indices are the dense model's."""
+    if config["model_type"] in PRUNED:
+        raise PlanError(
+            f"{name} is pruned already; prune the dense model that it was made from, and name all layers in one --drop"
+        )
 
 
 def write_record(
@@ -49,7 +59,7 @@ def write_record(
 
 def provenance(plan: Plan, arrangement: Arrangement, copied: CopyReport, format: str) -> dict[str, Any]:
     """dropformer.json: where the checkpoint comes from and what is missing, in original indices."""
-    saved = plan.savings
+    saved, saves = plan.savings, known_format(format).saves
     width = max(2.0, copied.bytes_before / max(1, saved.parameters))  # keys and values are never of fewer than 16 bits
     before = _sizes(saved.parameters, copied.bytes_before, saved.kv * width)
     after = _sizes(saved.parameters_after, copied.bytes_after, saved.kv_after * width)
@@ -61,15 +71,15 @@ def provenance(plan: Plan, arrangement: Arrangement, copied: CopyReport, format:
         "model": plan.model.model_dump(),
         "spec": plan.spec,
         "dropped": plan.dropped(),
-        "original_blocks": original_blocks(arrangement),
-        "packed": arrangement.packed,
+        "original_blocks": original_blocks(arrangement if saves else whole(plan.outline)),
+        "packed": arrangement.packed and saves,
         "scores": {drop.layer: drop.similarity for drop in plan.drops},
         "calibration": plan.calibration,
         "repairs": plan.repairs,
         "notes": list(copied.notes),
-        "command": " ".join(["prune", *sys.argv[1:]]) if Path(sys.argv[0]).name == "prune" else None,
+        "command": shlex.join(["prune", *sys.argv[1:]]) if Path(sys.argv[0]).name == "prune" else None,
         "before": before,
-        "after": after if known_format(format).saves else before,
+        "after": after if saves else before,
     }
 
 

@@ -32,7 +32,8 @@ class How:
     """How a checkpoint is written.
 
     `format` is one of `formats.FORMATS`; `link`: shards in which nothing changes become hard links; `thorough`:
-    every byte is compared with the source, not a sample; `gguf`: the file from which the source was converted.
+    every byte is compared with the source, not a sample; `gguf`: the file from which the source was converted;
+    `trust_remote_code`: code that comes with the source may say what it builds.
     """
 
     format: str = "dropformer"
@@ -40,6 +41,7 @@ class How:
     thorough: bool = False
     gguf: Path | None = None
     progress: Callable[[int, int], None] | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def test_a_published_list_is_taken_in_its_order():
         ("attn=6", "names attention layer 6"),
         ("attn=1,1", "twice"),
         ("attn:1%", "rounds down to no layer"),
-        ("encoder.attn:1", "no stack named"),
+        ("encoder.attn:1", "none named `encoder`"),
         ("published:attn:1", "needs a recipe"),
     ],
 )
