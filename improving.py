@@ -13,8 +13,10 @@ from dropformer import api
 from dropformer.eval.latency import layer_latency
 from dropformer.metrics.budget import Latency
 from dropformer.metrics.calibration import Calibration
+from dropformer.metrics.context import check_length
 from dropformer.metrics.improve import Improver
 from dropformer.metrics.improve import improve as improved_plan
+from dropformer.metrics.material import fitted
 from dropformer.metrics.quality import Quality
 from dropformer.metrics.quality import Request as Wish
 from dropformer.metrics.quality import quality as named
@@ -23,6 +25,7 @@ from dropformer.metrics.windows import Windows, windows
 from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.inputs import writes_text
 from dropformer.prune.plan import Plan, make_plan
+from dropformer.prune.record import read_config
 
 if TYPE_CHECKING:
     from dropformer.job import Request
@@ -51,9 +54,9 @@ def improve(
     """
     opened = model if isinstance(model, api.Opened) else api.open_model(model)
     how = quality if isinstance(quality, Quality) else named(quality)
-    texts = texts or [_plenty(api.default_calibration(opened.recipe), how)]
+    texts = texts or [fitted(opened.model, _plenty(api.default_calibration(opened.recipe), how))]
     data = [windows(text, need_tokenizer(opened)) for text in texts]
-    other = windows(GATE, opened.tokenizer) if how.repair else None
+    other = gate_windows(opened) if how.repair else None
     plan, repair, _ = improved_plan(Improver(opened.model, data, how), opened.ref, Wish(spec), other)
     return noted(plan, repair, opened.model), repair
 
@@ -62,7 +65,8 @@ def need_tokenizer(opened: api.Opened) -> Any:
     """Raises ModelError for a model without one, and for one whose text has no next token to predict."""
     if not writes_text(opened.model):
         raise ModelError(
-            f"{opened.ref.name} is no causal language model, so only similarity ranks; leave out --quality"
+            f"{opened.ref.name} is no causal language model, so only one-shot similarity serves: leave out --quality, --metric, "
+            "--select, --refine, --budget and --repair"
         )
     if opened.tokenizer is None:
         raise ModelError(f"{opened.ref.name} has no tokenizer, so no text can choose or repair; leave out --quality")
@@ -80,15 +84,19 @@ def improved(opened: api.Opened, request: Request, watcher: Watcher) -> tuple[Pl
     need_tokenizer(opened)
     calibration = calibrated_on(opened, request)
     watcher.say("calibration: " + "; ".join(f"{w.ref.name}, {len(w)} windows of {w.ref.length}" for w in calibration))
-    other = windows(replace(GATE, name=how.gate), opened.tokenizer) if how.quality.repair else None
-    with watcher.stage(f"choosing and repairing by {wording(how.quality)}"):
+    other = gate_windows(opened, how.gate) if how.quality.repair else None
+    with watcher.stage(f"choosing and repairing by {wording(how.quality, how.budget)}"):
         improver = Improver(opened.model, calibration, how.quality, watcher.say)
         if request.plan:
-            plan = refined(given_plan(opened, request), improver)
+            given = given_plan(opened, request)
+            if given.repairs and not how.quality.repair:
+                watcher.say(given.lost_repairs(request.plan))
+            plan = refined(given.unrepaired(), improver)
             repair, _ = improver.repair(plan.layers, other)
         else:
             latency = measured(opened.model, improver, watcher) if (how.budget or "").startswith("measured") else None
-            wish = Wish(request.drop or "", request.keep, how.budget, latency=latency)
+            published = opened.recipe.published if opened.recipe else None
+            wish = Wish(request.drop or "", request.keep, how.budget, latency=latency, published=published)
             plan, repair, _ = improved_plan(improver, opened.ref, wish, other)
     return noted(plan, repair, opened.model), repair
 
@@ -120,15 +128,18 @@ def refined(plan: Plan, improver: Improver) -> Plan:
     return make_plan(plan.outline, plan.model, plan.spec, layers, **fields)
 
 
-def wording(quality: Quality) -> str:
+def wording(quality: Quality, budget: str | None) -> str:
     """The settings in a few words, such as `greedy, refit`."""
-    chosen = quality.metric if quality.select == "one-shot" else quality.select
+    chosen = "greedy" if budget else quality.metric if quality.select == "one-shot" else quality.select
     return ", ".join([chosen, *(["refined"] if quality.refine else []), *quality.repair])
 
 
 def calibrated_on(opened: api.Opened, request: Request) -> list[Windows]:
     """The calibration windows, one entry a text."""
     settings = request.calibration.of(opened.recipe)
+    if request.calibration.length is None:
+        settings = fitted(opened.model, settings)
+    check_length(read_config(opened.path), settings.length, opened.ref.name)
     if request.calibration.samples is None and request.improvement:
         settings = _plenty(settings, request.improvement.quality)
     names = settings.name.split(",")
@@ -136,6 +147,11 @@ def calibrated_on(opened: api.Opened, request: Request) -> list[Windows]:
         raise PlanError(f"{settings.samples} calibration windows do not go round {len(names)} texts; raise --samples")
     each = settings.samples // len(names)
     return [windows(replace(settings, name=name, samples=each), opened.tokenizer) for name in names]
+
+
+def gate_windows(opened: api.Opened, name: str = GATE.name) -> Windows:
+    """Windows of the text that repairs are gated on, no longer than the model reads.  Raises CalibrationError."""
+    return windows(fitted(opened.model, replace(GATE, name=name)), opened.tokenizer)
 
 
 def _plenty(text: Calibration, quality: Quality) -> Calibration:
@@ -163,4 +179,4 @@ def noted(plan: Plan, repair: Repair, model: nn.Module) -> Plan:
         norms = [path + name for name in (branch.modules if branch else ()) if name not in forms]
         stay += sum(p.numel() for name in norms for p in model.get_submodule(name).parameters())
     savings = plan.savings.model_copy(update={"parameters_after": plan.savings.parameters_after + stay})
-    return plan.model_copy(update={"repairs": [str(gate) for gate in repair.gates], "savings": savings})
+    return plan.model_copy(update={"repairs": [str(gate) for gate in repair.gates if gate.passed], "savings": savings})

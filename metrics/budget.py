@@ -107,9 +107,9 @@ def meter(
 def within(goal: Meter, candidates: Iterable[Layer], cost: Cost, width: int | None = None) -> Choice:
     """Layers that meet the budget, chosen jointly by damage for each unit saved; none that it can do without.
 
-    Greedy overshoots with its last layer, so layers that the budget no longer needs come back, dearest first.
-    Time: as for `greedy`, and one cost for each layer that comes back.  Raises PlanError where all
-    candidates together save too little.
+    Greedy overshoots with its last layer, so layers that the budget no longer needs come back, those that save
+    most first.  Time: as for `greedy`, and one cost more.  Raises PlanError where all candidates together save
+    too little.
     """
     found = greedy(candidates, goal, cost, width=width)
     kept = list(found.layers)

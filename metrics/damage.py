@@ -40,8 +40,8 @@ class Dense:
     """The unchanged model on fixed windows: what every changed one is compared with.
 
     Time: one forward pass.  Memory: the stream at every block, (blocks + 1) N T D numbers, and
-    log-probabilities in half precision at every `stride`-th position, N T/stride V.  `scored` [B, T] a batch
-    says which positions count (None: all).
+    log-probabilities in half precision at every `stride`-th position that counts, N T/stride V.  `scored` [B, T]
+    a batch says which tokens count (None: all).
     """
 
     def __init__(self, stepper: Stepper, stride: int = 1, scored: list[Tensor | None] | None = None) -> None:
@@ -113,8 +113,11 @@ class Dense:
         return len(logits) == 2 * len(dense) and apart <= exact
 
     def _positions(self, batch: int) -> Tensor:
-        start = self.stepper.start(batch)
-        return torch.arange(0, start.shape[1] - 1, self.stride, device=start.device)
+        """Every `stride`-th of the positions whose next token counts."""
+        start, scored = self.stepper.start(batch), self.scored[batch]
+        if scored is None:
+            return torch.arange(0, start.shape[1] - 1, self.stride, device=start.device)
+        return scored[:, 1:].any(0).nonzero()[:: self.stride, 0].to(start.device)
 
     def _log_probabilities(self, batch: int, stream: Tensor) -> Tensor:
         return torch.log_softmax(self.stepper.logits(batch, stream, self._positions(batch)).float(), -1)

@@ -32,8 +32,9 @@ from dropformer.metrics.windows import Windows
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.census import outline_of
+from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import Plan, choose, make_plan, parse_spec
+from dropformer.prune.plan import Plan, check_attention_left, choose, make_plan, parse_spec, unprotected
 
 Tell = Callable[[str], None]
 BUSY_CPU, BUSY_GPU = 256, 8192  # tokens in a pass beyond which more candidates at once gain nothing
@@ -185,57 +186,45 @@ class Improver:
                 found = self._within(request)
                 return list(found.layers), {}
             scores: dict[Layer, float] = {}
-            if self.quality.select == "one-shot":
-                if any(s.indices is None for s in parse_spec(request.spec)):
-                    scores = self.ranking(self.quality.metric)()
-                layers = choose(self.outline, request.spec, scores, request.keep)
-            else:
-                layers = self._searched(request)
+            pick = None if self.quality.select == "one-shot" else self._search
+            if pick is None and any(s.indices is None and not s.published for s in parse_spec(request.spec)):
+                scores = self.ranking(self.quality.metric)()
+            layers = choose(self.outline, request.spec, scores, request.keep, request.published, pick)
             return self.refined(layers, request.keep), scores
 
     def refined(self, layers: Sequence[Layer], keep: Sequence[int] = ()) -> list[Layer]:
         """A choice after the rounds of swaps that the quality asks for, which keep the number of each kind."""
         if not self.quality.refine:
             return list(layers)
-        candidates = self._candidates(sorted({layer.kind for layer in layers}), "", keep)
+        candidates = unprotected(self.outline, sorted({layer.kind for layer in layers}), "", keep)
         self.prepare(candidates, len(layers))
         with evaluating(self.model):
             return list(refine(layers, candidates, self.cost, self.quality.refine).layers)
 
-    def _searched(self, request: Request) -> list[Layer]:
-        """Layers by `iterative` or `greedy`, blocks first, each item of the spec on top of those before it."""
-        chosen: list[Layer] = []
-        for selector in sorted(parse_spec(request.spec), key=lambda s: s.kind != "block"):
-            none = dict.fromkeys(self.architecture.layers(), 0.0)
-            free = choose(self.outline, str(selector), none, request.keep)  # says what is wrong with the spec
-            if selector.indices is not None:
-                chosen += free
-                continue
-            candidates = self._candidates(selector.kinds, selector.stack, request.keep)
-            self.prepare([*candidates, *chosen], len(free))
-            chosen += self._search(candidates, len(free), chosen).layers
-        return chosen
-
-    def _search(self, candidates: Sequence[Layer], count: int, start: Sequence[Layer]) -> Choice:
+    def _search(self, free: Sequence[Layer], count: int, gone: Sequence[Layer]) -> Sequence[Layer]:
+        """`count` of the free layers by `iterative` or `greedy`, on top of those that are gone."""
         if self.quality.select == "iterative":
-            return iterative(self.ranking("similarity"), candidates, count, start)
-        self.cost.ahead([*start, layer] for layer in candidates)
-        return greedy(candidates, Count(count), self.cost, start, self.quality.width)
-
-    def _candidates(self, kinds: Sequence[str], stack: str, keep: Sequence[int]) -> list[Layer]:
-        kept = {k % self.outline.stack(stack).blocks for k in keep}
-        layers = [layer for kind in kinds for layer in self.outline.layers(kind, stack)]
-        return [layer for layer in layers if layer.index not in kept and self.architecture.branches(layer)]
+            return iterative(self.ranking(self.quality.metric), free, count, gone).layers
+        self.prepare([*free, *gone], count)
+        self.cost.ahead([*gone, layer] for layer in free)
+        return greedy(free, Count(count), self.cost, gone, self.quality.width).layers
 
     def _within(self, request: Request) -> Choice:
+        """A budget's layers; where they would leave no attention, the one that went last stays."""
         budget = parse_budget(request.budget or "")
-        candidates = self._candidates(("attn", "mlp"), "", request.keep)
         self.quality.check(budget)
+        candidates = unprotected(self.outline, ("attn", "mlp"), "", request.keep)
         map_size = self.width * (self.width + 1) if "linear" in self.quality.repair else 0
         goal = meter(budget, self.outline, candidates, request.context, request.latency, map_size)
         self.prepare(candidates, len(candidates))
         self.cost.ahead([layer] for layer in candidates if goal.saves(layer) > 0)
-        return within(goal, candidates, self.cost, self.quality.width)
+        while True:
+            found = within(goal, candidates, self.cost, self.quality.width)
+            try:
+                check_attention_left(self.outline, found.layers)
+                return found
+            except PlanError:
+                candidates.remove([layer for layer in found.layers if layer.kind == "attn"][-1])
 
     def repair(self, gone: Sequence[Layer], other: Windows | None = None) -> tuple[Repair, Mapping[str, nn.Module]]:
         """Repair a model without `gone`, method by method, each kept only if it helps on `other` text.
@@ -253,8 +242,9 @@ class Improver:
             for method in self.quality.repair:
                 with self._timed(method):
                     tried, maps = self._try(method, gone, modules, mapped)
-                if tried == modules:
-                    continue  # nothing for this method to do
+                if self._new(tried) == self._new(modules):
+                    self.tell(f"{method}: found nothing to change here")
+                    continue
                 passed = True
                 if dense is not None:
                     gates.append(gate(dense, method, modules, tried))
@@ -263,6 +253,11 @@ class Improver:
                 if passed:
                     modules, mapped = tried, {**mapped, **maps}
         return Repair(tensors_of(modules), mapped, tuple(gates)), modules
+
+    def _new(self, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+        """Those that bring parameters of their own."""
+        own = {path: module for path, module in modules.items() if any(True for _ in module.parameters())}
+        return {path: module for path, module in own.items() if module is not self.model.get_submodule(path)}
 
     def _try(
         self, method: str, gone: Sequence[Layer], modules: Mapping[str, nn.Module], mapped: Mapping[Layer, Any]
@@ -293,11 +288,24 @@ class Improver:
         prefix = self.architecture.block(layer).path + "."
         return {path.removeprefix(prefix): form for path, form in forms.items()}
 
+    @property
+    def calibration(self) -> dict[str, Any]:
+        """The texts, as an artifact names them."""
+        texts = [windows.ref.model_dump() for windows in self.data]
+        return texts[0] if len(texts) == 1 else {"name": ",".join(text["name"] for text in texts), "texts": texts}
+
     @contextmanager
     def _timed(self, step: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
+
+
+def wording(quality: Quality, request: Request) -> str:
+    """What chose the layers: `similarity`, `iterative cca`, `greedy kl, refined`."""
+    greedy = "greedy kl" if request.budget or quality.select == "greedy" else ""
+    found = greedy or (quality.metric if quality.select == "one-shot" else f"{quality.select} {quality.metric}")
+    return found + (", refined" if quality.refine else "")
 
 
 def improve(
@@ -310,9 +318,6 @@ def improve(
     layers, scores = improver.choose(request)
     repair, modules = improver.repair(layers, other)
     quality = improver.quality
-    metric = quality.metric if quality.select == "one-shot" and not request.budget else f"{quality.select} kl"
-    metric += ", refined" if quality.refine else ""
-    calibration = improver.data[0].ref.model_dump()
-    fields = {"keep": list(request.keep), "metric": metric, "calibration": calibration}
+    fields = {"keep": list(request.keep), "metric": wording(quality, request), "calibration": improver.calibration}
     spec = request.spec or str(parse_budget(request.budget or ""))
     return make_plan(improver.outline, ref, spec, layers, scores, **fields), repair, modules

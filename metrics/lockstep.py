@@ -64,7 +64,7 @@ class Lockstep:
         found = sites(self.architecture, self.stepper.stack, self.gone, wanted)
         dense = _Dense(self.stepper)
         first = first_changed(self.stepper, [*self.modules, *(slot.path for slot in wanted.values())])
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode: what is refitted here may be trained later
             streams = [dense.entering(batch, first) for batch in range(len(self.stepper))]
             for i in range(first, len(self.stepper.blocks)):
                 behind = None

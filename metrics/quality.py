@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from dropformer.metrics.budget import Latency
 from dropformer.prune.errors import PlanError
+from dropformer.prune.plan import PublishedLists
 
 METRIC_NAMES = ("similarity", "angular", "relative-magnitude", "loo-kl", "loo-perplexity", "cca", "random", "reverse")
 SELECTS = ("one-shot", "iterative", "greedy")
@@ -41,7 +42,7 @@ class Quality:
 class Request:
     """What to drop: a spec, or a budget over attention and MLP layers (decoding at `context` tokens).
 
-    `latency`: what each layer takes, for a budget of measured time.
+    `latency`: what each layer takes, for a budget of measured time; `published`: a recipe's lists.
     """
 
     spec: str = ""
@@ -49,6 +50,7 @@ class Request:
     budget: str | None = None
     context: int = 2048
     latency: Latency | None = None
+    published: PublishedLists | None = None
 
 
 QUALITIES = {

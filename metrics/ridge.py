@@ -144,7 +144,8 @@ def token_weights(stream: Tensor, share: float = 0.1) -> Tensor:
     size = stream.float().norm(dim=-1)
     sink = size > 4 * size.median()
     sink[:, 0] = True
-    inverse = size.clamp_min(1e-30).square().reciprocal()
+    least = (1e-3 * size.median()).clamp_min(1e-15)  # a token without an embedding of its own may begin at zero
+    inverse = size.maximum(least).square().reciprocal()
     usual, rare = inverse * ~sink, sink.float()
     parts = ((usual, 1 - share), (rare * inverse, share))
     return sum(part * (weight * size.numel() / part.sum().clamp_min(1e-30)) for part, weight in parts)  # type: ignore[return-value]

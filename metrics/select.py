@@ -77,6 +77,9 @@ class Count:
 
     count: int
 
+    def __str__(self) -> str:
+        return f"{self.count} layers"
+
     def reached(self, layers: Sequence[Layer]) -> bool:
         return len(layers) >= self.count
 
@@ -148,9 +151,11 @@ def iterative(
 
     `ranking` gives every layer's score once some have gone (`importance.Ranking`).  A half-dropped block keeps
     running its other half, and that half is scored as it now is (LLM-Drop skips it).  Time: a forward pass
-    for each drop.  Memory: a stream.
+    for each drop.  Memory: a stream.  Raises PlanError for more layers than are left.
     """
-    chosen, costs, left = list(start), [], [c for c in candidates if c not in start]
+    chosen, costs, left = list(start), [], [c for c in candidates if not _any_overlap(c, start)]
+    if count > len(left):
+        raise PlanError(f"{count} layers cannot go, only {len(left)} of those named are left; ask for fewer")
     for _ in range(count):
         scores = ranking(chosen)
         best = min(left, key=lambda layer: (-scores[layer], -layer.index, layer.kind))

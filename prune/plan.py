@@ -158,6 +158,8 @@ def _by_kind(layers: Sequence[Layer], stack: str) -> dict[str, list[int]]:
 
 
 PublishedLists = Callable[[str, int], Sequence[int]]
+Pick = Callable[[Sequence[Layer], int, Sequence[Layer]], Sequence[Layer]]
+"""So many of the layers that may go, on top of those that are gone: (free, count, gone) -> layers."""
 
 
 def choose(
@@ -166,11 +168,13 @@ def choose(
     similarity: Mapping[Layer, float] | None = None,
     keep: Sequence[int] = (),
     published: PublishedLists | None = None,
+    pick: Pick | None = None,
 ) -> list[Layer]:
     """The layers that a spec drops, most redundant first.
 
-    `similarity` maps every layer to the score that ranks it (highest goes first).  Raises PlanError when
-    the spec asks for more than there is, for a protected or unknown layer, or lacks what it needs.
+    `similarity` maps every layer to the score that ranks it (highest goes first); `pick` chooses in its place.
+    Raises PlanError when the spec asks for more than there is, for a protected or unknown layer, or lacks what
+    it needs, and where no attention would be left.
     """
     selectors = sorted(parse_spec(spec), key=lambda s: s.kind != "block")  # what a whole block takes is gone
     chosen: list[Layer] = []
@@ -181,9 +185,10 @@ def choose(
         elif selector.published:
             picked = _named(outline, selector, _published(selector, published), free, keep)
         else:
-            picked = _top(outline, selector, free, similarity)
+            count = _count(outline, selector, free)
+            picked = list(pick(free, count, chosen)) if pick else _top(selector, free, count, similarity)
         chosen += picked
-    _check_attention_left(outline, chosen)
+    check_attention_left(outline, chosen)
     return chosen
 
 
@@ -196,14 +201,19 @@ def _published(selector: Selector, published: PublishedLists | None) -> Sequence
 
 
 def _candidates(outline: Outline, selector: Selector, keep: Sequence[int], chosen: Sequence[Layer]) -> list[Layer]:
-    blocks = outline.stack(selector.stack).blocks
+    gone = set(outline.branch_layers(chosen))
+    layers = unprotected(outline, selector.kinds, selector.stack, keep)
+    return [layer for layer in layers if not gone.intersection(outline.branch_layers([layer]))]
+
+
+def unprotected(outline: Outline, kinds: Sequence[str], stack: str, keep: Sequence[int]) -> list[Layer]:
+    """The layers of some kinds outside of the blocks in `keep`.  Raises PlanError for blocks that are not there."""
+    blocks = outline.stack(stack).blocks
     for index in keep:
         if not -blocks <= index < blocks:
             raise PlanError(f"--keep names block {index}, but the blocks are 0 to {blocks - 1}")
     kept = {index % blocks for index in keep}
-    gone = set(outline.branch_layers(chosen))
-    layers = [layer for kind in selector.kinds for layer in outline.layers(kind, selector.stack)]
-    return [l for l in layers if l.index not in kept and not gone.intersection(outline.branch_layers([l]))]
+    return [layer for kind in kinds for layer in outline.layers(kind, stack) if layer.index not in kept]
 
 
 def _named(
@@ -228,9 +238,8 @@ def _named(
     return picked
 
 
-def _top(
-    outline: Outline, selector: Selector, free: Sequence[Layer], similarity: Mapping[Layer, float] | None
-) -> list[Layer]:
+def _count(outline: Outline, selector: Selector, free: Sequence[Layer]) -> int:
+    """How many layers a selector drops of those that are free."""
     total = sum(len(outline.layers(kind, selector.stack)) for kind in selector.kinds)
     count = total * selector.count // 100 if selector.percent else selector.count
     what = " and ".join(KIND_NAMES[kind] for kind in selector.kinds)
@@ -239,6 +248,12 @@ def _top(
         raise PlanError(f"`{selector}` drops {count} {what} layers, but the model has {total}{rest}; ask for fewer")
     if count == 0:
         raise PlanError(f"`{selector}` rounds down to no layer: the model has {total} {what} layers; ask for more")
+    return count
+
+
+def _top(
+    selector: Selector, free: Sequence[Layer], count: int, similarity: Mapping[Layer, float] | None
+) -> list[Layer]:
     if similarity is None:
         raise PlanError(
             f"`{selector}` needs scores; run `prune analyze` first, or name the layers as {selector.kind}=20,21"
@@ -249,7 +264,8 @@ def _top(
     return sorted(free, key=lambda layer: (-similarity[layer], -layer.index, layer.kind))[:count]
 
 
-def _check_attention_left(outline: Outline, chosen: Sequence[Layer]) -> None:
+def check_attention_left(outline: Outline, chosen: Sequence[Layer]) -> None:
+    """Raises PlanError where no attention, or none with keys and values, is left."""
     gone = set(outline.branch_layers(chosen))
     for stack in outline.stacks:
         attention = outline.layers("attn", stack.name)

@@ -135,7 +135,7 @@ def test_a_dry_run_writes_nothing(model, here, capsys):
         ("attn:9", "drops 9"),
         ("attn=4", "names attention layer 4"),
         ("joint:99", "drops 99"),
-        ("encoder.attn:1", "no stack named"),
+        ("encoder.attn:1", "none named `encoder`"),
         ("published:attn:1", "recipe"),
     ],
 )
@@ -281,10 +281,9 @@ def test_a_repaired_model_is_exported_with_its_new_weights(model, here, capsys, 
     assert len(plan["repairs"]) == 1 and repair in plan["repairs"][0]
     report = json.loads((here / "llama-attn1" / "report.json").read_text())
     assert report["pruned"]["parameters"] == plan["savings"]["parameters_after"]
-    if "not kept" not in plan["repairs"][0]:
-        dense = dict(dropformer.open_model(model).model.named_parameters())
-        pruned = dict(dropformer.load(here / "llama-attn1").named_parameters())
-        assert any(name not in dense or not torch.equal(tensor, dense[name]) for name, tensor in pruned.items())
+    dense = dict(dropformer.open_model(model).model.named_parameters())
+    pruned = dict(dropformer.load(here / "llama-attn1").named_parameters())
+    assert any(name not in dense or not torch.equal(tensor, dense[name]) for name, tensor in pruned.items())
 
 
 def test_a_budget_takes_the_place_of_a_drop(model, here, capsys):
@@ -337,3 +336,24 @@ def test_improve_drop_and_save_give_the_model_that_is_loaded(model, here, ids):
     dropformer.save(pruned, here / "saved")
     with torch.no_grad():
         assert torch.equal(dropformer.load(here / "saved")(ids).logits, pruned(ids).logits)
+
+
+def test_a_repaired_plan_that_is_repaired_again_counts_its_maps_once(model, here, capsys):
+    options = ("--repair", "linear", *QUALITY)
+    assert run("--model", model, "--drop", "attn=1", "--out", "one", *options, capsys=capsys)[0] == 0
+    for name, repair in (("two", "linear"), ("three", "refit")):
+        more = ("--plan", "one/plan.json", "--repair", repair, "--out", name, *QUALITY)
+        assert run("--model", model, *more, capsys=capsys)[0] == 0
+        plan, report = (json.loads((here / name / f"{file}.json").read_text()) for file in ("plan", "report"))
+        assert plan["savings"]["parameters_after"] == report["pruned"]["parameters"]
+
+
+def test_windows_to_fit_and_to_gate_on_are_no_longer_than_the_model_reads(tiny, model, here, capsys):
+    short = here / "gpt2"
+    tiny("gpt2", n_embd=32, n_layer=4, n_head=4, n_positions=64).save_pretrained(short)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, short)
+    options = ("--drop", "attn:1", "--repair", "refit", "--samples", "4", "--seconds", "0", "--quiet")
+    status, out, _ = run("--model", short, *options, capsys=capsys)
+    assert status == 0 and "wrote gpt2-attn1" in out
+    bad("--model", short, *options, "--length", "100", "--out", "x", capsys=capsys, here=here, said="smaller --length")
