@@ -117,9 +117,7 @@ def prune(
         Text, typer.Option(help="one-shot, iterative, or greedy on the KL to the dense model.", rich_help_panel=CHOICE)
     ] = None,
     refine: Annotated[int | None, typer.Option(min=0, help=REFINE, rich_help_panel=CHOICE)] = None,
-    budget: Annotated[
-        Text, typer.Option(help=BUDGET, rich_help_panel=CHOICE)
-    ] = None,
+    budget: Annotated[Text, typer.Option(help=BUDGET, rich_help_panel=CHOICE)] = None,
     repair: Annotated[Text, typer.Option(help=REPAIR, rich_help_panel=CHOICE)] = None,
     gate: Annotated[
         str, typer.Option(help="Text that a repair must help on, or it is not kept.", rich_help_panel=CHOICE)

@@ -65,8 +65,8 @@ def need_tokenizer(opened: api.Opened) -> Any:
     """Raises ModelError for a model without one, and for one whose text has no next token to predict."""
     if not writes_text(opened.model):
         raise ModelError(
-            f"{opened.ref.name} is no causal language model, so only one-shot similarity serves: leave out --quality, --metric, "
-            "--select, --refine, --budget and --repair"
+            f"{opened.ref.name} is no causal language model, so only one-shot similarity serves: leave out --quality, "
+            "--metric, --select, --refine, --budget and --repair"
         )
     if opened.tokenizer is None:
         raise ModelError(f"{opened.ref.name} has no tokenizer, so no text can choose or repair; leave out --quality")

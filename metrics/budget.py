@@ -11,7 +11,9 @@ from dropformer.prune.architecture import Layer
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
 
-_BUDGET = re.compile(r"(?P<what>kv|params):-(?P<share>\d+(?:\.\d+)?)%|(?P<speed>decode|measured):(?P<factor>\d+(?:\.\d+)?)x")
+_BUDGET = re.compile(
+    r"(?P<what>kv|params):-(?P<share>\d+(?:\.\d+)?)%|(?P<speed>decode|measured):(?P<factor>\d+(?:\.\d+)?)x"
+)
 EXPECTED = (
     "expected kv:-25% (cache), params:-20% (weights), decode:1.3x (tokens a second, by the bytes they read) "
     "or measured:1.3x (by the time each layer takes on this machine)"

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from dropformer.metrics.analyze import evaluating, proven
-from dropformer.metrics.apart import Apart, Reach
 from dropformer.metrics.budget import meter, parse_budget, within
 from dropformer.metrics.damage import Dense, dropped_modules, first_changed
-from dropformer.metrics.folding import Folds
+from dropformer.metrics.fits import Fits
 from dropformer.metrics.importance import Bench, Ranking
 from dropformer.metrics.lockstep import Lockstep
-from dropformer.metrics.projection import Slot, projections
 from dropformer.metrics.quality import Quality, Request
 from dropformer.metrics.repair import Gate, Repair, gate, tensors_of
-from dropformer.metrics.repair_linear import linear_forms, linear_modules
 from dropformer.metrics.repair_lora import heal, need_peft
-from dropformer.metrics.repair_refit import all_slots, reaches
+from dropformer.metrics.repair_refit import all_slots
 from dropformer.metrics.repair_scale import scale_modules
 from dropformer.metrics.ridge import group_of
 from dropformer.metrics.select import KL, Choice, Count, greedy, iterative, refine
@@ -38,21 +33,19 @@ from dropformer.prune.plan import Plan, check_attention_left, choose, make_plan,
 
 Tell = Callable[[str], None]
 BUSY_CPU, BUSY_GPU = 256, 8192  # tokens in a pass beyond which more candidates at once gain nothing
-DEPTH = 2  # how many candidates in a row a search can see refitted
 
 
 @dataclass
 class Improver:
     """A model on calibration windows of one or more kinds of text, ready to choose and to repair.
 
-    Windows run one at a time.  `seconds` collects what each step took.
+    Windows run one at a time.
     """
 
     model: nn.Module
     data: Sequence[Windows]
     quality: Quality = field(default_factory=Quality)
     tell: Tell = lambda text: None
-    seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if "lora" in self.quality.repair:
@@ -72,9 +65,7 @@ class Improver:
         )
         self._dense: Dense | None = None
         self._costs: dict[tuple[str, ...], KL] = {}
-        self._folds: Folds | None = None
-        self._searched_folds: Folds | None = None
-        self._asked: tuple[tuple[Layer, ...], int] | None = None
+        self._fits: dict[tuple[int, ...], Fits] = {}
         self._rankings: dict[str, Ranking] = {}
 
     def ranking(self, metric: str) -> Ranking:
@@ -97,82 +88,33 @@ class Improver:
         known = self.quality.repair if self.quality.aware else ()
         foreseen = tuple(method for method in known if method in ("linear", "refit"))
         if foreseen not in self._costs:
-            stands = partial(self.standing, repair=foreseen)
+            stands = partial(self.fits.standing, repair=foreseen)
             stream = self.bench.stepper.start(0)
             busy = BUSY_CPU if stream.device.type == "cpu" else BUSY_GPU
             together = max(1, busy // stream.shape[:2].numel())
             self._costs[foreseen] = KL(self._dense, self.architecture, stands, together=together)
         return self._costs[foreseen]
 
-    def standing(self, gone: Sequence[Layer], repair: Sequence[str]) -> dict[str, nn.Module]:
-        """What stands in the pruned model for the model's own modules: nothing, or repairs known beforehand."""
-        maps = [layer for layer in gone if layer.kind == "attn"] if "linear" in repair else []
-        modules = dropped_modules(self.architecture, [layer for layer in gone if layer not in maps])
-        for layer in maps:
-            modules |= self.maps[layer]
-        left = self.outline.branch_layers([layer for layer in gone if layer not in maps])
-        if "refit" in repair and left:
-            modules |= (self._searched_folds or self.folds(left)).modules(left, maps)
-        return modules
+    @property
+    def fitted_on(self) -> tuple[int, ...]:
+        """The windows to fit on: all but those that a search measures its candidates on, where enough are left."""
+        few = set(self._few(self.quality.cost_windows)) if self.quality.searches else set()
+        return tuple(i for i in range(len(self.groups)) if 2 * len(few) > len(self.groups) or i not in few)
 
     @property
-    def fitted_on(self) -> list[int]:
-        """The windows to fit on: all but those that a search measures its candidates on, where enough are left."""
-        searching = self.quality.select == "greedy" or self.quality.refine
-        few = set(self._few(self.quality.cost_windows)) if searching else set()
-        return [i for i in range(len(self.groups)) if 2 * len(few) > len(self.groups) or i not in few]
-
-    def _apart(self, slots: Sequence[Reach]) -> Apart:
-        groups = [self.groups[i] for i in self.fitted_on]
-        return Apart(self.bench.stepper, slots, self.fitted_on, groups)
-
-    @cached_property
-    def maps(self) -> dict[Layer, dict[str, nn.Module]]:
-        """The fitted linear map of every attention layer, from one dense pass."""
-        layers = [layer for layer in self.architecture.layers() if layer.kind == "attn"]
-        standing, slots = linear_modules(self.model, self.architecture, layers, self.width)
-        wanted = [Reach(slot, standing[slot.path], ((slot.layer,),)) for slot in slots]
-        with self._timed("maps"):
-            apart = self._apart(wanted)
-            fitted = {reach.slot.path: apart.module(reach, reach.units) for reach in wanted}
-        modules = {**standing, **fitted}
-        return {layer: {path: modules[path] for path in self._forms(layer)} for layer in layers}
-
-    def folds(self, gone: Sequence[Layer]) -> Folds:
-        """Refits for what goes: those prepared for a search where they do, else for just these layers."""
-        for folds in (self._searched_folds, self._folds):
-            if folds is not None and folds.cover(gone, self.slots):
-                return folds
-        self._folds = self._prepared(gone, len(gone))
-        return self._folds
+    def fits(self) -> Fits:
+        """Maps and refits from the windows to fit on."""
+        which = self.fitted_on
+        if which not in self._fits:
+            self._fits[which] = Fits(self.bench, self.outline, which, [self.groups[i] for i in which])
+        return self._fits[which]
 
     def prepare(self, candidates: Sequence[Layer], count: int) -> None:
-        """Take the moments for refits of any `count` of the candidates, where a search is to see them."""
+        """Make the refits known that a search is to see: those of any `count` of the candidates."""
         if not self.quality.aware or "refit" not in self.quality.repair:
             return
         mapped = "linear" in self.quality.repair
-        left = tuple(layer for layer in candidates if not (mapped and layer.kind == "attn"))
-        asked = left, min(count, DEPTH)
-        if left and asked != self._asked:
-            self._searched_folds, self._asked = self._prepared(*asked), asked
-
-    def _prepared(self, candidates: Sequence[Layer], depth: int) -> Folds:
-        found = reaches(self.architecture, candidates, self.slots, depth)
-        wanted = [Reach(slot, self.model.get_submodule(slot.path), units) for slot, units in found.items()]
-        with self._timed("moments"):
-            return Folds(self.architecture, self._apart(wanted))
-
-    @cached_property
-    def slots(self) -> dict[Layer, Slot]:
-        """The projection of every branch that has one."""
-        return projections(self.bench.stepper)
-
-    @property
-    def width(self) -> int:
-        return self.bench.stepper.start(0).shape[-1]
-
-    def _forms(self, layer: Layer) -> dict[str, Any]:
-        return linear_forms(self.model, self.architecture, layer, self.width)
+        self.fits.prepare([layer for layer in candidates if not (mapped and layer.kind == "attn")], count)
 
     def _few(self, count: int) -> list[int]:
         """So many windows, in turn from each kind of text."""
@@ -181,7 +123,9 @@ class Improver:
 
     def choose(self, request: Request) -> tuple[list[Layer], dict[Layer, float]]:
         """The layers to drop, and the score or cost that each was chosen by (higher goes first)."""
-        with self._timed("select"), evaluating(self.model):
+        if request.budget:
+            self.quality = replace(self.quality, select="greedy")
+        with evaluating(self.model):
             if request.budget:
                 found = self._within(request)
                 return list(found.layers), {}
@@ -214,7 +158,7 @@ class Improver:
         budget = parse_budget(request.budget or "")
         self.quality.check(budget)
         candidates = unprotected(self.outline, ("attn", "mlp"), "", request.keep)
-        map_size = self.width * (self.width + 1) if "linear" in self.quality.repair else 0
+        map_size = self.fits.width * (self.fits.width + 1) if "linear" in self.quality.repair else 0
         goal = meter(budget, self.outline, candidates, request.context, request.latency, map_size)
         self.prepare(candidates, len(candidates))
         self.cost.ahead([layer] for layer in candidates if goal.saves(layer) > 0)
@@ -240,8 +184,7 @@ class Improver:
         mapped: dict[Layer, Any] = {}
         with evaluating(self.model):
             for method in self.quality.repair:
-                with self._timed(method):
-                    tried, maps = self._try(method, gone, modules, mapped)
+                tried, maps = self._try(method, gone, modules, mapped)
                 if self._new(tried) == self._new(modules):
                     self.tell(f"{method}: found nothing to change here")
                     continue
@@ -263,15 +206,16 @@ class Improver:
         self, method: str, gone: Sequence[Layer], modules: Mapping[str, nn.Module], mapped: Mapping[Layer, Any]
     ) -> tuple[dict[str, nn.Module], dict[Layer, Any]]:
         """The modules that stand in once a method has been applied, and the layers that it mapped."""
-        found = {layer: slot for layer, slot in self.slots.items() if layer not in mapped}
+        found = {layer: slot for layer, slot in self.fits.slots.items() if layer not in mapped}
         left = [layer for layer in self.outline.branch_layers(gone) if layer not in mapped]
         if method == "scale":
             return {**modules, **scale_modules(self.bench, left, found)}, {}
         if method == "linear":
             maps = [layer for layer in gone if layer.kind == "attn"]
-            return self.standing(gone, ["linear"]), {layer: self._relative(layer, self._forms(layer)) for layer in maps}
+            forms = {layer: self._relative(layer, self.fits.forms(layer)) for layer in maps}
+            return self.fits.standing(gone, ["linear"]), forms
         if method == "refit":
-            return {**modules, **(self.folds(left).modules(left, mapped) if left else {})}, {}
+            return {**modules, **(self.fits.folds(left).modules(left, mapped) if left else {})}, {}
         if method == "lora":
             first = first_changed(self.bench.stepper, modules)
             return {**modules, **heal(self.bench.stepper, modules, first, progress=self._tell_healing)}, {}
@@ -294,17 +238,10 @@ class Improver:
         texts = [windows.ref.model_dump() for windows in self.data]
         return texts[0] if len(texts) == 1 else {"name": ",".join(text["name"] for text in texts), "texts": texts}
 
-    @contextmanager
-    def _timed(self, step: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[step] = self.seconds.get(step, 0.0) + time.perf_counter() - start
 
-
-def wording(quality: Quality, request: Request) -> str:
+def wording(quality: Quality) -> str:
     """What chose the layers: `similarity`, `iterative cca`, `greedy kl, refined`."""
-    greedy = "greedy kl" if request.budget or quality.select == "greedy" else ""
-    found = greedy or (quality.metric if quality.select == "one-shot" else f"{quality.select} {quality.metric}")
+    found = {"one-shot": quality.metric, "greedy": "greedy kl"}.get(quality.select, f"iterative {quality.metric}")
     return found + (", refined" if quality.refine else "")
 
 
@@ -318,6 +255,6 @@ def improve(
     layers, scores = improver.choose(request)
     repair, modules = improver.repair(layers, other)
     quality = improver.quality
-    fields = {"keep": list(request.keep), "metric": wording(quality, request), "calibration": improver.calibration}
+    fields = {"keep": list(request.keep), "metric": wording(quality), "calibration": improver.calibration}
     spec = request.spec or str(parse_budget(request.budget or ""))
     return make_plan(improver.outline, ref, spec, layers, scores, **fields), repair, modules

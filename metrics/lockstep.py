@@ -108,7 +108,9 @@ class Lockstep:
         new = module
         if left_over < 1:
             new = self.modules[slot.path] = changed(module, change, constant or 1.0)
-        return [after + written(new, z) - written(module, z) for z, after in ends] if len(ends) == len(streams) else None
+        if len(ends) < len(streams):
+            return None
+        return [after + written(new, z) - written(module, z) for z, after in ends]
 
     def _observe(self, site: Site, module: nn.Module, batch: int, stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The module's input [B, T, K], the stream at the site and the block's output [B, T, D]."""

@@ -32,6 +32,11 @@ class Quality:
     stride: int = 4
     cost_windows: int = 4
 
+    @property
+    def searches(self) -> bool:
+        """Are candidates measured on windows of their own?"""
+        return self.select == "greedy" or self.refine > 0
+
     def check(self, budget: object) -> None:
         """Raises PlanError where a budget and these settings get in each other's way."""
         if budget and self.refine:

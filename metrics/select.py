@@ -16,8 +16,7 @@ from typing import Protocol
 
 from torch import nn
 
-from dropformer.metrics.damage import Dense, dropped_modules, first_changed
-from dropformer.metrics.stepping import replaced
+from dropformer.metrics.damage import Dense, dropped_modules
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.errors import PlanError
 

@@ -80,7 +80,7 @@ class Outline(Part):
                 return stack
         known = ", ".join(f"`{stack.name}`" for stack in self.stacks)
         if len(self.stacks) == 1 and not self.stacks[0].name:
-            raise PlanError(f"the model has one stack of blocks and none named `{name}`; leave the name out, as in attn:3")
+            raise PlanError(f"the model has one stack, and none named `{name}`; leave the name out, as in attn:3")
         raise PlanError(
             f"the model has no stack named `{name}`; write one of {known} before the kind, as in encoder.attn:3"
         )

@@ -59,7 +59,8 @@ def test_a_search_refuses_what_a_ranking_refuses(improver, select, spec, said):
 
 def test_published_lists_go_with_every_way_of_choosing(improver):
     found = improver(Quality(select="greedy", stride=1))
-    assert chosen(found, "published:attn:2", published=lambda kind, count: [2, 1]) == [Layer("attn", 2), Layer("attn", 1)]
+    layers = chosen(found, "published:attn:2", published=lambda kind, count: [2, 1])
+    assert layers == [Layer("attn", 2), Layer("attn", 1)]
 
 
 def test_iterative_ranks_by_the_metric_that_is_asked_for(improver):

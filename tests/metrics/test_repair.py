@@ -396,7 +396,7 @@ def test_a_search_measures_a_candidate_as_it_will_be_repaired(tiny, windows, rep
 
 
 def test_a_search_over_deep_gaps_takes_no_further_pass(tiny, windows, monkeypatch):
-    from dropformer.metrics import improve as module
+    from dropformer.metrics import fits as module
 
     passes = []
     monkeypatch.setattr(module, "Apart", lambda *args: passes.append(args) or Apart(*args))
@@ -410,9 +410,9 @@ def test_a_search_over_deep_gaps_takes_no_further_pass(tiny, windows, monkeypatc
 
 def test_nothing_is_fitted_on_the_windows_that_a_search_measures_on(tiny, windows):
     _, improver, _ = improver_of(tiny, windows, None, Quality(select="greedy", repair=("refit",), cost_windows=2))
-    assert improver.fitted_on == [1, 2, 3, 5, 6, 7]
+    assert improver.fitted_on == (1, 2, 3, 5, 6, 7)
     improver.quality = Quality(repair=("refit",))
-    assert improver.fitted_on == list(range(8))
+    assert improver.fitted_on == tuple(range(8))
 
 
 @pytest.mark.parametrize("select", ["one-shot", "iterative", "greedy"])

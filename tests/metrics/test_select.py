@@ -63,7 +63,7 @@ def test_refining_the_worst_pair_never_makes_it_worse_and_finds_the_best(kl):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2", "qwen3_moe"])
 def test_candidates_measured_together_cost_what_they_cost_alone(tiny, ids, family):
-    """Whole blocks and a pair among them.  BLOOM's position biases have a row for each head, so there it takes turns."""
+    """Whole blocks and a pair among them.  BLOOM's position biases count rows, so there it takes turns."""
     fields = {"n_embd": 32, "n_layer": 4, "n_head": 4} if family == "gpt2" else {}
     model = tiny(family, **fields)
     with torch.no_grad():  # a random model's branches add almost nothing
