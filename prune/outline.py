@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dropformer.prune.architecture import KIND_NAMES, Layer
@@ -111,10 +111,19 @@ class Outline(Part):
         return branch
 
     def dropped_parameters(self, layers: Iterable[Layer]) -> int:
+        """Parameters that go: those of the branches, and the rest of each block that loses all of them."""
         layers = list(layers)
-        blocks = {layer for layer in layers if layer.kind == "block"}
-        rest = sum(self.stack(layer.stack).block(layer.index).parameters for layer in blocks)
-        return rest + sum(self.branch(layer).parameters for layer in self.branch_layers(layers))
+        gone = self.branch_layers(layers)
+        blocks = {(layer.stack, layer.index) for layer in layers if layer.kind == "block"}
+        blocks |= {place for place in {(layer.stack, layer.index) for layer in gone} if self._empty(*place, gone)}
+        rest = sum(self.stack(stack).block(index).parameters for stack, index in blocks)
+        return rest + sum(self.branch(layer).parameters for layer in gone)
+
+    def _empty(self, stack: str, index: int, gone: Sequence[Layer]) -> bool:
+        """Is a block nothing any more once these branches are gone?"""
+        part = self.stack(stack)
+        rest, lost = part.block(index), {l.kind for l in gone if (l.stack, l.index) == (stack, index)}
+        return rest.plain and not rest.kept and lost == {branch.kind for branch in part.of_block(index)}
 
     def kv_per_token(self, dropped: Iterable[Layer] = ()) -> int:
         """Cache elements that one token costs, over all stacks, without the dropped layers."""

@@ -118,3 +118,15 @@ def test_an_empty_block_keeps_its_settings(tiny):
     block = in_place(model, "block=1").bert.encoder.layer[1]
     assert block.chunk_size_feed_forward == before
     assert not list(block.parameters())
+
+
+@pytest.mark.parametrize("family", ["phi", "falcon", "gpt_neox", "llama"])
+def test_a_block_that_loses_its_branches_one_by_one_is_counted_as_a_whole(tiny, family):
+    """Parallel branches may share a norm, which belongs to neither and goes with the last."""
+    fields = {"new_decoder_architecture": False, "multi_query": False} if family == "falcon" else {}
+    model = tiny(family, **fields)
+    found = outline(model)
+    layers = choose(found, "attn=1,mlp=1,mlp=2")
+    pruned = cut(copy.deepcopy(model), operate(found, layers, model))
+    left = sum(p.numel() for p in pruned.parameters())
+    assert found.parameters - found.dropped_parameters(layers) == left
