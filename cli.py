@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dropformer import __version__
+from dropformer import __version__, clashes
 from dropformer.eval.commands import estimate, evaluate, sweep
 from dropformer.eval.compare_command import compare
-from dropformer.prune.errors import DropformerError
+from dropformer.prune.errors import DropformerError, PlanError
 
 if TYPE_CHECKING:
     from dropformer.job import Overrides
@@ -152,9 +152,12 @@ def prune(
     ] = False,
 ) -> None:
     """The main job: score, plan, drop, export, reload, verify, report."""
+    given = _given(context)
     if context.invoked_subcommand:
+        clashes.check_subcommand(given, context.invoked_subcommand)
         return
-    if not model or [drop, plan, budget].count(None) != 2:
+    clashes.check_one_choice(given)
+    if not model or [drop, plan, budget].count(None) == 3:
         raise DropformerError(
             "prune needs --model and one of --drop, --plan or --budget; "
             "for example: prune --model smollm2-135m --drop attn:4"
@@ -168,12 +171,13 @@ def prune(
             "this job runs in one process; launch `analyze` on many, and give its scores with --scores"
         )
     better = _better(quality, metric, select, repair, refine, budget)
-    if better and scores:
-        raise DropformerError("--scores serve one-shot similarity; leave them out, or --quality and its like")
+    on_files = bool(plan and not (better or measure or dry_run))
+    images = bool(calibration and Path(calibration).is_dir())
+    clashes.check(clashes.Command(given, better, format, on_files, measure is not False, images))
     target = out or preflight.default_out(model, drop or budget, plan)
     preflight.check(model, drop, calibration, None if dry_run else target, format)
-    how = How(format, link, verify)
-    if plan and not (better or measure or dry_run):
+    how = How(format, link, verify, trust_remote_code=trust_remote_code)
+    if plan and on_files:
         _by_plan(model, revision, plan, target, how, as_json, quiet)
         return
     from dropformer import job, show
@@ -197,15 +201,23 @@ def prune(
     _print(outcome.report.to_json() if as_json else None, show.report_table(outcome.report), *notes)
 
 
+def _given(context: typer.Context) -> set[str]:
+    """The parameters that the user wrote, as against those left at their defaults."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
 def _better(
     quality: Text, metric: Text, select: Text, repair: Text, refine: int | None, budget: Text
 ) -> Quality | None:
     """What to do beyond one-shot similarity, or None; nothing heavy is imported for it."""
-    if not any((quality, metric, select, repair, refine, budget)):
+    if not refine and all(said is None for said in (quality, metric, select, repair, budget)):
         return None
     from dropformer.metrics import quality as known
 
-    if budget:
+    if repair is not None and not repair.strip(" ,"):
+        raise PlanError(f"--repair `{repair}` is unknown; expected one of {', '.join(known.REPAIRS)}")
+    if budget is not None:
         from dropformer.metrics.budget import parse_budget
 
         parse_budget(budget)
