@@ -164,6 +164,7 @@ def prune(
         )
     from dropformer import preflight
     from dropformer.metrics import distributed
+    from dropformer.prune.plan import parse_keep
     from dropformer.prune.writing import How
 
     if distributed.world() > 1:
@@ -175,17 +176,22 @@ def prune(
     images = bool(calibration and Path(calibration).is_dir())
     clashes.check(clashes.Command(given, better, format, on_files, measure is not False, images))
     target = out or preflight.default_out(model, drop or budget, plan)
-    preflight.check(model, drop, calibration, None if dry_run else target, format)
+    kept = parse_keep(keep)
+    preflight.check_job(
+        preflight.Job(
+            model, drop, plan, scores, calibration.split(",") if calibration else (), (text, gate), kept,
+            None if dry_run else target, format, better.repair if better else (), on_files,
+        )
+    )  # fmt: skip
     how = How(format, link, verify, trust_remote_code=trust_remote_code)
     if plan and on_files:
         _by_plan(model, revision, plan, target, how, as_json, quiet)
         return
     from dropformer import job, show
     from dropformer.improving import Improvement
-    from dropformer.prune.plan import parse_keep
 
     request = job.Request(
-        model, drop, out, parse_keep(keep), plan, scores, revision, batch_size,
+        model, drop, out, kept, plan, scores, revision, batch_size,
         _overrides(calibration, samples, length, seed, skip_first),
         _placement(dtype, device, device_map, trust_remote_code), text, seconds,
         improvement=Improvement(better, budget, gate) if better else None, how=how, measure=measure is not False,
@@ -276,7 +282,7 @@ def analyze(
     """Score every block, attention layer and MLP layer; write scores.json and a picture."""
     from dropformer import preflight
 
-    preflight.check(model, until_stable, calibration)
+    preflight.check(model, until_stable, calibration.split(",") if calibration else ())
     from dropformer import job, show
     from dropformer.metrics import distributed
 

@@ -66,10 +66,13 @@ def evaluate(
     """What a drop cost and what it saved: tasks, perplexity, probes, speed, memory, side by side."""
     os.environ["TQDM_DISABLE"] = "1"  # before tqdm is there: lm-eval shows a bar for each of MMLU's 57 subjects
     from dropformer import preflight
+    from dropformer.metrics.text import check_name
     from dropformer.prune.errors import EvaluationError
 
     for model in models:
-        preflight.check(model, None, text or None)
+        preflight.check(model)
+    if text:
+        check_name(text)
     if out:
         check_out(out, "report.html")
     if backend not in ("fast", "hf"):
@@ -213,12 +216,16 @@ def sweep(
     """Quality for every number of drops, the speed-up, and where the cliff is."""
     from dropformer import preflight
     from dropformer.eval.drops import parse_range
+    from dropformer.metrics.text import check_name
     from dropformer.prune.plan import parse_keep, parse_spec
 
     kind, counts = parse_range(drop)
     parse_spec(f"{kind}:{counts[-1]}")
     folder = out or Path(f"{preflight.short_name(model)}-sweep")
-    preflight.check(model, f"{kind}:{counts[-1]}", f"{text},{calibration}" if calibration else text)
+    check_name(text)
+    local = preflight.check(model, f"{kind}:{counts[-1]}", calibration.split(",") if calibration else (), dense=True)
+    if local:
+        preflight.check_keep(parse_keep(keep), f"{kind}:{counts[-1]}", local)
     check_out(folder, "sweep.json")
     from dropformer import job, show
     from dropformer.api import Placement

@@ -100,6 +100,14 @@ def locate(name: str) -> Path | None:
     return None
 
 
+def is_gguf(name: str) -> bool:
+    """Whether the model called `name` comes as a .gguf file: a path to one, or a recipe whose wheel holds one."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path.suffix.lower() == ".gguf" and path.is_file()
+    return name in recipes() and recipes()[name].wheel is not None
+
+
 def _open_path(name: str, path: Path, tell: Progress) -> Source:
     if path.is_dir():
         return Source(name, check_folder(path, name), None, None, "folder")

@@ -1,10 +1,11 @@
 """Options that would be ignored, and arguments that are known to be wrong, are one line before anything is loaded."""
 
+import json
 
 import pytest
 from command import run
 
-from dropformer import clashes
+from dropformer import clashes, preflight
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_an_option_that_would_be_ignored_is_refused(unopened, here, capsys, opti
     bad("--model", unopened, *options, "-q", capsys=capsys, here=here, said=said)
 
 
-@pytest.mark.parametrize("others", [("--plan", "p.json"), ("--budget", "kv:-25%"), ("--plan", "p.json", "--budget", "x")])
+@pytest.mark.parametrize("others", [("--plan", "p"), ("--budget", "kv:-25%"), ("--plan", "p", "--budget", "x")])
 def test_what_goes_is_said_once(unopened, here, capsys, others):
     said = "give only one of --drop, --plan and --budget"
     bad("--model", unopened, *DROP, *others, capsys=capsys, here=here, said=said)
@@ -106,3 +107,78 @@ def test_every_rule_names_options_that_there_are():
 
     known = {parameter.name for parameter in typer.main.get_command(app).params}
     assert {option for rule in clashes.RULES for option in rule.options} <= known
+
+
+LINEAR = ("--repair", "linear")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((*DROP, "--text", "nowhere"), "text `nowhere` is unknown"),
+        ((*DROP, "--text", ""), "text `` is unknown"),
+        ((*DROP, "--text", "no.txt"), "no.txt does not exist"),
+        ((*DROP, *LINEAR, "--gate", "nowhere"), "text `nowhere` is unknown"),
+        ((*DROP, "--format", "gguf"), "--format gguf cuts a .gguf file"),
+        ((*DROP, "--keep", "0,4"), "--keep names block 4, but the blocks are 0 to 3"),
+        (("--budget", "kv:-25%", "--keep", "-5"), "--keep names block -5, but the blocks are 0 to 3"),
+        ((*DROP, "--keep", "x"), "--keep `x` cannot be read"),
+        (("--drop", "attn=1", "--scores", "no.json"), "no.json does not exist; expected a scores file"),
+        (("--drop", "attn=1", "--scores", "llama/config.json"), "is not a scores file"),
+        (("--plan", "no.json", "--measure"), "no.json does not exist; expected a plan file"),
+        ((*DROP, "--format", "deci", *LINEAR), "--format deci has no place for linear maps"),
+        ((*DROP, "--format", "dense", "--quality", "linear"), "--format dense has no place for linear maps"),
+        (("--budget", "kv:-25%", "--format", "dense", *LINEAR), "--format dense has no place for linear maps"),
+        (("--drop", ""), "drop spec `` cannot be read"),
+    ],
+)
+def test_an_argument_known_to_be_wrong_is_refused_before_the_model_is_opened(unopened, here, capsys, options, said):
+    bad("--model", unopened, *options, "-q", capsys=capsys, here=here, said=said)
+
+
+def test_a_gguf_is_not_made_of_what_is_fetched_as_safetensors(unopened, here, capsys):
+    options = (*DROP, "--format", "gguf")
+    bad("--model", "nobody/nothing", *options, capsys=capsys, here=here, said="nobody/nothing is none")
+
+
+def test_onnx_without_its_packages_is_refused_before_the_model_is_opened(unopened, here, capsys, monkeypatch):
+    monkeypatch.setattr("dropformer.prune.onnx_format.NEEDS", ("no_such_package",))
+    said = "--format onnx needs no_such_package; pip install 'dropformer[onnx]'"
+    bad("--model", unopened, *DROP, "--format", "onnx", capsys=capsys, here=here, said=said)
+
+
+@pytest.mark.parametrize("drop", ["attn:1", "mlp:1,mlp=0"])
+def test_a_family_that_deci_cannot_carry_is_refused_before_the_model_is_opened(unopened, here, capsys, drop):
+    config = json.loads((unopened / "config.json").read_text())
+    (unopened / "config.json").write_text(json.dumps(config | {"model_type": "qwen3"}))
+    said = "norms its queries and keys, which DeciLM cannot carry"
+    bad("--model", unopened, "--drop", drop, "--format", "deci", capsys=capsys, here=here, said=said)
+
+
+@pytest.mark.parametrize("drop", ["block:1", "joint:2", "attn=1,mlp=1"])
+def test_a_plan_that_may_pack_needs_no_family_of_decis(llama_folder, here, drop):
+    config = json.loads((llama_folder / "config.json").read_text())
+    (llama_folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen3"}))
+    preflight.check_job(preflight.Job(str(llama_folder), drop, format="deci"))
+
+
+def test_what_is_pruned_already_is_not_pruned_or_swept_again_but_may_be_analyzed(llama_folder, here, capsys):
+    options = ("--drop", "attn=1", "--no-measure", "--out", "once", "-q")
+    assert run("--model", llama_folder, *options, capsys=capsys)[0] == 0
+    said = "once is pruned already; prune the dense model that it was made from"
+    bad("--model", "once", *DROP, "-q", capsys=capsys, here=here, said=said)
+    bad("--model", "once", "--drop", "attn:4", "--out", "once", capsys=capsys, here=here, said="once ")
+    bad("sweep", "once", "--drop", "attn:0..2", "-q", capsys=capsys, here=here, said=said)
+    preflight.check("once")
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (("sweep", "--drop", "attn:0..2", "--text", "nowhere"), "text `nowhere` is unknown"),
+        (("sweep", "--drop", "attn:0..2", "--keep", "4"), "--keep names block 4"),
+        (("evaluate", "--text", "builtin,heldout"), "text `builtin,heldout` is unknown"),
+    ],
+)
+def test_other_commands_check_their_arguments_first_too(unopened, here, capsys, command, said):
+    bad(command[0], unopened, *command[1:], capsys=capsys, here=here, said=said)
