@@ -14,6 +14,7 @@ import typer
 from dropformer import __version__, clashes
 from dropformer.eval.commands import estimate, evaluate, sweep
 from dropformer.eval.compare_command import compare
+from dropformer.eval.out import given_path
 from dropformer.prune.errors import DropformerError, PlanError
 
 if TYPE_CHECKING:
@@ -46,7 +47,10 @@ MEASURE = (
 FORMAT = "dropformer; dense (zeros, loads anywhere); deci (vLLM); gguf (llama.cpp, from a .gguf); onnx."
 PACKABLE = "Drop pairs of neighbours (joint:N), so that a stock, shorter model is left; says what that costs."
 Keep = Annotated[str, typer.Option(help="Blocks to leave whole, such as 0,1,-1.", rich_help_panel=CHOICE)]
-Out = Annotated[Path | None, typer.Option(help="Where to write; must not exist or be empty.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Where to write; must not exist or be empty.", parser=given_path, metavar="PATH"),
+]
 Revision = Annotated[Text, typer.Option(help="Branch, tag or commit of a Hub model.")]
 CalibrationText = Annotated[
     Text,
@@ -262,7 +266,9 @@ def _by_plan(
 @app.command()
 def analyze(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    out: Annotated[Path | None, typer.Option(help="Folder for scores.json and similarity.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for scores.json and similarity.png.", parser=given_path, metavar="PATH")
+    ] = None,
     revision: Revision = None,
     calibration: CalibrationText = None,
     samples: Samples = None,
@@ -309,7 +315,9 @@ def plan(
     drop: Annotated[str, typer.Option("--drop", "-d", help=DROP)],
     keep: Keep = "",
     packable: Annotated[bool, typer.Option("--packable", help=PACKABLE)] = False,
-    out: Annotated[Path | None, typer.Option(help="Where to write the plan, for --plan.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write the plan, for --plan.", parser=given_path, metavar="PATH")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make another plan from the same scores, without the model."""

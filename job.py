@@ -8,6 +8,7 @@ from typing import Any
 
 from dropformer import api
 from dropformer.eval.likeness import Likeness, likeness
+from dropformer.eval.out import check_place
 from dropformer.eval.report import Measured, Report, TextRef, card_lines, measure_quality, measure_speed, sizes
 from dropformer.eval.sweep import AT, Sweep, find_cliff, point, with_speed
 from dropformer.eval.timing import Setting
@@ -24,7 +25,7 @@ from dropformer.metrics.windows import windows
 from dropformer.preflight import check_out, default_out, short_name
 from dropformer.prune.architecture import of_images
 from dropformer.prune.checkpoint import Exported, export
-from dropformer.prune.errors import ModelError, OutputError, PlanError
+from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.formats import known_format
 from dropformer.prune.inputs import takes_pictures, writes_text
@@ -220,8 +221,7 @@ def analyze(request: Request, watcher: Watcher | None = None) -> tuple[Scores, P
     """
     watcher = watcher or Watcher()
     out = request.out or Path(f"{short_name(request.model)}-scores")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; choose another --out")
+    check_place(out)
     opened = open_to_score(request, watcher)
     scores = get_scores(opened, request, watcher)
     if rank() == 0:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dropformer.eval.out import check_place
 from dropformer.metrics.images import PIXELS, image_files
 from dropformer.metrics.scores import Scores
 from dropformer.metrics.text import check_name
@@ -115,7 +116,8 @@ def check_keep(keep: Sequence[int], drop: str | None, folder: Path) -> None:
 
 def check_out(out: Path) -> None:
     """Raises OutputError where a checkpoint could not be written."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    check_place(out)
+    if out.is_dir() and any(out.iterdir()):
         raise OutputError(f"{out} exists and is not an empty folder; choose another --out or remove it")
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dropformer.eval.out import check_out
+from dropformer.eval.out import check_out, given_path
 
 Text = str | None
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -55,7 +55,9 @@ def evaluate(
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder of answers, so that a run cut off goes on.")] = None,
     sweep: Annotated[Path | None, typer.Option(help="A sweep.json of the dense model, for the page.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for report.json and report.html.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.json and report.html.", parser=given_path, metavar="PATH")
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     device_map: Annotated[Text, typer.Option(help="Passed to accelerate: auto.")] = None,
@@ -206,7 +208,9 @@ def sweep(
     samples: Annotated[int, typer.Option(min=1, help="Windows of that text.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
     speed: Annotated[bool, typer.Option("--speed", help="Measure speed too, all models interleaved.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for sweep.json and sweep.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for sweep.json and sweep.png.", parser=given_path, metavar="PATH")
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dropformer.eval.out import check_out, given_path
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -20,7 +22,10 @@ CHECKPOINTS = "Folders, Hub ids or id@revision, .gguf files, recipes, or the fol
 def compare(
     checkpoints: Annotated[list[str], typer.Argument(help=CHECKPOINTS)],
     drop: Annotated[Text, typer.Option("--drop", "-d", help="What to choose in each: attn:8, joint:25%, ...")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for compare.json, the pictures, the page.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for compare.json, the pictures, the page.", parser=given_path, metavar="PATH"),
+    ] = None,
     revisions: Annotated[Text, typer.Option(help="Revisions of one Hub model, by commas: step1000,step10000.")] = None,
     tokenizer: Annotated[Text, typer.Option(help="Cut the text with this one's tokenizer, not the first's.")] = None,
     keep: Annotated[str, typer.Option(help="Blocks that --drop leaves whole, such as 0,1,-1.")] = "",
@@ -38,7 +43,6 @@ def compare(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
     """How redundancy and the layers to drop change over training, or between pruned variants."""
-    from dropformer.eval.out import check_out
     from dropformer.metrics.text import check_name
     from dropformer.prune.plan import parse_keep, parse_spec
 

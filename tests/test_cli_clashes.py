@@ -1,10 +1,13 @@
 """Options that would be ignored, and arguments that are known to be wrong, are one line before anything is loaded."""
 
 import json
+import os
 
 import pytest
+import torch
 from command import run
 
+import dropformer
 from dropformer import clashes, preflight
 
 
@@ -182,3 +185,45 @@ def test_what_is_pruned_already_is_not_pruned_or_swept_again_but_may_be_analyzed
 )
 def test_other_commands_check_their_arguments_first_too(unopened, here, capsys, command, said):
     bad(command[0], unopened, *command[1:], capsys=capsys, here=here, said=said)
+
+
+COMMANDS = [
+    ("analyze",),
+    ("evaluate",),
+    ("compare",),
+    ("sweep", "--drop", "attn:0..2"),
+    ("--drop", "attn:1", "--model"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("llama/config.json", "llama/config.json is a file; choose another --out"),
+        ("llama/config.json/x/y", "config.json is a file; choose another --out"),
+        ("", "--out is empty"),
+        ("x" * 300, "cannot be written (File name too long)"),
+    ],
+)
+def test_where_nothing_can_be_written_is_said_before_the_work(unopened, here, capsys, command, out, said):
+    bad(*command, unopened, "--out", out, capsys=capsys, here=here, said=said)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_that_lets_nobody_write_is_said_before_the_work(unopened, here, capsys, command):
+    (here / "closed").mkdir(mode=0o500)
+    bad(*command, unopened, "--out", "closed/x", capsys=capsys, here=here, said="no permission to write in")
+
+
+def test_a_plan_is_not_written_over_a_folder_or_nowhere(llama_folder, here, capsys):
+    opened = dropformer.open_model(llama_folder)
+    batch = torch.arange(3, 15)[None]
+    scores = dropformer.analyze(opened.model, [{"input_ids": batch}])
+    scores.write(here / "scores.json")
+    (here / "folder").mkdir()
+    command = ("plan", "scores.json", "--drop", "attn:1", "--out")
+    bad(*command, "folder", capsys=capsys, here=here, said="folder is a folder, not a place for a plan file")
+    bad(*command, "llama/config.json/x", capsys=capsys, here=here, said="cannot be written")
+    bad(*command, "", capsys=capsys, here=here, said="--out is empty")
