@@ -22,7 +22,7 @@ from dropformer.metrics.material import fitted, material
 from dropformer.metrics.picture import similarity_by_depth
 from dropformer.metrics.scores import Scores
 from dropformer.metrics.windows import windows
-from dropformer.preflight import check_out, default_out, short_name
+from dropformer.preflight import check_out, default_out
 from dropformer.prune.architecture import of_images
 from dropformer.prune.checkpoint import Exported, export
 from dropformer.prune.errors import ModelError, PlanError
@@ -32,6 +32,7 @@ from dropformer.prune.inputs import takes_pictures, writes_text
 from dropformer.prune.plan import Plan, parse_spec
 from dropformer.prune.writing import How
 from dropformer.recipes import Recipe
+from dropformer.recipes.source import short_name
 from dropformer.scoring import get_scores, open_to_score
 from dropformer.watcher import Watcher
 

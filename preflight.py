@@ -18,7 +18,7 @@ from dropformer.prune.formats import known_format
 from dropformer.prune.onnx_format import check_installed
 from dropformer.prune.plan import Plan, parse_spec
 from dropformer.prune.record import need_dense, read_config
-from dropformer.recipes.source import is_gguf, locate
+from dropformer.recipes.source import is_gguf, locate, short_name
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 UNEVEN = ("hybrid_override_pattern", "layers_block_type")  # configs of models whose blocks hold one branch each
@@ -126,10 +126,6 @@ def default_out(model: str, drop: str | None, plan: Path | None) -> Path:
     spec = drop if drop else (plan.stem if plan else "pruned")
     short = "".join(c if c.isalnum() or c in ".=-" else "-" if c == "," else "" for c in spec.replace("%", "pct"))
     return Path(f"{short_name(model)}-{short}")
-
-
-def short_name(model: str) -> str:
-    return Path(model.partition("@")[0]).name.removesuffix(".gguf")
 
 
 def _kinds(job: Job) -> set[str] | None:

@@ -222,10 +222,11 @@ def sweep(
     from dropformer.eval.drops import parse_range
     from dropformer.metrics.text import check_name
     from dropformer.prune.plan import parse_keep, parse_spec
+    from dropformer.recipes.source import short_name
 
     kind, counts = parse_range(drop)
     parse_spec(f"{kind}:{counts[-1]}")
-    folder = out or Path(f"{preflight.short_name(model)}-sweep")
+    folder = out or Path(f"{short_name(model)}-sweep")
     check_name(text)
     local = preflight.check(model, f"{kind}:{counts[-1]}", calibration.split(",") if calibration else (), dense=True)
     if local:

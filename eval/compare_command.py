@@ -45,12 +45,13 @@ def compare(
     """How redundancy and the layers to drop change over training, or between pruned variants."""
     from dropformer.metrics.text import check_name
     from dropformer.prune.plan import parse_keep, parse_spec
+    from dropformer.recipes.source import short_name
 
     if drop:
         parse_spec(drop)
     if calibration:
         check_name(calibration)
-    folder = out or Path(f"{Path(checkpoints[0].partition('@')[0]).resolve().name}-compare")
+    folder = out or Path(f"{short_name(checkpoints[0])}-compare")
     check_out(folder, "compare.json")
     from dropformer import show
     from dropformer.api import Placement

@@ -26,8 +26,8 @@ def check_place(out: Path) -> None:
     """Raises OutputError unless `out` is a folder in which one may write, or could be made as one."""
     nearest = _nearest(out)
     if not nearest.is_dir():
-        said = f"{out} is a file" if nearest == out.absolute() else f"{out} cannot be a folder, since {nearest} is a file"
-        raise OutputError(f"{said}; choose another --out")
+        said = "" if nearest == out.absolute() else f", and {out} would lie in it"
+        raise OutputError(f"{nearest} is a file{said}; choose another --out")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise OutputError(f"{out} cannot be written: no permission to write in {nearest}; choose another --out")
 

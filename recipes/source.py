@@ -73,7 +73,7 @@ def open_config(name: str, revision: str | None = None, progress: Progress | Non
     if path.is_dir():
         _no_revision(name, revision, "is a local path")
         read_config(path, name)
-        return Source(name, path, None, None, "folder")
+        return Source(called(name), path, None, None, "folder")
     known = recipes().get(name)
     if path.exists() or (known and known.wheel):
         return open_source(name, revision, progress)
@@ -100,6 +100,18 @@ def locate(name: str) -> Path | None:
     return None
 
 
+def called(name: str) -> str:
+    """`name` itself; of a path that ends in none, such as `.`, the name of the folder that it leads to."""
+    path = Path(name).expanduser()
+    return path.resolve().name or name if path.name in ("", "..") else name
+
+
+def short_name(name: str) -> str:
+    """The last part of a model's name, for what is made of it: `model` of org/model@revision and of dir/model.gguf."""
+    local = Path(name).expanduser().exists()
+    return Path(called(name) if local else name.partition("@")[0]).expanduser().name.removesuffix(".gguf")
+
+
 def is_gguf(name: str) -> bool:
     """Whether the model called `name` comes as a .gguf file: a path to one, or a recipe whose wheel holds one."""
     path = Path(name).expanduser()
@@ -110,7 +122,7 @@ def is_gguf(name: str) -> bool:
 
 def _open_path(name: str, path: Path, tell: Progress) -> Source:
     if path.is_dir():
-        return Source(name, check_folder(path, name), None, None, "folder")
+        return Source(called(name), check_folder(path, name), None, None, "folder")
     if path.suffix.lower() != ".gguf":
         raise ModelError(f"{name} is a file of a kind that cannot be opened; expected {ACCEPTED}")
     from dropformer.recipes.gguf import convert_gguf  # imports torch: only when there is a file to convert

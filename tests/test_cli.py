@@ -58,6 +58,17 @@ def test_the_whole_command_writes_a_checkpoint_and_a_report(model, here, capsys)
     assert dropformer.load(here / "llama-attn1").config.num_hidden_layers == 4
 
 
+@pytest.mark.parametrize("name", [".", "../llama", "../llama/.", "inner/.."])
+def test_a_folder_is_called_by_its_name_however_it_is_reached(model, here, capsys, monkeypatch, name):
+    (model / "inner").mkdir()
+    monkeypatch.chdir(model)
+    assert run("--model", name, "--drop", "attn=1", "--no-measure", "-q", capsys=capsys)[0] == 0
+    assert "# llama, pruned (attn=1)" in (model / "llama-attn=1" / "README.md").read_text()
+    assert run("analyze", name, "--samples", "3", "--length", "16", "-q", capsys=capsys)[0] == 0
+    title = json.loads((model / "llama-scores" / "scores.json").read_text())["model"]["name"]
+    assert Path(title).name == "llama"
+
+
 def test_json_is_all_that_stdout_holds(model, here, capsys):
     _, out, _ = run("--model", model, "--drop", "attn=1", "--json", *SMALL, capsys=capsys)
     assert json.loads(out)["dropped"] == {"attention": [1], "mlp": [], "blocks": []}

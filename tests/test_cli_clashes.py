@@ -201,7 +201,7 @@ COMMANDS = [
     ("out", "said"),
     [
         ("llama/config.json", "llama/config.json is a file; choose another --out"),
-        ("llama/config.json/x/y", "config.json is a file; choose another --out"),
+        ("llama/config.json/x/y", "config.json is a file, and llama/config.json/x/y would lie in it; choose another"),
         ("", "--out is empty"),
         ("x" * 300, "cannot be written (File name too long)"),
     ],
