@@ -30,6 +30,7 @@ from dropformer.prune.files import CopyReport
 from dropformer.prune.formats import known_format
 from dropformer.prune.inputs import takes_pictures, writes_text
 from dropformer.prune.plan import Plan, parse_spec
+from dropformer.prune.record import kv_width
 from dropformer.prune.writing import How
 from dropformer.recipes import Recipe
 from dropformer.recipes.source import short_name
@@ -194,8 +195,9 @@ def _likeness(opened: api.Opened, pruned: Any, request: Request, watcher: Watche
 
 
 def _report(dense: Any, pruned: Any, plan: Plan, copied: CopyReport, quality: Measured, speed: Measured) -> Report:
-    before = sizes(dense, copied.bytes_before)
-    after = sizes(pruned, copied.bytes_after)
+    width = kv_width(copied.bytes_before, plan.savings.parameters)
+    before = sizes(dense, copied.bytes_before, width)
+    after = sizes(pruned, copied.bytes_after, width)
     return Report(
         model=plan.model,
         spec=plan.spec,

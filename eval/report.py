@@ -100,12 +100,17 @@ def measure_speed(dense: nn.Module, pruned: nn.Module, seconds: float) -> Measur
     return Measured(one, two, {"speed": speed})
 
 
-def sizes(model: nn.Module, checkpoint_bytes: int) -> dict[str, int]:
-    """Parameters, checkpoint bytes, and KV bytes per token counted from a real cache (0 where nothing is written)."""
+def sizes(model: PreTrainedModel, checkpoint_bytes: int, kv_width: float) -> dict[str, int]:
+    """Parameters, checkpoint bytes, and KV bytes per token (0 where nothing is written).
+
+    Keys and values are counted in a real cache and stated at `kv_width` bytes a number, as `record.kv_width` gives
+    it: what a model computes in here says nothing about the checkpoint.
+    """
+    numbers = kv_bytes_per_token(model) / model.dtype.itemsize if hasattr(model, "generate") else 0
     return {
         "parameters": parameter_count(model),
         "checkpoint_bytes": checkpoint_bytes,
-        "kv_bytes_per_token": kv_bytes_per_token(model) if hasattr(model, "generate") else 0,
+        "kv_bytes_per_token": round(numbers * kv_width),
     }
 
 

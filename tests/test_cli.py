@@ -69,6 +69,19 @@ def test_a_folder_is_called_by_its_name_however_it_is_reached(model, here, capsy
     assert Path(title).name == "llama"
 
 
+def test_the_kv_cache_is_stated_in_the_checkpoints_own_type(model, here, capsys):
+    dense = dropformer.open_model(model).model.to(torch.bfloat16)
+    dense.save_pretrained(model)
+    options = ("--drop", "attn=1", "--dtype", "float32", "--device", "cpu", *SMALL)
+    status, out, _ = run("--model", model, *options, capsys=capsys)
+    assert status == 0 and " 256 B │ " in out
+    report = json.loads((here / "llama-attn=1" / "report.json").read_text())
+    record = json.loads((here / "llama-attn=1" / "dropformer.json").read_text())
+    keys_and_values = 4 * 2 * 2 * 8  # blocks, both, heads, width
+    assert report["dense"]["kv_bytes_per_token"] == record["before"]["kv_bytes_per_token"] == 2 * keys_and_values
+    assert report["pruned"]["kv_bytes_per_token"] == record["after"]["kv_bytes_per_token"]
+
+
 def test_json_is_all_that_stdout_holds(model, here, capsys):
     _, out, _ = run("--model", model, "--drop", "attn=1", "--json", *SMALL, capsys=capsys)
     assert json.loads(out)["dropped"] == {"attention": [1], "mlp": [], "blocks": []}
