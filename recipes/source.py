@@ -93,9 +93,9 @@ def locate(name: str) -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir():
         return check_folder(path, name)
-    if path.exists() and path.suffix.lower() != ".gguf":
-        raise ModelError(f"{name} is a file of a kind that cannot be opened; expected {ACCEPTED}")
-    if not path.exists() and name not in recipes() and not is_hub_id(_split_revision(name, None)[0]):
+    if path.exists():
+        check_gguf(path, name)
+    elif name not in recipes() and not is_hub_id(_split_revision(name, None)[0]):
         raise _unknown(name)
     return None
 
@@ -123,8 +123,7 @@ def is_gguf(name: str) -> bool:
 def _open_path(name: str, path: Path, tell: Progress) -> Source:
     if path.is_dir():
         return Source(called(name), check_folder(path, name), None, None, "folder")
-    if path.suffix.lower() != ".gguf":
-        raise ModelError(f"{name} is a file of a kind that cannot be opened; expected {ACCEPTED}")
+    check_gguf(path, name)
     from dropformer.recipes.gguf import convert_gguf  # imports torch: only when there is a file to convert
 
     return Source(name, convert_gguf(path, tell), None, None, "gguf", path)
@@ -187,6 +186,19 @@ def check_folder(folder: Path, name: str) -> Path:
             "use a version of the model in safetensors"
         )
     raise CheckpointError(f"{name} has no *.safetensors weights{_hint(folder)}")
+
+
+def check_gguf(path: Path, name: str) -> None:
+    """Raises ModelError for a file that is none, CheckpointError for a damaged one or one that lacks layers."""
+    if path.suffix.lower() != ".gguf":
+        raise ModelError(f"{name} is a file of a kind that cannot be opened; expected {ACCEPTED}")
+    from dropformer.prune.gguf_header import read_gguf_header  # imports NumPy
+
+    if read_gguf_header(path).text("general.architecture") == "deci":
+        raise CheckpointError(
+            f"{name} is a model whose blocks lack layers, as --format gguf writes it: llama.cpp runs it, and dropformer "
+            "does not load it; to measure what was dropped, prune the dense model without --format gguf"
+        )
 
 
 def _hint(folder: Path) -> str:

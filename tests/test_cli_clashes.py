@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from command import run
+from tiny_gguf import tiny_llama, write_gguf
 
 import dropformer
 from dropformer import clashes, preflight
@@ -227,3 +228,14 @@ def test_a_plan_is_not_written_over_a_folder_or_nowhere(llama_folder, here, caps
     bad(*command, "folder", capsys=capsys, here=here, said="folder is a folder, not a place for a plan file")
     bad(*command, "llama/config.json/x", capsys=capsys, here=here, said="cannot be written")
     bad(*command, "", capsys=capsys, here=here, said="--out is empty")
+
+
+def test_a_gguf_that_lacks_layers_is_llama_cpps_and_not_loaded(here, capsys):
+    write_gguf(here / "x.gguf", tiny_llama())
+    options = ("--drop", "attn=1", "--format", "gguf", "--no-measure", "--out", "out", "-q")
+    assert run("--model", "x.gguf", *options, capsys=capsys)[0] == 0
+    said = "out/x-pruned.gguf is a model whose blocks lack layers, as --format gguf writes it: llama.cpp runs it, and"
+    bad("evaluate", "x.gguf", "out/x-pruned.gguf", "-q", capsys=capsys, here=here, said=said)
+    bad("analyze", "out/x-pruned.gguf", "-q", capsys=capsys, here=here, said="dropformer does not load it")
+    (here / "y.gguf").write_bytes((here / "x.gguf").read_bytes()[:200])
+    bad("evaluate", "x.gguf", "y.gguf", "-q", capsys=capsys, here=here, said="y.gguf is")
