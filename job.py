@@ -9,7 +9,16 @@ from typing import Any
 from dropformer import api
 from dropformer.eval.likeness import Likeness, likeness
 from dropformer.eval.out import check_place
-from dropformer.eval.report import Measured, Report, TextRef, card_lines, measure_quality, measure_speed, sizes
+from dropformer.eval.report import (
+    Measured,
+    Report,
+    TextRef,
+    card_lines,
+    measure_quality,
+    measure_speed,
+    same_text,
+    sizes,
+)
 from dropformer.eval.sweep import AT, Sweep, find_cliff, point, with_speed
 from dropformer.eval.timing import Setting
 from dropformer.eval.trend import trend
@@ -171,7 +180,10 @@ def _measure(
     if opened.tokenizer is not None:
         length = min(HELD_OUT.length, context_of(pruned.config) or HELD_OUT.length)
         data = windows(replace(HELD_OUT, name=request.text, length=length), opened.tokenizer)
-        text = TextRef(name=request.text, windows=len(data), length=data.ids.shape[1], hash=data.ref.hash)
+        seen = any(same_text(request.text, name) for name in _calibrated_on(opened, plan, request))
+        text = TextRef(
+            name=request.text, windows=len(data), length=data.ids.shape[1], hash=data.ref.hash, calibrated_on=seen
+        )
         with watcher.stage(f"perplexity on {request.text}"):
             quality = measure_quality(opened.model, pruned, data.ids, text)
         with watcher.stage("trend of the first drops alone"):
@@ -180,6 +192,13 @@ def _measure(
             with watcher.stage("speed, dense and pruned interleaved"):
                 speed = measure_speed(opened.model, pruned, request.seconds)
     return quality, speed
+
+
+def _calibrated_on(opened: api.Opened, plan: Plan, request: Request) -> list[str]:
+    """The texts that layers were chosen on, or repaired; none where a list names the layers."""
+    chosen = [str(plan.calibration["name"])] if plan.calibration else []
+    repaired = request.calibration.of(opened.recipe).name.split(",") if request.improvement else []
+    return chosen + repaired
 
 
 def _likeness(opened: api.Opened, pruned: Any, request: Request, watcher: Watcher) -> Likeness | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,12 +30,13 @@ class Side(Part):
 
 
 class TextRef(Part):
-    """The text that perplexity was measured on, which calibration did not see."""
+    """The text that perplexity was measured on; `calibrated_on`: calibration saw it too, which flatters the figure."""
 
     name: str
     windows: int
     length: int
     hash: str
+    calibrated_on: bool = False
 
 
 class SpeedRef(Part):
@@ -64,6 +66,12 @@ class Report(Artifact):
     trend: Trend | None = None
     speed: SpeedRef | None = None
     outputs: Likeness | None = None
+
+
+def same_text(one: str, other: str) -> bool:
+    """Whether two names are of one text: the same name, or paths that lead to one file."""
+    files = Path(one), Path(other)
+    return one == other or (all(path.is_file() for path in files) and files[0].samefile(files[1]))
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,28 @@ def test_the_kv_cache_is_stated_in_the_checkpoints_own_type(model, here, capsys)
     assert report["pruned"]["kv_bytes_per_token"] == record["after"]["kv_bytes_per_token"]
 
 
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        ("heldout", ("--drop", "attn:1"), "not calibrated on"),
+        ("builtin", ("--drop", "attn:1"), "calibrated on too"),
+        ("builtin", ("--drop", "attn=1"), "not calibrated on"),
+        ("./a.txt", ("--drop", "attn:1", "--calibration", "a.txt"), "calibrated on too"),
+        ("b.txt", ("--drop", "attn:1", "--calibration", "a.txt"), "not calibrated on"),
+        ("b.txt", ("--drop", "attn:1", "--repair", "refit", "--calibration", "a.txt,b.txt"), "calibrated on too"),
+    ],
+)
+def test_a_report_says_whether_its_text_was_calibrated_on(model, here, capsys, text, options, said):
+    for name in ("a", "b"):
+        (here / f"{name}.txt").write_text(f"a text called {name}, ".join(map(str, range(400))))
+    small = ("--samples", "4", "--length", "16", "--seconds", "0", "-q", "--out", "out")
+    status, out, err = run("--model", model, *options, "--text", text, *small, capsys=capsys)
+    assert status == 0, err
+    assert f"of `{text}`, {said};" in out
+    report = json.loads((here / "out" / "report.json").read_text())
+    assert report["text"]["calibrated_on"] == (said == "calibrated on too")
+
+
 def test_json_is_all_that_stdout_holds(model, here, capsys):
     _, out, _ = run("--model", model, "--drop", "attn=1", "--json", *SMALL, capsys=capsys)
     assert json.loads(out)["dropped"] == {"attention": [1], "mlp": [], "blocks": []}
