@@ -52,11 +52,11 @@ Out = Annotated[
     typer.Option(help="Where to write; must not exist or be empty.", parser=given_path, metavar="PATH"),
 ]
 Revision = Annotated[Text, typer.Option(help="Branch, tag or commit of a Hub model.")]
-CalibrationText = Annotated[
+TEXTS = "builtin, c4, wikitext, or a .txt, .jsonl or .parquet file"
+CalibrationText = Annotated[Text, typer.Option("--calibration", help=f"{TEXTS}.", rich_help_panel=TEXT)]
+CalibrationTexts = Annotated[
     Text,
-    typer.Option(
-        "--calibration", help="builtin, c4, wikitext, or a .txt, .jsonl or .parquet file.", rich_help_panel=TEXT
-    ),
+    typer.Option("--calibration", help=f"{TEXTS}; several by commas with --quality or --repair.", rich_help_panel=TEXT),
 ]
 Samples = Annotated[int | None, typer.Option(min=1, help="Calibration windows.", rich_help_panel=TEXT)]
 Length = Annotated[int | None, typer.Option(min=2, help="Tokens in a window.", rich_help_panel=TEXT)]
@@ -109,7 +109,7 @@ def prune(
         Path | None, typer.Option(help="A scores.json of this model to plan from.", rich_help_panel=CHOICE)
     ] = None,
     revision: Revision = None,
-    calibration: CalibrationText = None,
+    calibration: CalibrationTexts = None,
     samples: Samples = None,
     length: Length = None,
     seed: Seed = None,
@@ -177,13 +177,14 @@ def prune(
         )
     better = _better(quality, metric, select, repair, refine, budget)
     on_files = bool(plan and not (better or measure or dry_run))
-    images = bool(calibration and Path(calibration).is_dir())
+    texts = preflight.texts(calibration, several=better is not None)
+    images = any(Path(text).is_dir() for text in texts)
     clashes.check(clashes.Command(given, better, format, on_files, measure is not False, images))
     target = out or preflight.default_out(model, drop or budget, plan)
     kept = parse_keep(keep)
     preflight.check_job(
         preflight.Job(
-            model, drop, plan, scores, calibration.split(",") if calibration else (), (text, gate), kept,
+            model, drop, plan, scores, texts, (text, gate), kept,
             None if dry_run else target, format, better.repair if better else (), on_files,
         )
     )  # fmt: skip
@@ -196,7 +197,7 @@ def prune(
 
     request = job.Request(
         model, drop, out, kept, plan, scores, revision, batch_size,
-        _overrides(calibration, samples, length, seed, skip_first),
+        _overrides(",".join(texts) or None, samples, length, seed, skip_first),
         _placement(dtype, device, device_map, trust_remote_code), text, seconds,
         improvement=Improvement(better, budget, gate) if better else None, how=how, measure=measure is not False,
     )  # fmt: skip
@@ -288,13 +289,14 @@ def analyze(
     """Score every block, attention layer and MLP layer; write scores.json and a picture."""
     from dropformer import preflight
 
-    preflight.check(model, until_stable, calibration.split(",") if calibration else ())
+    texts = preflight.texts(calibration)
+    preflight.check(model, until_stable, texts)
     from dropformer import job, show
     from dropformer.metrics import distributed
 
     request = job.Request(
         model, out=out, revision=revision, batch_size=batch_size,
-        calibration=_overrides(calibration, samples, length, seed, skip_first),
+        calibration=_overrides(*(texts or [None]), samples, length, seed, skip_first),
         placement=_placement(dtype, device, device_map, trust_remote_code),
         until_stable=until_stable, memory=memory,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from dropformer.metrics.images import PIXELS, image_files
 from dropformer.metrics.scores import Scores
 from dropformer.metrics.text import check_name
 from dropformer.prune.deci_families import check_family
-from dropformer.prune.errors import OutputError, PlanError
+from dropformer.prune.errors import CalibrationError, OutputError, PlanError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.formats import known_format
 from dropformer.prune.onnx_format import check_installed
@@ -88,6 +88,24 @@ def check(model: str, drop: str | None = None, texts: Sequence[str] = (), dense:
             need_dense(read_config(folder), model)
         check_drop(drop, folder, model)
     return folder
+
+
+def texts(calibration: str | None, several: bool = False) -> tuple[str, ...]:
+    """The calibration texts that were named by commas, none by None.  Raises CalibrationError.
+
+    `several`: windows can be shared out among texts, as they are where a search or a repair measures its own.
+    """
+    if calibration is None:
+        return ()
+    whole = not several and Path(calibration).exists()  # a name may hold a comma
+    names = tuple(name.strip() for name in ([calibration] if whole else calibration.split(",")) if name.strip())
+    if not names:
+        raise CalibrationError("--calibration names no text; expected builtin, c4, wikitext or a file, or leave it out")
+    if len(names) > 1 and not several:
+        raise CalibrationError(
+            f"--calibration `{calibration}` names several texts, which need `prune` with --quality or --repair; name one"
+        )
+    return names
 
 
 def check_drop(drop: str | None, folder: Path, name: str) -> None:

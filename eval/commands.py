@@ -228,7 +228,8 @@ def sweep(
     parse_spec(f"{kind}:{counts[-1]}")
     folder = out or Path(f"{short_name(model)}-sweep")
     check_name(text)
-    local = preflight.check(model, f"{kind}:{counts[-1]}", calibration.split(",") if calibration else (), dense=True)
+    texts = preflight.texts(calibration)
+    local = preflight.check(model, f"{kind}:{counts[-1]}", texts, dense=True)
     if local:
         preflight.check_keep(parse_keep(keep), f"{kind}:{counts[-1]}", local)
     check_out(folder, "sweep.json")
@@ -237,7 +238,7 @@ def sweep(
     from dropformer.eval import sweep as sw
 
     request = job.Request(
-        model, f"{kind}:{counts[-1]}", keep=parse_keep(keep), calibration=job.Overrides(calibration),
+        model, f"{kind}:{counts[-1]}", keep=parse_keep(keep), calibration=job.Overrides(*texts),
         placement=Placement(dtype, device, None, trust_remote_code), text=text,
     )  # fmt: skip
     found = job.sweep(request, kind, counts, (samples, length), show.Terminal(quiet), speed)

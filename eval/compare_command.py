@@ -43,14 +43,16 @@ def compare(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
     """How redundancy and the layers to drop change over training, or between pruned variants."""
+    from dropformer import preflight
     from dropformer.metrics.text import check_name
     from dropformer.prune.plan import parse_keep, parse_spec
     from dropformer.recipes.source import short_name
 
     if drop:
         parse_spec(drop)
-    if calibration:
-        check_name(calibration)
+    texts = preflight.texts(calibration)
+    for name in texts:
+        check_name(name)
     folder = out or Path(f"{short_name(checkpoints[0])}-compare")
     check_out(folder, "compare.json")
     from dropformer import show
@@ -64,7 +66,7 @@ def compare(
     known = recipes().get(checkpoints[0]) or recipe_of(checkpoints[0].partition("@")[0])
     request = CompareRequest(
         checkpoints, drop, parse_keep(keep), [r for r in (revisions or "").replace(" ", "").split(",") if r], tokenizer,
-        Overrides(calibration, samples, length, seed).of(known), batch_size,
+        Overrides(*(texts or [None]), samples, length, seed).of(known), batch_size,
         Placement(dtype, device, device_map, trust_remote_code), keep_downloads,
     )  # fmt: skip
     found = run(request, show.Terminal(quiet))

@@ -384,3 +384,10 @@ def test_improve_drop_and_save_give_the_model_that_is_loaded(model, here, ids):
     dropformer.save(pruned, here / "saved")
     with torch.no_grad():
         assert torch.equal(dropformer.load(here / "saved")(ids).logits, pruned(ids).logits)
+
+
+@pytest.mark.parametrize("text", ["builtin, heldout", " builtin ,heldout,"])
+def test_spaces_and_a_last_comma_among_texts_do_no_harm(model, here, capsys, text):
+    options = ("--drop", "attn:1", "--repair", "refit", "--samples", "4", "--length", "16", "--dry-run")
+    status, _, err = run("--model", model, *options, "--calibration", text, capsys=capsys)
+    assert status == 0 and "calibration: builtin, 2 windows of 16; heldout, 2 windows of 16" in err

@@ -239,3 +239,16 @@ def test_a_gguf_that_lacks_layers_is_llama_cpps_and_not_loaded(here, capsys):
     bad("analyze", "out/x-pruned.gguf", "-q", capsys=capsys, here=here, said="dropformer does not load it")
     (here / "y.gguf").write_bytes((here / "x.gguf").read_bytes()[:200])
     bad("evaluate", "x.gguf", "y.gguf", "-q", capsys=capsys, here=here, said="y.gguf is")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS[:1], *COMMANDS[2:]])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("builtin,heldout", "`builtin,heldout` names several texts, which need `prune` with --quality or --repair"),
+        (" , ", "--calibration names no text"),
+        ("", "--calibration names no text"),
+    ],
+)
+def test_several_texts_need_a_search_or_a_repair_and_none_is_not_a_text(unopened, here, capsys, command, text, said):
+    bad(*command, unopened, "--calibration", text, capsys=capsys, here=here, said=said)
