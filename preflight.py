@@ -103,7 +103,8 @@ def texts(calibration: str | None, several: bool = False) -> tuple[str, ...]:
         raise CalibrationError("--calibration names no text; expected builtin, c4, wikitext or a file, or leave it out")
     if len(names) > 1 and not several:
         raise CalibrationError(
-            f"--calibration `{calibration}` names several texts, which need `prune` with --quality or --repair; name one"
+            f"--calibration `{calibration}` names several texts, which need `prune` with --quality or --repair; "
+            "name one"
         )
     return names
 

@@ -196,8 +196,8 @@ def check_gguf(path: Path, name: str) -> None:
 
     if read_gguf_header(path).text("general.architecture") == "deci":
         raise CheckpointError(
-            f"{name} is a model whose blocks lack layers, as --format gguf writes it: llama.cpp runs it, and dropformer "
-            "does not load it; to measure what was dropped, prune the dense model without --format gguf"
+            f"{name} is a model whose blocks lack layers, as --format gguf writes it: llama.cpp runs it, and "
+            "dropformer does not load it; to measure what was dropped, prune the dense model without --format gguf"
         )
 
 

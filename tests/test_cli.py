@@ -391,3 +391,11 @@ def test_spaces_and_a_last_comma_among_texts_do_no_harm(model, here, capsys, tex
     options = ("--drop", "attn:1", "--repair", "refit", "--samples", "4", "--length", "16", "--dry-run")
     status, _, err = run("--model", model, *options, "--calibration", text, capsys=capsys)
     assert status == 0 and "calibration: builtin, 2 windows of 16; heldout, 2 windows of 16" in err
+
+
+@pytest.mark.parametrize(("samples", "marks"), [(1, 0), (2, 3)])
+def test_one_window_has_no_spread_to_state(model, here, capsys, samples, marks):
+    assert run("--model", model, "--drop", "attn=1", "--out", "out", *SMALL, capsys=capsys)[0] == 0
+    options = ("--samples", samples, "--length", "16", "--no-probes", "-q")
+    status, out, _ = run("evaluate", model, "out", *options, capsys=capsys)
+    assert status == 0 and out.count("±") == marks
