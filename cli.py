@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dropformer import __version__
+from dropformer import __version__, clashes
 from dropformer.eval.commands import estimate, evaluate, sweep
 from dropformer.eval.compare_command import compare
-from dropformer.prune.errors import DropformerError
+from dropformer.eval.out import given_path
+from dropformer.prune.errors import DropformerError, PlanError
 
 if TYPE_CHECKING:
     from dropformer.job import Overrides
@@ -46,13 +47,16 @@ MEASURE = (
 FORMAT = "dropformer; dense (zeros, loads anywhere); deci (vLLM); gguf (llama.cpp, from a .gguf); onnx."
 PACKABLE = "Drop pairs of neighbours (joint:N), so that a stock, shorter model is left; says what that costs."
 Keep = Annotated[str, typer.Option(help="Blocks to leave whole, such as 0,1,-1.", rich_help_panel=CHOICE)]
-Out = Annotated[Path | None, typer.Option(help="Where to write; must not exist or be empty.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Where to write; must not exist or be empty.", parser=given_path, metavar="PATH"),
+]
 Revision = Annotated[Text, typer.Option(help="Branch, tag or commit of a Hub model.")]
-CalibrationText = Annotated[
+TEXTS = "builtin, c4, wikitext, or a .txt, .jsonl or .parquet file"
+CalibrationText = Annotated[Text, typer.Option("--calibration", help=f"{TEXTS}.", rich_help_panel=TEXT)]
+CalibrationTexts = Annotated[
     Text,
-    typer.Option(
-        "--calibration", help="builtin, c4, wikitext, or a .txt, .jsonl or .parquet file.", rich_help_panel=TEXT
-    ),
+    typer.Option("--calibration", help=f"{TEXTS}; several by commas with --quality or --repair.", rich_help_panel=TEXT),
 ]
 Samples = Annotated[int | None, typer.Option(min=1, help="Calibration windows.", rich_help_panel=TEXT)]
 Length = Annotated[int | None, typer.Option(min=2, help="Tokens in a window.", rich_help_panel=TEXT)]
@@ -105,7 +109,7 @@ def prune(
         Path | None, typer.Option(help="A scores.json of this model to plan from.", rich_help_panel=CHOICE)
     ] = None,
     revision: Revision = None,
-    calibration: CalibrationText = None,
+    calibration: CalibrationTexts = None,
     samples: Samples = None,
     length: Length = None,
     seed: Seed = None,
@@ -150,15 +154,19 @@ def prune(
     ] = False,
 ) -> None:
     """The main job: score, plan, drop, export, reload, verify, report."""
+    given = _given(context)
     if context.invoked_subcommand:
+        clashes.check_subcommand(given, context.invoked_subcommand)
         return
-    if not model or [drop, plan, budget].count(None) != 2:
+    clashes.check_one_choice(given)
+    if not model or [drop, plan, budget].count(None) == 3:
         raise DropformerError(
             "prune needs --model and one of --drop, --plan or --budget; "
             "for example: prune --model smollm2-135m --drop attn:4"
         )
     from dropformer import preflight
     from dropformer.metrics import distributed
+    from dropformer.prune.plan import parse_keep
     from dropformer.prune.writing import How
 
     if distributed.world() > 1:
@@ -166,21 +174,28 @@ def prune(
             "this job runs in one process; launch `analyze` on many, and give its scores with --scores"
         )
     better = _better(quality, metric, select, repair, refine, budget)
-    if better and scores:
-        raise DropformerError("--scores serve one-shot similarity; leave them out, or --quality and its like")
+    on_files = bool(plan and not (better or measure or dry_run))
+    texts = preflight.texts(calibration, several=better is not None)
+    images = any(Path(text).is_dir() for text in texts)
+    clashes.check(clashes.Command(given, better, format, on_files, measure is not False, images))
     target = out or preflight.default_out(model, drop or budget, plan)
-    preflight.check(model, drop, calibration, None if dry_run else target, format)
-    how = How(format, link, verify)
-    if plan and not (better or measure or dry_run):
+    kept = parse_keep(keep)
+    preflight.check_job(
+        preflight.Job(
+            model, drop, plan, scores, texts, (text, gate), kept,
+            None if dry_run else target, format, better.repair if better else (), on_files,
+        )
+    )  # fmt: skip
+    how = How(format, link, verify, trust_remote_code=trust_remote_code)
+    if plan and on_files:
         _by_plan(model, revision, plan, target, how, as_json, quiet)
         return
     from dropformer import job, show
     from dropformer.improving import Improvement
-    from dropformer.prune.plan import parse_keep
 
     request = job.Request(
-        model, drop, out, parse_keep(keep), plan, scores, revision, batch_size,
-        _overrides(calibration, samples, length, seed, skip_first),
+        model, drop, out, kept, plan, scores, revision, batch_size,
+        _overrides(",".join(texts) or None, samples, length, seed, skip_first),
         _placement(dtype, device, device_map, trust_remote_code), text, seconds,
         improvement=Improvement(better, budget, gate) if better else None, how=how, measure=measure is not False,
     )  # fmt: skip
@@ -195,15 +210,23 @@ def prune(
     _print(outcome.report.to_json() if as_json else None, show.report_table(outcome.report), *notes)
 
 
+def _given(context: typer.Context) -> set[str]:
+    """The parameters that the user wrote, as against those left at their defaults."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
 def _better(
     quality: Text, metric: Text, select: Text, repair: Text, refine: int | None, budget: Text
 ) -> Quality | None:
     """What to do beyond one-shot similarity, or None; nothing heavy is imported for it."""
-    if not any((quality, metric, select, repair, refine, budget)):
+    if not refine and all(said is None for said in (quality, metric, select, repair, budget)):
         return None
     from dropformer.metrics import quality as known
 
-    if budget:
+    if repair is not None and not repair.strip(" ,"):
+        raise PlanError(f"--repair `{repair}` is unknown; expected one of {', '.join(known.REPAIRS)}")
+    if budget is not None:
         from dropformer.metrics.budget import parse_budget
 
         parse_budget(budget)
@@ -242,7 +265,9 @@ def _by_plan(
 @app.command()
 def analyze(
     model: Annotated[str, typer.Argument(help=MODEL)],
-    out: Annotated[Path | None, typer.Option(help="Folder for scores.json and similarity.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for scores.json and similarity.png.", parser=given_path, metavar="PATH")
+    ] = None,
     revision: Revision = None,
     calibration: CalibrationText = None,
     samples: Samples = None,
@@ -262,13 +287,14 @@ def analyze(
     """Score every block, attention layer and MLP layer; write scores.json and a picture."""
     from dropformer import preflight
 
-    preflight.check(model, until_stable, calibration)
+    texts = preflight.texts(calibration)
+    preflight.check(model, until_stable, texts)
     from dropformer import job, show
     from dropformer.metrics import distributed
 
     request = job.Request(
         model, out=out, revision=revision, batch_size=batch_size,
-        calibration=_overrides(calibration, samples, length, seed, skip_first),
+        calibration=_overrides(next(iter(texts), None), samples, length, seed, skip_first),
         placement=_placement(dtype, device, device_map, trust_remote_code),
         until_stable=until_stable, memory=memory,
     )  # fmt: skip
@@ -289,7 +315,9 @@ def plan(
     drop: Annotated[str, typer.Option("--drop", "-d", help=DROP)],
     keep: Keep = "",
     packable: Annotated[bool, typer.Option("--packable", help=PACKABLE)] = False,
-    out: Annotated[Path | None, typer.Option(help="Where to write the plan, for --plan.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write the plan, for --plan.", parser=given_path, metavar="PATH")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make another plan from the same scores, without the model."""

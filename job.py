@@ -8,7 +8,17 @@ from typing import Any
 
 from dropformer import api
 from dropformer.eval.likeness import Likeness, likeness
-from dropformer.eval.report import Measured, Report, TextRef, card_lines, measure_quality, measure_speed, sizes
+from dropformer.eval.out import check_place
+from dropformer.eval.report import (
+    Measured,
+    Report,
+    TextRef,
+    card_lines,
+    measure_quality,
+    measure_speed,
+    same_text,
+    sizes,
+)
 from dropformer.eval.sweep import AT, Sweep, find_cliff, point, with_speed
 from dropformer.eval.timing import Setting
 from dropformer.eval.trend import trend
@@ -21,16 +31,18 @@ from dropformer.metrics.material import fitted, material
 from dropformer.metrics.picture import similarity_by_depth
 from dropformer.metrics.scores import Scores
 from dropformer.metrics.windows import windows
-from dropformer.preflight import check_out, default_out, short_name
+from dropformer.preflight import check_out, default_out
 from dropformer.prune.architecture import of_images
 from dropformer.prune.checkpoint import Exported, export
-from dropformer.prune.errors import ModelError, OutputError, PlanError
+from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.formats import known_format
 from dropformer.prune.inputs import takes_pictures, writes_text
 from dropformer.prune.plan import Plan, parse_spec
+from dropformer.prune.record import kv_width
 from dropformer.prune.writing import How
 from dropformer.recipes import Recipe
+from dropformer.recipes.source import short_name
 from dropformer.scoring import get_scores, open_to_score
 from dropformer.watcher import Watcher
 
@@ -168,7 +180,10 @@ def _measure(
     if opened.tokenizer is not None:
         length = min(HELD_OUT.length, context_of(pruned.config) or HELD_OUT.length)
         data = windows(replace(HELD_OUT, name=request.text, length=length), opened.tokenizer)
-        text = TextRef(name=request.text, windows=len(data), length=data.ids.shape[1], hash=data.ref.hash)
+        seen = any(same_text(request.text, name) for name in _calibrated_on(opened, plan, request))
+        text = TextRef(
+            name=request.text, windows=len(data), length=data.ids.shape[1], hash=data.ref.hash, calibrated_on=seen
+        )
         with watcher.stage(f"perplexity on {request.text}"):
             quality = measure_quality(opened.model, pruned, data.ids, text)
         with watcher.stage("trend of the first drops alone"):
@@ -177,6 +192,13 @@ def _measure(
             with watcher.stage("speed, dense and pruned interleaved"):
                 speed = measure_speed(opened.model, pruned, request.seconds)
     return quality, speed
+
+
+def _calibrated_on(opened: api.Opened, plan: Plan, request: Request) -> list[str]:
+    """The texts that layers were chosen on, or repaired; none where a list names the layers."""
+    chosen = [str(plan.calibration["name"])] if plan.calibration else []
+    repaired = request.calibration.of(opened.recipe).name.split(",") if request.improvement else []
+    return chosen + repaired
 
 
 def _likeness(opened: api.Opened, pruned: Any, request: Request, watcher: Watcher) -> Likeness | None:
@@ -192,8 +214,9 @@ def _likeness(opened: api.Opened, pruned: Any, request: Request, watcher: Watche
 
 
 def _report(dense: Any, pruned: Any, plan: Plan, copied: CopyReport, quality: Measured, speed: Measured) -> Report:
-    before = sizes(dense, copied.bytes_before)
-    after = sizes(pruned, copied.bytes_after)
+    width = kv_width(copied.bytes_before, plan.savings.parameters)
+    before = sizes(dense, copied.bytes_before, width)
+    after = sizes(pruned, copied.bytes_after, width)
     return Report(
         model=plan.model,
         spec=plan.spec,
@@ -220,8 +243,7 @@ def analyze(request: Request, watcher: Watcher | None = None) -> tuple[Scores, P
     """
     watcher = watcher or Watcher()
     out = request.out or Path(f"{short_name(request.model)}-scores")
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; choose another --out")
+    check_place(out)
     opened = open_to_score(request, watcher)
     scores = get_scores(opened, request, watcher)
     if rank() == 0:

@@ -3,33 +3,80 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from dropformer.eval.out import check_place
 from dropformer.metrics.images import PIXELS, image_files
+from dropformer.metrics.scores import Scores
 from dropformer.metrics.text import check_name
-from dropformer.prune.errors import OutputError, PlanError
+from dropformer.prune.deci_families import check_family
+from dropformer.prune.errors import CalibrationError, OutputError, PlanError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.formats import known_format
-from dropformer.prune.plan import parse_spec
-from dropformer.recipes.source import locate
+from dropformer.prune.onnx_format import check_installed
+from dropformer.prune.plan import Plan, parse_spec
+from dropformer.prune.record import need_dense, read_config
+from dropformer.recipes.source import is_gguf, locate, short_name
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+UNEVEN = ("hybrid_override_pattern", "layers_block_type")  # configs of models whose blocks hold one branch each
 
 
-def check(
-    model: str,
-    drop: str | None,
-    calibration: str | None = None,
-    out: Path | None = None,
-    format: str = "dropformer",
-) -> None:
-    """Raise the error that the arguments would end in, as far as their files alone can tell."""
-    known_format(format)
-    if drop:
+@dataclass(frozen=True)
+class Job:
+    """The main job, as far as names and files can tell what is wrong with it.
+
+    `judged` are the texts of the report and the gate; `out` is None where nothing is written; `on_files`: a plan is
+    followed without a model in memory.
+    """
+
+    model: str
+    drop: str | None = None
+    plan: Path | None = None
+    scores: Path | None = None
+    calibration: Sequence[str] = ()
+    judged: Sequence[str] = ()
+    keep: Sequence[int] = ()
+    out: Path | None = None
+    format: str = "dropformer"
+    repair: Collection[str] = ()
+    on_files: bool = False
+
+
+def check_job(job: Job) -> None:
+    """Raise the error that the main job would end in, as far as its files alone can tell."""
+    kinds = _kinds(job)
+    _check_format(job, kinds)
+    for text in job.judged:
+        check_name(text)
+    if job.scores:
+        Scores.read(job.scores)
+    if job.out:
+        check_out(job.out)
+    folder = check(job.model, job.drop, job.calibration, dense=True)
+    if job.format == "gguf" and not is_gguf(job.model):
+        raise OutputError(
+            f"--format gguf cuts a .gguf file, and {job.model} is none; give the .gguf of the dense model as --model "
+            "(llama.cpp's convert_hf_to_gguf.py makes it)"
+        )
+    if folder:
+        check_keep(job.keep, job.drop, folder)
+        config = read_config(folder)
+        if job.format == "deci" and not _may_pack(kinds) and not any(key in config for key in UNEVEN):
+            check_family(config)
+
+
+def check(model: str, drop: str | None = None, texts: Sequence[str] = (), dense: bool = False) -> Path | None:
+    """Raise the error that the arguments would end in, as far as their files alone can tell; the model's folder.
+
+    `dense`: layers are to be dropped, which a checkpoint that is pruned already does not take.  The folder is None
+    for a model that must be fetched or converted first.
+    """
+    if drop is not None:
         parse_spec(drop)
-    if out:
-        check_out(out)
-    for name in calibration.split(",") if calibration else ():
+    for name in texts:
         if Path(name).is_dir():
             image_files(name)
         elif name != PIXELS:
@@ -37,7 +84,29 @@ def check(
     folder = locate(model)
     if folder:
         open_checkpoint(folder)
+        if dense:
+            need_dense(read_config(folder), model)
         check_drop(drop, folder, model)
+    return folder
+
+
+def texts(calibration: str | None, several: bool = False) -> tuple[str, ...]:
+    """The calibration texts that were named by commas, none by None.  Raises CalibrationError.
+
+    `several`: windows can be shared out among texts, as they are where a search or a repair measures its own.
+    """
+    if calibration is None:
+        return ()
+    whole = not several and Path(calibration).exists()  # a name may hold a comma
+    names = tuple(name.strip() for name in ([calibration] if whole else calibration.split(",")) if name.strip())
+    if not names:
+        raise CalibrationError("--calibration names no text; expected builtin, c4, wikitext or a file, or leave it out")
+    if len(names) > 1 and not several:
+        raise CalibrationError(
+            f"--calibration `{calibration}` names several texts, which need `prune` with --quality or --repair; "
+            "name one"
+        )
+    return names
 
 
 def check_drop(drop: str | None, folder: Path, name: str) -> None:
@@ -51,9 +120,23 @@ def check_drop(drop: str | None, folder: Path, name: str) -> None:
             )
 
 
+def check_keep(keep: Sequence[int], drop: str | None, folder: Path) -> None:
+    """Raises PlanError where --keep names blocks that the config in a folder does not have.
+
+    A spec that names stacks is left alone: each stack has a number of blocks of its own.
+    """
+    blocks = _blocks(folder)
+    if not blocks or any(selector.stack for selector in (parse_spec(drop) if drop else ())):
+        return
+    for index in keep:
+        if not -blocks <= index < blocks:
+            raise PlanError(f"--keep names block {index}, but the blocks are 0 to {blocks - 1}")
+
+
 def check_out(out: Path) -> None:
     """Raises OutputError where a checkpoint could not be written."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    check_place(out)
+    if out.is_dir() and any(out.iterdir()):
         raise OutputError(f"{out} exists and is not an empty folder; choose another --out or remove it")
 
 
@@ -64,12 +147,34 @@ def default_out(model: str, drop: str | None, plan: Path | None) -> Path:
     return Path(f"{short_name(model)}-{short}")
 
 
-def short_name(model: str) -> str:
-    return Path(model.partition("@")[0]).name.removesuffix(".gguf")
+def _kinds(job: Job) -> set[str] | None:
+    """The kinds of layers that go; None where a budget chooses.  Raises PlanError, or what reading a plan raises."""
+    if job.plan:
+        return {layer.kind for layer in Plan.read(job.plan).layers}
+    return {kind for s in parse_spec(job.drop) for kind in s.kinds} if job.drop is not None else None
+
+
+def _may_pack(kinds: set[str] | None) -> bool:
+    """Whether what is left may pair up as a stock, shorter model, as it cannot without attention layers alone."""
+    return kinds is None or "block" in kinds or {"attn", "mlp"} <= kinds
+
+
+def _check_format(job: Job, kinds: set[str] | None) -> None:
+    """Raises OutputError or PlanError for a format that cannot be written here, or not of this job."""
+    form = known_format(job.format)
+    if job.format == "onnx":
+        check_installed()
+    if form.runs and job.on_files:
+        raise OutputError(f"--format {job.format} runs the model, which a plan alone does not load; add --measure")
+    if job.format in ("deci", "dense") and "linear" in job.repair and (kinds is None or "attn" in kinds):
+        raise PlanError(
+            f"--format {job.format} has no place for linear maps; repair another way than --repair linear or "
+            "--quality linear, or leave out --format"
+        )
 
 
 def _blocks(folder: Path) -> int | None:
     """The number of blocks that config.json states, if it does so in a usual field of its top level."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found = [config[key] for key in LAYER_COUNTS if isinstance(config.get(key), int)]
+    found = [config[key] for key in LAYER_COUNTS if isinstance(config.get(key), int) and config[key] > 0]
     return found[0] if found else None

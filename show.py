@@ -139,8 +139,9 @@ def report_notes(report: Report) -> list[str]:
     notes = []
     if report.text:
         text = report.text
+        seen = "calibrated on too" if text.calibrated_on else "not calibrated on"
         notes.append(
-            f"perplexity: {text.windows} windows of {text.length} tokens of `{text.name}`, not calibrated on; "
+            f"perplexity: {text.windows} windows of {text.length} tokens of `{text.name}`, {seen}; "
             f"KL(dense || pruned) {report.kl:.4f} nats a token"
         )
     if report.outputs:

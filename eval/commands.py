@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dropformer.eval.out import check_out
+from dropformer.eval.out import check_out, given_path
 
 Text = str | None
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -55,7 +55,9 @@ def evaluate(
     ] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder of answers, so that a run cut off goes on.")] = None,
     sweep: Annotated[Path | None, typer.Option(help="A sweep.json of the dense model, for the page.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for report.json and report.html.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.json and report.html.", parser=given_path, metavar="PATH")
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     device_map: Annotated[Text, typer.Option(help="Passed to accelerate: auto.")] = None,
@@ -66,10 +68,13 @@ def evaluate(
     """What a drop cost and what it saved: tasks, perplexity, probes, speed, memory, side by side."""
     os.environ["TQDM_DISABLE"] = "1"  # before tqdm is there: lm-eval shows a bar for each of MMLU's 57 subjects
     from dropformer import preflight
+    from dropformer.metrics.text import check_name
     from dropformer.prune.errors import EvaluationError
 
     for model in models:
-        preflight.check(model, None, text or None)
+        preflight.check(model)
+    if text:
+        check_name(text)
     if out:
         check_out(out, "report.html")
     if backend not in ("fast", "hf"):
@@ -203,7 +208,9 @@ def sweep(
     samples: Annotated[int, typer.Option(min=1, help="Windows of that text.")] = 8,
     length: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 256,
     speed: Annotated[bool, typer.Option("--speed", help="Measure speed too, all models interleaved.")] = False,
-    out: Annotated[Path | None, typer.Option(help="Folder for sweep.json and sweep.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for sweep.json and sweep.png.", parser=given_path, metavar="PATH")
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -213,19 +220,25 @@ def sweep(
     """Quality for every number of drops, the speed-up, and where the cliff is."""
     from dropformer import preflight
     from dropformer.eval.drops import parse_range
+    from dropformer.metrics.text import check_name
     from dropformer.prune.plan import parse_keep, parse_spec
+    from dropformer.recipes.source import short_name
 
     kind, counts = parse_range(drop)
     parse_spec(f"{kind}:{counts[-1]}")
-    folder = out or Path(f"{preflight.short_name(model)}-sweep")
-    preflight.check(model, f"{kind}:{counts[-1]}", f"{text},{calibration}" if calibration else text)
+    folder = out or Path(f"{short_name(model)}-sweep")
+    check_name(text)
+    texts = preflight.texts(calibration)
+    local = preflight.check(model, f"{kind}:{counts[-1]}", texts, dense=True)
+    if local:
+        preflight.check_keep(parse_keep(keep), f"{kind}:{counts[-1]}", local)
     check_out(folder, "sweep.json")
     from dropformer import job, show
     from dropformer.api import Placement
     from dropformer.eval import sweep as sw
 
     request = job.Request(
-        model, f"{kind}:{counts[-1]}", keep=parse_keep(keep), calibration=job.Overrides(calibration),
+        model, f"{kind}:{counts[-1]}", keep=parse_keep(keep), calibration=job.Overrides(next(iter(texts), None)),
         placement=Placement(dtype, device, None, trust_remote_code), text=text,
     )  # fmt: skip
     found = job.sweep(request, kind, counts, (samples, length), show.Terminal(quiet), speed)

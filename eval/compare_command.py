@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dropformer.eval.out import check_out, given_path
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -20,7 +22,10 @@ CHECKPOINTS = "Folders, Hub ids or id@revision, .gguf files, recipes, or the fol
 def compare(
     checkpoints: Annotated[list[str], typer.Argument(help=CHECKPOINTS)],
     drop: Annotated[Text, typer.Option("--drop", "-d", help="What to choose in each: attn:8, joint:25%, ...")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for compare.json, the pictures, the page.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for compare.json, the pictures, the page.", parser=given_path, metavar="PATH"),
+    ] = None,
     revisions: Annotated[Text, typer.Option(help="Revisions of one Hub model, by commas: step1000,step10000.")] = None,
     tokenizer: Annotated[Text, typer.Option(help="Cut the text with this one's tokenizer, not the first's.")] = None,
     keep: Annotated[str, typer.Option(help="Blocks that --drop leaves whole, such as 0,1,-1.")] = "",
@@ -38,15 +43,17 @@ def compare(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")] = False,
 ) -> None:
     """How redundancy and the layers to drop change over training, or between pruned variants."""
-    from dropformer.eval.out import check_out
+    from dropformer import preflight
     from dropformer.metrics.text import check_name
     from dropformer.prune.plan import parse_keep, parse_spec
+    from dropformer.recipes.source import short_name
 
     if drop:
         parse_spec(drop)
-    if calibration:
-        check_name(calibration)
-    folder = out or Path(f"{Path(checkpoints[0].partition('@')[0]).resolve().name}-compare")
+    texts = preflight.texts(calibration)
+    for name in texts:
+        check_name(name)
+    folder = out or Path(f"{short_name(checkpoints[0])}-compare")
     check_out(folder, "compare.json")
     from dropformer import show
     from dropformer.api import Placement
@@ -59,7 +66,7 @@ def compare(
     known = recipes().get(checkpoints[0]) or recipe_of(checkpoints[0].partition("@")[0])
     request = CompareRequest(
         checkpoints, drop, parse_keep(keep), [r for r in (revisions or "").replace(" ", "").split(",") if r], tokenizer,
-        Overrides(calibration, samples, length, seed).of(known), batch_size,
+        Overrides(next(iter(texts), None), samples, length, seed).of(known), batch_size,
         Placement(dtype, device, device_map, trust_remote_code), keep_downloads,
     )  # fmt: skip
     found = run(request, show.Terminal(quiet))

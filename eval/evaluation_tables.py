@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dropformer.eval.evaluation import Evaluation, ModelResult
+from dropformer.eval.perplexity import plus_minus
 from dropformer.prune.architecture import KIND_NAMES
 
 Row = tuple[str, ...]
@@ -143,11 +144,12 @@ def _groups(model: ModelResult, name: str) -> list[str]:
 def _perplexity_cell(model: ModelResult) -> str:
     if not model.perplexity:
         return ""
-    return f"{model.perplexity['value']:.3f} ± {model.perplexity['value'] * model.perplexity['stderr']:.3f}"
+    value, stderr = model.perplexity["value"], model.perplexity["stderr"]
+    return plus_minus(value, None if stderr is None else value * stderr, 3)
 
 
 def _plus_minus(found: dict[str, Any] | None, digits: int) -> str:
-    return f"{found['value']:.{digits}f} ± {found['stderr']:.{digits}f}" if found else ""
+    return plus_minus(found["value"], found["stderr"], digits) if found else ""
 
 
 def _probe_cell(model: ModelResult, name: str) -> str:

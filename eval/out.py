@@ -1,15 +1,46 @@
-"""Folders that a command may write into again: what an earlier run of it left is replaced, all else is not."""
+"""Where a command may write: told before its work is done, not after."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from dropformer.prune.errors import OutputError
 
 
+def given_path(text: str) -> Path:
+    """What --out names.  Raises OutputError for an empty name, which would silently be the folder at hand."""
+    if not text.strip():
+        raise OutputError("--out is empty; give the name of what is to be written, or leave it out")
+    return Path(text)
+
+
 def check_out(out: Path, own: str) -> None:
     """Raises OutputError unless `out` is new, empty, or holds `own`, the file by which an earlier run is known."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; choose another --out")
+    check_place(out)
     if out.is_dir() and any(out.iterdir()) and not (out / own).exists():
         raise OutputError(f"{out} is not empty and holds no {own}; choose another --out or remove it")
+
+
+def check_place(out: Path) -> None:
+    """Raises OutputError unless `out` is a folder in which one may write, or could be made as one."""
+    nearest = _nearest(out)
+    if not nearest.is_dir():
+        said = "" if nearest == out.absolute() else f", and {out} would lie in it"
+        raise OutputError(f"{nearest} is a file{said}; choose another --out")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"{out} cannot be written: no permission to write in {nearest}; choose another --out")
+
+
+def _nearest(out: Path) -> Path:
+    """`out` itself where there is something of that name, else the first folder or file above it."""
+    whole = out.absolute()
+    for path in (whole, *whole.parents):
+        try:
+            path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:  # a name that is too long, a loop of links, a folder that may not be entered
+            raise OutputError(f"{out} cannot be written ({error.strerror}); choose another --out") from None
+        return path
+    return whole

@@ -18,36 +18,41 @@ from dropformer.eval.head import SplitModel
 from dropformer.prune.errors import EvaluationError
 
 
+def plus_minus(value: float, stderr: float | None, digits: int) -> str:
+    """`1.234 ± 0.056`; without the ± where one window has no spread to tell."""
+    return f"{value:.{digits}f}" + ("" if stderr is None else f" ± {stderr:.{digits}f}")
+
+
 @dataclass(frozen=True)
 class Perplexity:
-    """exp(nll): nll in nats a token, its standard error over windows, tokens scored."""
+    """exp(nll): nll in nats a token, its standard error over windows (None for one window), tokens scored."""
 
     value: float
     nll: float
-    stderr: float
+    stderr: float | None
     tokens: int
 
     @property
-    def value_stderr(self) -> float:
-        """Standard error of `value` by the delta method."""
-        return self.value * self.stderr
+    def value_stderr(self) -> float | None:
+        """Standard error of `value` by the delta method; None for one window."""
+        return None if self.stderr is None else self.value * self.stderr
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} ± {self.value_stderr:.3f}"
+        return plus_minus(self.value, self.value_stderr, 3)
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """Mean KL(dense || pruned) in nats a token, its standard error over windows, and how often the first
-    choices agree (0 to 1)."""
+    """Mean KL(dense || pruned) in nats a token, its standard error over windows (None for one window), and how often
+    the first choices agree (0 to 1)."""
 
     value: float
-    stderr: float
+    stderr: float | None
     agreement: float
     tokens: int
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} ± {self.stderr:.4f} nats, same first choice {self.agreement:.1%}"
+        return f"{plus_minus(self.value, self.stderr, 4)} nats, same first choice {self.agreement:.1%}"
 
 
 @dataclass(frozen=True)
@@ -150,9 +155,9 @@ def _perplexity(sums: Tensor, scored: int) -> Perplexity:
     return Perplexity(value=value, nll=nll, stderr=_stderr(sums / scored), tokens=len(sums) * scored)
 
 
-def _stderr(values: Tensor) -> float:
-    """Standard error of the mean of [N] window means; 0 for one window, which has no spread."""
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else 0.0
+def _stderr(values: Tensor) -> float | None:
+    """Standard error of the mean of [N] window means; None for one window, which has no spread."""
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def _checked(windows: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +19,7 @@ from dropformer.metrics.context import context_of
 from dropformer.metrics.windows import Windows, windows
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.plan import Plan
+from dropformer.recipes.source import short_name
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _vocabulary(candidate: Candidate) -> int:
 
 def labels(names: Sequence[str]) -> list[str]:
     """A short name for each model, no two alike: the last part of its path, or more of it where that is shared."""
-    short = [Path(name.partition("@")[0]).name.removesuffix(".gguf") for name in names]
+    short = [short_name(name) for name in names]
     shared = Counter(short)
     found = [whole if shared[one] > 1 else one for one, whole in zip(short, names, strict=True)]
     seen: Counter[str] = Counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,12 +30,13 @@ class Side(Part):
 
 
 class TextRef(Part):
-    """The text that perplexity was measured on, which calibration did not see."""
+    """The text that perplexity was measured on; `calibrated_on`: calibration saw it too, which flatters the figure."""
 
     name: str
     windows: int
     length: int
     hash: str
+    calibrated_on: bool = False
 
 
 class SpeedRef(Part):
@@ -64,6 +66,12 @@ class Report(Artifact):
     trend: Trend | None = None
     speed: SpeedRef | None = None
     outputs: Likeness | None = None
+
+
+def same_text(one: str, other: str) -> bool:
+    """Whether two names are of one text: the same name, or paths that lead to one file."""
+    files = Path(one), Path(other)
+    return one == other or (all(path.is_file() for path in files) and files[0].samefile(files[1]))
 
 
 @dataclass(frozen=True)
@@ -100,12 +108,17 @@ def measure_speed(dense: nn.Module, pruned: nn.Module, seconds: float) -> Measur
     return Measured(one, two, {"speed": speed})
 
 
-def sizes(model: nn.Module, checkpoint_bytes: int) -> dict[str, int]:
-    """Parameters, checkpoint bytes, and KV bytes per token counted from a real cache (0 where nothing is written)."""
+def sizes(model: PreTrainedModel, checkpoint_bytes: int, kv_width: float) -> dict[str, int]:
+    """Parameters, checkpoint bytes, and KV bytes per token (0 where nothing is written).
+
+    Keys and values are counted in a real cache and stated at `kv_width` bytes a number, as `record.kv_width` gives
+    it: what a model computes in here says nothing about the checkpoint.
+    """
+    numbers = kv_bytes_per_token(model) / model.dtype.itemsize if hasattr(model, "generate") else 0
     return {
         "parameters": parameter_count(model),
         "checkpoint_bytes": checkpoint_bytes,
-        "kv_bytes_per_token": kv_bytes_per_token(model) if hasattr(model, "generate") else 0,
+        "kv_bytes_per_token": round(numbers * kv_width),
     }
 
 

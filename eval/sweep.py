@@ -31,7 +31,7 @@ class Point(Part):
     layers: list[str]
     perplexity: float
     kl: float
-    kl_stderr: float
+    kl_stderr: float | None  # None: one window
     parameters: int
     decode_bound: float
     prefill: tuple[float, float, float] | None = None

@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from dropformer.metrics.select import Choice, Cost, greedy
 from dropformer.prune.architecture import Layer
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
+
+if TYPE_CHECKING:
+    from dropformer.metrics.select import Choice, Cost
 
 _BUDGET = re.compile(
     r"(?P<what>kv|params):-(?P<share>\d+(?:\.\d+)?)%|(?P<speed>decode|measured):(?P<factor>\d+(?:\.\d+)?)x"
@@ -113,6 +116,8 @@ def within(goal: Meter, candidates: Iterable[Layer], cost: Cost, width: int | No
     most first.  Time: as for `greedy`, and one cost more.  Raises PlanError where all candidates together save
     too little.
     """
+    from dropformer.metrics.select import Choice, greedy  # imports torch, which reading a budget needs not
+
     found = greedy(candidates, goal, cost, width=width)
     kept = list(found.layers)
     for layer in sorted(found.layers, key=lambda layer: -goal.saves(layer)):

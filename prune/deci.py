@@ -23,6 +23,7 @@ import torch
 
 from dropformer.prune import configuration_decilm
 from dropformer.prune.arrange import NewBlock, Surgery, new_name
+from dropformer.prune.deci_families import check_family
 from dropformer.prune.errors import ArchitectureError, PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.layout import NewTensor
@@ -32,8 +33,6 @@ from dropformer.prune.writing import Writing, replacements
 
 ARCHITECTURE = "DeciLMForCausalLM"
 CODE_FILE = "configuration_decilm.py"
-FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-QK_NORMS = ("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3", "gemma3_text")
 _SHAPE = "vocab_size hidden_size intermediate_size num_attention_heads num_key_value_heads max_position_embeddings"
 _REST = "rms_norm_eps initializer_range bos_token_id eos_token_id pad_token_id dtype"
 COPIED = (*_SHAPE.split(), *_REST.split())
@@ -47,7 +46,7 @@ def deci_config(config: Mapping[str, Any], surgery: Surgery, parameters: Collect
     that is there for what it is, even where it should be the embedding.  Raises ArchitectureError for a model and
     PlanError for a plan that the architecture cannot carry.
     """
-    _check_family(config)
+    check_family(config)
     blocks = _checked_blocks(surgery)
     full = config_from(copy.deepcopy(dict(config))).to_dict()
     _check_settings(full)
@@ -120,21 +119,6 @@ def write(writing: Writing, folder: Path) -> CopyReport:
     rename = deci_renaming(writing.surgery, writing.names, writing.prefix)
     new = replacements(writing, rename) | deci_tensors(fields, stored_dtype(writing.source.folder))
     return replace(writing.copy(folder, rename, new), notes=tuple(deci_notes(fields)))
-
-
-def _check_family(config: Mapping[str, Any]) -> None:
-    family, known = config["model_type"], ", ".join(FAMILIES)
-    if family not in FAMILIES:
-        why = "norms its queries and keys, which" if family in QK_NORMS else "is built in a way that"
-        raise ArchitectureError(
-            f"a model of type {family} {why} DeciLM cannot carry; it takes {known}: leave out --format deci"
-        )
-    architecture = (config.get("architectures") or [FAMILIES[family]])[0]
-    if architecture != FAMILIES[family]:
-        raise ArchitectureError(f"DeciLM carries {FAMILIES[family]}, not {architecture}: leave out --format deci")
-    for key in ("quantization_config", "per_layer_config"):
-        if config.get(key):
-            raise ArchitectureError(f"--format deci cannot carry the {key} of config.json: export the plain original")
 
 
 def _check_settings(full: Mapping[str, Any]) -> None:

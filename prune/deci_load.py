@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from dropformer.prune.deci import FAMILIES
+from dropformer.prune.deci_families import FAMILIES
 from dropformer.prune.errors import CheckpointError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.load import check_whole, quiet_transformers

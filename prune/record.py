@@ -60,7 +60,7 @@ def write_record(
 def provenance(plan: Plan, arrangement: Arrangement, copied: CopyReport, format: str) -> dict[str, Any]:
     """dropformer.json: where the checkpoint comes from and what is missing, in original indices."""
     saved, saves = plan.savings, known_format(format).saves
-    width = max(2.0, copied.bytes_before / max(1, saved.parameters))  # keys and values are never of fewer than 16 bits
+    width = kv_width(copied.bytes_before, saved.parameters)
     before = _sizes(saved.parameters, copied.bytes_before, saved.kv * width)
     after = _sizes(saved.parameters_after, copied.bytes_after, saved.kv_after * width)
     return {
@@ -81,6 +81,11 @@ def provenance(plan: Plan, arrangement: Arrangement, copied: CopyReport, format:
         "before": before,
         "after": after if saves else before,
     }
+
+
+def kv_width(nbytes: int, parameters: int) -> float:
+    """Bytes of one number in the KV cache of a checkpoint: those of its own type, but never fewer than 16 bits."""
+    return max(2.0, nbytes / max(1, parameters))
 
 
 def _sizes(parameters: int, nbytes: int, kv: float) -> dict[str, int]:

@@ -73,7 +73,7 @@ def open_config(name: str, revision: str | None = None, progress: Progress | Non
     if path.is_dir():
         _no_revision(name, revision, "is a local path")
         read_config(path, name)
-        return Source(name, path, None, None, "folder")
+        return Source(called(name), path, None, None, "folder")
     known = recipes().get(name)
     if path.exists() or (known and known.wheel):
         return open_source(name, revision, progress)
@@ -93,18 +93,37 @@ def locate(name: str) -> Path | None:
     path = Path(name).expanduser()
     if path.is_dir():
         return check_folder(path, name)
-    if path.exists() and path.suffix.lower() != ".gguf":
-        raise ModelError(f"{name} is a file of a kind that cannot be opened; expected {ACCEPTED}")
-    if not path.exists() and name not in recipes() and not is_hub_id(_split_revision(name, None)[0]):
+    if path.exists():
+        check_gguf(path, name)
+    elif name not in recipes() and not is_hub_id(_split_revision(name, None)[0]):
         raise _unknown(name)
     return None
 
 
+def called(name: str) -> str:
+    """`name` itself; of a path that ends in none, such as `.`, the name of the folder that it leads to."""
+    path = Path(name).expanduser()
+    return path.resolve().name or name if path.name in ("", "..") else name
+
+
+def short_name(name: str) -> str:
+    """The last part of a model's name, for what is made of it: `model` of org/model@revision and of dir/model.gguf."""
+    local = Path(name).expanduser().exists()
+    return Path(called(name) if local else name.partition("@")[0]).expanduser().name.removesuffix(".gguf")
+
+
+def is_gguf(name: str) -> bool:
+    """Whether the model called `name` comes as a .gguf file: a path to one, or a recipe whose wheel holds one."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path.suffix.lower() == ".gguf" and path.is_file()
+    return name in recipes() and recipes()[name].wheel is not None
+
+
 def _open_path(name: str, path: Path, tell: Progress) -> Source:
     if path.is_dir():
-        return Source(name, check_folder(path, name), None, None, "folder")
-    if path.suffix.lower() != ".gguf":
-        raise ModelError(f"{name} is a file of a kind that cannot be opened; expected {ACCEPTED}")
+        return Source(called(name), check_folder(path, name), None, None, "folder")
+    check_gguf(path, name)
     from dropformer.recipes.gguf import convert_gguf  # imports torch: only when there is a file to convert
 
     return Source(name, convert_gguf(path, tell), None, None, "gguf", path)
@@ -167,6 +186,19 @@ def check_folder(folder: Path, name: str) -> Path:
             "use a version of the model in safetensors"
         )
     raise CheckpointError(f"{name} has no *.safetensors weights{_hint(folder)}")
+
+
+def check_gguf(path: Path, name: str) -> None:
+    """Raises ModelError for a file that is none, CheckpointError for a damaged one or one that lacks layers."""
+    if path.suffix.lower() != ".gguf":
+        raise ModelError(f"{name} is a file of a kind that cannot be opened; expected {ACCEPTED}")
+    from dropformer.prune.gguf_header import read_gguf_header  # imports NumPy
+
+    if read_gguf_header(path).text("general.architecture") == "deci":
+        raise CheckpointError(
+            f"{name} is a model whose blocks lack layers, as --format gguf writes it: llama.cpp runs it, and "
+            "dropformer does not load it; to measure what was dropped, prune the dense model without --format gguf"
+        )
 
 
 def _hint(folder: Path) -> str:

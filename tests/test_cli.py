@@ -58,6 +58,52 @@ def test_the_whole_command_writes_a_checkpoint_and_a_report(model, here, capsys)
     assert dropformer.load(here / "llama-attn1").config.num_hidden_layers == 4
 
 
+@pytest.mark.parametrize("name", [".", "../llama", "../llama/.", "inner/.."])
+def test_a_folder_is_called_by_its_name_however_it_is_reached(model, here, capsys, monkeypatch, name):
+    (model / "inner").mkdir()
+    monkeypatch.chdir(model)
+    assert run("--model", name, "--drop", "attn=1", "--no-measure", "-q", capsys=capsys)[0] == 0
+    assert "# llama, pruned (attn=1)" in (model / "llama-attn=1" / "README.md").read_text()
+    assert run("analyze", name, "--samples", "3", "--length", "16", "-q", capsys=capsys)[0] == 0
+    title = json.loads((model / "llama-scores" / "scores.json").read_text())["model"]["name"]
+    assert Path(title).name == "llama"
+
+
+def test_the_kv_cache_is_stated_in_the_checkpoints_own_type(model, here, capsys):
+    dense = dropformer.open_model(model).model.to(torch.bfloat16)
+    dense.save_pretrained(model)
+    options = ("--drop", "attn=1", "--dtype", "float32", "--device", "cpu", *SMALL)
+    status, out, _ = run("--model", model, *options, capsys=capsys)
+    assert status == 0 and " 256 B │ " in out
+    report = json.loads((here / "llama-attn=1" / "report.json").read_text())
+    record = json.loads((here / "llama-attn=1" / "dropformer.json").read_text())
+    keys_and_values = 4 * 2 * 2 * 8  # blocks, both, heads, width
+    assert report["dense"]["kv_bytes_per_token"] == record["before"]["kv_bytes_per_token"] == 2 * keys_and_values
+    assert report["pruned"]["kv_bytes_per_token"] == record["after"]["kv_bytes_per_token"]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        ("heldout", ("--drop", "attn:1"), "not calibrated on"),
+        ("builtin", ("--drop", "attn:1"), "calibrated on too"),
+        ("builtin", ("--drop", "attn=1"), "not calibrated on"),
+        ("./a.txt", ("--drop", "attn:1", "--calibration", "a.txt"), "calibrated on too"),
+        ("b.txt", ("--drop", "attn:1", "--calibration", "a.txt"), "not calibrated on"),
+        ("b.txt", ("--drop", "attn:1", "--repair", "refit", "--calibration", "a.txt,b.txt"), "calibrated on too"),
+    ],
+)
+def test_a_report_says_whether_its_text_was_calibrated_on(model, here, capsys, text, options, said):
+    for name in ("a", "b"):
+        (here / f"{name}.txt").write_text(f"a text called {name}, ".join(map(str, range(400))))
+    small = ("--samples", "4", "--length", "16", "--seconds", "0", "-q", "--out", "out")
+    status, out, err = run("--model", model, *options, "--text", text, *small, capsys=capsys)
+    assert status == 0, err
+    assert f"of `{text}`, {said};" in out
+    report = json.loads((here / "out" / "report.json").read_text())
+    assert report["text"]["calibrated_on"] == (said == "calibrated on too")
+
+
 def test_json_is_all_that_stdout_holds(model, here, capsys):
     _, out, _ = run("--model", model, "--drop", "attn=1", "--json", *SMALL, capsys=capsys)
     assert json.loads(out)["dropped"] == {"attention": [1], "mlp": [], "blocks": []}
@@ -77,7 +123,7 @@ def test_analyze_then_plan_then_prune_follows_the_plan(model, here, capsys):
     assert (here / "llama-scores" / "similarity.png").read_bytes()[:4] == b"\x89PNG"
     status, out, _ = run("plan", "llama-scores/scores.json", "--drop", "joint:2", "--out", "plan.json", capsys=capsys)
     assert status == 0 and "parameters" in out
-    assert run("--model", model, "--plan", "plan.json", "--out", "small", *SMALL, capsys=capsys)[0] == 0
+    assert run("--model", model, "--plan", "plan.json", "--out", "small", "-q", capsys=capsys)[0] == 0
     wanted = json.loads((here / "plan.json").read_text())["drops"]
     assert json.loads((here / "small" / "plan.json").read_text())["drops"] == wanted
 
@@ -88,7 +134,8 @@ def test_a_plan_is_followed_on_the_files_and_measured_if_asked(model, here, caps
     status, out, _ = run("--model", model, "--plan", "plan.json", "--out", "one", "--verify", "-q", capsys=capsys)
     assert status == 0 and "not measured" in out and "parameters" in out
     assert not (here / "one" / "report.json").exists()
-    status, out, _ = run("--model", model, "--plan", "plan.json", "--out", "two", "--measure", *SMALL, capsys=capsys)
+    measured = ("--measure", "--seconds", "0", "-q")
+    status, out, _ = run("--model", model, "--plan", "plan.json", "--out", "two", *measured, capsys=capsys)
     assert status == 0 and "perplexity" in out
     assert json.loads((here / "two" / "report.json").read_text())["kl"] > 0
     weights = [(here / name / "model.safetensors").read_bytes() for name in ("one", "two")]
@@ -287,7 +334,7 @@ def test_a_repaired_model_is_exported_with_its_new_weights(model, here, capsys, 
 
 
 def test_a_budget_takes_the_place_of_a_drop(model, here, capsys):
-    status, _, _ = run("--model", model, "--budget", "kv:-25%", *QUALITY, capsys=capsys)
+    status, _, _ = run("--model", model, "--budget", "kv:-25%", *SMALL, capsys=capsys)
     assert status == 0
     report = json.loads((here / "llama-kv-25pct" / "report.json").read_text())
     assert report["pruned"]["kv_bytes_per_token"] <= 0.75 * report["dense"]["kv_bytes_per_token"]
@@ -304,7 +351,7 @@ def test_a_given_plan_can_be_repaired(model, here, capsys):
 
 def test_a_given_plan_can_be_refined(model, here, capsys):
     assert run("--model", model, "--drop", "attn=0", "--out", "one", *SMALL, capsys=capsys)[0] == 0
-    options = ("--plan", "one/plan.json", "--refine", "2", "--out", "two", *QUALITY)
+    options = ("--plan", "one/plan.json", "--refine", "2", "--out", "two", *SMALL)
     assert run("--model", model, *options, capsys=capsys)[0] == 0
     before, after = (json.loads((here / name / "plan.json").read_text()) for name in ("one", "two"))
     assert [d["layer"] for d in before["drops"]] == ["attn:0"] != [d["layer"] for d in after["drops"]]
@@ -318,7 +365,7 @@ def test_a_given_plan_can_be_refined(model, here, capsys):
         (("--drop", "attn:1", "--quality", "worst"), "`worst` is unknown"),
         (("--drop", "attn:1", "--metric", "x"), "`x` is unknown"),
         (("--budget", "kv:25%"), "budget `kv:25%` cannot be read"),
-        (("--drop", "attn:1", "--budget", "kv:-25%"), "one of --drop, --plan or --budget"),
+        (("--drop", "attn:1", "--budget", "kv:-25%"), "give only one of --drop, --plan and --budget"),
         (("--drop", "attn:1", "--repair", "linear", "--gate", "nowhere"), "text `nowhere` is unknown"),
     ],
 )
@@ -357,3 +404,18 @@ def test_windows_to_fit_and_to_gate_on_are_no_longer_than_the_model_reads(tiny, 
     status, out, _ = run("--model", short, *options, capsys=capsys)
     assert status == 0 and "wrote gpt2-attn1" in out
     bad("--model", short, *options, "--length", "100", "--out", "x", capsys=capsys, here=here, said="smaller --length")
+
+
+@pytest.mark.parametrize("text", ["builtin, heldout", " builtin ,heldout,"])
+def test_spaces_and_a_last_comma_among_texts_do_no_harm(model, here, capsys, text):
+    options = ("--drop", "attn:1", "--repair", "refit", "--samples", "4", "--length", "16", "--dry-run")
+    status, _, err = run("--model", model, *options, "--calibration", text, capsys=capsys)
+    assert status == 0 and "calibration: builtin, 2 windows of 16; heldout, 2 windows of 16" in err
+
+
+@pytest.mark.parametrize(("samples", "marks"), [(1, 0), (2, 3)])
+def test_one_window_has_no_spread_to_state(model, here, capsys, samples, marks):
+    assert run("--model", model, "--drop", "attn=1", "--out", "out", *SMALL, capsys=capsys)[0] == 0
+    options = ("--samples", samples, "--length", "16", "--no-probes", "-q")
+    status, out, _ = run("evaluate", model, "out", *options, capsys=capsys)
+    assert status == 0 and out.count("±") == marks
