@@ -22,7 +22,7 @@ from dropformer.metrics.quality import Request as Wish
 from dropformer.metrics.quality import quality as named
 from dropformer.metrics.repair import Repair
 from dropformer.metrics.windows import Windows, windows
-from dropformer.prune.errors import ModelError, PlanError
+from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.inputs import writes_text
 from dropformer.prune.plan import Plan, make_plan
 from dropformer.prune.record import read_config
@@ -151,7 +151,10 @@ def calibrated_on(opened: api.Opened, request: Request) -> list[Windows]:
 
 def gate_windows(opened: api.Opened, name: str = GATE.name) -> Windows:
     """Windows of the text that repairs are gated on, no longer than the model reads.  Raises CalibrationError."""
-    return windows(fitted(opened.model, replace(GATE, name=name)), opened.tokenizer)
+    try:
+        return windows(fitted(opened.model, replace(GATE, name=name)), opened.tokenizer)
+    except CalibrationError as error:
+        raise CalibrationError(f"--gate: {error}") from None
 
 
 def _plenty(text: Calibration, quality: Quality) -> Calibration:

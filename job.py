@@ -30,11 +30,11 @@ from dropformer.metrics.images import PIXELS
 from dropformer.metrics.material import fitted, material
 from dropformer.metrics.picture import similarity_by_depth
 from dropformer.metrics.scores import Scores
-from dropformer.metrics.windows import windows
+from dropformer.metrics.windows import Windows, windows
 from dropformer.preflight import check_out, default_out
 from dropformer.prune.architecture import of_images
 from dropformer.prune.checkpoint import Exported, export
-from dropformer.prune.errors import ModelError, PlanError
+from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.formats import known_format
 from dropformer.prune.inputs import takes_pictures, writes_text
@@ -141,6 +141,7 @@ def run(request: Request, watcher: Watcher | None = None) -> Outcome:
     check_out(out)
     with watcher.stage("opening the model"):
         opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
+    held_out = _held_out(opened, request)  # a text that is too short is said before anything is measured
     scores, repair = None, None
     if request.improvement:
         plan, repair = improved(opened, request, watcher)
@@ -153,7 +154,7 @@ def run(request: Request, watcher: Watcher | None = None) -> Outcome:
     surgery = api.cut_of(pruned).surgery
     if surgery.note:
         watcher.say(f"dropped blocks stay as empty ones: {surgery.note}")
-    quality, speed = _measure(opened, pruned, plan, request, watcher)
+    quality, speed = _measure(opened, pruned, plan, request, held_out, watcher)
     made: list[Report] = []
 
     def finish(folder: Path, copied: CopyReport) -> list[str]:
@@ -169,7 +170,7 @@ def run(request: Request, watcher: Watcher | None = None) -> Outcome:
 
 
 def _measure(
-    opened: api.Opened, pruned: Any, plan: Plan, request: Request, watcher: Watcher
+    opened: api.Opened, pruned: Any, plan: Plan, request: Request, held_out: Windows | None, watcher: Watcher
 ) -> tuple[Measured, Measured]:
     nothing = Measured({}, {}, {})
     quality = speed = nothing
@@ -177,21 +178,31 @@ def _measure(
         return quality, speed
     if not writes_text(pruned):
         return Measured({}, {}, {"outputs": _likeness(opened, pruned, request, watcher)}), nothing
-    if opened.tokenizer is not None:
-        length = min(HELD_OUT.length, context_of(pruned.config) or HELD_OUT.length)
-        data = windows(replace(HELD_OUT, name=request.text, length=length), opened.tokenizer)
+    if held_out is not None:
+        ids = held_out.ids
         seen = any(same_text(request.text, name) for name in _calibrated_on(opened, plan, request))
         text = TextRef(
-            name=request.text, windows=len(data), length=data.ids.shape[1], hash=data.ref.hash, calibrated_on=seen
+            name=request.text, windows=len(ids), length=ids.shape[1], hash=held_out.ref.hash, calibrated_on=seen
         )
         with watcher.stage(f"perplexity on {request.text}"):
-            quality = measure_quality(opened.model, pruned, data.ids, text)
+            quality = measure_quality(opened.model, pruned, ids, text)
         with watcher.stage("trend of the first drops alone"):
-            quality.fields["trend"] = trend(opened.model, plan, data.ids)
+            quality.fields["trend"] = trend(opened.model, plan, ids)
         if request.seconds > 0 and known_format(request.how.format).saves:
             with watcher.stage("speed, dense and pruned interleaved"):
                 speed = measure_speed(opened.model, pruned, request.seconds)
     return quality, speed
+
+
+def _held_out(opened: api.Opened, request: Request) -> Windows | None:
+    """The report's text, None where perplexity is not measured.  Raises CalibrationError where there is too little."""
+    if not request.measure or opened.tokenizer is None or not writes_text(opened.model):
+        return None
+    length = min(HELD_OUT.length, context_of(opened.model.config) or HELD_OUT.length)
+    try:
+        return windows(replace(HELD_OUT, name=request.text, length=length), opened.tokenizer)
+    except CalibrationError as error:
+        raise CalibrationError(f"--text: {error}") from None
 
 
 def _calibrated_on(opened: api.Opened, plan: Plan, request: Request) -> list[str]:

@@ -419,3 +419,13 @@ def test_one_window_has_no_spread_to_state(model, here, capsys, samples, marks):
     options = ("--samples", samples, "--length", "16", "--no-probes", "-q")
     status, out, _ = run("evaluate", model, "out", *options, capsys=capsys)
     assert status == 0 and out.count("±") == marks
+
+
+@pytest.mark.parametrize("option", ["--text", "--gate"])
+def test_a_text_that_is_too_short_is_said_before_anything_is_chosen(model, here, capsys, option):
+    (here / "short.txt").write_text("too short")
+    options = ("--drop", "attn:1", "--repair", "refit", option, "short.txt", "--samples", "4", "--length", "16")
+    before = sorted(here.iterdir())
+    status, out, err = run("--model", model, *options, capsys=capsys)
+    assert (status, out) == (2, "") and sorted(p for p in here.iterdir() if p.name != "cache") == before
+    assert f"{option}: " in err.splitlines()[-1] and "choosing" not in err and "dropping" not in err
