@@ -93,10 +93,10 @@ class Dense:
                     groups[_looks(here[k])].append(k)
             for group in groups.values():
                 with replaced(self.stepper.model, here[group[0]]):
-                    after = self.stepper.step(block, batch, torch.cat([streams[k] for k in group]))
+                    after = self.stepper.step(block, batch, _together([streams[k] for k in group]))
                 for k, stream in zip(group, after.split(rows), strict=True):
                     streams[k] = stream
-        return list(self._log_probabilities(batch, torch.cat(streams)).split(rows))
+        return list(self._log_probabilities(batch, _together(streams)).split(rows))
 
     @cached_property
     def _stacks(self) -> bool:
@@ -159,6 +159,11 @@ def first_changed(stepper: Stepper, paths: Iterable[str]) -> int:
     """The first block that other modules at these paths change; 0 where there are none."""
     blocks = [f"{block.path}." for block in stepper.blocks]
     return min((i for i, block in enumerate(blocks) for path in paths if path.startswith(block)), default=0)
+
+
+def _together(streams: Sequence[Tensor]) -> Tensor:
+    """Streams as one batch, where the first one is: a model may lie on several devices."""
+    return torch.cat([stream.to(streams[0].device) for stream in streams])
 
 
 def _within(change: Mapping[str, nn.Module], prefix: str) -> dict[str, nn.Module]:
