@@ -193,6 +193,17 @@ def _first(improver: Improver, modules: dict[str, torch.nn.Module]) -> int:
     return min(i for i, path in enumerate(paths) if any(name.startswith(path) for name in modules))
 
 
+def drops_in(text: str) -> list[str]:
+    """Drop specs by commas; a bare number belongs to the list before it, as in attn:8,block=5,12."""
+    found: list[str] = []
+    for part in text.split(","):
+        if part.isdecimal() and found:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found
+
+
 def show(row: Row) -> None:
     ratios = "  ".join(f"{name} {value:.3f}" for name, value in row.ratios.items())
     print(
@@ -219,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     said = parser.parse_args(arguments)
     samples, judged, length = (2, 1, 128) if said.quick else (32, 8, 512)
     samples, judged, length = said.samples or samples, said.judged or judged, said.length or length
-    drops = said.drops.split(",") if said.drops else (["attn:4"] if said.quick else list(DROPS))
+    drops = drops_in(said.drops) if said.drops else (["attn:4"] if said.quick else list(DROPS))
     quick = ["similarity", "refit", "best"]
     methods = said.methods.split(",") if said.methods else (quick if said.quick else list(METHODS))
     if unknown := [method for method in methods if method not in METHODS]:
