@@ -101,12 +101,15 @@ def _cell(value: float, error: float | None, rank: int) -> str:
 
 
 def plan_table(plan: Plan) -> Table:
-    """The layers that go and what that saves."""
+    """The layers that go, in the order in which they were chosen, with their scores where they were ranked."""
     table = Table(title=f"{plan.model.name}: {plan.spec}", title_justify="left")
-    for name in ("layer", plan.metric or "similarity"):
+    scored = any(drop.similarity is not None for drop in plan.drops)
+    alone = f"by {plan.metric}" if plan.metric else "layer"
+    for name in ("layer", plan.metric or "similarity") if scored else (alone,):
         table.add_column(name, justify="right")
     for drop in plan.drops:
-        table.add_row(drop.layer, "" if drop.similarity is None else f"{drop.similarity:.4f}")
+        score = "" if drop.similarity is None else f"{drop.similarity:.4f}"
+        table.add_row(drop.layer, *([score] if scored else []))
     return table
 
 
