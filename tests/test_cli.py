@@ -429,3 +429,11 @@ def test_a_text_that_is_too_short_is_said_before_anything_is_chosen(model, here,
     status, out, err = run("--model", model, *options, capsys=capsys)
     assert (status, out) == (2, "") and sorted(p for p in here.iterdir() if p.name != "cache") == before
     assert f"{option}: " in err.splitlines()[-1] and "choosing" not in err and "dropping" not in err
+
+
+def test_reused_scores_bear_the_name_of_the_model_at_hand(model, here, capsys):
+    shutil.copytree(model, here / "copy")
+    for name in (model, here / "copy"):
+        assert run("--model", name, "--drop", "attn:1", *SMALL, capsys=capsys)[0] == 0
+    for file in ("report", "plan", "dropformer"):
+        assert Path(json.loads((here / "copy-attn1" / f"{file}.json").read_text())["model"]["name"]).name == "copy"
