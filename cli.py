@@ -230,9 +230,7 @@ def _better(
         from dropformer.metrics.budget import parse_budget
 
         parse_budget(budget)
-    how = known.quality(quality, metric, select, repair, refine)
-    how.check(budget)
-    return how
+    return known.quality(quality, metric, select, repair, refine).under(budget)
 
 
 def _by_plan(

@@ -85,7 +85,7 @@ def improved(opened: api.Opened, request: Request, watcher: Watcher) -> tuple[Pl
     calibration = calibrated_on(opened, request)
     watcher.say("calibration: " + "; ".join(f"{w.ref.name}, {len(w)} windows of {w.ref.length}" for w in calibration))
     other = gate_windows(opened, how.gate) if how.quality.repair else None
-    with watcher.stage(f"choosing and repairing by {wording(how.quality, how.budget)}"):
+    with watcher.stage(f"choosing and repairing by {wording(how.quality)}"):
         improver = Improver(opened.model, calibration, how.quality, watcher.say)
         if request.plan:
             given = given_plan(opened, request)
@@ -128,9 +128,9 @@ def refined(plan: Plan, improver: Improver) -> Plan:
     return make_plan(plan.outline, plan.model, plan.spec, layers, **fields)
 
 
-def wording(quality: Quality, budget: str | None) -> str:
+def wording(quality: Quality) -> str:
     """The settings in a few words, such as `greedy, refit`."""
-    chosen = "greedy" if budget else quality.metric if quality.select == "one-shot" else quality.select
+    chosen = quality.metric if quality.select == "one-shot" else quality.select
     return ", ".join([chosen, *(["refined"] if quality.refine else []), *quality.repair])
 
 

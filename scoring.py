@@ -19,6 +19,7 @@ from dropformer.metrics.scores import Scores
 from dropformer.metrics.stability import check_spec
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.inputs import takes_pictures
+from dropformer.prune.load import usable_device
 from dropformer.prune.record import read_config
 from dropformer.recipes.cache import cache_folder
 
@@ -54,11 +55,12 @@ def get_scores(opened: api.Opened, request: Request, watcher: Watcher) -> Scores
             )
         return scores.model_copy(update={"model": opened.ref})
     data = _material(opened, request, watcher)
-    kept = scores_cache(opened.ref.fingerprint or "", data.ref, computed_in(opened, request))
+    dtype = computed_in(request.placement, streamed=request.memory is not None)
+    kept = scores_cache(opened.ref.fingerprint or "", data.ref, dtype)
     if scores := _reused(kept, opened, data):  # type: ignore[assignment]
         watcher.say(f"scores: reused, same weights and same tokens ({kept})")
         return scores
-    scores = _measured(opened, data, request, watcher)
+    scores = _measured(opened, data, request, kept.with_suffix(".rows.jsonl"), watcher)
     if scores.settled is None and distributed.rank() == 0:
         scores.write(kept)
     return scores
@@ -93,16 +95,18 @@ def wording(data: Material, opened: api.Opened) -> str:
     return f"{data.ref.name}, {len(data)} windows of {data.ref.length} tokens{shifted}"
 
 
-def scores_cache(fingerprint: str, calibration: CalibrationRef, dtype: str = "float32") -> Path:
+def scores_cache(fingerprint: str, calibration: CalibrationRef, dtype: str) -> Path:
     """Where the scores of these weights on these tokens, computed in a type, are kept."""
     kind = "" if dtype == "float32" else f"-{dtype}"
     return cache_folder() / "scores" / f"{fingerprint[:16]}-{calibration.hash[:16]}{kind}.json"
 
 
-def computed_in(opened: api.Opened, request: Request) -> str:
-    """The type that a model computes in, such as bfloat16."""
-    dtype = request.placement.dtype or "float32" if opened.model is None else opened.model.dtype
-    return str(dtype).removeprefix("torch.")
+def computed_in(place: api.Placement, streamed: bool = False) -> str:
+    """The type that `load` computes in there: the one asked for, float32 on a CPU, else auto, the checkpoint's own."""
+    if place.dtype:
+        return place.dtype
+    on_cpu = streamed or (place.device_map is None and usable_device(place.device).type == "cpu")
+    return "float32" if on_cpu else "auto"
 
 
 def _reused(kept: Path, opened: api.Opened, data: Material) -> Scores | None:
@@ -114,10 +118,9 @@ def _reused(kept: Path, opened: api.Opened, data: Material) -> Scores | None:
     return Scores.model_validate_json(found).model_copy(update={"model": opened.ref}) if found else None
 
 
-def _measured(opened: api.Opened, data: Material, request: Request, watcher: Watcher) -> Scores:
+def _measured(opened: api.Opened, data: Material, request: Request, rows: Path, watcher: Watcher) -> Scores:
     if request.memory is not None:
         return _streamed(opened, data, request, watcher)
-    rows = scores_cache(opened.ref.fingerprint or "", data.ref, computed_in(opened, request)).with_suffix(".rows.jsonl")
     how = Measuring(request.batch_size, request.until_stable, request.keep, rows)
     with watcher.stage("scoring windows", len(data)) as progress:
         scores = measure(opened.model, data, opened.ref, how, progress)

@@ -24,7 +24,7 @@ import torch
 
 from dropformer import api
 from dropformer.metrics.calibration import Calibration
-from dropformer.metrics.damage import Damage, Dense
+from dropformer.metrics.damage import Damage, Dense, with_parameters
 from dropformer.metrics.improve import Improver, improve
 from dropformer.metrics.quality import Quality, Request, quality
 from dropformer.metrics.stepping import Stepper, replaced
@@ -147,7 +147,7 @@ class Judge:
             self.dense[name] = Dense(Stepper(improver.model, improver.architecture, batches))
 
     def __call__(self, modules: dict[str, torch.nn.Module], first: int) -> dict[str, Damage]:
-        gone = frozenset() if any(any(True for _ in m.parameters()) for m in modules.values()) else frozenset(modules)
+        gone: frozenset[str] = frozenset() if with_parameters(modules) else frozenset(modules)
         if gone in self.judged:
             return self.judged[gone]
         found = {}

@@ -26,7 +26,7 @@ from dropformer.prune.record import read_config
 from dropformer.recipes import open_source
 from dropformer.recipes.gguf import fingerprint as gguf_fingerprint
 from dropformer.recipes.hub import fetch_side_files
-from dropformer.scoring import scores_cache
+from dropformer.scoring import computed_in, scores_cache
 from dropformer.watcher import Watcher
 
 TOKENIZER_FILES = (
@@ -197,7 +197,7 @@ class Run:
 
     def cache(self, key: str) -> Path:
         """Where the scores of the weights that a key identifies are kept, for the type that they are computed in."""
-        return scores_cache(key, self.tokens.windows.ref, self.request.placement.dtype or "float32")
+        return scores_cache(key, self.tokens.windows.ref, computed_in(self.request.placement))
 
     def kept(self, key: str) -> Scores | None:
         """The scores of the weights that a key identifies, on these tokens, if they were measured before."""

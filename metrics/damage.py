@@ -172,5 +172,12 @@ def _within(change: Mapping[str, nn.Module], prefix: str) -> dict[str, nn.Module
 
 def _looks(modules: Mapping[str, nn.Module]) -> frozenset[tuple[str, str | int]]:
     """What tells stand-ins apart: their form where they have no parameters, else which they are."""
-    empty = {path: isinstance(m, Skipped) and not any(True for _ in m.parameters()) for path, m in modules.items()}
-    return frozenset((path, repr(m) if empty[path] else id(m)) for path, m in modules.items())
+    own = with_parameters(modules)
+    return frozenset(
+        (path, repr(m) if isinstance(m, Skipped) and path not in own else id(m)) for path, m in modules.items()
+    )
+
+
+def with_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Those of some modules that have parameters: repairs, not what merely takes a dropped layer's place."""
+    return {path: module for path, module in modules.items() if any(True for _ in module.parameters())}

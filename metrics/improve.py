@@ -11,7 +11,7 @@ from torch import nn
 
 from dropformer.metrics.analyze import evaluating, proven
 from dropformer.metrics.budget import meter, parse_budget, within
-from dropformer.metrics.damage import Dense, dropped_modules, first_changed
+from dropformer.metrics.damage import Dense, dropped_modules, first_changed, with_parameters
 from dropformer.metrics.fits import Fits
 from dropformer.metrics.importance import Bench, Ranking
 from dropformer.metrics.lockstep import Lockstep
@@ -123,8 +123,7 @@ class Improver:
 
     def choose(self, request: Request) -> tuple[list[Layer], dict[Layer, float]]:
         """The layers to drop, and the score or cost that each was chosen by (higher goes first)."""
-        if request.budget:
-            self.quality = replace(self.quality, select="greedy")
+        self.quality = self.quality.under(request.budget)
         with evaluating(self.model):
             if request.budget:
                 found = self._within(request)
@@ -156,7 +155,6 @@ class Improver:
     def _within(self, request: Request) -> Choice:
         """A budget's layers; where they would leave no attention, the one that went last stays."""
         budget = parse_budget(request.budget or "")
-        self.quality.check(budget)
         candidates = unprotected(self.outline, ("attn", "mlp"), "", request.keep)
         map_size = self.fits.width * (self.fits.width + 1) if "linear" in self.quality.repair else 0
         goal = meter(budget, self.outline, candidates, request.context, request.latency, map_size)
@@ -198,8 +196,8 @@ class Improver:
         return Repair(tensors_of(modules), mapped, tuple(gates)), modules
 
     def _new(self, modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-        """Those that bring parameters of their own."""
-        own = {path: module for path, module in modules.items() if any(True for _ in module.parameters())}
+        """Those that bring parameters that are not the model's."""
+        own = with_parameters(modules)
         return {path: module for path, module in own.items() if module is not self.model.get_submodule(path)}
 
     def _try(
@@ -219,7 +217,7 @@ class Improver:
         if method == "lora":
             first = first_changed(self.bench.stepper, modules)
             return {**modules, **heal(self.bench.stepper, modules, first, progress=self._tell_healing)}, {}
-        standing = {path: module for path, module in modules.items() if any(True for _ in module.parameters())}
+        standing = with_parameters(modules)
         slots = all_slots(self.architecture, self.outline.branch_layers(gone), found)
         return Lockstep(self.bench.stepper, self.architecture, left, self.groups, standing).refit(slots), {}
 

@@ -37,10 +37,13 @@ class Quality:
         """Are candidates measured on windows of their own?"""
         return self.select == "greedy" or self.refine > 0
 
-    def check(self, budget: object) -> None:
-        """Raises PlanError where a budget and these settings get in each other's way."""
-        if budget and self.refine:
+    def under(self, budget: str | None) -> Quality:
+        """These settings where a budget says how much goes: a greedy search meets it.  Raises PlanError with swaps."""
+        if not budget:
+            return self
+        if self.refine:
             raise PlanError("--refine swaps layers one for one, which a --budget need not survive; leave one out")
+        return replace(self, select="greedy")
 
 
 @dataclass(frozen=True)

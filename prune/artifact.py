@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dropformer import __version__
 from dropformer.prune.errors import DropformerError, OutputError
+from dropformer.prune.folder import cannot_write
 
 A = TypeVar("A", bound="Artifact")
 
@@ -74,7 +75,7 @@ class Artifact(Part):
         except OSError as error:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            raise OutputError(f"{path}: cannot be written ({error.strerror}); choose another place") from None
+            raise cannot_write(path, error) from None
         return path
 
     @classmethod

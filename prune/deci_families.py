@@ -7,6 +7,7 @@ from typing import Any
 
 from dropformer.prune.errors import ArchitectureError
 
+DECI = "nemotron-nas"  # the model type of a DeciLM
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 QK_NORMS = ("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3", "gemma3_text")
 

@@ -15,9 +15,8 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from dropformer.prune import modeling
+from dropformer.prune.deci_families import DECI
 from dropformer.prune.errors import CheckpointError, ModelError
-
-DECI = "nemotron-nas"  # what the format `deci` bears
 
 HEADS = (
     "AutoModelForCausalLM",

@@ -13,13 +13,15 @@ import yaml
 from dropformer import __version__
 from dropformer.prune.arrange import Arrangement, original_blocks, whole
 from dropformer.prune.card import model_card
+from dropformer.prune.deci_families import DECI
 from dropformer.prune.errors import CheckpointError, PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.formats import known_format
 from dropformer.prune.plan import Plan
+from dropformer.prune.writing import MODEL_TYPE
 
 RECORD = "dropformer.json"
-PRUNED = ("dropformer", "nemotron-nas")  # the model types that checkpoints with missing layers bear
+PRUNED = (MODEL_TYPE, DECI)  # the model types that checkpoints with missing layers bear
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -49,3 +49,11 @@ def llama_folder(tmp_path: Path) -> Path:
     """A tiny Llama as a checkpoint folder, in float32."""
     build("llama").save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty folder to run commands in, with a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DROPFORMER_CACHE", str(tmp_path / "cache"))
+    return tmp_path

@@ -9,18 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import run
+from command import bad, run
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import dropformer
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DROPFORMER_CACHE", str(tmp_path / "cache"))
-    return tmp_path
 
 
 @pytest.fixture
@@ -36,16 +29,6 @@ def model(llama_folder, here) -> Path:
 
 
 SMALL = ("--samples", "3", "--length", "16", "--seconds", "0", "--quiet")
-
-
-def bad(*args: str, capsys, here: Path, said: str) -> None:
-    before = sorted(p for p in here.rglob("*") if "cache" not in p.parts)
-    status, out, err = run(*args, capsys=capsys)
-    assert status == 2, err
-    assert out == ""
-    assert said in err
-    assert err.count("\n") == 1 and "Traceback" not in err
-    assert sorted(p for p in here.rglob("*") if "cache" not in p.parts) == before
 
 
 def test_the_whole_command_writes_a_checkpoint_and_a_report(model, here, capsys):

@@ -5,18 +5,11 @@ import os
 
 import pytest
 import torch
-from command import run
+from command import bad, run
 from tiny_gguf import tiny_llama, write_gguf
 
 import dropformer
 from dropformer import clashes, preflight
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DROPFORMER_CACHE", str(tmp_path / "cache"))
-    return tmp_path
 
 
 @pytest.fixture
@@ -29,14 +22,6 @@ def unopened(llama_folder, here, monkeypatch):
     monkeypatch.setattr("dropformer.api.open_model", opened)
     monkeypatch.setattr("dropformer.recipes.open_source", opened)
     return llama_folder
-
-
-def bad(*args, capsys, here, said) -> None:
-    before = sorted(p for p in here.rglob("*") if "cache" not in p.parts)
-    status, out, err = run(*args, capsys=capsys)
-    assert (status, out, err.count("\n")) == (2, "", 1), err
-    assert said in err, err
-    assert sorted(p for p in here.rglob("*") if "cache" not in p.parts) == before
 
 
 PLAN = ("--plan", "plan.json")

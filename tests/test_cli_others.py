@@ -26,13 +26,6 @@ def bad(*args, capsys, said):
     assert said in err
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DROPFORMER_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
 def tokenizer(frame):
     """64 tokens, letters and digits; `frame` is how it puts special tokens around a text."""
     letters = [chr(c) for c in range(97, 123)] + list("0123456789 .,:;()_-'\"`*=<>/[]{}\n#")
