@@ -13,13 +13,13 @@ After `import dropformer`, transformers' Auto classes load pruned checkpoints to
 from importlib import import_module
 from typing import Any
 
-from dropformer.prune.registration import register_when_transformers_loads
+from dropformer.prune.loading.registration import register_when_transformers_loads
 
 __version__ = "0.1.0"
 
 _API = dict.fromkeys(("Calibration", "analyze", "drop", "load", "open_model", "plan", "save"), "dropformer.api")
-_API |= dict.fromkeys(("describe", "discover"), "dropformer.prune.discover")
-_API |= {"improve": "dropformer.improving", "DropformerError": "dropformer.prune.errors"}
+_API |= dict.fromkeys(("describe", "discover"), "dropformer.prune.discovery.discover")
+_API |= {"improve": "dropformer.selection", "DropformerError": "dropformer.prune.errors"}
 __all__ = ["__version__", *_API]
 
 register_when_transformers_loads()

@@ -11,29 +11,29 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from dropformer.metrics.analyze import analyze_model, calibrated
-from dropformer.metrics.calibration import Calibration
-from dropformer.metrics.material import fitted, material
-from dropformer.metrics.planning import plan_from as plan
-from dropformer.metrics.repair import Repair
-from dropformer.metrics.scores import Scores
+from dropformer.metrics.analysis.analyze import analyze_model, calibrated
+from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.calibration.data import fitted, material
+from dropformer.metrics.analysis.planning import plan_from as plan
+from dropformer.metrics.repair.base import Repair
+from dropformer.metrics.analysis.scores import Scores
 from dropformer.prune.architecture import Architecture, of_images
-from dropformer.prune.arrange import Surgery
+from dropformer.prune.block_map import Surgery
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.census import outline_of
-from dropformer.prune.checkpoint import export, reference, save_in_memory
-from dropformer.prune.discover import discover
+from dropformer.prune.discovery.summarize import outline_of
+from dropformer.prune.formats.export import export, reference, save_in_memory
+from dropformer.prune.discovery.discover import discover
 from dropformer.prune.errors import ModelError, OutputError, PlanError
-from dropformer.prune.inputs import with_images
-from dropformer.prune.load import load, quiet_transformers
+from dropformer.prune.discovery.inputs import with_images
+from dropformer.prune.loading.load import load, quiet_transformers
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, choose, make_plan, parse_spec
-from dropformer.prune.proof import prove
-from dropformer.prune.record import need_dense, read_config
-from dropformer.prune.replacing import stored_dtype
-from dropformer.prune.sharing import sharing_copy
-from dropformer.prune.surgery import cut, operate
-from dropformer.prune.writing import How
+from dropformer.prune.discovery.proof import prove
+from dropformer.prune.formats.record import need_dense, read_config
+from dropformer.prune.formats.stored_tensors import stored_dtype
+from dropformer.prune.surgery.views import sharing_copy
+from dropformer.prune.surgery.surgery import cut, operate
+from dropformer.prune.formats.writing import How
 from dropformer.recipes import Recipe, open_source
 
 __all__ = ["Calibration", "Opened", "analyze", "drop", "load", "open_model", "plan", "save"]

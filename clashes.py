@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dropformer.prune.errors import DropformerError
 
 if TYPE_CHECKING:
-    from dropformer.metrics.quality import Quality
+    from dropformer.metrics.search.strategy import Quality
 
 PLACE = ("device", "dtype", "device_map")
 DRAWN = ("samples", "seed", "skip_first")  # which windows are cut, whatever the text

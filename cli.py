@@ -14,12 +14,12 @@ import typer
 from dropformer import __version__, clashes
 from dropformer.eval.commands import estimate, evaluate, sweep
 from dropformer.eval.compare_command import compare
-from dropformer.eval.out import given_path
+from dropformer.prune.files.output_paths import given_path
 from dropformer.prune.errors import DropformerError, PlanError
 
 if TYPE_CHECKING:
     from dropformer.job import Overrides
-    from dropformer.metrics.quality import Quality
+    from dropformer.metrics.search.strategy import Quality
 
 app = typer.Typer(
     name="prune",
@@ -165,9 +165,9 @@ def prune(
             "for example: prune --model smollm2-135m --drop attn:4"
         )
     from dropformer import preflight
-    from dropformer.metrics import distributed
+    from dropformer.metrics.analysis import distributed
     from dropformer.prune.plan import parse_keep
-    from dropformer.prune.writing import How
+    from dropformer.prune.formats.writing import How
 
     if distributed.world() > 1:
         raise DropformerError(
@@ -190,8 +190,9 @@ def prune(
     if plan and on_files:
         _by_plan(model, revision, plan, target, how, as_json, quiet)
         return
-    from dropformer import job, show
-    from dropformer.improving import Improvement
+    from dropformer import job
+    from dropformer import console
+    from dropformer.selection import Improvement
 
     request = job.Request(
         model, drop, out, kept, plan, scores, revision, batch_size,
@@ -199,15 +200,15 @@ def prune(
         _placement(dtype, device, device_map, trust_remote_code), text, seconds,
         improvement=Improvement(better, budget, gate) if better else None, how=how, measure=measure is not False,
     )  # fmt: skip
-    watcher = show.Terminal(quiet)
+    watcher = console.Terminal(quiet)
     if dry_run:
         made = job.plan_only(request, watcher)
-        _print(made.to_json() if as_json else None, show.plan_table(made), show.savings_line(made))
+        _print(made.to_json() if as_json else None, console.plan_table(made), console.savings_line(made))
         return
     outcome = job.run(request, watcher)
     exported = outcome.exported
-    notes = [*show.report_notes(outcome.report), show.done(outcome.out, exported.record, exported.max_difference)]
-    _print(outcome.report.to_json() if as_json else None, show.report_table(outcome.report), *notes)
+    notes = [*console.report_notes(outcome.report), console.done(outcome.out, exported.record, exported.max_difference)]
+    _print(outcome.report.to_json() if as_json else None, console.report_table(outcome.report), *notes)
 
 
 def _given(context: typer.Context) -> set[str]:
@@ -222,12 +223,12 @@ def _better(
     """What to do beyond one-shot similarity, or None; nothing heavy is imported for it."""
     if not refine and all(said is None for said in (quality, metric, select, repair, budget)):
         return None
-    from dropformer.metrics import quality as known
+    from dropformer.metrics.search import strategy as known
 
     if repair is not None and not repair.strip(" ,"):
         raise PlanError(f"--repair `{repair}` is unknown; expected one of {', '.join(known.REPAIRS)}")
     if budget is not None:
-        from dropformer.metrics.budget import parse_budget
+        from dropformer.metrics.search.budget import parse_budget
 
         parse_budget(budget)
     return known.quality(quality, metric, select, repair, refine).under(budget)
@@ -239,14 +240,14 @@ def _by_plan(
     """Follow a plan on the files alone: no model in memory."""
     from dataclasses import replace
 
-    from dropformer import show
-    from dropformer.prune.filewise import write_by_plan
-    from dropformer.prune.formats import known_format
+    from dropformer import console
+    from dropformer.prune.formats.export_plan import write_by_plan
+    from dropformer.prune.formats.registry import known_format
     from dropformer.prune.plan import Plan
     from dropformer.recipes import open_source
 
     made = Plan.read(plan)
-    watcher = show.Terminal(quiet)
+    watcher = console.Terminal(quiet)
     source = open_source(model, revision, watcher.say)
     if made.repairs:
         watcher.say(made.lost_repairs(plan))
@@ -254,10 +255,10 @@ def _by_plan(
         how = replace(how, gguf=source.file, progress=lambda done, total: progress(100 * done // max(1, total), 0))
         written = write_by_plan(made, source.path, out, how)
     record = json.dumps(written.record, indent=1)
-    notes = [show.done(out, written.record)]
+    notes = [console.done(out, written.record)]
     if known_format(how.format).reloads:
         notes.insert(0, f"not measured: `prune evaluate {model} {out}` does it, and --measure here")
-    _print(record if as_json else None, show.record_table(written.record), *notes)
+    _print(record if as_json else None, console.record_table(written.record), *notes)
 
 
 @app.command()
@@ -287,8 +288,9 @@ def analyze(
 
     texts = preflight.texts(calibration)
     preflight.check(model, until_stable, texts)
-    from dropformer import job, show
-    from dropformer.metrics import distributed
+    from dropformer import job
+    from dropformer import console
+    from dropformer.metrics.analysis import distributed
 
     request = job.Request(
         model, out=out, revision=revision, batch_size=batch_size,
@@ -297,12 +299,12 @@ def analyze(
         until_stable=until_stable, memory=memory,
     )  # fmt: skip
     first = distributed.rank() == 0
-    scores, folder = job.analyze(request, show.Terminal(quiet or not first))
+    scores, folder = job.analyze(request, console.Terminal(quiet or not first))
     if not first:
         return
     _print(
         scores.to_json() if as_json else None,
-        show.scores_table(scores),
+        console.scores_table(scores),
         f"wrote {folder}/scores.json and {folder}/similarity.png",
     )
 
@@ -319,9 +321,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Make another plan from the same scores, without the model."""
-    from dropformer import show
-    from dropformer.metrics.planning import plan_from
-    from dropformer.metrics.scores import Scores
+    from dropformer import console
+    from dropformer.metrics.analysis.planning import plan_from
+    from dropformer.metrics.analysis.scores import Scores
     from dropformer.prune.plan import parse_keep
     from dropformer.recipes.recipe import recipe_of
     from dropformer.recipes.recipe import recipes as known
@@ -331,7 +333,7 @@ def plan(
     made = plan_from(read, drop, parse_keep(keep), recipe.published if recipe else None, packable)  # type: ignore[arg-type]
     if out:
         made.write(out)
-    _print(made.to_json() if as_json else None, show.plan_table(made), show.savings_line(made))
+    _print(made.to_json() if as_json else None, console.plan_table(made), console.savings_line(made))
 
 
 @app.command()
@@ -342,20 +344,20 @@ def push(
     quiet: Quiet = False,
 ) -> None:
     """Publish a pruned checkpoint with its model card on the Hugging Face Hub."""
-    from dropformer import show
+    from dropformer import console
     from dropformer.recipes.push import push as upload
 
-    show.out.print(f"pushed to {upload(folder, repo, private, show.Terminal(quiet).say)}", markup=False)
+    console.out.print(f"pushed to {upload(folder, repo, private, console.Terminal(quiet).say)}", markup=False)
 
 
 @app.command()
 def recipes(as_json: Json = False) -> None:
     """List the models that dropformer knows by name."""
-    from dropformer import show
+    from dropformer import console
     from dropformer.recipes import recipes as known
 
     text = json.dumps({name: recipe.model_dump(mode="json") for name, recipe in known().items()}, indent=1)
-    _print(text if as_json else None, show.recipes_table(known()))
+    _print(text if as_json else None, console.recipes_table(known()))
 
 
 app.command()(compare)
@@ -377,13 +379,13 @@ def _placement(dtype: Text, device: Text, device_map: Text, trust_remote_code: b
 
 
 def _print(as_json: str | None, *parts: Any) -> None:
-    from dropformer import show
+    from dropformer import console
 
     if as_json is not None:
         sys.stdout.write(as_json if as_json.endswith("\n") else as_json + "\n")
         return
     for part in parts:
-        show.out.print(part, markup=not isinstance(part, str))
+        console.out.print(part, markup=not isinstance(part, str))
 
 
 def main() -> None:

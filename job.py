@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dropformer import api
-from dropformer.eval.likeness import Likeness, likeness
-from dropformer.eval.out import check_place
-from dropformer.eval.report import (
+from dropformer.eval.quality.output_similarity import Likeness, likeness
+from dropformer.prune.files.output_paths import check_place
+from dropformer.eval.report.report import (
     Measured,
     Report,
     TextRef,
@@ -19,32 +19,32 @@ from dropformer.eval.report import (
     same_text,
     sizes,
 )
-from dropformer.eval.sweep import AT, Sweep, find_cliff, point, with_speed
-from dropformer.eval.timing import Setting
-from dropformer.eval.trend import trend
-from dropformer.improving import Improvement, given_plan, improved
-from dropformer.metrics.calibration import Calibration
-from dropformer.metrics.context import check_length, context_of
-from dropformer.metrics.distributed import rank
-from dropformer.metrics.images import PIXELS
-from dropformer.metrics.material import fitted, material
-from dropformer.metrics.picture import similarity_by_depth
-from dropformer.metrics.scores import Scores
-from dropformer.metrics.windows import Windows, windows
+from dropformer.eval.quality.sweep import AT, Sweep, find_cliff, point, with_speed
+from dropformer.eval.cost.timing import Setting
+from dropformer.eval.quality.trend import trend
+from dropformer.selection import Improvement, given_plan, improved
+from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.calibration.context import check_length, context_of
+from dropformer.metrics.analysis.distributed import rank
+from dropformer.metrics.calibration.images import PIXELS
+from dropformer.metrics.calibration.data import fitted, material
+from dropformer.metrics.analysis.plots import similarity_by_depth
+from dropformer.metrics.analysis.scores import Scores
+from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.preflight import check_out, default_out
 from dropformer.prune.architecture import of_images
-from dropformer.prune.checkpoint import Exported, export
+from dropformer.prune.formats.export import Exported, export
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files import CopyReport
-from dropformer.prune.formats import known_format
-from dropformer.prune.inputs import takes_pictures, writes_text
+from dropformer.prune.formats.registry import known_format
+from dropformer.prune.discovery.inputs import takes_pictures, writes_text
 from dropformer.prune.plan import Plan, parse_spec
-from dropformer.prune.record import kv_width
-from dropformer.prune.writing import How
+from dropformer.prune.formats.record import kv_width
+from dropformer.prune.formats.writing import How
 from dropformer.recipes import Recipe
 from dropformer.recipes.source import short_name
 from dropformer.scoring import get_scores, open_to_score
-from dropformer.watcher import Watcher
+from dropformer.progress import Watcher
 
 HELD_OUT = Calibration("heldout", samples=8, length=512, seed=1)
 SWEEP = Setting(prompt=256, new=16)

@@ -7,25 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dropformer import api
-from dropformer.metrics import distributed
-from dropformer.metrics.calibration import CalibrationRef
-from dropformer.metrics.context import check_length
-from dropformer.metrics.images import PIXELS
-from dropformer.metrics.material import fitted, material
-from dropformer.metrics.measure import Measuring, measure
-from dropformer.metrics.memory import parse_bytes
-from dropformer.metrics.pictures import Material, Pictures
-from dropformer.metrics.scores import Scores
-from dropformer.metrics.stability import check_spec
+from dropformer.metrics.analysis import distributed
+from dropformer.metrics.calibration.settings import CalibrationRef
+from dropformer.metrics.calibration.context import check_length
+from dropformer.metrics.calibration.images import PIXELS
+from dropformer.metrics.calibration.data import fitted, material
+from dropformer.metrics.analysis.measure import Measuring, measure
+from dropformer.metrics.offload.process_memory import parse_bytes
+from dropformer.metrics.calibration.pictures import Material, Pictures
+from dropformer.metrics.analysis.scores import Scores
+from dropformer.metrics.analysis.stability import check_spec
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
-from dropformer.prune.inputs import takes_pictures
-from dropformer.prune.load import usable_device
-from dropformer.prune.record import read_config
+from dropformer.prune.discovery.inputs import takes_pictures
+from dropformer.prune.loading.load import usable_device
+from dropformer.prune.formats.record import read_config
 from dropformer.recipes.cache import cache_folder
 
 if TYPE_CHECKING:
     from dropformer.job import Request
-    from dropformer.watcher import Watcher
+    from dropformer.progress import Watcher
 
 
 def open_to_score(request: Request, watcher: Watcher) -> api.Opened:
@@ -130,7 +130,7 @@ def _measured(opened: api.Opened, data: Material, request: Request, rows: Path, 
 
 
 def _streamed(opened: api.Opened, data: Material, request: Request, watcher: Watcher) -> Scores:
-    from dropformer.metrics.streaming import open_streamed, stream_scores
+    from dropformer.metrics.offload.streaming import open_streamed, stream_scores
 
     if request.until_stable:
         raise CalibrationError(

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dropformer.metrics.analyze import measuring, proven, trunk
+from dropformer.metrics.analysis.analyze import measuring, proven, trunk
 
 QUICK = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 9}
 

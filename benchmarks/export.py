@@ -41,7 +41,7 @@ from typing import Any
 
 from dropformer.prune.files import copy_checkpoint, new_folder, open_checkpoint
 from dropformer.prune.plan import Plan, choose, make_plan
-from dropformer.prune.safetensors_header import byte_size, encode_header
+from dropformer.prune.files.safetensors_header import byte_size, encode_header
 
 MIB = 2**20
 DROPPED = re.compile(r"model\.layers\.([6789]\.(self_attn|input_layernorm)|[78]\.(mlp|post_attention\w+))\..*")
@@ -100,10 +100,10 @@ def make_checkpoint(folder: Path, hidden: int, total: int) -> None:
 
 def plan_of(folder: Path) -> Plan:
     """The plan that drops what DROPPED names, from the headers of the checkpoint."""
-    from dropformer.prune.census import outline_of
-    from dropformer.prune.checkpoint import reference
-    from dropformer.prune.discover import discover
-    from dropformer.prune.load import weightless
+    from dropformer.prune.discovery.summarize import outline_of
+    from dropformer.prune.formats.export import reference
+    from dropformer.prune.discovery.discover import discover
+    from dropformer.prune.loading.load import weightless
 
     model = weightless(folder)
     outline = outline_of(model, discover(model))

@@ -30,10 +30,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from dropformer.eval.backend import FastLM
-from dropformer.eval.mmlu import mmlu_group
-from dropformer.eval.packing import Limits
-from dropformer.eval.scorer import Scorer, Stats, Want
+from dropformer.eval.tasks.backend import FastLM
+from dropformer.eval.tasks.mmlu import mmlu_group
+from dropformer.eval.tasks.packing import Limits
+from dropformer.eval.tasks.scorer import Scorer, Stats, Want
 
 Answers = list[tuple[float, bool]]
 

@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 
 from dropformer import api
-from dropformer.metrics.calibration import Calibration
-from dropformer.metrics.damage import Damage, Dense, with_parameters
-from dropformer.metrics.improve import Improver, improve
-from dropformer.metrics.quality import Quality, Request, quality
-from dropformer.metrics.stepping import Stepper, replaced
-from dropformer.metrics.windows import Windows, windows
+from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.blockwise.divergence import Damage, Dense, with_parameters
+from dropformer.metrics.search.improve import Improver, improve
+from dropformer.metrics.search.strategy import Quality, Request, quality
+from dropformer.metrics.blockwise.runner import Stepper, replaced
+from dropformer.metrics.calibration.windows import Windows, windows
 
 WIKITEXT = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "wikitext-2" / "valid.txt"
 SOURCES = (

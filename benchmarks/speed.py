@@ -22,10 +22,10 @@ from torch import nn
 
 import dropformer
 from dropformer import api
-from dropformer.eval.estimate import KERNELS, Estimate, Side, Times, Workload
-from dropformer.eval.hardware import Hardware, measure_cpu
-from dropformer.eval.speed import PAPER, Setting, Speed, SpeedTable, grid, measure
-from dropformer.eval.work import work_of
+from dropformer.eval.cost.estimate import KERNELS, Estimate, Side, Times, Workload
+from dropformer.eval.cost.hardware import Hardware, measure_cpu
+from dropformer.eval.cost.speed import PAPER, Setting, Speed, SpeedTable, grid, measure
+from dropformer.eval.cost.model_cost import work_of
 
 # The most redundant attention layers of SmolLM2-135M on the builtin calibration, so that no analysis is needed.
 SMOLLM2_12 = "attn=3,4,5,6,7,9,14,25,26,27,28,29"

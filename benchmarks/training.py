@@ -40,12 +40,12 @@ from transformers import (
 )
 
 from dropformer import api
-from dropformer.eval.compare import CompareRequest, compare
-from dropformer.eval.compare_output import listed, write
-from dropformer.eval.comparison import Comparison
-from dropformer.metrics.calibration import Calibration
-from dropformer.metrics.text import documents
-from dropformer.prune.load import quiet_transformers
+from dropformer.eval.compare.compare import CompareRequest, compare
+from dropformer.eval.compare.output import listed, write
+from dropformer.eval.compare.comparison import Comparison
+from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.calibration.text import documents
+from dropformer.prune.loading.load import quiet_transformers
 
 VOCABULARY = 2048
 LENGTH = 128

@@ -19,15 +19,15 @@ from torch import nn
 
 import dropformer
 from dropformer import api
-from dropformer.metrics.analyze import analyze_model
+from dropformer.metrics.analysis.analyze import analyze_model
 from dropformer.prune.architecture import Architecture, Layer, Stack
-from dropformer.prune.census import outline_of
-from dropformer.prune.discover import discover
+from dropformer.prune.discovery.summarize import outline_of
+from dropformer.prune.discovery.discover import discover
 from dropformer.prune.errors import ArchitectureError, PlanError
-from dropformer.prune.inputs import sample_inputs, with_images
+from dropformer.prune.discovery.inputs import sample_inputs, with_images
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import choose
-from dropformer.prune.proof import prove
+from dropformer.prune.discovery.proof import prove
 
 NEW_TOKENS = 4
 SILENT = "the sample's output is the same without"

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dropformer.eval.out import check_out, given_path
+from dropformer.prune.files.output_paths import check_out, given_path
 
 Text = str | None
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -68,7 +68,7 @@ def evaluate(
     """What a drop cost and what it saved: tasks, perplexity, probes, speed, memory, side by side."""
     os.environ["TQDM_DISABLE"] = "1"  # before tqdm is there: lm-eval shows a bar for each of MMLU's 57 subjects
     from dropformer import preflight
-    from dropformer.metrics.text import check_name
+    from dropformer.metrics.calibration.text import check_name
     from dropformer.prune.errors import EvaluationError
 
     for model in models:
@@ -86,21 +86,22 @@ def evaluate(
     if window and not stream:
         raise EvaluationError("--window describes --stream; give the number of tokens to stream, as in --stream 65536")
     settings = _settings(batch, context, new_tokens) if speed else ()
-    from dropformer import api, show
-    from dropformer.eval import evaluation as ev
-    from dropformer.eval import evaluation_output as output
-    from dropformer.eval.evaluation_tables import summary
-    from dropformer.eval.prepare import labels
-    from dropformer.eval.registry import find_tasks
-    from dropformer.eval.tasks import TaskOptions
-    from dropformer.metrics import distributed
-    from dropformer.metrics.calibration import Calibration
+    from dropformer import api
+    from dropformer import console
+    from dropformer.eval.report.report import evaluation as ev
+    from dropformer.eval.report.report import page as output
+    from dropformer.eval.report.tables import summary
+    from dropformer.eval.report.prepare import labels
+    from dropformer.eval.tasks.registry import find_tasks
+    from dropformer.eval.tasks.tasks import TaskOptions
+    from dropformer.metrics.analysis import distributed
+    from dropformer.metrics.calibration.settings import Calibration
 
     swept = _swept(sweep)
     if names:
         find_tasks(names, mmlu_data, include)  # a name or data that is not there is said before a model is loaded
     first = distributed.rank() == 0
-    watcher = show.Terminal(quiet or not first)
+    watcher = console.Terminal(quiet or not first)
     placement = api.Placement(
         dtype, device if device_map else distributed.own_device(device), device_map, trust_remote_code
     )
@@ -126,9 +127,9 @@ def evaluate(
     if as_json:
         sys.stdout.write(found.to_json())
         return
-    show.out.print(show.plain_table(*summary(found)))
+    console.out.print(console.plain_table(*summary(found)))
     for line in [*found.warnings, *([f"wrote {out}/report.json and {out}/report.html"] if out else [])]:
-        show.out.print(line, markup=False)
+        console.out.print(line, markup=False)
 
 
 def _check_used(names: tuple[str, ...], mmlu_data: Path | None, cache: Path | None, *others: Any) -> None:
@@ -148,7 +149,7 @@ def _check_used(names: tuple[str, ...], mmlu_data: Path | None, cache: Path | No
 def _swept(path: Path | None) -> Any:
     if path is None:
         return None
-    from dropformer.eval.sweep import Sweep
+    from dropformer.eval.quality.sweep import Sweep
 
     return Sweep.read(path)
 
@@ -160,7 +161,7 @@ def _settings(batch: str, context: str, new: int) -> list[Any]:
         raise EvaluationError(
             f"--batch {batch} --context {context} cannot be read; expected numbers by commas, or --batch paper"
         )
-    from dropformer.eval.speed import PAPER, grid
+    from dropformer.eval.cost.speed import PAPER, grid
 
     if batch == "paper":
         return [PAPER]
@@ -179,14 +180,14 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Predict from the config alone what a drop saves: bytes, FLOPs, roofline times, speed-up."""
-    from dropformer.eval.drops import drops_of
+    from dropformer.eval.cost.drops import drops_of
     from dropformer.prune.plan import parse_spec
 
     drops = drops_of(parse_spec(drop))
-    from dropformer import show
-    from dropformer.eval import estimate as es
-    from dropformer.eval.estimate_table import estimate_lines
-    from dropformer.eval.hardware import hardware as find
+    from dropformer import console
+    from dropformer.eval.cost import estimate as es
+    from dropformer.eval.cost.estimate_table import estimate_lines
+    from dropformer.eval.cost.hardware import hardware as find
     from dropformer.recipes import recipes
 
     workload = es.Workload(context, batch, new_tokens)
@@ -196,7 +197,7 @@ def estimate(
         sys.stdout.write(json.dumps({**found.as_dict(), "published_speedup": published}, indent=1) + "\n")
         return
     for line in estimate_lines(found, published):
-        show.out.print(line, markup=False)
+        console.out.print(line, markup=False)
 
 
 def sweep(
@@ -219,8 +220,8 @@ def sweep(
 ) -> None:
     """Quality for every number of drops, the speed-up, and where the cliff is."""
     from dropformer import preflight
-    from dropformer.eval.drops import parse_range
-    from dropformer.metrics.text import check_name
+    from dropformer.eval.cost.drops import parse_range
+    from dropformer.metrics.calibration.text import check_name
     from dropformer.prune.plan import parse_keep, parse_spec
     from dropformer.recipes.source import short_name
 
@@ -233,24 +234,25 @@ def sweep(
     if local:
         preflight.check_keep(parse_keep(keep), f"{kind}:{counts[-1]}", local)
     check_out(folder, "sweep.json")
-    from dropformer import job, show
+    from dropformer import job
+    from dropformer import console
     from dropformer.api import Placement
-    from dropformer.eval import sweep as sw
+    from dropformer.eval.quality import sweep as sw
 
     request = job.Request(
         model, f"{kind}:{counts[-1]}", keep=parse_keep(keep), calibration=job.Overrides(next(iter(texts), None)),
         placement=Placement(dtype, device, None, trust_remote_code), text=text,
     )  # fmt: skip
-    found = job.sweep(request, kind, counts, (samples, length), show.Terminal(quiet), speed)
+    found = job.sweep(request, kind, counts, (samples, length), console.Terminal(quiet), speed)
     found.write(folder / "sweep.json")
     sw.draw(found, folder / "sweep.png")
     if as_json:
         sys.stdout.write(found.to_json())
         return
-    show.out.print(show.plain_table(*sw.table(found)))
+    console.out.print(console.plain_table(*sw.table(found)))
     beyond = (
         f"cliff: quality leaves its trend at {found.cliff} drops"
         if found.cliff is not None
         else "no cliff in this range"
     )
-    show.out.print(f"{beyond}; wrote {folder}/sweep.json and {folder}/sweep.png", markup=False)
+    console.out.print(f"{beyond}; wrote {folder}/sweep.json and {folder}/sweep.png", markup=False)

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dropformer.eval.out import check_out, given_path
+from dropformer.prune.files.output_paths import check_out, given_path
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from dropformer.eval.comparison import Comparison
+    from dropformer.eval.compare.comparison import Comparison
 
 Text = str | None
 CHECKPOINTS = "Folders, Hub ids or id@revision, .gguf files, recipes, or the folder of a training run (checkpoint-N)."
@@ -44,7 +44,7 @@ def compare(
 ) -> None:
     """How redundancy and the layers to drop change over training, or between pruned variants."""
     from dropformer import preflight
-    from dropformer.metrics.text import check_name
+    from dropformer.metrics.calibration.text import check_name
     from dropformer.prune.plan import parse_keep, parse_spec
     from dropformer.recipes.source import short_name
 
@@ -55,11 +55,11 @@ def compare(
         check_name(name)
     folder = out or Path(f"{short_name(checkpoints[0])}-compare")
     check_out(folder, "compare.json")
-    from dropformer import show
+    from dropformer import console
     from dropformer.api import Placement
-    from dropformer.eval import compare_output
-    from dropformer.eval.compare import CompareRequest
-    from dropformer.eval.compare import compare as run
+    from dropformer.eval.compare.compare import output
+    from dropformer.eval.compare.compare import CompareRequest
+    from dropformer.eval.compare.compare import compare as run
     from dropformer.job import Overrides
     from dropformer.recipes.recipe import recipe_of, recipes
 
@@ -69,25 +69,25 @@ def compare(
         Overrides(next(iter(texts), None), samples, length, seed).of(known), batch_size,
         Placement(dtype, device, device_map, trust_remote_code), keep_downloads,
     )  # fmt: skip
-    found = run(request, show.Terminal(quiet))
-    page = compare_output.write(found, folder)
+    found = run(request, console.Terminal(quiet))
+    page = output.write(found, folder)
     if as_json:
         sys.stdout.write(found.to_json())
         return
-    show.out.print(comparison_table(found))
+    console.out.print(comparison_table(found))
     for line in (
-        compare_output.headline(found),
-        *compare_output.notes(found),
+        output.headline(found),
+        *output.notes(found),
         f"wrote {page} and {folder}/compare.json",
     ):
-        show.out.print(line, markup=False)
+        console.out.print(line, markup=False)
 
 
 def comparison_table(found: Comparison) -> Table:
     """A row a checkpoint; of each kind the mean similarity and the rank correlation with the last checkpoint."""
     from rich.table import Table
 
-    from dropformer.eval.compare_output import decimals, kind_title, listed, title
+    from dropformer.eval.compare.output import decimals, kind_title, listed, title
 
     table = Table(title=title(found), title_justify="left", caption_justify="left", caption=CAPTION)
     table.add_column(

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dropformer import __version__
 from dropformer.prune.errors import DropformerError, OutputError
-from dropformer.prune.folder import cannot_write
+from dropformer.prune.files.folder import cannot_write
 
 A = TypeVar("A", bound="Artifact")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dropformer.prune.architecture import Layer
-from dropformer.prune.arrange import arrange
+from dropformer.prune.block_map import arrange
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import choose, parse_spec

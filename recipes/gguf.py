@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from transformers.utils import logging
 
 from dropformer.prune.errors import CheckpointError
-from dropformer.prune.gguf_header import GgufHeader, read_gguf_header
+from dropformer.prune.formats.gguf.header import GgufHeader, read_gguf_header
 from dropformer.recipes.cache import Progress, building, cache_folder, place, silent
-from dropformer.recipes.tokens import gguf_tokenizer
+from dropformer.recipes.gguf_tokenizer import gguf_tokenizer
 
 LAYOUT = 1
 """Raised whenever this module writes something else for the same file."""

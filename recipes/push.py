@@ -9,7 +9,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from dropformer.prune.errors import ModelError, OutputError
-from dropformer.prune.record import RECORD
+from dropformer.prune.formats.record import RECORD
 from dropformer.recipes.cache import Progress, silent
 from dropformer.recipes.hub import is_hub_id, is_network
 

@@ -116,7 +116,7 @@ def recipes() -> Mapping[str, Recipe]:
     """Every recipe that ships with the package, by name, in alphabetical order."""
     found = {
         entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
-        for entry in files("dropformer.recipes").iterdir()
+        for entry in files("dropformer.recipes").joinpath("models").iterdir()
         if entry.name.endswith(".yaml")
     }
     return MappingProxyType({name: parse_recipe(name, found[name]) for name in sorted(found)})

@@ -192,7 +192,7 @@ def check_gguf(path: Path, name: str) -> None:
     """Raises ModelError for a file that is none, CheckpointError for a damaged one or one that lacks layers."""
     if path.suffix.lower() != ".gguf":
         raise ModelError(f"{name} is a file of a kind that cannot be opened; expected {ACCEPTED}")
-    from dropformer.prune.gguf_header import read_gguf_header  # imports NumPy
+    from dropformer.prune.formats.gguf.header import read_gguf_header  # imports NumPy
 
     if read_gguf_header(path).text("general.architecture") == "deci":
         raise CheckpointError(

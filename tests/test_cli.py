@@ -358,7 +358,7 @@ def test_a_wish_that_cannot_be_met_is_one_line(model, here, capsys, options, sai
 
 def test_improve_drop_and_save_give_the_model_that_is_loaded(model, here, ids):
     from dropformer import Calibration
-    from dropformer.metrics.quality import Quality
+    from dropformer.metrics.search.strategy import Quality
 
     opened = dropformer.open_model(model)
     plan, repair = dropformer.improve(opened, "attn:1", Quality(repair=("linear",)), [Calibration("builtin", 3, 16)])

@@ -131,7 +131,7 @@ def test_a_gguf_is_not_made_of_what_is_fetched_as_safetensors(unopened, here, ca
 
 
 def test_onnx_without_its_packages_is_refused_before_the_model_is_opened(unopened, here, capsys, monkeypatch):
-    monkeypatch.setattr("dropformer.prune.onnx_format.NEEDS", ("no_such_package",))
+    monkeypatch.setattr("dropformer.prune.formats.onnx.NEEDS", ("no_such_package",))
     said = "--format onnx needs no_such_package; pip install 'dropformer[onnx]'"
     bad("--model", unopened, *DROP, "--format", "onnx", capsys=capsys, here=here, said=said)
 

@@ -10,9 +10,9 @@ from safetensors import safe_open
 
 import dropformer
 from dropformer import api, job
-from dropformer.eval.perplexity import perplexity
-from dropformer.metrics.calibration import Calibration
-from dropformer.metrics.windows import windows
+from dropformer.eval.quality.perplexity import perplexity
+from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.calibration.windows import windows
 from dropformer.prune.plan import Plan
 
 pytestmark = pytest.mark.real

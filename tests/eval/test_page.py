@@ -2,7 +2,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from dropformer.eval.page import Section, page, paragraph, picture, preformatted, table
+from dropformer.eval.html import Section, page, paragraph, picture, preformatted, table
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"0" * 16
 

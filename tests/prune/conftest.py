@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dropformer import api
-from dropformer.prune.load import load
+from dropformer.prune.loading.load import load
 
 
 def drop(source: Path, spec: str) -> PreTrainedModel:

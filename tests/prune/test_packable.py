@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dropformer.prune.arrange import arrange
-from dropformer.prune.census import outline_of
-from dropformer.prune.discover import discover
+from dropformer.prune.block_map import arrange
+from dropformer.prune.discovery.summarize import outline_of
+from dropformer.prune.discovery.discover import discover
 from dropformer.prune.errors import PlanError
 from dropformer.prune.packable import best_pairs, choose_packable
-from dropformer.prune.surgery import cut, operate
+from dropformer.prune.surgery.surgery import cut, operate
 
 
 def tried_one_by_one(worth, count):

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dropformer.prune.errors import CheckpointError
-from dropformer.prune.gguf_header import read_gguf_header
+from dropformer.prune.formats.gguf.header import read_gguf_header
 from dropformer.recipes.gguf import convert_gguf
 
 F32, F16, BF16, Q4_1, Q8_0 = (gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q4_1", "Q8_0"))

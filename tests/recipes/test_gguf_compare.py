@@ -4,8 +4,8 @@ from pathlib import Path
 
 import gguf
 
-from dropformer.eval.compare import CompareRequest, compare
-from dropformer.metrics.calibration import Calibration
+from dropformer.eval.compare.compare import CompareRequest, compare
+from dropformer.metrics.calibration.settings import Calibration
 
 
 def test_a_gguf_file_is_compared_and_its_conversion_removed(tiny, tmp_path: Path) -> None:

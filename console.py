@@ -1,0 +1,226 @@
+"""What the command line prints: results as tables on stdout, progress on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from dropformer.prune.formats.registry import known_format
+from dropformer.progress import Watcher
+
+if TYPE_CHECKING:
+    from dropformer.eval.report.report import Report
+    from dropformer.metrics.analysis.scores import Scores
+    from dropformer.prune.plan import Plan
+    from dropformer.recipes import Recipe
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+class Terminal(Watcher):
+    """Shows a line for each thing said and a bar for long work; silent if quiet."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            err.print(text, markup=False)
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
+        columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn()]
+        columns += [TextColumn("{task.fields[note]}"), TimeLeftColumn()]
+        short = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+        with Progress(*(columns if total else short), console=err, disable=self.quiet, transient=False) as progress:
+            task = progress.add_task(name, total=total, note="")
+            yield lambda done, count: progress.update(task, completed=done, note=_rate(progress, task, count))
+            progress.update(task, completed=total or 1, total=total or 1)
+
+
+class TimeLeftColumn(ProgressColumn):
+    """The time left, and once all is done the time that it took."""
+
+    def render(self, task: Task) -> Text:
+        if task.finished:
+            return Text(f"in {_clock(task.finished_time or 0)}", "progress.elapsed")
+        left = task.time_remaining
+        return Text("" if left is None else f"{_clock(left)} left", "progress.remaining")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def _rate(progress: Progress, task: Any, count: int) -> str:
+    elapsed = progress.tasks[task].elapsed
+    return f"{count / elapsed:,.0f} tokens/s" if elapsed and count else ""
+
+
+def scores_table(scores: Scores) -> Table:
+    """Every layer's similarity by depth, the most redundant of each kind marked with its rank."""
+    calibration = scores.calibration
+    on = f", {calibration.name}" if calibration else ""
+    table = Table(title=f"{scores.model.name}: similarity over {scores.tokens:,} tokens{on}", title_justify="left")
+    similarity, stderr = scores.similarity(), scores.stderr()
+    columns = list(dict.fromkeys((layer.stack, layer.kind) for layer in similarity))
+    table.add_column("block", justify="right")
+    rank: dict[Any, int] = {}
+    for stack, kind in columns:
+        table.add_column(f"{stack}.{kind}" if stack else kind, justify="right")
+        rank |= {layer: i + 1 for i, layer in enumerate(scores.ranking(kind, stack))}
+    for index in range(max(layer.index for layer in similarity) + 1):
+        row = [str(index)]
+        for stack, kind in columns:
+            layer = next((x for x in similarity if (x.stack, x.kind, x.index) == (stack, kind, index)), None)
+            row.append("" if layer is None else _cell(similarity[layer], stderr[layer], rank[layer]))
+        table.add_row(*row)
+    return table
+
+
+def _cell(value: float, error: float | None, rank: int) -> str:
+    text = f"{value:.4f}" + (f" ±{error:.4f}" if error is not None else "")
+    return f"[bold]{text} #{rank}[/bold]" if rank <= 8 else text
+
+
+def plan_table(plan: Plan) -> Table:
+    """The layers that go, in the order in which they were chosen, with their scores where they were ranked."""
+    table = Table(title=f"{plan.model.name}: {plan.spec}", title_justify="left")
+    scored = any(drop.similarity is not None for drop in plan.drops)
+    alone = f"by {plan.metric}" if plan.metric else "layer"
+    for name in ("layer", plan.metric or "similarity") if scored else (alone,):
+        table.add_column(name, justify="right")
+    for drop in plan.drops:
+        score = "" if drop.similarity is None else f"{drop.similarity:.4f}"
+        table.add_row(drop.layer, *([score] if scored else []))
+    return table
+
+
+def savings_line(plan: Plan) -> str:
+    saved = plan.savings
+    change = _change(saved.parameters, saved.parameters_after)
+    text = f"parameters {saved.parameters:,} → {saved.parameters_after:,} ({change})"
+    if saved.kv:
+        text += f", KV cache {_change(saved.kv, saved.kv_after)} per token"
+    if plan.packing_cost is not None:
+        text += f"; packs into a stock model for {plan.packing_cost:.4f} of mean similarity"
+    return text
+
+
+def report_table(report: Report) -> Table:
+    """Dense and pruned side by side."""
+    table = Table(title=f"{report.model.name}: {report.spec}", title_justify="left")
+    for name in ("", "dense", "pruned", "change"):
+        table.add_column(name, justify="left" if not name else "right")
+    for label, key, form in ROWS:
+        before, after = getattr(report.dense, key), getattr(report.pruned, key)
+        if before is not None and after is not None:
+            change = f"{after / before:.3f}x" if key in RATIOS and before else _change(before, after)
+            table.add_row(label, form(before), form(after), change)
+    return table
+
+
+def report_notes(report: Report) -> list[str]:
+    """What the numbers were measured on."""
+    notes = []
+    if report.text:
+        text = report.text
+        seen = "calibrated on too" if text.calibrated_on else "not calibrated on"
+        notes.append(
+            f"perplexity: {text.windows} windows of {text.length} tokens of `{text.name}`, {seen}; "
+            f"KL(dense || pruned) {report.kl:.4f} nats a token"
+        )
+    if report.outputs:
+        notes += [str(report.outputs), "no perplexity and no decode speed: the model writes no text token by token"]
+    if report.trend and report.trend.cliff is not None:
+        notes.append(f"warning: {report.trend}")
+    if report.speed:
+        speed = report.speed
+        notes.append(
+            f"speed: {speed.device}, {speed.dtype}, batch {speed.batch}, {speed.prompt} + {speed.new} tokens, "
+            f"interleaved; work allows prefill {speed.prefill_bound:.2f}x, decode {speed.decode_bound:.2f}x"
+        )
+    return notes
+
+
+def record_table(record: Mapping[str, Any]) -> Table:
+    """What dropformer.json says of a checkpoint's sizes."""
+    table = Table(title=f"{record['model']['name']}: {record['spec']}", title_justify="left")
+    for name in ("", "dense", "pruned", "change"):
+        table.add_column(name, justify="left" if not name else "right")
+    forms = {"parameters": "{:,}".format, "bytes": _bytes, "kv_bytes_per_token": _bytes}
+    names = {"bytes": "checkpoint", "kv_bytes_per_token": "KV cache per token"}
+    for key, form in forms.items():
+        before, after = record["before"][key], record["after"][key]
+        if before:
+            table.add_row(names.get(key, key), form(before), form(after), _change(before, after))
+    return table
+
+
+def done(out: Any, record: Mapping[str, Any], difference: float | None = None) -> str:
+    """Where the checkpoint is, how it is loaded, and how it was checked."""
+    form = known_format(record["format"])
+    checked = form.checked if difference is None else f"reloaded, logits equal to {difference:.1e}"
+    notes = "".join(f"\nnote: {note}" for note in record["notes"])
+    return f"wrote {out} ({form.summary(record['packed'])}); {checked}{notes}"
+
+
+def _change(before: float, after: float) -> str:
+    return f"{(after - before) / before:+.1%}" if before else ""
+
+
+def _bytes(value: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
+        value /= 1024
+    raise AssertionError
+
+
+ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("parameters", "parameters", lambda v: f"{v:,}"),
+    ("checkpoint", "checkpoint_bytes", _bytes),
+    ("KV cache per token", "kv_bytes_per_token", _bytes),
+    ("perplexity", "perplexity", lambda v: f"{v:.2f}"),
+    ("prefill tokens/s", "prefill_tokens_per_s", lambda v: f"{v:,.1f}"),
+    ("decode tokens/s", "decode_tokens_per_s", lambda v: f"{v:,.1f}"),
+)
+RATIOS = {"perplexity", "prefill_tokens_per_s", "decode_tokens_per_s"}
+
+
+def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Rows of text under a head; the first column left, the others right."""
+    table = Table()
+    for i, name in enumerate(head):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def recipes_table(recipes: Mapping[str, Recipe]) -> Table:
+    table = Table()
+    for name in ("recipe", "model", "calibration", "published lists"):
+        table.add_column(name)
+    for name, recipe in recipes.items():
+        c = recipe.calibration
+        lists = ", ".join(f"{kind}:{len(layers)}" for kind, layers in dict(recipe.lists).items())
+        table.add_row(name, recipe.model, f"{c.name} {c.windows} x {c.length}", lists)
+    return table

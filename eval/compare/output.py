@@ -1,0 +1,172 @@
+"""What a comparison leaves behind: compare.json, three pictures, and one page that shows it all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from markupsafe import Markup, escape
+
+from dropformer.eval.compare.checkpoints import TRAINER
+from dropformer.eval.compare.pictures import agreement, heatmaps, over_training
+from dropformer.eval.compare.comparison import Comparison, kind_title
+from dropformer.prune.files.output_paths import check_out
+from dropformer.eval.html import Section, page, paragraph, picture, table
+from dropformer.prune.architecture import KIND_NAMES
+
+JSON = "compare.json"
+PICTURES = {"heatmaps.png": heatmaps, "training.png": over_training, "agreement.png": agreement}
+
+
+def write(found: Comparison, out: Path) -> Path:
+    """Write all files into `out`, each whole or not at all; the page's path.  Raises OutputError."""
+    check_out(out, JSON)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".compare-", dir=out) as scratch:
+        folder = Path(scratch)
+        for name, draw in PICTURES.items():
+            draw(found, folder / name)
+        (folder / "compare.html").write_text(html(found, folder), encoding="utf-8")
+        found.write(folder / JSON)
+        for name in (*PICTURES, "compare.html", JSON):
+            shutil.move(folder / name, out / name)
+    return out / "compare.html"
+
+
+def headline(found: Comparison) -> str:
+    """What the comparison says in a sentence: since when the drop set is known, or which layers are gone."""
+    last = found.checkpoints[-1]
+    if any(checkpoint.gone for checkpoint in found.checkpoints):
+        return " ".join(f"{c.label} lacks {listed(c.gone, full=True)}." for c in found.checkpoints if c.gone)
+    if not found.spec or not found.known_from:
+        return f"{len(found.checkpoints)} checkpoints, the last is {last.label}."
+    known, count = found.known_from, len(last.chosen or [])
+    if known.index == len(found.checkpoints) - 1:
+        before = found.overlap[-2][-1] if found.overlap else 0.0
+        return (
+            f"What {found.spec} takes of {last.label} was not known before: the checkpoint before it, "
+            f"{found.checkpoints[-2].label}, gives a set with an overlap of {before:.2f}."
+        )
+    since = "from the first checkpoint on" if known.index == 0 else f"from {known.label} on"
+    return f"The {count} layers that {found.spec} takes of {last.label} are known {since}."
+
+
+def notes(found: Comparison) -> list[str]:
+    """What a reader must know besides the numbers."""
+    said = []
+    for checkpoint in found.checkpoints:
+        if checkpoint.same_weights_as:
+            said.append(f"{checkpoint.label} has the same weights as {checkpoint.same_weights_as}.")
+    if found.overlap_by_chance is not None:
+        said.append(f"Two random choices of that size overlap by {found.overlap_by_chance:.2f} on average.")
+    return said
+
+
+def html(found: Comparison, pictures: Path) -> str:
+    """The page, with the pictures that lie in a folder."""
+    calibration = found.calibration
+    lead = (
+        f"{len(found.checkpoints)} checkpoints, each scored on the same {calibration.samples} windows of "
+        f"{calibration.length} tokens of {calibration.name} (seed {calibration.seed})."
+    )
+    sections = [
+        Section("What it says", [*map(paragraph, [headline(found), *notes(found)]), checkpoint_table(found)]),
+        Section("Over the checkpoints", [picture(pictures / "training.png", "Similarity and agreement by step", OVER)]),
+        Section("Layer by layer", [picture(pictures / "heatmaps.png", "Importance by layer and checkpoint", LAYERS)]),
+        Section("Each two checkpoints", [picture(pictures / "agreement.png", "Agreement matrices", AGREEMENT)]),
+        Section("How it was measured", [paragraph(MEASURED), models_table(found)]),
+    ]
+    return page(title(found), sections, lead)
+
+
+OVER = (
+    "Left: similarity of the residual stream before and after a layer, averaged over the layers of a kind; near 1 "
+    "the layers do little. Right: rank correlation of the layers' similarity with the last checkpoint's, and the "
+    "Jaccard overlap of what the drop spec chooses."
+)
+LAYERS = "Importance on a logarithmic scale; a dot marks what the drop spec chooses, grey is a layer that is gone."
+AGREEMENT = (
+    "Spearman's rank correlation of similarity between each two checkpoints, over the layers that both have, and the "
+    "Jaccard overlap of what the drop spec chooses of each. Grey: fewer than three layers in common."
+)
+MEASURED = (
+    "Similarity is the cosine between the residual stream before and after a layer, in float32 per token, averaged "
+    "over all tokens (arXiv 2406.15786, eq. 1 to 4); importance is 1 - similarity. Layers are numbered as in the "
+    "model that pruned ones were made from."
+)
+
+
+def title(found: Comparison) -> str:
+    """Named after the Hub model or the training run, where all checkpoints are of one."""
+    names = {checkpoint.model.name for checkpoint in found.checkpoints}
+    parents = {Path(name).parent.name if TRAINER.fullmatch(Path(name).name) else None for name in names}
+    one = names if len(names) == 1 else parents
+    return f"Checkpoints of {one.pop()}" if len(one) == 1 and None not in one else "Checkpoints compared"
+
+
+def cells(found: Comparison, index: int) -> list[str]:
+    """One checkpoint as a row: label, step, mean and rank correlation with the last of each kind, drop set."""
+    checkpoint = found.checkpoints[index]
+    row = [checkpoint.label]
+    if _some_step(found):
+        row.append("" if checkpoint.step is None else str(checkpoint.step))
+    for kind in found.kinds:
+        row += [decimals(checkpoint.mean[kind], 4), decimals(found.spearman_to_last(kind)[index], 2)]
+    if found.overlap:
+        row += [decimals(found.overlap[index][-1], 2), escape(listed(checkpoint.chosen or []))]
+    return row
+
+
+def columns(found: Comparison) -> list[str]:
+    names = [name for kind in found.kinds for name in (kind_title(kind), "rank corr.")]
+    return [
+        "checkpoint",
+        *(["step"] if _some_step(found) else []),
+        *names,
+        *(["overlap", found.spec or ""] if found.overlap else []),
+    ]
+
+
+def _some_step(found: Comparison) -> bool:
+    return any(checkpoint.step is not None for checkpoint in found.checkpoints)
+
+
+def checkpoint_table(found: Comparison) -> Markup:
+    return table(columns(found), [cells(found, i) for i in range(len(found.checkpoints))])
+
+
+def models_table(found: Comparison) -> Markup:
+    rows = [
+        (
+            c.label,
+            c.model.name,
+            c.model.revision,
+            code(c.model.fingerprint),
+            listed(c.gone, full=True),
+        )
+        for c in found.checkpoints
+    ]
+    head = ("checkpoint", "model", "revision", "fingerprint", "layers gone")
+    used = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    return table([head[i] for i in used], [[row[i] for i in used] for row in rows])
+
+
+def code(fingerprint: str | None) -> Markup:
+    return Markup("<code>{}</code>").format((fingerprint or "")[:12])
+
+
+def listed(layers: list[str], full: bool = False) -> str:
+    """attn:3, attn:4, mlp:1 -> attention 3, 4; MLP 1.  Of one kind only the numbers."""
+    kinds: dict[str, list[int]] = {}
+    for layer in layers:
+        kind, _, index = layer.rpartition(":")
+        kinds.setdefault(kind, []).append(int(index))
+    if len(kinds) == 1 and not full:
+        return ", ".join(map(str, sorted(*kinds.values())))
+    named = {k: f"{k.rpartition('.')[0]} {KIND_NAMES[k.rpartition('.')[2]]}".strip() for k in kinds}
+    return "; ".join(f"{named[kind]} {', '.join(map(str, sorted(found)))}" for kind, found in kinds.items())
+
+
+def decimals(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

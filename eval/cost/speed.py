@@ -1,0 +1,285 @@
+"""Speed: prefill and decode measured apart, with the real KV cache, models interleaved in one run.
+
+A prefill is one forward pass over the prompt that fills the cache and computes the last position's
+logits; a decode step is one forward pass over one token that reads the cache.  Both go through the
+model's own forward, so what is measured is what `generate` does without its bookkeeping.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import nn
+
+from dropformer.eval.cost.memory import Peak, peak_of
+from dropformer.eval.cost.timing import Run, Setting, Step, decoder, device_name, device_of, fits, time_run
+from dropformer.eval.cost.model_cost import Work, work_of
+from dropformer.metrics.calibration.context import context_of
+from dropformer.prune.errors import EvaluationError
+
+__all__ = [
+    "PAPER",
+    "Quartiles",
+    "Setting",
+    "Speed",
+    "SpeedTable",
+    "bounds",
+    "grid",
+    "largest_batch",
+    "measure",
+    "quick",
+]
+
+PAPER = Setting(prompt=2048, new=2048, batch="max")  # as arXiv 2406.15786 measures its speed-ups
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """Median and quartiles over the repeats."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range."""
+        return self.high - self.low
+
+    def __str__(self) -> str:
+        return f"{self.median:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One model at one setting.  Speeds in tokens/s; ratios over the first model, repeat by repeat.
+
+    bound_prefill, bound_decode: the ratios that FLOPs, and parameter and KV bytes, allow.  A measured
+    ratio above its bound means that the dropped layers also cost something else: copies of the cache,
+    launches of small operations.  prefill_cpu, decode_cpu: seconds of processor time of all threads, and
+    their ratios; other programs on a busy machine disturb them least; they say nothing on a GPU.
+    """
+
+    model: str
+    setting: Setting
+    prefill: Quartiles
+    decode: Quartiles
+    prefill_ratio: Quartiles
+    decode_ratio: Quartiles
+    prefill_cpu: Quartiles
+    decode_cpu: Quartiles
+    prefill_cpu_ratio: Quartiles
+    decode_cpu_ratio: Quartiles
+    bound_prefill: float
+    bound_decode: float
+    kv_bytes: int
+    peak: Peak
+    repeats: int
+
+
+@dataclass(frozen=True)
+class SpeedTable:
+    """Every model at every setting, and on what they ran."""
+
+    rows: tuple[Speed, ...]
+    device: str
+    threads: int
+    dtype: str
+    compiled: bool
+
+    def row(self, model: str, setting: Setting | None = None) -> Speed:
+        """The row of a model (at its first setting if none is named).  Raises KeyError if there is none."""
+        for row in self.rows:
+            if row.model == model and setting in (None, row.setting):
+                return row
+        raise KeyError(model)
+
+    def __str__(self) -> str:
+        """A table for the terminal: speeds in tokens/s, medians over the repeats with quartiles."""
+        head = f"{self.device}, {self.threads} threads, {self.dtype}{', compiled' if self.compiled else ''}"
+        return "\n".join([head, *(_line(row) for row in self.rows)])
+
+
+def grid(batches: Iterable[int], prompts: Iterable[int], new: int) -> list[Setting]:
+    """Every batch with every prompt length."""
+    return [Setting(prompt, new, batch) for batch, prompt in product(batches, prompts)]
+
+
+def measure(
+    models: Mapping[str, nn.Module],
+    settings: Sequence[Setting],
+    repeats: int = 5,
+    *,
+    compile: bool = False,
+    seconds: float | None = None,
+    warm: bool = True,
+) -> SpeedTable:
+    """Measure every model at every setting; the first model is what the others are compared with.
+
+    In each repeat every model runs once, and the order rotates from repeat to repeat, so that a
+    machine that slows down slows all of them.  `compile`: decode through torch.compile with a
+    StaticCache.  `seconds`: start no further repeat of a setting once it has taken so long (each
+    is repeated once at least).  `warm`: run every model briefly first.  Raises EvaluationError for an
+    empty grid, or batch "max" without a GPU.
+    """
+    if not models or not settings or repeats < 1:
+        raise EvaluationError("nothing to measure; expected at least one model, one setting and one repeat")
+    steps = {name: decoder(model, compile) for name, model in models.items()}
+    works = {name: work_of(model) for name, model in models.items()}
+    rows: list[Speed] = []
+    for setting in settings:
+        setting = _with_batch(models, setting)
+        rows += _measure_one(models, steps, works, setting, _Plan(repeats, compile, seconds, warm))
+    first = next(iter(models.values()))
+    return SpeedTable(
+        tuple(rows),
+        device_name(device_of(first)),
+        torch.get_num_threads(),
+        str(next(first.parameters()).dtype).removeprefix("torch."),
+        compile,
+    )
+
+
+def quick(models: Mapping[str, nn.Module], seconds: float = 18.0, repeats: int = 3) -> SpeedTable:
+    """`measure` at batch 1, with prompt and new tokens chosen to take about `seconds` in all.
+
+    A short run of every model, after one that warms it up, tells how many tokens the time allows.
+    """
+    start = time.perf_counter()
+    trial = Setting(prompt=32, new=4)
+    for model in models.values():
+        time_run(model, model, Setting(prompt=8, new=1), False)
+    runs = [time_run(model, model, trial, False) for model in models.values()]
+    left = max(0.0, seconds - (time.perf_counter() - start)) / repeats
+    prompt = 0.4 * left / sum(run.prefill.wall for run in runs) * trial.prompt
+    new = 0.6 * left / sum(run.decode.wall for run in runs) * trial.new
+    room = min(context_of(model.config) or 10**9 for model in models.values())
+    setting = Setting(prompt=_clamp(prompt, 16, min(512, room // 2)), new=_clamp(new, 4, min(128, room // 2)))
+    return measure(models, [setting], repeats, seconds=0.8 * seconds, warm=False)
+
+
+def bounds(reference: Work, work: Work, setting: Setting) -> tuple[float, float]:
+    """The ratios over `reference` that work alone allows: prefill by FLOPs, decode by bytes read.
+
+    Decode is counted half-way through the new tokens.  setting.batch must be a number.
+    """
+    batch, context = int(setting.batch), setting.prompt + setting.new // 2
+    prefill = reference.prefill_flops(batch, setting.prompt) / work.prefill_flops(batch, setting.prompt)
+    decode = reference.decode_elements(batch, context) / work.decode_elements(batch, context)
+    return prefill, decode
+
+
+@dataclass(frozen=True)
+class _Plan:
+    repeats: int
+    compile: bool
+    seconds: float | None
+    warm: bool
+
+
+def _measure_one(
+    models: Mapping[str, nn.Module],
+    steps: Mapping[str, Step],
+    works: Mapping[str, Work],
+    setting: Setting,
+    plan: _Plan,
+) -> list[Speed]:
+    names = list(models)
+    # A compiled step is specialised to the cache's length, so its warm-up must be as long as the run.
+    warm_up = setting if plan.compile else Setting(min(setting.prompt, 64), 2, setting.batch)
+    for name in names if plan.warm else ():
+        time_run(models[name], steps[name], warm_up, plan.compile)
+    runs: dict[str, list[Run]] = {name: [] for name in names}
+    peaks: dict[str, Peak] = {}
+    start = time.perf_counter()
+    for repeat in range(plan.repeats):
+        if repeat and plan.seconds is not None and time.perf_counter() - start > plan.seconds:
+            break
+        turn = repeat % len(names)
+        for name in names[turn:] + names[:turn]:
+            run, peak = _run_peak(models[name], steps[name], setting, plan.compile, repeat == 0)
+            runs[name].append(run)
+            peaks.setdefault(name, peak)
+    return [_speed(name, setting, runs, peaks[name], works) for name in names]
+
+
+def _speed(name: str, setting: Setting, runs: Mapping[str, list[Run]], peak: Peak, works: Mapping[str, Work]) -> Speed:
+    reference, own, batch = next(iter(runs)), runs[name], int(setting.batch)
+    pairs = list(zip(runs[reference], own, strict=True))
+
+    def ratio(seconds: Callable[[Run], float]) -> Quartiles:
+        return Quartiles.of([seconds(before) / seconds(after) for before, after in pairs])
+
+    bound_prefill, bound_decode = bounds(works[reference], works[name], setting)
+    return Speed(
+        model=name,
+        setting=setting,
+        prefill=Quartiles.of([batch * setting.prompt / run.prefill.wall for run in own]),
+        decode=Quartiles.of([batch * setting.new / run.decode.wall for run in own]),
+        prefill_ratio=ratio(lambda run: run.prefill.wall),
+        decode_ratio=ratio(lambda run: run.decode.wall),
+        prefill_cpu=Quartiles.of([run.prefill.cpu for run in own]),
+        decode_cpu=Quartiles.of([run.decode.cpu for run in own]),
+        prefill_cpu_ratio=ratio(lambda run: run.prefill.cpu),
+        decode_cpu_ratio=ratio(lambda run: run.decode.cpu),
+        bound_prefill=bound_prefill,
+        bound_decode=bound_decode,
+        kv_bytes=own[0].kv_bytes,
+        peak=peak,
+        repeats=len(own),
+    )
+
+
+def _run_peak(model: nn.Module, step: Step, setting: Setting, static: bool, watch: bool) -> tuple[Run, Peak]:
+    """A run, with its peak memory if `watch` (reading the resident set's peak costs a little time)."""
+    if not watch:
+        return time_run(model, step, setting, static), Peak(0, "")
+    return peak_of(lambda: time_run(model, step, setting, static), device_of(model))
+
+
+def _with_batch(models: Mapping[str, nn.Module], setting: Setting) -> Setting:
+    """Replace batch "max" by the largest power of two at which every model still fits, so that all run alike."""
+    if setting.batch != "max":
+        return setting
+    if any(device_of(model).type != "cuda" for model in models.values()):
+        raise EvaluationError("batch `max` fills a GPU's memory, and the model is not on one; give a number")
+    batch = largest_batch(lambda batch: all(fits(model, setting, batch) for model in models.values()))
+    if not batch:
+        raise EvaluationError(f"{setting} does not fit in this GPU's memory even at batch 1; use fewer tokens")
+    return Setting(setting.prompt, setting.new, batch)
+
+
+def largest_batch(fits: Callable[[int], bool]) -> int:
+    """The largest power of two that fits, by doubling; 0 if 1 does not."""
+    batch = 0
+    while fits(max(1, 2 * batch)):
+        batch = max(1, 2 * batch)
+    return batch
+
+
+def _clamp(value: float, low: int, high: int) -> int:
+    return int(min(max(value, low), high))
+
+
+def _line(row: Speed) -> str:
+    return "; ".join(
+        (
+            f"{row.model:<12} {row.setting}",
+            f"prefill {row.prefill} tokens/s, {row.prefill_ratio.median:.3f}x (work allows {row.bound_prefill:.3f}x)",
+            f"decode {row.decode} tokens/s, {row.decode_ratio.median:.3f}x (bytes allow {row.bound_decode:.3f}x)",
+            f"processor time {row.prefill_cpu_ratio.median:.3f}x, {row.decode_cpu_ratio.median:.3f}x",
+            f"KV {row.kv_bytes / 2**20:.2f} MiB, peak {row.peak}, {row.repeats} repeats",
+        )
+    )

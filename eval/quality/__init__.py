@@ -1,0 +1,1 @@
+"""What a drop costs in quality: perplexity, KL, outputs, probes, sweeps."""

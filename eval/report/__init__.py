@@ -1,0 +1,1 @@
+"""Results as JSON, tables, pictures and an HTML page."""

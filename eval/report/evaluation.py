@@ -1,0 +1,197 @@
+"""`prune evaluate`: tasks, perplexity, probes, speed and memory of a dense model and its pruned forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any, ClassVar
+
+from dropformer.eval.report.warnings import cautions
+from dropformer.eval.cost.memory import kv_bytes_per_token, parameter_bytes, parameter_count
+from dropformer.eval.tasks.paired import Paired
+from dropformer.eval.quality.perplexity import side_by_side
+from dropformer.eval.report.prepare import Candidate, EvaluationOptions, Inputs, prepare
+from dropformer.eval.quality.probes import run_probes
+from dropformer.eval.cost.speed import measure, quick
+from dropformer.eval.cost.streaming import stream, streaming_speed
+from dropformer.eval.tasks.tasks import TaskResults, compare_tasks, evaluate_tasks
+from dropformer.eval.cost.timing import device_of
+from dropformer.eval.quality.trend import Trend, trend
+from dropformer.metrics.analysis.distributed import rank
+from dropformer.metrics.calibration.windows import Windows
+from dropformer.prune.artifact import Artifact, Part
+from dropformer.progress import Watcher
+
+__all__ = ["Candidate", "Evaluation", "EvaluationOptions", "ModelResult", "evaluate"]
+
+TIMED = 9
+"""Single tokens timed behind a full window, cached and recomputed, one of them to warm up."""
+
+
+class ModelResult(Part):
+    """One model's measurements; `paired` compares it with the dense model, question by question.
+
+    drops: the layers that were taken out of the dense model to make it, where that is known.
+    """
+
+    name: str
+    drops: list[str] = []
+    parameters: int
+    parameter_bytes: int
+    kv_bytes_per_token: int
+    tasks: TaskResults | None = None
+    paired: dict[str, Paired] = {}
+    perplexity: dict[str, Any] | None = None
+    kl: dict[str, Any] | None = None
+    trend: Trend | None = None
+    probes: list[dict[str, Any]] = []
+    speed: list[dict[str, Any]] = []
+    stream: dict[str, Any] | None = None
+
+
+class Evaluation(Artifact):
+    """report.json of an evaluation: the dense model first, then the pruned ones."""
+
+    kind: ClassVar[str] = "evaluation"
+
+    text: dict[str, Any] | None = None
+    device: str | None = None
+    models: list[ModelResult]
+    warnings: list[str] = []
+
+
+def evaluate(models: Sequence[Candidate], options: EvaluationOptions, watcher: Watcher | None = None) -> Evaluation:
+    """Evaluate models side by side; the first is the dense one.
+
+    Everything sees the same questions, windows and prompts; speeds are interleaved.  Of several processes
+    launched together all answer questions and only the first measures the rest.  Raises EvaluationError.
+    """
+    watcher = watcher or Watcher()
+    inputs = prepare(models, options)
+    results = [_sizes(candidate) for candidate in models]
+    results = _with_tasks(results, models, options, watcher)
+    if rank() > 0:
+        return Evaluation(models=results)
+    results = _with_perplexity(results, models, inputs.text, watcher)
+    results = _with_probes(results, models, options, watcher)
+    results, device, said = _with_speed(results, models, options, watcher)
+    results = _with_stream(results, models, inputs, watcher)
+    text = inputs.text.ref.model_dump() if inputs.text else None
+    return Evaluation(text=text, device=device, models=results, warnings=[*cautions(results), *said])
+
+
+def _sizes(candidate: Candidate) -> ModelResult:
+    model = candidate.model
+    return ModelResult(
+        name=candidate.name,
+        drops=[str(layer) for layer in candidate.plan.layers] if candidate.plan else [],
+        parameters=parameter_count(model),
+        parameter_bytes=parameter_bytes(model),
+        kv_bytes_per_token=kv_bytes_per_token(model),
+    )
+
+
+def _update(result: ModelResult, **fields: Any) -> ModelResult:
+    return result.model_copy(update=fields)
+
+
+def _with_tasks(
+    results: list[ModelResult], models: Sequence[Candidate], options: EvaluationOptions, watcher: Watcher
+) -> list[ModelResult]:
+    if not options.tasks:
+        return results
+    found = []
+    for candidate in models:
+        with watcher.stage(f"{', '.join(options.tasks)}, in %: {candidate.name}", 100) as show:
+            told = partial(_percent, show)
+            found.append(
+                evaluate_tasks(candidate.model, candidate.tokenizer, options.tasks, options.task_options, told)
+            )
+    pairs: list[dict[str, Paired]] = [{}, *(compare_tasks(found[0], other) for other in found[1:])]
+    return [_update(r, tasks=t, paired=p) for r, t, p in zip(results, found, pairs, strict=True)]
+
+
+def _percent(show: Callable[[int, int], None], done: int, asked: int) -> None:
+    show(100 * done // asked, 0)
+
+
+def _tokens(show: Callable[[int, int], None], done: int) -> None:
+    show(done, done)
+
+
+def _with_perplexity(
+    results: list[ModelResult], models: Sequence[Candidate], data: Windows | None, watcher: Watcher
+) -> list[ModelResult]:
+    if data is None:
+        return results
+    dense, out = models[0], list(results)
+    for i, candidate in enumerate(models[1:] or models, start=1 if models[1:] else 0):
+        with watcher.stage(f"perplexity and KL: {candidate.name}"):
+            both = side_by_side(dense.model, candidate.model, data.ids)
+        out[0] = _update(out[0], perplexity=asdict(both.dense))
+        out[i] = _update(out[i], perplexity=asdict(both.pruned), kl=asdict(both.divergence) if i else None)
+        if candidate.plan:
+            with watcher.stage(f"trend of the first drops alone: {candidate.name}"):
+                out[i] = _update(out[i], trend=trend(dense.model, candidate.plan, data.ids))
+    return out
+
+
+def _with_probes(
+    results: list[ModelResult], models: Sequence[Candidate], options: EvaluationOptions, watcher: Watcher
+) -> list[ModelResult]:
+    if not options.probes:
+        return results
+    out = []
+    for result, candidate in zip(results, models, strict=True):
+        with watcher.stage(f"probes: {candidate.name}"):
+            found = run_probes(candidate.model, candidate.tokenizer)
+        out.append(_update(result, probes=[asdict(probe) for probe in found]))
+    return out
+
+
+def _with_speed(
+    results: list[ModelResult], models: Sequence[Candidate], options: EvaluationOptions, watcher: Watcher
+) -> tuple[list[ModelResult], str | None, list[str]]:
+    """Speeds, on what they were measured, and what went wrong with torch.compile, if anything did."""
+    if not options.speed and not options.seconds:
+        return results, None, []
+    named = {candidate.name: candidate.model for candidate in models}
+    with watcher.stage("speed, interleaved"):
+        found = measure(named, options.speed, options.repeats) if options.speed else quick(named, options.seconds)
+    tables, said = [found], []
+    on_gpu = device_of(models[0].model).type == "cuda"
+    if options.speed and (on_gpu if options.compile is None else options.compile):
+        with watcher.stage("speed, decoding through torch.compile"):
+            try:
+                tables.append(measure(named, options.speed, options.repeats, compile=True))
+            except Exception as error:  # compilers fail in many ways, and the eager figures are good without them
+                said.append(f"torch.compile failed ({type(error).__name__}: {' '.join(str(error).split())[:120]})")
+    rows = {
+        name: [
+            {**asdict(row), "compiled": table.compiled} for table in tables for row in table.rows if row.model == name
+        ]
+        for name in named
+    }
+    where = f"{found.device}, {found.threads} threads, {found.dtype}, {found.rows[0].repeats} repeats"
+    return [_update(r, speed=rows[c.name]) for r, c in zip(results, models, strict=True)], where, said
+
+
+def _with_stream(
+    results: list[ModelResult], models: Sequence[Candidate], inputs: Inputs, watcher: Watcher
+) -> list[ModelResult]:
+    ids, shape = inputs.stream, inputs.shape
+    if ids is None or shape is None:
+        return results
+    out = []
+    for result, candidate in zip(results, models, strict=True):
+        with watcher.stage(f"streaming {len(ids)} tokens: {candidate.name}", len(ids)) as progress:
+            told = partial(_tokens, progress)
+            read = stream(candidate.model, ids, shape, progress=told)
+        found = {**asdict(read), "perplexity": read.perplexity, "tokens_per_second": read.tokens_per_second}
+        if len(ids) > shape.size + TIMED:
+            with watcher.stage(f"streaming against recomputing the window: {candidate.name}"):
+                one = streaming_speed(candidate.model, ids, shape, TIMED - 1)
+            found |= {"seconds_per_token": asdict(one), "speedup_over_recompute": one.speedup}
+        out.append(_update(result, stream=found))
+    return out

@@ -1,0 +1,83 @@
+"""An evaluation as one self-contained page."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dropformer.eval.report.report import pictures as pictures
+from dropformer.eval.report.report import tables as tables
+from dropformer.eval.report.evaluation import Evaluation
+from dropformer.eval.html import Section, page, paragraph, picture, table
+from dropformer.eval.quality.sweep import Sweep, draw
+
+Picture = tuple[Path, str]
+
+
+def html(evaluation: Evaluation, depth: Sequence[Picture] = (), sweep: Sweep | None = None) -> str:
+    """The page; `depth` are pictures of similarity by depth, with what they show; `sweep` is the dense model's."""
+    with tempfile.TemporaryDirectory() as scratch:
+        sections = list(_sections(evaluation, Path(scratch), depth, sweep))
+    count = len(evaluation.models)
+    lead = f"{count} models on the same questions, text and prompts." if count > 1 else "One model, by itself."
+    title = (
+        f"{evaluation.models[0].name}: what dropping layers cost and saved" if count > 1 else evaluation.models[0].name
+    )
+    return page(title, sections, lead)
+
+
+def _sections(
+    evaluation: Evaluation, scratch: Path, depth: Sequence[Picture], sweep: Sweep | None
+) -> Iterator[Section]:
+    yield Section("Side by side", [table(*tables.quality(evaluation)), *map(paragraph, _measured_on(evaluation))])
+    if evaluation.warnings:
+        yield Section("Where to be careful", [paragraph(line) for line in evaluation.warnings])
+    curve = pictures.quality_by_drop(evaluation, scratch / "quality.png")
+    kept = pictures.kept_by_test(evaluation, scratch / "kept.png")
+    swept = draw(sweep, scratch / "sweep.png") if sweep else None
+    parts = [picture(path, says, says) for path, says in ((curve, CURVE), (swept, SWEPT), (kept, KEPT)) if path]
+    if parts:
+        yield Section("Quality against drop", parts)
+    if depth:
+        yield Section("Layer by layer", [picture(path, says, says) for path, says in depth])
+    if evaluation.models[0].speed:
+        drawn = pictures.speed_against_bound(evaluation, scratch / "speed.png")
+        shown = [picture(drawn, SPEED, SPEED)] if drawn else []
+        where = paragraph(f"On {evaluation.device}. {TIMES}")
+        yield Section("Speed and memory", [*shown, table(*tables.speed(evaluation)), where])
+    if (streamed := tables.streaming(evaluation))[1]:
+        yield Section("Beyond the context", [table(*streamed), paragraph(STREAMED)])
+    if (subjects := tables.subjects(evaluation))[1]:
+        yield Section("Task by task", [table(*subjects), paragraph(SUBJECTS)])
+
+
+CURVE = (
+    "Perplexity over dense. Diamonds: the models, on all windows. Dashed: the first drops of each plan alone, a "
+    "quarter at a time, on two windows, which is how a cliff is looked for."
+)
+SWEPT = "Every number of drops, most redundant first: perplexity over dense, and the speed-up of decoding."
+KEPT = (
+    "Tasks are compared question by question (paired standard errors); probes have 12 to 32 "
+    "questions each, and their error counts both models."
+)
+SPEED = "Dots: measured, with quartiles. Bars: what FLOPs (prefill) and bytes of weights and KV cache (decode) allow."
+TIMES = "Medians with half the interquartile range, ratios with quartiles; models interleaved in one run."
+STREAMED = (
+    "The first four tokens and a rolling window stay in the cache, positions are those inside the cache "
+    "(arXiv 2309.17453)."
+)
+SUBJECTS = "In brackets: answers that only the dense model has right, and that only the pruned one has."
+
+
+def _measured_on(evaluation: Evaluation) -> Iterator[str]:
+    if evaluation.text:
+        text = evaluation.text
+        yield f"Perplexity and KL on {text['samples']} windows of {text['length']} tokens of {text['name']}."
+    tasks = evaluation.models[0].tasks
+    if tasks:
+        stats = tasks.stats
+        work = f" {stats['computed']:,} tokens computed where {stats['needed']:,} are asked for." if stats else ""
+        if stats and not stats["requests"]:
+            work = " All answers were kept from an earlier run."
+        yield f"Tasks by lm-eval {tasks.lm_eval}, {tasks.backend} backend, seed {tasks.seed}.{work}"

@@ -1,0 +1,134 @@
+"""What an evaluation needs, made and checked before anything is measured: nothing is refused after hours of work."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dropformer.eval.compare.compatibility import SharedTokens
+from dropformer.eval.cost.sinks import Sinks, fitting, sink_cache
+from dropformer.eval.tasks.tasks import TaskOptions
+from dropformer.eval.cost.timing import Setting, device_of
+from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.calibration.context import context_of
+from dropformer.metrics.calibration.windows import Windows, windows
+from dropformer.prune.errors import EvaluationError
+from dropformer.prune.plan import Plan
+from dropformer.recipes.source import short_name
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What to evaluate.
+
+    text: windows for perplexity and KL (None: neither).  speed: settings to measure; empty with
+    `seconds` > 0 chooses one that takes about that long.  compile: measure decoding through torch.compile
+    beside it; None: where there is a GPU.  stream: tokens of text to read past the context with attention
+    sinks (0: none), `window` of them in sight (None: 1024, or the model's context).
+    """
+
+    tasks: tuple[str, ...] = ()
+    task_options: TaskOptions = field(default_factory=TaskOptions)
+    text: Calibration | None = None
+    probes: bool = False
+    speed: tuple[Setting, ...] = ()
+    seconds: float = 0.0
+    repeats: int = 5
+    compile: bool | None = None
+    stream: int = 0
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to evaluate, with its name and tokenizer; `plan`: how it was made from the dense one, if known."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Any
+    plan: Plan | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The windows for perplexity, and the token ids [T] to stream with the window that they are read in."""
+
+    text: Windows | None = None
+    stream: Tensor | None = None
+    shape: Sinks | None = None
+
+
+def prepare(models: Sequence[Candidate], options: EvaluationOptions) -> Inputs:
+    """Cut the texts and check every model.  Raises what measuring would raise, hours later."""
+    if not models:
+        raise EvaluationError("evaluate needs the dense model, and usually pruned ones after it")
+    dense = models[0]
+    for candidate in models:
+        _check(candidate, dense, options)
+    data = _shared_windows(models, options.text) if options.text else None
+    if not options.stream:
+        return Inputs(data)
+    if options.stream < 2:
+        raise EvaluationError("a stream of 1 token has nothing to score; give 2 tokens or more")
+    name = options.text.name if options.text else "heldout"
+    ids = windows(Calibration(name, samples=1, length=options.stream), dense.tokenizer).ids[0]
+    shape = fitting(dense.model, options.window)
+    for candidate in models:
+        sink_cache(candidate.model, shape)  # refuses a model that cannot stream
+    return Inputs(data, ids, shape)
+
+
+def _shared_windows(models: Sequence[Candidate], text: Calibration) -> Windows:
+    """The windows that every model's own tokenizer gives; ids of one tokenizer say nothing about another's model."""
+    dense, *others = models
+    tokens = SharedTokens(text, dense.name, dense.tokenizer)
+    for candidate in others:
+        if candidate.tokenizer is not None:
+            tokens.check(candidate.name, candidate.tokenizer)
+    return tokens.windows
+
+
+def _check(candidate: Candidate, dense: Candidate, options: EvaluationOptions) -> None:
+    if candidate.tokenizer is None and (candidate is dense or options.tasks or options.probes):
+        raise EvaluationError(f"{candidate.name} has no tokenizer, so it can read no text; put one beside its weights")
+    if any(setting.batch == "max" for setting in options.speed) and device_of(candidate.model).type != "cuda":
+        raise EvaluationError("batch `paper` fills a GPU's memory, and the model is not on one; give a number")
+    longest = max([setting.prompt + setting.new for setting in options.speed], default=0)
+    _check_context(candidate, longest, "give a shorter --context or fewer --new-tokens")
+    if options.text:
+        _check_context(candidate, options.text.length, "give a shorter --length, or --stream for longer texts")
+    mine, theirs = _vocabulary(candidate), _vocabulary(dense)
+    if options.text and mine != theirs:
+        raise EvaluationError(
+            f"{dense.name} has {theirs} tokens and {candidate.name} {mine}; perplexity and KL are compared over one "
+            "vocabulary: give a model and its own pruned forms, or --text ''"
+        )
+
+
+def _check_context(candidate: Candidate, tokens: int, advice: str) -> None:
+    """Learned positions end at the context; with rotary ones a figure beyond it would be of no use."""
+    context = context_of(candidate.model.config)
+    if context and tokens > context:
+        raise EvaluationError(f"{tokens} tokens are more than the context of {candidate.name}, {context}; {advice}")
+
+
+def _vocabulary(candidate: Candidate) -> int:
+    head = candidate.model.get_output_embeddings()
+    return int(head.weight.shape[0]) if head is not None else 0
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """A short name for each model, no two alike: the last part of its path, or more of it where that is shared."""
+    short = [short_name(name) for name in names]
+    shared = Counter(short)
+    found = [whole if shared[one] > 1 else one for one, whole in zip(short, names, strict=True)]
+    seen: Counter[str] = Counter()
+    for i, name in enumerate(found):
+        seen[name] += 1
+        found[i] = f"{name} #{seen[name]}" if seen[name] > 1 else name
+    return found

@@ -1,0 +1,184 @@
+"""The figures of an evaluation as rows of text: a column a model, or, for speed and subjects, a row each."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from dropformer.eval.report.evaluation import Evaluation, ModelResult
+from dropformer.eval.quality.perplexity import plus_minus
+from dropformer.prune.architecture import KIND_NAMES
+
+Row = tuple[str, ...]
+Table = tuple[list[str], list[Row]]
+
+
+def summary(evaluation: Evaluation) -> Table:
+    """Everything, as the terminal shows it."""
+    head, body = quality(evaluation)
+    return head, [*body, *_speed_rows(evaluation.models), *streaming(evaluation)[1]]
+
+
+def quality(evaluation: Evaluation) -> Table:
+    """Sizes, perplexity, tasks with their groups, and probes."""
+    models = evaluation.models
+    body: list[Row] = [
+        ("layers dropped", *(dropped(m) for m in models)),
+        ("parameters", *(f"{m.parameters:,}" for m in models)),
+        ("KV bytes per token", *(f"{m.kv_bytes_per_token:,}" for m in models)),
+    ]
+    if models[0].perplexity:
+        body.append(("perplexity", *(_perplexity_cell(m) for m in models)))
+        body.append(("KL to dense, nats", *(_plus_minus(m.kl, 4) for m in models)))
+    for name in models[0].tasks.named if models[0].tasks else ():
+        body.append((name, *(_task_cell(m, name) for m in models)))
+        body.append(("  retained (McNemar's p)", *(_paired_cell(m, name) for m in models)))
+        body += [(f"  {group}", *(_task_cell(m, group) for m in models)) for group in _groups(models[0], name)]
+    for probe in models[0].probes:
+        label = f"probe: {probe['name']} (chance {probe['chance']:.0%})"
+        body.append((label, *(_probe_cell(m, probe["name"]) for m in models)))
+    return ["", *(m.name for m in models)], [row for row in body if any(row[1:])]
+
+
+def dropped(model: ModelResult) -> str:
+    """`8 attention`, or nothing for the dense model and where it is not known."""
+    counts = Counter(layer.rpartition(":")[0].rpartition(".")[2] for layer in model.drops)
+    return ", ".join(f"{count} {KIND_NAMES[kind]}" for kind, count in counts.items())
+
+
+def speed(evaluation: Evaluation) -> Table:
+    """A row for each setting and model: medians with quartiles, ratio to dense, and the ratio that work allows."""
+    head = [
+        "setting",
+        "model",
+        "prefill tokens/s",
+        "ratio",
+        "allowed",
+        "decode tokens/s",
+        "ratio",
+        "allowed",
+        "KV cache",
+        "peak",
+    ]
+    return head, [
+        (setting_name(row), row["model"], *_speed_cells(row, "prefill"), *_speed_cells(row, "decode"), *_memory(row))
+        for rows in zip(*(m.speed for m in evaluation.models), strict=True)
+        for row in rows
+    ]
+
+
+def setting_name(row: dict[str, Any]) -> str:
+    setting = row["setting"]
+    form = ", compiled" if row.get("compiled") else ""
+    return f"batch {setting['batch']}, {setting['prompt']} + {setting['new']}{form}"
+
+
+def subjects(evaluation: Evaluation) -> Table:
+    """Every task below those that were named: questions, each model's score, and how many answers were lost and won."""
+    head, first = ["", "questions", *(m.name for m in evaluation.models)], evaluation.models[0].tasks
+    below = {name: task for name, task in first.tasks.items() if name not in first.named} if first else {}
+    return head, [
+        (task.alias, str(task.questions), *(_subject_cell(m, name) for m in evaluation.models))
+        for name, task in below.items()
+    ]
+
+
+def streaming(evaluation: Evaluation) -> Table:
+    """Perplexity past the context, how flat it is, what the cache holds, and the speed-up over recomputing."""
+    streams = [m.stream or {} for m in evaluation.models]
+    head = ["", *(m.name for m in evaluation.models)]
+    if not streams[0]:
+        return head, []
+    quarters = [_quarters(s["segments"]) for s in streams]
+    body: list[Row] = [
+        (f"perplexity over {streams[0]['tokens']:,} streamed tokens", *(f"{s['perplexity']:.3f}" for s in streams)),
+        ("  its four quarters", *(" ".join(f"{value:.1f}" for value in part) for part in quarters)),
+        ("  tokens/s", *(f"{s['tokens_per_second']:,.1f}" for s in streams)),
+        ("  most the cache held", *(mebibytes(s["cache_bytes"]) for s in streams)),
+    ]
+    if "speedup_over_recompute" in streams[0]:
+        faster = (f"{s['speedup_over_recompute']:.1f}x" for s in streams)
+        body.append(("  a token, against recomputing the window", *faster))
+    return head, body
+
+
+def mebibytes(count: int) -> str:
+    return f"{count / 2**20:,.2f} MiB"
+
+
+def _speed_rows(models: Sequence[ModelResult]) -> Iterator[Row]:
+    for rows in zip(*(m.speed for m in models), strict=True):
+        yield (setting_name(rows[0]), *("" for _ in rows))
+        for part in ("prefill", "decode"):
+            cells = [_speed_cells(row, part) for row in rows]
+            ratios = [row[f"{part}_ratio"]["median"] for row in rows]
+            yield (f"  {part} tokens/s", *(speed for speed, _, _ in cells))
+            pairs = zip(ratios, cells, strict=True)
+            yield ("    ratio; work allows", *(f"{ratio:.2f}; {bound}" for ratio, (_, _, bound) in pairs))
+        yield ("  KV cache; peak memory", *("; ".join(_memory(row)) for row in rows))
+
+
+def _speed_cells(row: dict[str, Any], part: str) -> Row:
+    """The median with half of the interquartile range, the ratio with its quartiles, and its bound."""
+    found, ratio = row[part], row[f"{part}_ratio"]
+    spread = (found["high"] - found["low"]) / 2 / found["median"]
+    return (
+        f"{found['median']:,.1f} ±{spread:.0%}",
+        f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
+        f"{row[f'bound_{part}']:.2f}",
+    )
+
+
+def _memory(row: dict[str, Any]) -> Row:
+    return mebibytes(row["kv_bytes"]), mebibytes(row["peak"]["nbytes"])
+
+
+def _groups(model: ModelResult, name: str) -> list[str]:
+    """The groups that a named group consists of: MMLU's categories."""
+    tasks = model.tasks.tasks if model.tasks else {}
+    return [member for member in tasks[name].members if tasks[member].members]
+
+
+def _perplexity_cell(model: ModelResult) -> str:
+    if not model.perplexity:
+        return ""
+    value, stderr = model.perplexity["value"], model.perplexity["stderr"]
+    return plus_minus(value, None if stderr is None else value * stderr, 3)
+
+
+def _plus_minus(found: dict[str, Any] | None, digits: int) -> str:
+    return plus_minus(found["value"], found["stderr"], digits) if found else ""
+
+
+def _probe_cell(model: ModelResult, name: str) -> str:
+    found = next((probe for probe in model.probes if probe["name"] == name), None)
+    return f"{found['accuracy']:.0%} ± {found['stderr']:.0%}" if found else ""
+
+
+def _task_cell(model: ModelResult, name: str) -> str:
+    result = model.tasks.tasks.get(name) if model.tasks else None
+    if result is None or result.value is None:
+        return ""
+    return f"{result.value:.4f}" + (f" ± {result.stderr:.4f}" if result.stderr is not None else "")
+
+
+def _subject_cell(model: ModelResult, name: str) -> str:
+    paired = model.paired.get(name)
+    changed = f" (-{paired.lost} +{paired.gained})" if paired and (paired.lost or paired.gained) else ""
+    return _task_cell(model, name) + changed
+
+
+def _paired_cell(model: ModelResult, name: str) -> str:
+    paired = model.paired.get(name)
+    if paired is None or paired.retained is None:
+        return ""
+    return f"{paired.retained:.1%} ± {paired.retained_stderr:.1%} (p = {paired.p_value:.2g})"
+
+
+def _quarters(segments: Sequence[float]) -> list[float]:
+    """Perplexity of four equal parts, from that of more."""
+    logs, size = [math.log(s) for s in segments], max(1, len(segments) // 4)
+    parts = [logs[i : i + size] for i in range(0, len(logs), size)]
+    return [math.exp(sum(part) / len(part)) for part in parts]

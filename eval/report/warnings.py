@@ -1,0 +1,60 @@
+"""What a reader of an evaluation might miss: a cliff, a probe that broke, a test that cannot show a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dropformer.eval.report.evaluation import ModelResult
+
+CLEAR = 2.0  # standard errors from which on a fall, or a distance from chance, is believed
+LEAST = 0.05  # a fall of fewer points is not worth a line
+MMLU_CHANCE = 0.25
+
+
+def cautions(results: Sequence[ModelResult]) -> list[str]:
+    """One line each; none where there is no pruned model, or nothing to be careful about."""
+    if len(results) < 2:
+        return []
+    return [*_cliffs(results), *_falls(results), *_knowledge(results)]
+
+
+def _cliffs(results: Sequence[ModelResult]) -> Iterator[str]:
+    return (f"{result.name}: {result.trend}" for result in results if result.trend and result.trend.cliff is not None)
+
+
+def _falls(results: Sequence[ModelResult]) -> Iterator[str]:
+    dense = {probe["name"]: probe for probe in results[0].probes}
+    for result in results[1:]:
+        for probe in result.probes:
+            before = dense.get(probe["name"], probe)
+            fall = before["accuracy"] - probe["accuracy"]
+            if fall > LEAST and fall > CLEAR * (before["stderr"] ** 2 + probe["stderr"] ** 2) ** 0.5:
+                yield f"{result.name}: the {probe['name']} probe falls from {_percent(before)} to {_percent(probe)}"
+    if dense and "needle" not in dense:
+        yield f"the needle probe was left out: its text is longer than the context of {results[0].name}"
+    guessed = [name for name, probe in dense.items() if probe["accuracy"] - probe["chance"] < CLEAR * probe["stderr"]]
+    if guessed:
+        yield f"{results[0].name} guesses on the probes {', '.join(guessed)}, so they cannot show a loss"
+
+
+def _knowledge(results: Sequence[ModelResult]) -> Iterator[str]:
+    tasks = results[0].tasks
+    names = [name for name in tasks.named if name.startswith("mmlu")] if tasks else []
+    for name in names:
+        found = tasks.tasks[name]  # type: ignore[union-attr]
+        if found.value is not None and found.value < MMLU_CHANCE + CLEAR * (found.stderr or 0.0):
+            yield (
+                f"{results[0].name} is near chance on {name} ({found.value:.1%}, guessing gives {MMLU_CHANCE:.0%}), "
+                "so it cannot show a loss"
+            )
+    if names:
+        yield (
+            "MMLU holds longer than generation, arithmetic and long context do: judge a drop by perplexity and by the "
+            + ("probes too" if results[0].probes else "probes too, which were left out")
+        )
+
+
+def _percent(probe: dict[str, Any]) -> str:
+    return f"{probe['accuracy']:.0%}"

@@ -1,0 +1,1 @@
+"""Tasks through lm-eval: prompts, packing, shared prefixes, paired tests."""

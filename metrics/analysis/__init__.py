@@ -1,0 +1,1 @@
+"""Similarity and other scores of every layer, from one forward pass."""

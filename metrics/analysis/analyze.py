@@ -1,0 +1,186 @@
+"""Run calibration windows through a model once and score every layer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dropformer.metrics.analysis.capture import Rows, capturing
+from dropformer.metrics.calibration.pictures import Material
+from dropformer.metrics.analysis.scores import LayerScore, Scores
+from dropformer.prune.architecture import Architecture, Layer
+from dropformer.prune.artifact import ModelRef
+from dropformer.prune.discovery.summarize import outline_of
+from dropformer.prune.discovery.discover import discover
+from dropformer.prune.errors import CalibrationError
+from dropformer.prune.discovery.proof import prove
+
+Progress = Callable[[int, int], None]  # windows done, tokens done
+Batch = Mapping[str, Tensor] | Tensor
+
+
+def analyze_model(
+    model: nn.Module,
+    batches: Iterable[tuple[Batch, Tensor | None] | Batch],
+    architecture: Architecture | None = None,
+    ref: ModelRef | None = None,
+    progress: Progress | None = None,
+) -> Scores:
+    """Similarity of every block, attention layer and MLP layer, from one forward pass over `batches`.
+
+    Each batch is (inputs, scored): a mapping of forward arguments or one tensor, and which tokens count
+    [B, T] bool (None: all).  Only sums are kept; of a transformers model just the trunk runs, without
+    logits.  Raises ArchitectureError before the pass when the model's blocks cannot be proven, and
+    CalibrationError when there is nothing to average.
+    """
+    first, pairs = _peek(batches)
+    architecture = proven(model, first[0], architecture)
+    parts: list[Rows] = []
+    with measuring(model, architecture) as run:
+        for inputs, scored in pairs:
+            parts.append(run(inputs, scored))
+            if progress:
+                progress(sum(map(len, parts)), sum(part.total() for part in parts))
+    return scores_of(model, architecture, joined(parts), ref)
+
+
+def joined(parts: Sequence[Rows]) -> Rows:
+    """The rows of all parts, one after another."""
+    return Rows(torch.cat([part.sums for part in parts]), torch.cat([part.tokens for part in parts]))
+
+
+def proven(model: nn.Module, batch: Batch | None = None, told: Architecture | None = None) -> Architecture:
+    """The architecture of a model, found or told, and proven.  A module without a config needs a batch of its
+    inputs."""
+    sample = None
+    if isinstance(batch, Mapping) and {"input_ids", "pixel_values"} <= batch.keys():
+        sample = as_inputs(model, batch)  # images and their places in the text belong together
+    elif batch is not None and not hasattr(model, "config"):
+        sample = as_inputs(model, _few(batch))
+    architecture = told or discover(model, sample)
+    prove(model, architecture, sample)
+    return architecture
+
+
+@contextmanager
+def measuring(model: nn.Module, architecture: Architecture) -> Iterator[Callable[[Batch, Tensor | None], Rows]]:
+    """Inside the `with`, a function that runs one batch through the trunk and returns its rows."""
+    part = trunk(model)
+    with torch.inference_mode(), evaluating(model), capturing(model, architecture) as capture:
+
+        def run(batch: Batch, scored: Tensor | None) -> Rows:
+            inputs = as_inputs(part, batch)
+            capture.scored = scored
+            capture.batch = next((len(value) for value in inputs.values() if isinstance(value, Tensor)), None)
+            part(**inputs)
+            return capture.take()
+
+        yield run
+
+
+def scores_of(model: nn.Module, architecture: Architecture, rows: Rows, ref: ModelRef | None = None) -> Scores:
+    """Scores from the rows of all windows.  Raises CalibrationError where a layer has no finite number."""
+    return Scores(
+        model=ref or ModelRef(name=type(model).__name__),
+        windows=len(rows),
+        tokens=rows.total(),
+        layers=summarize(architecture.layers(), rows),
+        outline=outline_of(model, architecture),
+    )
+
+
+def summarize(layers: Sequence[Layer], rows: Rows) -> list[LayerScore]:
+    """The mean over all tokens, and its standard error over windows, of each layer.
+
+    Raises CalibrationError where a layer gave no finite number.
+    """
+    mean, error = means(rows), standard_error(rows)
+    bad = (~torch.isfinite(mean)).nonzero()
+    if len(bad):
+        raise CalibrationError(
+            f"{layers[int(bad[0])]} has no finite similarity: the model's hidden states overflow or a layer did not "
+            "run; try --dtype float32"
+        )
+    return [
+        LayerScore(layer=str(layer), similarity=float(mean[i]), stderr=None if error is None else float(error[i]))
+        for i, layer in enumerate(layers)
+    ]
+
+
+def means(rows: Rows) -> Tensor:
+    """Similarity averaged over all tokens, [layers] float64."""
+    return rows.sums.sum(0) / rows.tokens.sum(0)
+
+
+def standard_error(rows: Rows) -> Tensor | None:
+    """Standard error of `means`, [layers] float64; None for fewer than two windows.
+
+    Windows are the sampling unit and may differ in length, so it is that of a ratio of totals (Cochran,
+    Sampling Techniques, 1977, chapter 6); for equal lengths, the standard deviation of the windows'
+    means over sqrt(N).
+    """
+    n, tokens = len(rows), rows.tokens.double()
+    if n < 2:
+        return None
+    residuals = rows.sums - tokens * means(rows)
+    return (residuals.square().sum(0) / (n - 1) / n).sqrt() / tokens.mean(0)
+
+
+def calibrated(scores: Scores, windows: Material) -> Scores:
+    """The scores with the calibration they came from written in."""
+    return scores.model_copy(update={"calibration": windows.ref})
+
+
+def trunk(model: nn.Module) -> nn.Module:
+    """The model without its language-model head, so that no logits are computed."""
+    return getattr(model, getattr(model, "base_model_prefix", "") or "-", model)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the `with`, no dropout; the training mode of every module is back on exit."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def as_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """Forward arguments on the model's device; a lone tensor goes to the first parameter of forward."""
+    names = inspect.signature(model.forward).parameters
+    fields = {next(iter(names)): batch} if isinstance(batch, Tensor) else dict(batch)
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in fields.items()}
+    two = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" in names
+    if two and "input_ids" in moved and "decoder_input_ids" not in moved:
+        moved["decoder_input_ids"] = shifted(moved["input_ids"], model)
+    return moved | {"use_cache": False} if "use_cache" in names else moved
+
+
+def shifted(ids: Tensor, model: nn.Module) -> Tensor:
+    """What a decoder reads when it is to write `ids`: its start token, and all of them but the last.  [B, T]"""
+    config: Any = getattr(model, "config", None)
+    named = (getattr(config, name, None) for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))
+    start = next((token for token in named if isinstance(token, int)), 0)
+    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+
+
+def _few(batch: Batch) -> Batch:
+    return batch[:1] if isinstance(batch, Tensor) else {k: v[:1] for k, v in batch.items()}
+
+
+def _peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    iterator = ((b if isinstance(b, tuple) else (b, None)) for b in batches)
+    first = next(iterator, None)
+    if first is None:
+        raise CalibrationError("there are no calibration batches; give at least one")
+    return first, chain([first], iterator)

@@ -1,0 +1,190 @@
+"""Score every layer during a forward pass: hooks read the residual stream, sums are all that is kept.
+
+What a layer costs: one dot product where it ends, and one norm for each new state of the stream (the
+end of a block is the beginning of the next, so its norm is taken once).  A stream is held from where a
+layer begins to where its block ends, no longer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dropformer.metrics.analysis.similarity import cosine, dot, norm
+from dropformer.prune.architecture import Architecture, Block, Branch, Layer, Tap
+from dropformer.prune.discovery.proof import on_tap
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The residual stream at one tap, [..., D] in float32, and its norm per token, [...]."""
+
+    values: Tensor
+    norm: Tensor
+
+    def to(self, device: torch.device) -> Stream:
+        return self if self.values.device == device else Stream(self.values.to(device), self.norm.to(device))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A row a window: similarity summed over scored tokens, float64, and how many those are, int64.  [N, layers]"""
+
+    sums: Tensor
+    tokens: Tensor
+
+    def __len__(self) -> int:
+        return self.sums.shape[0]
+
+    def total(self) -> int:
+        """Scored tokens of all windows."""
+        return int(self.tokens.amax(1).sum()) if len(self) else 0
+
+
+class Capture:
+    """The similarity of every layer, for each window of the forward passes it has seen.
+
+    Set `scored` [B, T] (bool; None: all tokens) or else `batch`, B, before each pass; read `take()` after.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.layers = architecture.layers()
+        self.scored: Tensor | None = None
+        self.batch: int | None = None
+        self.listening = True  # False: forward passes are not looked at
+        self._column = {layer: i for i, layer in enumerate(self.layers)}
+        self._similarity: dict[int, Tensor] = {}  # column -> per token, until `take`
+        self._held: dict[Tap, Stream] = {}
+        self._last: tuple[Tensor, Stream] | None = None
+
+    def take(self) -> Rows:
+        """Sums over the scored tokens since the last call, and how many those were.
+
+        The sum is NaN where a layer did not run.
+        """
+        self._similarity = {column: self._batch_first(found) for column, found in self._similarity.items()}
+        batch = next(iter(self._similarity.values())).shape[0] if self._similarity else 0
+        sums = torch.full((batch, len(self.layers)), torch.nan, dtype=torch.float64)
+        tokens = torch.zeros((batch, len(self.layers)), dtype=torch.int64)
+        for columns in self._alike():
+            total, counted = self._sum(torch.stack([self._similarity[i] for i in columns]))
+            sums[:, columns], tokens[:, columns] = total.T.cpu(), counted[:, None].cpu()
+        self._similarity, self._held, self._last = {}, {}, None
+        return Rows(sums, tokens)
+
+    def hold(self, tap: Tap, stream: Tensor, inplace: bool = False) -> None:
+        """Keep the stream at a tap until its block has ended; a copy if the block writes into it."""
+        if self.listening:
+            self._held[tap] = self._stream(stream.clone() if inplace else stream, inplace)
+
+    def score(self, layer: Layer, before: Tap, stream: Tensor, inplace: bool = False) -> None:
+        """Add the similarity of a layer: the stream held at `before` against `stream` after it."""
+        if self.listening:
+            self._add(layer, self._held[before].to(stream.device), self._stream(stream, inplace))
+
+    def score_delta(self, layer: Layer, before: Tap, delta: list[Tensor]) -> None:
+        """The same for a parallel branch: after = before + its output."""
+        if not self.listening:
+            return
+        x = self._held[before]
+        after = x.values + sum(d.reshape(x.values.shape).to(x.values.device) for d in delta)
+        self._add(layer, x, Stream(after, norm(after)))
+
+    def release(self, taps: list[Tap]) -> None:
+        """Let go of what is held at these taps."""
+        if self.listening:
+            for tap in taps:
+                self._held.pop(tap, None)
+
+    def _stream(self, tensor: Tensor, inplace: bool) -> Stream:
+        """The tensor in float32 with its norm; taken once for a tensor that one module hands to the next."""
+        if inplace or self._last is None or self._last[0] is not tensor:
+            values = tensor.float()
+            self._last = (tensor, Stream(values, norm(values)))
+        return self._last[1]
+
+    def _add(self, layer: Layer, x: Stream, y: Stream) -> None:
+        self._similarity[self._column[layer]] = cosine(dot(x.values, y.values), x.norm, y.norm)
+
+    def _batch_first(self, similarity: Tensor) -> Tensor:
+        """[B, T] of a stream that runs with its tokens first (XLNet, FSMT) too; others as they are."""
+        batch = self.batch if self.scored is None else self.scored.shape[0]
+        first = similarity.ndim != 2 or batch is None or similarity.shape[0] == batch or similarity.shape[1] != batch
+        return similarity if first else similarity.T
+
+    def _alike(self) -> list[list[int]]:
+        """Columns whose similarities can be stacked: of one shape, on one device."""
+        groups: dict[tuple, list[int]] = {}
+        for column, similarity in self._similarity.items():
+            groups.setdefault((similarity.device, similarity.shape), []).append(column)
+        return list(groups.values())
+
+    def _sum(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
+        """[layers, B, T], or [layers, B, H, W] for images -> sums [layers, B] in float64 and tokens [B]."""
+        flat = similarity.flatten(2) if similarity.ndim > 2 else similarity.unsqueeze(2)
+        if self.scored is None or self.scored.numel() != flat[0].numel():
+            return flat.sum(2, dtype=torch.float64), torch.full((flat.shape[1],), flat.shape[2])
+        scored = self.scored.to(flat.device).reshape(flat.shape[1:])
+        kept = torch.where(scored, flat, 0.0)  # not a product: what padding gives may be NaN
+        return kept.sum(2, dtype=torch.float64), scored.sum(1)
+
+
+@contextmanager
+def capturing(model: nn.Module, architecture: Architecture) -> Iterator[Capture]:
+    """Hooks on every tap inside the `with`, gone on exit.  The model computes what it always does."""
+    capture = Capture(architecture)
+    with ExitStack() as hooks:
+        for stack in architecture.stacks:
+            for block in stack.blocks:
+                for remove in _hook_block(model, block, stack.name, capture):
+                    hooks.callback(remove)
+        yield capture
+
+
+def _hook_block(model: nn.Module, block: Block, stack: str, capture: Capture) -> Iterator[Any]:
+    """Hold where a layer begins, score where it ends; inputs are hooked before outputs of the same module."""
+    if not block.branches:
+        return  # nothing of it can be dropped, nothing is scored
+    befores = list(dict.fromkeys([block.input, *(b.before for b in block.branches)]))
+    for tap in befores:
+        yield on_tap(model, tap, lambda stream, tap=tap: capture.hold(tap, stream, block.inplace))
+    for branch in block.branches:
+        layer = Layer(branch.kind, block.index, stack)
+        if branch.after:
+            yield _score_at(model, branch.after, capture, layer, branch, block)
+        else:
+            yield from _score_sum(model, branch, capture, layer)
+    yield _end(model, block, capture, Layer("block", block.index, stack), befores)
+
+
+def _score_at(model: nn.Module, tap: Tap, capture: Capture, layer: Layer, branch: Branch, block: Block) -> Any:
+    return on_tap(model, tap, lambda stream: capture.score(layer, branch.before, stream, block.inplace))
+
+
+def _score_sum(model: nn.Module, branch: Branch, capture: Capture, layer: Layer) -> Iterator[Any]:
+    parts: list[Tensor] = []
+
+    def see(delta: Tensor) -> None:
+        parts.append(delta)
+        if len(parts) == len(branch.delta):
+            capture.score_delta(layer, branch.before, parts)
+            parts.clear()
+
+    for tap in branch.delta:
+        yield on_tap(model, tap, see)
+
+
+def _end(model: nn.Module, block: Block, capture: Capture, layer: Layer, held: list[Tap]) -> Any:
+    """Score the block as a whole, unless some of it must stay, and let go of its streams."""
+
+    def see(stream: Tensor) -> None:
+        if not block.kept:
+            capture.score(layer, block.input, stream, block.inplace)
+        capture.release(held)
+
+    return on_tap(model, block.output, see)

@@ -1,0 +1,153 @@
+"""The whole analysis of a model on calibration windows.
+
+Shared among processes, kept on disk as it goes, and stopped early where that is asked for and safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dropformer.metrics.analysis import distributed
+from dropformer.metrics.analysis.analyze import Progress, calibrated, joined, measuring, proven, scores_of
+from dropformer.metrics.analysis.capture import Rows
+from dropformer.metrics.calibration.pictures import Material
+from dropformer.metrics.analysis.resume import Header, RowsFile
+from dropformer.metrics.analysis.scores import Scores, Settled
+from dropformer.metrics.analysis.stability import Stopper, first
+from dropformer.prune.architecture import Architecture
+from dropformer.prune.artifact import ModelRef
+from dropformer.prune.discovery.summarize import outline_of
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How to run an analysis.
+
+    `until_stable`: a drop spec; stop once the layers that it drops are settled.  `rows`: a file to keep
+    the windows' rows in until all are measured, so that a killed run goes on.
+    """
+
+    batch_size: int = 1
+    until_stable: str | None = None
+    keep: tuple[int, ...] = ()
+    rows: Path | None = None
+
+
+def measure(
+    model: nn.Module,
+    data: Material,
+    ref: ModelRef,
+    how: Measuring | None = None,
+    progress: Progress | None = None,
+) -> Scores:
+    """Scores of a model on calibration windows, the same whatever the number of processes.
+
+    Started again after a kill, it goes on with the first window that is missing.  Raises
+    ArchitectureError, CalibrationError, or PlanError for a spec that the model cannot satisfy.
+    """
+    how = how or Measuring()
+    architecture = proven(model)
+    stopper = None
+    if how.until_stable:
+        outline = outline_of(model, architecture)
+        stopper = Stopper(outline, architecture.layers(), how.until_stable, len(data), how.keep)
+    with ExitStack() as stack:
+        done, kept = _earlier(model, data, ref, how, architecture, stack)
+        rows, settled = _run(model, architecture, data, done, _Watch(stopper, kept, progress), how.batch_size)
+        if kept and not settled:
+            kept.remove()
+    scores = calibrated(scores_of(model, architecture, rows, ref), data)
+    return scores.model_copy(update={"settled": settled})
+
+
+def _earlier(
+    model: nn.Module,
+    data: Material,
+    ref: ModelRef,
+    how: Measuring,
+    architecture: Architecture,
+    stack: ExitStack,
+) -> tuple[dict[int, Rows], RowsFile | None]:
+    """What an earlier run left, in every process, and the file that process 0 adds to."""
+    if how.rows is None or ref.fingerprint is None:
+        return {}, None
+    dtype = str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
+    layers = tuple(map(str, architecture.layers()))
+    file = RowsFile(how.rows, Header(fingerprint=ref.fingerprint, calibration=data.ref, dtype=dtype, layers=layers))
+    if distributed.rank() > 0:
+        return file.parse(distributed.first_says("")), None
+    stack.enter_context(file)
+    distributed.first_says(file.text())
+    return file.done, file
+
+
+@dataclass
+class _Watch:
+    """What happens after each round of windows."""
+
+    stopper: Stopper | None
+    kept: RowsFile | None
+    progress: Progress | None
+    measured: int = 0  # tokens of this run alone, so that a rate counts none that an earlier one measured
+
+    def see(self, done: Mapping[int, Rows], new: Mapping[int, Rows]) -> Settled | None:
+        if self.kept:
+            self.kept.add(new)
+        self.measured += sum(row.total() for row in new.values())
+        if self.progress:
+            self.progress(len(done), self.measured)
+        return self.stopper.settled(_in_order(done)) if self.stopper else None
+
+
+def _run(
+    model: nn.Module,
+    architecture: Architecture,
+    data: Material,
+    earlier: dict[int, Rows],
+    watch: _Watch,
+    size: int,
+) -> tuple[Rows, Settled | None]:
+    """Measure the windows that are missing, each process its batch a round, until all are or the set is settled."""
+    done = dict(earlier)
+    settled = watch.see(done, {}) if done else None
+    with measuring(model, architecture) as run:
+        for batches in _rounds([i for i in range(len(data)) if i not in done], size):
+            if settled:
+                break
+            mine = batches[distributed.rank()] if distributed.rank() < len(batches) else []
+            rows = run(*data.batch(mine)) if mine else None
+            new = exchanged(mine, rows, size, len(architecture.layers()))
+            done |= new
+            settled = watch.see(done, new)
+    rows = _in_order(done)
+    return (first(rows, settled.windows), settled) if settled else (rows, None)
+
+
+def _rounds(windows: Sequence[int], size: int) -> Iterator[list[list[int]]]:
+    """Batches of `size` windows, as many at a time as there are processes."""
+    batches = [list(windows[i : i + size]) for i in range(0, len(windows), size)]
+    for start in range(0, len(batches), distributed.world()):
+        yield batches[start : start + distributed.world()]
+
+
+def exchanged(windows: Sequence[int], rows: Rows | None, size: int, layers: int) -> dict[int, Rows]:
+    """Every process's rows of this round, by window, in every process."""
+    table = torch.full((size, 1 + 2 * layers), -1, dtype=torch.float64)
+    if rows is not None:
+        table[: len(rows)] = torch.cat([_column(windows), rows.sums, rows.tokens.double()], dim=1)
+    found = [row for row in distributed.gather(table) if row[0] >= 0]
+    return {int(row[0]): Rows(row[None, 1 : 1 + layers], row[None, 1 + layers :].long()) for row in found}
+
+
+def _column(windows: Sequence[int]) -> Tensor:
+    return torch.tensor(windows, dtype=torch.float64)[:, None]
+
+
+def _in_order(done: Mapping[int, Rows]) -> Rows:
+    return joined([done[window] for window in sorted(done)])

@@ -1,0 +1,43 @@
+"""Pictures of the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from dropformer.metrics.analysis.scores import Scores
+from dropformer.prune.architecture import KIND_NAMES, Layer
+
+COLORS = {"attn": "#1f77b4", "mlp": "#d95f02", "block": "#555555", "cross": "#7570b3"}
+
+
+def similarity_by_depth(scores: Scores, path: Path, dropped: Collection[Layer] = ()) -> Path:
+    """Draw similarity against depth, a line a kind, with a band of two standard errors and the dropped marked."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    similarity, stderr = scores.similarity(), scores.stderr()
+    for kind, stack in dict.fromkeys((layer.kind, layer.stack) for layer in similarity):
+        layers = sorted(layer for layer in similarity if (layer.kind, layer.stack) == (kind, stack))
+        depth, values = [layer.index for layer in layers], [similarity[layer] for layer in layers]
+        label = f"{stack} {KIND_NAMES[kind]}".strip()
+        axes.plot(depth, values, marker="o", markersize=3.5, color=COLORS[kind], label=label)
+        errors = [2 * (stderr[layer] or 0) for layer in layers]
+        low = [v - e for v, e in zip(values, errors, strict=True)]
+        high = [v + e for v, e in zip(values, errors, strict=True)]
+        axes.fill_between(depth, low, high, color=COLORS[kind], alpha=0.15, linewidth=0)
+        marked = [layer for layer in layers if layer in dropped]
+        axes.plot(
+            [layer.index for layer in marked], [similarity[layer] for layer in marked],
+            "x", color=COLORS[kind], markersize=10, markeredgewidth=2,
+        )  # fmt: skip
+    axes.set_xlabel("block")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("cosine similarity of the residual stream,\nbefore and after the layer")
+    axes.set_title(f"{scores.model.name}: the higher, the more redundant")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+    return path

@@ -1,0 +1,1 @@
+"""One block at a time: runners, residual streams, divergence from the dense model."""

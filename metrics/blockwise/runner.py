@@ -1,0 +1,127 @@
+"""Run a model block by block over calibration windows, starting anywhere.
+
+Everything before the first changed block is the same for every candidate, so it is computed once: the
+streams between blocks are kept, and a forward pass resumes from them.  The model's own block modules are
+called with the arguments they had, and its own forward runs what comes after them, so that this knows no
+model family.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dropformer.metrics.analysis.analyze import as_inputs
+from dropformer.prune.architecture import Architecture, Stack
+from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.loading.modeling import Skipped
+from dropformer.prune.discovery.trace import outputs_of
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside the `with`, other modules stand at these paths; afterwards the model's own are back."""
+    with ExitStack() as undo:
+        for path, module in modules.items():
+            parent, _, leaf = path.rpartition(".")
+            owner = model.get_submodule(parent)
+            undo.callback(setattr, owner, leaf, getattr(owner, leaf))
+            setattr(owner, leaf, module)
+        yield
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one block on one batch; the stream's place among them is the block's input tap."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def stream(self, key: int | str | None) -> Tensor:
+        return self.args[key] if isinstance(key, int) else self.kwargs[key]  # type: ignore[index]
+
+    def on(self, key: int | str | None, stream: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments with another stream."""
+        if isinstance(key, int):
+            return (*self.args[:key], stream, *self.args[key + 1 :]), self.kwargs
+        return self.args, {**self.kwargs, key: stream}  # type: ignore[dict-item]
+
+
+class Stepper:
+    """A model taken apart into embedding, blocks and tail, on fixed batches.
+
+    `batches` are forward arguments with the batch first.  Construction costs one embedding of each batch and
+    holds it, [B, T, D] a batch; no block runs.  Raises ArchitectureError for a model of several stacks.
+    """
+
+    def __init__(self, model: nn.Module, architecture: Architecture, batches: Sequence[Mapping[str, Tensor]]) -> None:
+        self.model, self.stack = model, only_stack(architecture)
+        self.blocks = self.stack.blocks
+        self.batches = [as_inputs(model, batch) for batch in batches]
+        self._passing = {block.path: Skipped(block.form) for block in self.blocks}
+        with torch.inference_mode():
+            self._calls = [self._record(batch) for batch in self.batches]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def start(self, batch: int) -> Tensor:
+        """The stream that enters the first block, [B, T, D]."""
+        return self._calls[batch][0].stream(self.blocks[0].input.key)
+
+    def step(self, block: int, batch: int, stream: Tensor) -> Tensor:
+        """The stream after a block, as the model stands now.  [B, T, D] -> [B, T, D]."""
+        found = self.blocks[block]
+        args, kwargs = self._calls[batch][block].on(found.input.key, stream)
+        output = outputs_of(self.model.get_submodule(found.path)(*args, **kwargs))
+        return output[found.output.key]
+
+    def run(self, first: int, batch: int, stream: Tensor) -> Tensor:
+        """The stream after the last block, from the stream that enters block `first`."""
+        for block in range(first, len(self.blocks)):
+            stream = self.step(block, batch, stream)
+        return stream
+
+    def logits(self, batch: int, stream: Tensor, positions: Tensor | None = None) -> Tensor:
+        """What the model makes of the stream after its last block: logits [B, T, V], at `positions` only if given."""
+        first = self.blocks[0]
+
+        def inject(_m: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            return Call(args, kwargs).on(first.input.key, stream)
+
+        few = positions is not None and "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        with replaced(self.model, self._passing):
+            hook = self.model.get_submodule(first.path).register_forward_pre_hook(inject, with_kwargs=True)
+            try:
+                output = self.model(**self.batches[batch], **({"logits_to_keep": positions} if few else {}))
+            finally:
+                hook.remove()
+        logits = getattr(output, "logits", None)
+        logits = next(iter(outputs_of(output).values())) if logits is None else logits
+        return logits if few or positions is None else logits[:, positions]
+
+    def _record(self, batch: Mapping[str, Any]) -> list[Call]:
+        calls: list[Call] = []
+        with replaced(self.model, self._passing), ExitStack() as hooks:
+            for block in self.blocks:
+                module = self.model.get_submodule(block.path)
+                see = lambda _m, args, kwargs: calls.append(Call(args, kwargs))  # noqa: E731
+                hooks.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
+            self.model(**batch)
+        return calls
+
+
+def only_stack(architecture: Architecture) -> Stack:
+    """The one stack of a model.  Raises ArchitectureError where there are several."""
+    if len(architecture.stacks) != 1:
+        raise ArchitectureError(
+            f"this needs a model with one stack of blocks, and this one has {len(architecture.stacks)}; "
+            "use --metric similarity with --select one-shot and no --repair"
+        )
+    return architecture.stacks[0]

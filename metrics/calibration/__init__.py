@@ -1,0 +1,1 @@
+"""Calibration data: text windows, images, and their settings."""

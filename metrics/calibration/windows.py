@@ -1,0 +1,120 @@
+"""Calibration windows: token ids of a fixed length, the same for the same text, tokenizer and seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dropformer.metrics.calibration.settings import Calibration, CalibrationRef
+from dropformer.metrics.calibration.text import documents
+from dropformer.prune.errors import CalibrationError
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token ids [N, T] int64, and which positions are scored, [N, T] bool; `padding` marks real tokens."""
+
+    ids: Tensor
+    scored: Tensor
+    padding: Tensor
+    ref: CalibrationRef
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def batches(self, size: int, start: int = 0) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        """(model inputs, scored positions) for `size` windows at a time; no mask where none is padded."""
+        for first in range(start, len(self), size):
+            yield self.batch(range(first, min(first + size, len(self))))
+
+    def batch(self, which: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
+        """(model inputs, scored positions) of these windows, less the columns that are padding in all of them."""
+        rows = list(which)
+        width = int(self.padding[rows].sum(1).max())
+        padding = self.padding[rows, :width]
+        inputs = {"input_ids": self.ids[rows, :width]}
+        if not padding.all():
+            inputs["attention_mask"] = padding.long()
+        return inputs, self.scored[rows, :width]
+
+
+def windows(calibration: Calibration, tokenizer: Any) -> Windows:
+    """Tokenize the calibration text and cut it.  Raises CalibrationError where there is too little of it."""
+    if calibration.samples < 1 or calibration.length < 2 or not 0 <= calibration.skip_first < calibration.length:
+        raise CalibrationError("calibration needs at least 1 window of 2 tokens, and fewer skipped tokens than that")
+    cut = _packed if calibration.packed else _one_document_each
+    ids, padding = cut(calibration, tokenizer)
+    scored = padding.clone()
+    scored[:, : calibration.skip_first] = False
+    digest = hashlib.sha256(ids.numpy().tobytes() + scored.numpy().tobytes()).hexdigest()
+    fields = {f: getattr(calibration, f) for f in ("name", "length", "seed", "packed", "skip_first")}
+    return Windows(ids, scored, padding, CalibrationRef(samples=len(ids), hash=digest, **fields))
+
+
+def _packed(calibration: Calibration, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Random windows of the documents laid end to end, each framed as the tokenizer frames a text."""
+    start, end = frame(tokenizer)
+    body = calibration.length - len(start) - len(end)
+    if body < 1:
+        raise CalibrationError(f"{calibration.length} tokens hold no text beside the special ones; raise --length")
+    rows: list[list[int]] = []
+    rest: list[int] = []
+    wanted = calibration.samples if calibration.name not in FINITE else None
+    for text in documents(calibration.name):
+        rest += tokenizer(text + "\n\n", add_special_tokens=False, verbose=False)["input_ids"]
+        rows += [start + rest[i : i + body] + end for i in range(0, len(rest) - body + 1, body)]
+        rest = rest[len(rest) // body * body :]
+        if wanted and len(rows) >= wanted * STREAM_POOL:
+            break
+    return _sampled(rows, calibration, tokenizer)
+
+
+FINITE = ("builtin", "heldout", "docstrings")
+STREAM_POOL = 4  # windows read for each one used, so that the seed has something to choose from
+
+
+def _one_document_each(calibration: Calibration, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    rows = []
+    for text in documents(calibration.name):
+        ids = tokenizer(text, truncation=True, max_length=calibration.length, verbose=False)["input_ids"]
+        if len(ids) > max(1, calibration.skip_first):
+            rows.append(ids)
+        if calibration.name not in FINITE and len(rows) >= calibration.samples * STREAM_POOL:
+            break
+    return _sampled(rows, calibration, tokenizer)
+
+
+def _sampled(rows: list[list[int]], calibration: Calibration, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    if len(rows) < calibration.samples:
+        raise CalibrationError(
+            f"`{calibration.name}` gives {len(rows)} windows of {calibration.length} tokens, but {calibration.samples} "
+            "were asked for; lower --samples or --length, or use more text"
+        )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(calibration.seed))
+    picked = [rows[i] for i in order[: calibration.samples].tolist()]
+    width = max(map(len, picked))
+    ids = torch.full((len(picked), width), tokenizer.pad_token_id or 0, dtype=torch.int64)
+    padding = torch.zeros((len(picked), width), dtype=torch.bool)
+    for i, row in enumerate(picked):
+        ids[i, : len(row)] = torch.tensor(row)
+        padding[i, : len(row)] = True
+    return ids, padding
+
+
+def bos(tokenizer: Any) -> list[int]:
+    """[BOS] where the tokenizer begins texts with it, else []."""
+    start = tokenizer("a", verbose=False)["input_ids"][:1]
+    return start if start and start[0] == tokenizer.bos_token_id else []
+
+
+def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text: [BOS] or [CLS], and [SEP] or [EOS]."""
+    whole, inner = (tokenizer("a", verbose=False, add_special_tokens=say)["input_ids"] for say in (True, False))
+    places = (i for i in range(len(whole) - len(inner) + 1) if whole[i : i + len(inner)] == inner)
+    place = next(places, len(bos(tokenizer)))
+    return whole[:place], whole[place + len(inner) :]

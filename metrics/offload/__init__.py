@@ -1,0 +1,1 @@
+"""Weights and streams that do not fit in memory."""

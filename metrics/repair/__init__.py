@@ -1,0 +1,1 @@
+"""What replaces a dropped layer, and how the remaining weights are refitted."""

@@ -1,0 +1,165 @@
+"""Heal a pruned model with low-rank adapters (LoRA, arXiv 2106.09685), distilled from the dense model.
+
+The pruned model learns to give the dense model's probabilities (arXiv 1503.02531) on the calibration windows:
+what is learned is not the text but the dense model's answer to it.  The adapters are merged into the weights
+afterwards, so that a checkpoint stays in its format and costs nothing more to run.  Needs peft.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dropformer.metrics.repair.projection import changed
+from dropformer.metrics.blockwise.runner import Stepper, replaced
+from dropformer.prune.errors import PlanError
+from dropformer.prune.surgery.views import sharing_copy
+from dropformer.prune.discovery.trace import outputs_of
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Healing:
+    """How to train: ranks, the highest learning rate, passes over the windows, and every how many positions count."""
+
+    rank: int = 16
+    rate: float = 1e-3
+    epochs: int = 2
+    stride: int = 2
+    warm_up: int = 8
+
+    def factor(self, step: int, steps: int) -> float:
+        """The share of the learning rate at a step: up within `warm_up` steps, then down along a cosine."""
+        return min(1.0, (step + 1) / self.warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def need_peft() -> None:
+    """Raises PlanError where peft is missing."""
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise PlanError("--repair lora needs peft, which is not installed; pip install 'dropformer[lora]'") from None
+
+
+def heal(
+    stepper: Stepper,
+    modules: Mapping[str, nn.Module],
+    first: int,
+    how: Healing | None = None,
+    progress: Progress | None = None,
+) -> dict[str, nn.Module]:
+    """Path -> merged linear module, for every linear module of the blocks from `first` on; the model does not change.
+
+    `modules` stand in for the dense model's.  Time: a dense forward pass, and one forward and backward pass of
+    the pruned model, for each window and epoch.  Memory: the activations of a window behind block `first`, its
+    logits twice, and the adapters with two moments each.
+    """
+    how = how or Healing()
+    student = sharing_copy(stepper.model)
+    with ExitStack() as stack:
+        stack.enter_context(replaced(student, modules))
+        stack.enter_context(flags(stepper.model, modules.values()))
+        adapted = adapters(student, linear_paths(student, stepper, first), how)
+        steps = [batch for epoch in range(how.epochs) for batch in shuffled(len(stepper), epoch)]
+        train(student, adapted.values(), stepper, steps, how, progress)
+        return {path: merged(adapter) for path, adapter in adapted.items()}
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    """0 ... count - 1 in an order of its own for each seed: kinds of text are mixed, so that none is learned last."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def linear_paths(model: nn.Module, stepper: Stepper, first: int) -> list[str]:
+    """The linear modules in the blocks from `first` on."""
+    return [
+        f"{block.path}.{name}"
+        for block in stepper.blocks[first:]
+        for name, module in model.get_submodule(block.path).named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    ]
+
+
+def adapters(student: nn.Module, paths: Sequence[str], how: Healing) -> dict[str, Any]:
+    """Put an adapter that does nothing yet around each of the student's modules at these paths."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    turned = any(isinstance(student.get_submodule(path), Conv1D) for path in paths)
+    config = LoraConfig(
+        r=how.rank, lora_alpha=2 * how.rank, target_modules=list(paths), bias="none", fan_in_fan_out=turned
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        inject_adapter_in_model(config, student)
+    return {path: student.get_submodule(path) for path in paths}
+
+
+def train(
+    student: nn.Module,
+    adapted: Iterable[Any],
+    stepper: Stepper,
+    steps: Sequence[int],
+    how: Healing,
+    progress: Progress | None,
+) -> None:
+    """Bring KL(dense || student) down, one window a step, positions in turn."""
+    learned = [p for adapter in adapted for p in adapter.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=how.rate, betas=(0.9, 0.95), weight_decay=0.0)
+    for step, batch in enumerate(steps):
+        inputs = stepper.batches[batch]
+        positions = torch.arange(step % how.stride, inputs["input_ids"].shape[1], how.stride)
+        for group in optimizer.param_groups:
+            group["lr"] = how.rate * how.factor(step, len(steps))
+        with torch.no_grad():
+            goal = log_probabilities(stepper.model, inputs, positions)
+        with torch.enable_grad():
+            loss = nn.functional.kl_div(
+                log_probabilities(student, inputs, positions), goal, log_target=True, reduction="sum"
+            )
+            (loss / goal.shape[:-1].numel()).backward()
+        nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if progress:
+            progress(step + 1, len(steps))
+
+
+def log_probabilities(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
+    """[B, positions, V] in float32."""
+    few = "logits_to_keep" in inspect.signature(model.forward).parameters
+    positions = positions.to(inputs["input_ids"].device)
+    output = model(**inputs, **({"logits_to_keep": positions} if few else {}))
+    logits = getattr(output, "logits", None)
+    logits = next(iter(outputs_of(output).values())) if logits is None else logits
+    logits = logits if few else logits[:, positions]
+    return torch.log_softmax(logits.float(), -1)
+
+
+def merged(adapter: Any) -> nn.Module:
+    """The linear module with its adapter added to the weight; the module that it was stays."""
+    base, delta = adapter.get_base_layer(), adapter.get_delta_weight("default").detach()
+    step = delta if isinstance(base, Conv1D) else delta.T
+    return changed(base, step if base.bias is None else torch.cat([step, torch.zeros_like(step[:1])]))
+
+
+@contextmanager
+def flags(model: nn.Module, others: Iterable[nn.Module]) -> Any:
+    """Inside the `with` no parameter of these modules asks for a gradient; afterwards those that did do again."""
+    parameters = [p for module in (model, *others) for p in module.parameters()]
+    before = [p.requires_grad for p in parameters]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p, flag in zip(parameters, before, strict=True):
+            p.requires_grad_(flag)

@@ -1,0 +1,1 @@
+"""Which layers to drop: selection, budgets, strategies."""

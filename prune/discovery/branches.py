@@ -1,0 +1,293 @@
+"""From a block's dataflow to its branches: their kind, the modules that go with each, where the stream is read."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dropformer.prune.architecture import BranchKind, Tap
+from dropformer.prune.discovery.dataflow import Flow, Term, within
+from dropformer.prune.discovery.trace import Call
+
+# A branch's kind is read off its modules' names; where none fits, `discover` decides by experiment.
+NORM_NAMES = re.compile(r"\w*norm\w*|\bln_?\w*", re.I)
+CROSS_NAMES = re.compile(r"cross|encoder_attn|encdec|encoder_decoder", re.I)
+ATTENTION_NAMES = re.compile(r"attn|attention|mamba|ssm|lstm|recurrent|temporal|rwkv|delta|retention|lru", re.I)
+MLP_NAMES = re.compile(r"mlp|ffn|feed_?forward|\bff\b|moe|expert|dense|intermediate|fc\d?|channel_mix", re.I)
+CONVOLUTION_NAMES = re.compile("conv", re.I)  # says least: short convolutions stand beside either kind
+
+CACHES = {"past_key_values", "past_key_value", "cache_params", "cache"}
+
+Forms = dict[str, Any]  # module path within the block -> what it returns once dropped (`modeling.Skipped`)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One way to drop a branch: the modules to replace, and where the stream is read before and after."""
+
+    modules: Forms
+    before: Tap
+    after: Tap | None
+    delta: tuple[Tap, ...]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A branch as the trace shows it, before anything was tried: ways to drop it, best first, or why not."""
+
+    kind: BranchKind
+    cuts: tuple[Cut, ...]
+    parallel: bool
+    reason: str = ""
+
+
+class BranchReader:
+    """Reads the branches of one block off its flow."""
+
+    def __init__(self, flow: Flow, kind_of: Callable[[str, Term], BranchKind]) -> None:
+        self.flow, self.path, self.kind_of = flow, flow.call.path, kind_of
+        self.by_scope: dict[str, set[int]] = {}
+        for i, op in flow.ops.items():
+            self.by_scope.setdefault(op.scope, set()).add(i)
+        self.times = Counter(call.path for call in [flow.call, *flow.calls])
+        self.children: dict[str, dict[str, None]] = {}
+        for call in flow.calls:
+            parts = call.path.removeprefix(self.path + ".").split(".")
+            for depth in range(len(parts)):
+                parent = ".".join([self.path, *parts[:depth]])
+                self.children.setdefault(parent, {})[".".join([self.path, *parts[: depth + 1]])] = None
+
+    def read(self) -> list[Draft]:
+        groups: dict[BranchKind, list[Term]] = {}
+        terms = self.flow.terms
+        for term in terms:
+            others = self.flow.kept.union(*(t.ops for t in terms if t is not term))
+            alone = self._owned(self.path, term.ops - others, others, set())
+            names = " ".join(path.removeprefix(self.path + ".") for path, _ in alone)
+            groups.setdefault(self.kind_of(names or self._scopes(term), term), []).append(term)
+        order: tuple[BranchKind, ...] = ("attn", "cross", "mlp")
+        return [self._draft(kind, groups[kind]) for kind in order if kind in groups]
+
+    def _scopes(self, term: Term) -> str:
+        """The modules that did any of a term's work, where none did only that."""
+        return " ".join(sorted({self.flow.ops[i].scope.removeprefix(self.path) for i in term.ops}))
+
+    def _draft(self, kind: BranchKind, mine: list[Term]) -> Draft:
+        others = [t for t in self.flow.terms if t not in mine]
+        parallel = self.flow.parallel(mine, others)
+        cuts: list[Cut] = []
+        reasons: list[str] = []
+        for modules, reason in self._alternatives(mine, others):
+            try:
+                if reason or (reason := self._read_later(modules)):
+                    raise ValueError(reason)
+                cut = self._cut(modules, mine, parallel)
+                cuts += [cut] if cut not in cuts else []
+            except ValueError as error:
+                reasons.append(str(error))
+        return Draft(kind, tuple(cuts), parallel, "" if cuts else reasons[0])
+
+    def _alternatives(self, mine: list[Term], others: list[Term]) -> Iterator[tuple[Forms, str]]:
+        """Sets of modules whose replacement removes these terms, or why there is none.
+
+        Best are the outermost modules, also such that add to the stream themselves; then only those
+        that add nothing themselves; then only what produces the summands, so that a norm stays behind;
+        last a module that takes a norm of the stream away with it.
+        """
+        ops: set[int] = set().union(*(t.ops for t in mine))
+        foreign = self.flow.kept.union(*(t.ops for t in others))
+        results = {t.result for t in mine} - {t.result for t in others}
+        merges = {s.op for s in self.flow.steps if s.kind == "carry" or (s.kind == "merge" and s.after in results)}
+        for allowed in (merges, set(), merges | self.flow.kept):
+            try:
+                forms = self._forms(list(self._owned(self.path, ops - foreign, foreign, allowed)), mine)
+            except ValueError as error:
+                yield {}, str(error)
+                continue
+            yield forms, ""
+            if not allowed and (last := {name: form for name, form in forms.items() if _silences(form)}):
+                yield last, ""
+
+    def _cut(self, modules: Forms, mine: list[Term], parallel: bool) -> Cut:
+        """Where the stream is read around a branch whose `modules` go.  Raises ValueError where it is not seen."""
+        flow = self.flow
+        gone = [f"{self.path}.{name}" for name in modules]
+        if not parallel and flow.mixed(flow.read_by(mine[0]), mine[-1].added_to):
+            raise ValueError("it is several branches with a norm of the stream between them")
+        before = self._tap(flow.read_by(mine[0]), gone)
+        if before is None:
+            raise ValueError("no module sees the residual stream before it")
+        after = None if parallel else self._tap(self._leaving(mine[-1].result, gone), gone)
+        if after:
+            return Cut(modules, before, after, ())
+        taps = [self._tap(term.value, gone) for term in mine]
+        if not all(taps) or any(term.scaled for term in mine):
+            raise ValueError("no module sees the residual stream after it")
+        return Cut(modules, before, None, tuple(t for t in taps if t))
+
+    def _leaving(self, value: int, gone: list[str]) -> int:
+        """`value`, or the stream where it leaves the replaced module that made it."""
+        for call in self.flow.calls:
+            if call.path in gone and call.first <= self.flow.made[value] < call.last:
+                return next((v for v in call.outputs.values() if v in self.flow.stream), value)
+        return value
+
+    def _owned(self, parent: str, mine: set[int], foreign: set[int], stream: set[int]) -> Iterator[tuple[str, bool]]:
+        """The outermost modules that do only the branch's work; True where they also pass the stream on."""
+        for child in self.children.get(parent, {}):
+            ops = set().union(*(found for scope, found in self.by_scope.items() if within(scope, child)))
+            if not ops & mine:
+                continue
+            calls = self._calls(child)
+            strange = ops & foreign
+            if calls and not strange:
+                yield child, False
+            elif len(calls) == 1 and strange <= stream and self._passes(calls[0]):
+                yield child, True
+            else:
+                yield from self._owned(child, mine, foreign, stream)
+
+    def _calls(self, path: str) -> list[Call]:
+        return [call for call in self.flow.calls if call.path == path]
+
+    def _passes(self, call: Call) -> tuple[int | str, int | str | None] | None:
+        """The input that holds the stream and the output that holds it again, for a module on its path."""
+        stream = self.flow.stream
+        given = {key: stream[v] for key, v in call.inputs.items() if v in stream}
+        back = {key: stream[v] for key, v in call.outputs.items() if v in stream}
+        steps = [place for place, s in enumerate(self.flow.steps, 1) if call.first <= s.op < call.last]
+        if not given or not back or not steps:
+            return None
+        source = next((key for key, place in given.items() if place == steps[0] - 1), None)
+        target = next((key for key, place in back.items() if place == steps[-1]), "")
+        return None if source is None or target == "" else (source, target)
+
+    def _forms(self, modules: list[tuple[str, bool]], terms: list[Term]) -> Forms:
+        """What each module returns once dropped.  Raises ValueError where that cannot be written down."""
+        if not modules:
+            raise ValueError("no module does its work alone")
+        forms: Forms = {}
+        silent: set[int] = set()
+        for path, passes in modules:
+            calls = self._calls(path)
+            found = [self._form(call, passes, terms) for call in calls]
+            if any(form != found[0] for form in found):
+                raise ValueError(f"{path} is called twice, in two ways")
+            forms[path.removeprefix(self.path + ".")] = found[0]
+            for call in calls:
+                silent.update(
+                    n
+                    for n, term in enumerate(terms)
+                    if (passes and call.first <= self.flow.made[term.result] < call.last)
+                    or any(self.flow.reaches(v, {term.value}) for v in call.outputs.values())
+                )
+        if len(silent) < len(terms):
+            raise ValueError("it shares its last module with another branch, or has none")
+        return forms
+
+    def _form(self, call: Call, passes: bool, terms: list[Term]) -> Any:
+        goals = {t.value for t in terms}
+        outside = {i for t in terms for i in t.ops if not call.first <= i < call.last}
+        needed = goals.union(*(self.flow.ops[i].inputs for i in outside))
+        on_path = self._passes(call) if passes else None
+
+        def member(key: int | str | None) -> str | None:
+            value = call.outputs.get(key)
+            if on_path and key == on_path[1]:
+                return f"input:{on_path[0]}"
+            if key in call.passed:
+                return f"input:{call.passed[key]}"
+            if key in call.nested:
+                if call.state is None:
+                    raise ValueError(f"{call.path} makes a state of its own")
+                return f"input:{call.state}"
+            if value is None or value not in needed:
+                return None
+            return self._word(call, value, "zeros" if self.flow.reaches(value, goals) else "input")
+
+        members = {key: member(key) for key in call.keys}
+        if call.shape == "tensor":
+            return members[None]
+        if call.shape == "tuple":
+            return list(members.values())
+        if call.shape in ("list", "fields"):
+            return {call.shape: list(members.values()) if call.shape == "list" else members}
+        raise ValueError(f"{call.path} returns neither a tensor nor a tuple of tensors")
+
+    def _word(self, call: Call, value: int, word: str) -> str:
+        """ "zeros" or "input", qualified where the output is not shaped like the module's hidden states."""
+        shape = self.flow.trace.tensors[value].shape
+        shapes: dict[int | str, Any] = {key: self.flow.trace.tensors[v].shape for key, v in call.inputs.items()}
+        hidden = "hidden_states" if "hidden_states" in shapes else next(iter(shapes), None)
+        if hidden is not None and _alike(shapes[hidden], shape):
+            return word
+        like = next((key for key, s in shapes.items() if _alike(s, shape)), None)
+        if like is not None:
+            return f"{word}:{like}"
+        if hidden is not None and shapes[hidden][:-1] == shape[:-1]:
+            return f"zeros/{shape[-1]}"
+        raise ValueError(f"{call.path} returns a tensor of another shape than its inputs")
+
+    def _read_later(self, modules: Mapping[str, Any]) -> str:
+        """Who reads a tensor that the branch makes for others: T5's position bias, shared keys and values."""
+        paths = [f"{self.path}.{name}" for name in modules]
+        made = {v for op in self.flow.ops.values() if any(within(op.scope, p) for p in paths) for v in op.outputs}
+        made -= self.flow.stream.keys()
+        trace = self.flow.trace
+        later = [i for v in made if (i := trace.last_reader.get(v, -1)) >= self.flow.call.last]
+        return f"it makes a tensor that {trace.ops[min(later)].scope or 'the model'} reads" if later else ""
+
+    def stateful(self, modules: Mapping[str, Any]) -> bool:
+        """Is any of these modules handed the cache?"""
+        paths = [f"{self.path}.{name}" for name in modules]
+        return any(c.keywords & CACHES and any(within(c.path, p) for p in paths) for c in self.flow.calls)
+
+    def _tap(self, value: int, gone: list[str]) -> Tap | None:
+        """Where a hook sees this value: at the outermost module, outside of those that are gone."""
+        found: list[tuple[int, int, Tap]] = []
+        for v in self.flow.sights(value):
+            for call in [self.flow.call, *self.flow.calls]:
+                if any(call.path.startswith(path + ".") for path in gone) or self.times[call.path] > 1:
+                    continue
+                depth = call.path.count(".")
+                found += [(depth, 0, Tap(call.path, "input", k)) for k, given in call.inputs.items() if given == v]
+                found += [(depth, 1, Tap(call.path, "output", k)) for k, made in call.outputs.items() if made == v]
+            if found:
+                return self._in_shape(min(found, key=lambda item: item[:2])[2], v)
+        return None
+
+    def _in_shape(self, tap: Tap, value: int) -> Tap:
+        tensors, flow = self.flow.trace.tensors, self.flow
+        if tensors[value].shape == tensors[flow.x].shape:
+            return tap
+        return replace(tap, like=Tap(self.path, "input", flow.in_key))
+
+
+def _alike(given: torch.Size, wanted: torch.Size) -> bool:
+    """The same numbers a token, though tokens may be flattened into rows: [B, T, D] for [B * T, D]."""
+    return given == wanted or (bool(given) and given.numel() == wanted.numel() and given[-1] == wanted[-1])
+
+
+def _silences(form: Any) -> bool:
+    """Does a form end the branch (zeros, or the stream as given), rather than stand before its end?"""
+    if isinstance(form, dict):
+        (form,) = form.values()
+    members = form.values() if isinstance(form, dict) else form if isinstance(form, list) else [form]
+    return any(isinstance(m, str) and m.startswith("zeros") for m in members)
+
+
+def kind_by_name(names: str) -> BranchKind | None:
+    """The kind that the names of a branch's modules tell, norms aside; None where they do not."""
+    text = NORM_NAMES.sub(" ", names)
+    patterns: tuple[tuple[re.Pattern[str], BranchKind], ...] = (
+        (CROSS_NAMES, "cross"),
+        (ATTENTION_NAMES, "attn"),
+        (MLP_NAMES, "mlp"),
+        (CONVOLUTION_NAMES, "attn"),
+    )
+    return next((kind for pattern, kind in patterns if pattern.search(text)), None)

@@ -1,0 +1,92 @@
+"""Prove an architecture before it is trusted: drop each branch for a moment and look at the stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from dropformer.prune.architecture import Architecture, Block, Branch
+from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.discovery.inputs import sample_inputs
+from dropformer.prune.discovery.replay import Replay, evaluating, on_tap, reading, skipped
+
+__all__ = ["on_tap", "prove", "prove_block"]
+
+
+def prove(model: nn.Module, architecture: Architecture, inputs: Mapping[str, Tensor] | None = None) -> None:
+    """Check every block on a tiny forward pass; nothing of the model is changed afterwards.
+
+    A branch is proven when, with its modules skipped, (1) the block still runs and (2) the stream after
+    the branch equals the stream before it, up to constants by which the block scales its own stream.
+    Where no module sees the stream after a branch, its contribution must be zero, and (3) all of a plain
+    block's contributions must add up to what the block does.
+    Raises ArchitectureError with the block and what was seen.
+    """
+    with evaluating(model):
+        blocks = [block for stack in architecture.stacks for block in stack.blocks if block.branches]
+        replay = Replay(model, [b.path for b in blocks], sample_inputs(model) if inputs is None else inputs)
+        for block in blocks:
+            prove_block(replay, block)
+
+
+def prove_block(replay: Replay, block: Block) -> None:
+    """The same for one block, whose inputs `replay` has seen.  Raises ArchitectureError."""
+    _prove_sum(replay, block)
+    for branch in block.branches:
+        _prove_branch(replay, block, branch)
+
+
+def _prove_branch(replay: Replay, block: Block, branch: Branch) -> None:
+    where = f"block {block.index} ({block.path}), {branch.kind} branch"
+    taps = [branch.before, branch.after] if branch.after else [branch.before, *branch.delta]
+    try:
+        with skipped(replay.model, block.path, branch.modules), reading(replay.model, taps) as values:
+            replay.run(block.path)
+    except Exception as error:  # whatever the model's own code raises once a branch is gone
+        raise ArchitectureError(
+            f"{where}: the block does not run without it: {type(error).__name__}: {error}"
+        ) from error
+    if any(tap not in values for tap in taps):
+        raise ArchitectureError(f"{where}: the residual stream cannot be read once the branch is dropped")
+    if branch.after and not _unchanged(values[branch.before], values[branch.after], branch.scaled):
+        raise ArchitectureError(f"{where}: dropping it does not leave the residual stream unchanged")
+    if any(values[tap].any() for tap in branch.delta):
+        raise ArchitectureError(f"{where}: it still adds something to the residual stream once dropped")
+
+
+def _prove_sum(replay: Replay, block: Block) -> None:
+    """A plain block whose branches are read by what they add: input + contributions = output."""
+    deltas = [tap for branch in block.branches for tap in branch.delta]
+    if not block.plain or block.kept or not deltas or any(branch.after for branch in block.branches):
+        return
+    with reading(replay.model, [block.input, block.output, *deltas]) as values:
+        replay.run(block.path)
+    x, y = values[block.input].double(), values[block.output].double()
+    total = x + sum(values[tap].double().reshape(x.shape) for tap in deltas)
+    if not _close(total, y, tolerance=_tolerance(values[block.input])):
+        raise ArchitectureError(
+            f"block {block.index} ({block.path}): its input and its branches do not add up to its output"
+        )
+
+
+def _unchanged(before: Tensor, after: Tensor, scaled: bool) -> bool:
+    """Is `after` equal to `before`, or a fixed multiple and offset of it per channel where the block scales?"""
+    tolerance = _tolerance(before)
+    if before.numel() != after.numel() or before.shape[-1] != after.shape[-1]:
+        return False
+    x, y = before.double().flatten(0, -2), after.double().flatten(0, -2)
+    if not scaled:
+        return _close(x, y, tolerance)
+    spread = x - x.mean(0)
+    slope = (spread * (y - y.mean(0))).sum(0) / spread.square().sum(0).clamp_min(1e-30)
+    return bool((slope > 0).all()) and _close(y.mean(0) + slope * spread, y, 10 * tolerance)
+
+
+def _close(x: Tensor, y: Tensor, tolerance: float) -> bool:
+    return bool((x - y).abs().max() <= tolerance * x.abs().max().clamp_min(1e-30))
+
+
+def _tolerance(tensor: Tensor) -> float:
+    """What rounding in the stream's own dtype may cost."""
+    return 1e-5 if tensor.itemsize >= 4 else 2e-2

@@ -1,0 +1,130 @@
+"""Count what each branch of a model owns: parameters, and cache elements per token."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from dropformer.prune.architecture import Architecture, Block, Branch, Stack
+from dropformer.prune.discovery.inputs import sample_inputs
+from dropformer.prune.loading.tensor_names import auto_names, native_class
+from dropformer.prune.outline import BlockOutline, BranchOutline, Outline, StackOutline
+from dropformer.prune.discovery.signature import signature
+
+
+def outline_of(model: nn.Module, architecture: Architecture) -> Outline:
+    """The architecture as data, with what each branch weighs.  Meta models will do."""
+    kv = _cache_elements(model, architecture)
+    writes = next((s for s in architecture.stacks if s.name in ("", "decoder")), architecture.stacks[0])
+    stacks = [_stack(model, stack, kv if stack is writes else {}) for stack in architecture.stacks]
+    autos = auto_names(native_class(type(model))) if isinstance(model, PreTrainedModel) else []
+    return Outline(stacks=stacks, parameters=sum(p.numel() for p in model.parameters()), autos=autos)
+
+
+def _stack(model: nn.Module, stack: Stack, kv: dict[int, int]) -> StackOutline:
+    caches = _caches(model, stack)
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    samples: dict[tuple, dict[str, Any]] = {}
+    for block in stack.blocks:
+        for branch in block.branches:
+            entries = range(block.index * caches, (block.index + 1) * caches) if branch.kind == "attn" else ()
+            cache = sum(kv.get(entry, 0) for entry in entries)
+            fields = {
+                "kind": branch.kind,
+                "modules": branch.modules,
+                "parameters": branch_parameters(model, block, branch),
+                "kv": cache,
+            }
+            key = (branch.kind, repr(branch.modules), fields["parameters"], cache)
+            groups[key].append(block.index)
+            samples[key] = fields
+    branches = [BranchOutline(blocks=blocks, **samples[key]) for key, blocks in groups.items()]
+    parallel = any(block.parallel for block in stack.blocks)
+    return StackOutline(
+        name=stack.name,
+        path=stack.path,
+        blocks=len(stack.blocks),
+        parallel=parallel,
+        caches=caches,
+        alike=_alike(model, stack),
+        branches=branches,
+        rest=_rest(model, stack),
+    )
+
+
+def _alike(model: nn.Module, stack: Stack) -> bool:
+    """Are all blocks made of the same modules, with the same settings?"""
+    first, *others = (signature(model.get_submodule(block.path)) for block in stack.blocks)
+    return all(other == first for other in others)
+
+
+def _caches(model: nn.Module, stack: Stack) -> int:
+    """How many cache entries each block has, by the numbers that its modules carry (LongCat: two attentions)."""
+    attention = [(b.index, _owned(model, b, branch)) for b in stack.blocks if (branch := b.branch("attn"))]
+    found = [
+        (
+            i,
+            {
+                m.layer_idx
+                for owned in modules
+                for m in owned.modules()
+                if isinstance(getattr(m, "layer_idx", None), int)
+            },
+        )
+        for i, modules in attention
+    ]
+    count = max((len(numbers) for _, numbers in found), default=1)
+    regular = all(numbers == set(range(i * count, (i + 1) * count)) for i, numbers in found)
+    return count if regular and count else 1
+
+
+def _rest(model: nn.Module, stack: Stack) -> list[BlockOutline]:
+    """What blocks are beyond their branches, alike ones together; those of which there is nothing to say left out."""
+    groups: dict[str, BlockOutline] = {}
+    for block in stack.blocks:
+        parameters = _counted([model.get_submodule(block.path)]) - _counted(_owned(model, block, *block.branches))
+        fields = {
+            "plain": block.plain,
+            "form": None if (block.plain and not parameters) or block.kept else block.form,
+            "parameters": parameters,
+            "kept": block.kept,
+        }
+        found = groups.setdefault(repr(fields), BlockOutline(blocks=[], **fields))
+        found.blocks.append(block.index)
+    return [group for group in groups.values() if group != BlockOutline(blocks=group.blocks)]
+
+
+def branch_parameters(model: nn.Module, block: Block, branch: Branch) -> int:
+    """Parameters that go with a branch; each shared one counts once."""
+    return _counted(_owned(model, block, branch))
+
+
+def _owned(model: nn.Module, block: Block, *branches: Branch) -> list[nn.Module]:
+    return [model.get_submodule(f"{block.path}.{name}") for branch in branches for name in branch.modules]
+
+
+def _counted(modules: list[nn.Module]) -> int:
+    return sum(p.numel() for p in {id(p): p for module in modules for p in module.parameters()}.values())
+
+
+def _cache_elements(model: nn.Module, architecture: Architecture) -> dict[int, int]:
+    """Cache elements per token of each entry, read off the cache of a tiny forward pass; none where that fails."""
+    inputs = sample_inputs(model)
+    if "input_ids" not in inputs:
+        return {}
+    try:
+        with torch.no_grad():
+            cache = getattr(model(**{**inputs, "use_cache": True}), "past_key_values", None)
+    except Exception:  # whatever the model's own code raises: BLT has no cache in transformers 5.23
+        return {}
+    tokens = inputs["input_ids"].numel()
+    cache = getattr(cache, "self_attention_cache", cache)
+    elements = {}
+    for index, layer in enumerate(getattr(cache, "layers", [])):
+        held = [getattr(layer, name, None) for name in ("keys", "values")]
+        elements[index] = sum(t.numel() for t in held if isinstance(t, torch.Tensor)) // tokens
+    return elements

@@ -1,0 +1,195 @@
+"""A folder, or a file, that appears complete or not at all.
+
+    with new_folder(out) as folder:      # a hidden sibling of `out`, locked by this process
+        ...                              # write into it
+    # flushed to the disk and renamed to `out`; after any error it is removed instead
+
+A run that was killed leaves its hidden folder behind; the next run beside it takes it away.
+"""
+
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from dropformer.prune.errors import OutputError
+from dropformer.prune.files.strict_json import shown
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""What the operating system answers when no more can be written there."""
+
+_LEFT_OVER = re.compile(r"\.dropformer-(\d+)-[0-9a-f]{8}")
+
+
+@contextmanager
+def new_folder(out: Path | str) -> Iterator[Path]:
+    """Yield a temporary folder beside `out` that becomes `out` when the block ends well.
+
+    An existing empty `out` is replaced.  Raises OutputError if `out` exists and is not an empty folder, or
+    if the disk is full; whatever the block raises, KeyboardInterrupt too, nothing is left behind.
+    """
+    out = _usable(Path(out))
+    with _hidden_beside(out) as temporary:
+        yield temporary
+        flush(temporary)
+        _rename(temporary, out)
+
+
+@contextmanager
+def new_file(out: Path | str) -> Iterator[Path]:
+    """Yield where to write a file that becomes `out` when the block ends well; otherwise as `new_folder`.
+
+    Raises OutputError if `out` exists, whatever it is.
+    """
+    out = _unused(Path(out))
+    with _hidden_beside(out) as temporary:
+        yield temporary / out.name
+        flush(temporary)
+        _move(temporary / out.name, out)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _hidden_beside(out: Path) -> Iterator[Path]:
+    """A locked temporary folder beside `out`, which the block puts to use; gone after any error."""
+    with suppress(OSError):  # tidying up must not stand in the way
+        _remove_left_overs(out.parent)
+    temporary = out.parent / f".dropformer-{os.getpid()}-{secrets.token_hex(4)}"
+    lock = -1
+    try:
+        lock = _create(temporary)
+        yield temporary
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise cannot_write(out, error) from None
+        raise
+    finally:
+        if lock >= 0:
+            os.close(lock)
+
+
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """The one line for an operating system that refuses to write at `path`."""
+    advice = "free some space or choose another disk" if error.errno in FULL else "choose another folder"
+    return OutputError(f"{shown(path, 1000)}: cannot be written ({error.strerror}); {advice}")
+
+
+def flush(folder: Path) -> None:
+    """Wait until every file below `folder`, and every folder's list of names, is on the disk."""
+    for place, _, files in os.walk(folder):
+        for path in [*(Path(place, name) for name in files), Path(place)]:
+            if not path.is_symlink():
+                _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _usable(out: Path) -> Path:
+    """`out` with its links resolved and its parent made, once it is certain that it may become ours."""
+    with _one_line(out):
+        out = out.resolve()
+        if out.is_dir():
+            if os.path.ismount(out):
+                raise OutputError(f"{shown(out, 1000)}: a mount point; name a folder inside it")
+            if any(out.iterdir()):
+                raise OutputError(f"{shown(out, 1000)}: exists and is not empty; remove it or name another")
+        elif out.exists():
+            raise OutputError(f"{shown(out, 1000)}: exists and is not a folder; name another")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _unused(out: Path) -> Path:
+    """`out` with its parent's links resolved and its parent made, once it is certain that there is nothing."""
+    with _one_line(out):
+        out = out.parent.resolve() / out.name
+        if os.path.lexists(out):
+            raise OutputError(f"{shown(out, 1000)}: exists; remove it or name another")
+        out.parent.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+@contextmanager
+def _one_line(out: Path) -> Iterator[None]:
+    """What the system says against `out` becomes an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(out, error) from None
+    except RuntimeError:  # Python before 3.13 reports a loop of links so
+        raise OutputError(f"{shown(out, 1000)}: a loop of links; name another folder") from None
+
+
+def _create(temporary: Path) -> int:
+    """Make and lock the folder; the lock ends with this process, however it ends."""
+    try:
+        temporary.mkdir()
+        lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise cannot_write(temporary, error) from None
+    with suppress(OSError):  # some network file systems cannot lock: then no run takes left-overs away
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return lock
+
+
+def _rename(temporary: Path, out: Path) -> None:
+    try:
+        temporary.rename(out)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise OutputError(f"{shown(out, 1000)}: appeared meanwhile; remove it or name another") from None
+        raise cannot_write(out, error) from None
+    _flush_one(out.parent)
+
+
+def _move(file: Path, out: Path) -> None:
+    """Give a file its name, but never one that exists; a file system without links cannot rule out a race."""
+    try:
+        os.link(file, out)
+    except FileExistsError:
+        raise OutputError(f"{shown(out, 1000)}: appeared meanwhile; remove it or name another") from None
+    except OSError:
+        if os.path.lexists(out):
+            raise OutputError(f"{shown(out, 1000)}: appeared meanwhile; remove it or name another") from None
+        file.rename(out)
+    _flush_one(out.parent)
+
+
+def _remove_left_overs(parent: Path) -> None:
+    """Remove the temporary folders of runs that are dead: process gone and lock free."""
+    for path in parent.iterdir():
+        match = _LEFT_OVER.fullmatch(path.name)
+        if match and not path.is_symlink() and path.is_dir() and not _is_alive(int(match[1])):
+            with suppress(OSError):
+                _remove_if_unlocked(path)
+
+
+def _remove_if_unlocked(path: Path) -> None:
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(lock)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True

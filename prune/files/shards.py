@@ -1,0 +1,261 @@
+"""A checkpoint folder as named byte ranges: validated headers, nothing loaded, nothing executed.
+
+    checkpoint = open_checkpoint(folder)
+    checkpoint.tensors["model.norm.weight"]   # TensorSpan(shard, dtype, shape, start, end)
+    checkpoint.read("model.norm.weight")      # its bytes
+
+Only safetensors is read: `model.safetensors`, else the shards of `model.safetensors.index.json` (the order
+in which transformers looks).  A symbolic link may not lead out of the folder, except from a snapshot of the
+Hugging Face Hub's cache to that cache's blobs.
+"""
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dropformer.prune.files.byteranges import read_at
+from dropformer.prune.errors import CheckpointError
+from dropformer.prune.files.safetensors_header import TensorSpan, read_header
+from dropformer.prune.files.strict_json import MAX_BYTES, parse_object, shown
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_SAMPLED_TENSORS = 4096
+_SAMPLE_BYTES = 512
+_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: a FIFO must not hang us
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its name in the folder, the file behind it, and its `__metadata__`."""
+
+    name: str
+    path: Path
+    size: int
+    metadata: Mapping[str, str]
+    identity: tuple[int, int, int, int]
+
+    @contextmanager
+    def opened(self) -> Iterator[int]:
+        """A descriptor of the very file whose header was validated; CheckpointError if it is another by now
+        or was written to before the block ended.
+        """
+        try:
+            file = os.open(self.path, _READ_FLAGS)
+        except OSError as error:
+            raise CheckpointError(f"{_line(self.path)}: gone while in use ({error.strerror})") from None
+        try:
+            self._check_unchanged(file)
+            yield file
+            self._check_unchanged(file)
+        finally:
+            os.close(file)
+
+    def _check_unchanged(self, file: int) -> None:
+        if _identity(os.fstat(file)) != self.identity:
+            raise CheckpointError(f"{_line(self.path)}: changed while in use; start again")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights in a folder: shards in the order of their names, tensors in the order of their bytes."""
+
+    folder: Path
+    shards: Mapping[str, Shard]
+    tensors: Mapping[str, TensorSpan]
+    index_metadata: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, headers left out."""
+        return sum(span.nbytes for span in self.tensors.values())
+
+    @property
+    def metadata(self) -> dict[str, Mapping[str, str]]:
+        """The `__metadata__` of every shard, by its name."""
+        return {name: shard.metadata for name, shard in self.shards.items()}
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one tensor, little-endian and row-major as in the file."""
+        span = self.tensors[name]
+        with self.shards[span.shard].opened() as file:
+            return read_at(file, span.nbytes, span.start)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A SHA-256 that tells checkpoints apart, of one training run too, in at most 4 MiB of reading.
+
+        Over the tensors in the order of their names, however they are split into shards: name, dtype and
+        shape of each, then 512 bytes from the start and from the middle of each (of 4096 tensors evenly
+        spaced, if there are more).  It identifies; it does not authenticate: a byte outside of the sample
+        may differ.
+        """
+        digest = hashlib.sha256()
+        names = sorted(self.tensors)
+        for name in names:
+            span = self.tensors[name]
+            digest.update(repr((name, span.dtype, span.shape, span.nbytes)).encode())
+        for sample in self._samples(names[:: -(-len(names) // _SAMPLED_TENSORS)]):
+            digest.update(sample)
+        return digest.hexdigest()
+
+    def _samples(self, names: list[str]) -> Iterator[bytes]:
+        """Start and middle of each tensor, name after name; a shard is opened once, however names mix."""
+        found: dict[str, bytes] = {}
+        for shard in self.shards.values():
+            with shard.opened() as file:
+                for name in names:
+                    span = self.tensors[name]
+                    if span.shard == shard.name:
+                        found[name] = _ends(file, span)
+        return (found[name] for name in names)
+
+
+def open_checkpoint(folder: Path | str) -> Checkpoint:
+    """Find and validate the safetensors files of a Hugging Face checkpoint folder.
+
+    Raises CheckpointError, one line that says what is wrong, for whatever is missing, damaged, hostile or
+    of another format: a checkpoint that comes back is complete and consistent.
+    """
+    try:
+        folder = Path(folder).resolve(strict=True)
+        return _open(folder)
+    except (OSError, RuntimeError) as error:  # Python before 3.13 reports a loop of links as RuntimeError
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise CheckpointError(f"{_line(folder)}: cannot be read ({shown(reason)}); check the path") from None
+
+
+def _open(folder: Path) -> Checkpoint:
+    if not folder.is_dir():
+        raise CheckpointError(f"{_line(folder)}: a file; give the folder that holds it and config.json")
+    placed, index_metadata = ({}, {}) if os.path.lexists(folder / SINGLE) else _read_index(folder)
+    opened = [_open_shard(folder, name) for name in sorted(set(placed.values())) or [SINGLE]]
+    if placed:
+        _check_index(folder, placed, [spans for _, spans in opened])
+    shards = {shard.name: shard for shard, _ in opened}
+    tensors = {name: span for _, spans in opened for name, span in spans.items()}
+    if not tensors:
+        raise CheckpointError(f"{_line(folder)}: its safetensors files hold no tensors; nothing to work on")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{_line(folder)}: config.json is missing; copy it from the original model")
+    _file_behind(folder, "config.json")
+    return Checkpoint(folder, shards, tensors, index_metadata)
+
+
+def _open_shard(folder: Path, name: str) -> tuple[Shard, Mapping[str, TensorSpan]]:
+    path = _file_behind(folder, name)
+    with _opened(path) as (file, status):
+        header = read_header(file, name, _line(folder / name))
+        return Shard(name, path, status.st_size, header.metadata, _identity(status)), header.tensors
+
+
+def _read_index(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """weight_map (tensor to shard) and metadata of the index, its file names proven harmless."""
+    if not os.path.lexists(folder / INDEX):
+        raise CheckpointError(_why_no_weights(folder))
+    where = _line(folder / INDEX)
+    with _opened(_file_behind(folder, INDEX)) as (file, status):
+        if status.st_size > MAX_BYTES:
+            raise CheckpointError(f"{where}: {status.st_size} bytes are too many; download it again")
+        index = parse_object(os.pread(file, status.st_size, 0), where)
+    placed, metadata = index.get("weight_map"), index.get("metadata") or {}
+    if not isinstance(placed, dict) or not placed or not isinstance(metadata, dict):
+        raise CheckpointError(f"{where}: has no weight_map; download it again")
+    for shard in placed.values():
+        if not _is_plain_name(shard):
+            raise CheckpointError(
+                f"{where}: names the file {shown(repr(shard))}, not a .safetensors beside it; do not use it"
+            )
+    return placed, metadata
+
+
+def _is_plain_name(name: Any) -> bool:
+    """Whether an index may name this file: no folder, no way out, nothing that a terminal would act on."""
+    return (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and not name.startswith(".")
+        and name.isprintable()
+        and not set(name) & set("/\\:")
+    )
+
+
+def _check_index(folder: Path, placed: Mapping[str, str], shards: list[Mapping[str, TensorSpan]]) -> None:
+    held = [(name, span.shard) for spans in shards for name, span in spans.items()]
+    wrong = next((name for name, shard in held if placed.get(name) != shard), None)
+    if wrong is None and len(held) < len(placed):
+        wrong = next(iter(placed.keys() - {name for name, _ in held}))
+    if wrong is not None:
+        raise CheckpointError(
+            f"{_line(folder / INDEX)}: disagrees with the shards about {shown(wrong)!r}; download them again"
+        )
+
+
+def _file_behind(folder: Path, name: str) -> Path:
+    """The regular file that folder/name is or links to; CheckpointError if it is missing or elsewhere."""
+    path = folder / name
+    try:
+        target = path.resolve(strict=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{_line(path)}: missing; download the model again") from None
+    if not any(target.is_relative_to(root) for root in _roots(folder)):
+        raise CheckpointError(f"{_line(path)}: a link that leads out of the folder; copy the file there")
+    if not target.is_file():
+        raise CheckpointError(f"{_line(path)}: not a regular file; download the model again")
+    return target
+
+
+def _roots(folder: Path) -> list[Path]:
+    """Where a link may lead: the folder; for a Hub snapshot its repository's cache, and the shared blobs."""
+    for parent in folder.parents:
+        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
+            return [folder, parent.parent, parent.parent.parent / "blobs"]
+    return [folder]
+
+
+def _why_no_weights(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    pickle = next((name for name in names if name.endswith(_PICKLES)), None)
+    other = next((name for name in names if name.endswith(".safetensors")), None)
+    if other:
+        return f"{_line(folder)}: holds {shown(other)} but neither {SINGLE} nor {INDEX}; download the model again"
+    if pickle:
+        return (
+            f"{_line(folder)}: {shown(pickle)} is a pickle, which can run code and is never opened; convert it "
+            "once, where you trust it: AutoModelForCausalLM.from_pretrained(A).save_pretrained(B)"
+        )
+    return f"{_line(folder)}: no {SINGLE} and no {INDEX} there; give the folder of a Hugging Face checkpoint"
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[int, os.stat_result]]:
+    file = os.open(path, _READ_FLAGS)
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{_line(path)}: not a regular file; download the model again")
+        yield file, status
+    finally:
+        os.close(file)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _ends(file: int, span: TensorSpan) -> bytes:
+    length = min(_SAMPLE_BYTES, span.nbytes)
+    middle = min(span.start + span.nbytes // 2, span.end - length)
+    return os.pread(file, length, span.start) + os.pread(file, length, middle)
+
+
+def _line(path: Path | str) -> str:
+    return shown(path, limit=1000)

@@ -1,0 +1,1 @@
+"""Checkpoint formats: how a pruned model is written."""

@@ -1,0 +1,67 @@
+"""The `dense` format: dropped branches stay in the files as zeros.
+
+It loads anywhere and gives the pruned model's outputs, but saves nothing: the oracle that the other formats
+are compared with, and a way into engines that none of them serves.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+from dropformer.prune.architecture import Layer
+from dropformer.prune.block_map import new_name
+from dropformer.prune.errors import PlanError
+from dropformer.prune.files import CopyReport, NewTensor
+from dropformer.prune.formats.writing import Writing
+
+
+def write_dense(writing: Writing, folder: Path) -> CopyReport:
+    """config.json as it was, and the source's tensors with those of dropped branches set to zero.
+
+    Zeros in all of a branch's weights, its norms and biases too, are exactly a drop: what it adds is zero.
+    Raises PlanError for what zeros cannot express.
+    """
+    _check_expressible(writing)
+    (folder / "config.json").write_text(json.dumps(writing.config, indent=2) + "\n", encoding="utf-8")
+    return writing.copy(folder, lambda name: name, dict(_replaced(writing)))
+
+
+def _check_expressible(writing: Writing) -> None:
+    if writing.arrangement.mapped:
+        raise PlanError(
+            "--format dense has no place for linear maps; leave out --repair linear, or use --format dropformer"
+        )
+    for layer in writing.surgery.layers:
+        rest = writing.outline.stack(layer.stack).block(layer.index)
+        if layer.kind == "block" and not rest.plain:
+            raise PlanError(
+                f"{layer} has norms or scales after its sums, which zeros do not take away; drop attn= and mlp= of it, "
+                "or use --format dropformer"
+            )
+
+
+def _replaced(writing: Writing) -> Iterator[tuple[str, NewTensor]]:
+    """Zeros for what is dropped, new values for what is repaired, by tensor name."""
+    gone = set(writing.outline.branch_layers(writing.surgery.layers))
+    empty = mmap.mmap(-1, max((span.nbytes for span in writing.source.tensors.values()), default=0) or 1)
+    for tensor, span in writing.source.tensors.items():
+        for parameter in writing.parameters(tensor):
+            if _owner(writing, parameter) in gone:
+                yield tensor, NewTensor(span.dtype, span.shape, memoryview(empty)[: span.nbytes])
+            elif (new := new_name(writing.outline, writing.arrangement, parameter)) in writing.repaired:
+                yield tensor, writing.repaired[new]  # type: ignore[index]
+
+
+def _owner(writing: Writing, parameter: str) -> Layer | None:
+    """The branch whose own a parameter is."""
+    for stack in writing.outline.stacks:
+        index, _, rest = parameter.removeprefix(stack.path + ".").partition(".")
+        if not parameter.startswith(stack.path + ".") or not index.isdecimal() or int(index) >= stack.blocks:
+            continue
+        for branch in stack.of_block(int(index)):
+            if any(rest == module or rest.startswith(module + ".") for module in branch.modules):
+                return Layer(branch.kind, int(index), stack.name)  # type: ignore[arg-type]
+    return None

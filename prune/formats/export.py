@@ -1,0 +1,149 @@
+"""Write a pruned checkpoint, read it back, and keep it only if it is the model in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dropformer.prune.architecture import of_images
+from dropformer.prune.block_map import Surgery
+from dropformer.prune.artifact import ModelRef
+from dropformer.prune.surgery.config import completed
+from dropformer.prune.errors import VerificationError
+from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
+from dropformer.prune.formats.registry import known_format
+from dropformer.prune.discovery.inputs import sample_inputs, with_images
+from dropformer.prune.loading.load import load
+from dropformer.prune.loading.tensor_names import auto_names, meta_model, native_class, parameter_names
+from dropformer.prune.outline import Outline
+from dropformer.prune.plan import Plan
+from dropformer.prune.formats.record import licence_of, read_config, write_record
+from dropformer.prune.surgery.surgery import config_from
+from dropformer.prune.formats.writing import How, Writing, copy_side_files, write_config
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished checkpoint: where it is, what was copied, its record, how far its logits are from the model's.
+
+    `record` is dropformer.json; `max_difference` is None where nothing here can run the format; its bytes were
+    compared all the same.
+    """
+
+    path: Path
+    copied: CopyReport
+    record: dict[str, Any]
+    max_difference: float | None
+
+    @property
+    def packed(self) -> bool:
+        return self.record["packed"]
+
+
+Finish = Callable[[Path, CopyReport], list[str]]
+
+
+def export(
+    model: PreTrainedModel, surgery: Surgery, plan: Plan, source: Path, out: Path, how: How | None = None,
+    finish: Finish | None = None,
+) -> Exported:  # fmt: skip
+    """Write the checkpoint of a pruned model by copying the kept tensors' bytes from its source folder.
+
+    `model` is the pruned model in memory.  `finish` may add files to the folder and returns lines for
+    the model card.  The result is reloaded and compared with `model`: a missing or unexpected tensor or
+    a different logit raises VerificationError and leaves nothing behind.  Raises OutputError where `out`
+    exists and is not empty, CheckpointError for a bad source, PlanError for what the format cannot carry.
+    """
+    how = how or How()
+    kind = known_format(how.format)
+    writing = replace(writing_of(native_class(type(model)), surgery, open_checkpoint(source), how), model=model)
+    with new_folder(out) as folder:
+        copied = kind.write(writing, folder)
+        if kind.sides:
+            copy_side_files(source, folder)
+        results = finish(folder, copied) if finish else None
+        record = write_record(folder, plan, surgery.arrangement, copied, how.format, results)
+        difference = verify(folder, model, surgery.outline) if kind.reloads else None
+    return Exported(out, copied, record, difference)
+
+
+def writing_of(native: type[PreTrainedModel], surgery: Surgery, source: Checkpoint, how: How) -> Writing:
+    """What is to be written for a surgery on a model of a native class, as transformers names its parameters."""
+    config = read_config(source.folder)
+    known = config_from(config)
+    if not surgery.arrangement.in_place(surgery.outline):
+        config = completed(config, known.to_dict(), surgery.outline)
+    return Writing(
+        source, config, surgery, parameter_names(meta_model(native, known), source.tensors), native.base_model_prefix,
+        auto_names(native), how,
+    )  # fmt: skip
+
+
+def verify(folder: Path, model: PreTrainedModel, outline: Outline) -> float:
+    """Reload a checkpoint and compare its logits with the model in memory; the largest difference.
+
+    The batch holds images where the outline has the vision tower of a vision-language model.
+
+    Raises VerificationError when a tensor is missing or unexpected or the difference exceeds 1e-4 of
+    the largest logit.
+    """
+    again = load(folder, dtype=model.dtype, device=model.device)
+    images = any(of_images(stack.name) for stack in outline.stacks)
+    inputs = with_images(model) if images else sample_inputs(model)
+    with torch.inference_mode(), quiet_eval(model), quiet_eval(again):
+        mine, theirs = model(**inputs)[0].float(), again(**inputs)[0].float()
+    difference = float((mine - theirs).abs().max())
+    if not difference <= 1e-4 * max(1.0, float(mine.abs().max())):
+        raise VerificationError(
+            "the written checkpoint gives other logits than the model in memory (largest difference "
+            f"{difference:.3g}); nothing was kept"
+        )
+    return difference
+
+
+@contextmanager
+def quiet_eval(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def reference(
+    name: str, source: Path, revision: str | None = None, license: str | None = None, hub: str | None = None
+) -> ModelRef:
+    """How artifacts name a model that lies in `source`; its licence is the one given, else the one it states."""
+    checkpoint = open_checkpoint(source)
+    config = read_config(source)
+    return ModelRef(
+        name=name,
+        hub=hub,
+        revision=revision,
+        fingerprint=checkpoint.fingerprint,
+        model_type=config["model_type"],
+        license=license or licence_of(source),
+    )
+
+
+def save_in_memory(model: PreTrainedModel, surgery: Surgery, plan: Plan, out: Path) -> Exported:
+    """Write a pruned model that has no checkpoint on disk, in the default format; otherwise as `export`."""
+    with new_folder(out) as folder:
+        model.save_pretrained(folder)
+        written = open_checkpoint(folder)
+        if not surgery.arrangement.packed:
+            fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            write_config(folder, fields, surgery.outline.autos)
+        share = plan.savings.parameters / max(1, plan.savings.parameters_after)
+        report = CopyReport(len(written.tensors), 0, written.nbytes, round(written.nbytes * (share - 1)))
+        record = write_record(folder, plan, surgery.arrangement, report)
+        difference = verify(folder, model, surgery.outline)
+    return Exported(out, report, record, difference)

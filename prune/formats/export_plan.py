@@ -1,0 +1,85 @@
+"""Prune a checkpoint by a plan without its model in memory: headers are read, the bytes that stay are copied.
+
+    write_by_plan(plan, folder, out)
+
+Neither torch nor transformers is imported where blocks stay in their places, or are all alike, and the files call
+tensors as the model does, which the plan's own counts prove; else transformers is asked, on a model without weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dropformer.prune.block_map import Surgery, arrange
+from dropformer.prune.errors import OutputError, PlanError
+from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
+from dropformer.prune.formats.registry import known_format
+from dropformer.prune.plan import Plan
+from dropformer.prune.formats.record import need_dense, read_config, write_record
+from dropformer.prune.formats.writing import How, Writing, copy_side_files
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished checkpoint: where it is, what was copied, and its record (dropformer.json)."""
+
+    path: Path
+    copied: CopyReport
+    record: dict[str, Any]
+
+
+def write_by_plan(plan: Plan, source: Path, out: Path, how: How | None = None) -> Written:
+    """Write the checkpoint that a plan makes of the one in `source`.
+
+    Every tensor's bytes are compared with the source; nothing is run.  Memory: a copy's buffer, whatever the size.
+    Raises PlanError where the plan was made for other weights or the format cannot carry it, OutputError where `out`
+    exists and is not empty, CheckpointError for a bad source.
+    """
+    how = how or How()
+    kind = known_format(how.format)
+    if kind.runs:
+        raise OutputError(f"--format {how.format} runs the model, which a plan alone does not load; add --measure")
+    checkpoint = open_checkpoint(source)
+    if plan.model.fingerprint != checkpoint.fingerprint:
+        raise PlanError(f"the plan was made for other weights than those in {source}; plan this model")
+    need_dense(read_config(source), plan.model.name)
+    plan = plan.unrepaired()
+    writing = plain_writing(plan, checkpoint, how) or asked_writing(plan, checkpoint, how)
+    with new_folder(out) as folder:
+        copied = kind.write(writing, folder)
+        if kind.sides:
+            copy_side_files(source, folder)
+        record = write_record(folder, plan, writing.arrangement, copied, how.format)
+        plan.write(folder / "plan.json")
+    return Written(out, copied, record)
+
+
+def plain_writing(plan: Plan, source: Checkpoint, how: How) -> Writing | None:
+    """What is to be written, if tensors and parameters have the same names and no block moves to where it would be
+    another one; else None.
+
+    The names are the same when the tensors that would go hold as many numbers as the plan says go.
+    """
+    outline = plan.outline
+    arrangement = arrange(outline, plan.layers)
+    if not outline.autos or not (arrangement.in_place(outline) or all(stack.alike for stack in outline.stacks)):
+        return None
+    surgery = Surgery(outline, tuple(plan.layers), arrangement)
+    names = {name: name for name in source.tensors}
+    prefix = outline.stacks[0].path.partition(".")[0]
+    writing = Writing(source, read_config(source.folder), surgery, names, prefix, outline.autos, how)
+    gone = sum(math.prod(span.shape) for name, span in source.tensors.items() if writing.rename(name) is None)
+    return writing if gone == outline.dropped_parameters(plan.layers) else None
+
+
+def asked_writing(plan: Plan, source: Checkpoint, how: How) -> Writing:
+    """The same from a model without weights: what transformers calls the tensors, and whether blocks can move."""
+    from dropformer.prune.formats.export import writing_of
+    from dropformer.prune.loading.load import weightless
+    from dropformer.prune.surgery.surgery import operate
+
+    model = weightless(source.folder, how.trust_remote_code)
+    return writing_of(type(model), operate(plan.outline, plan.layers, model), source, how)

@@ -1,0 +1,1 @@
+"""GGUF files: read, prune and write without dequantizing."""

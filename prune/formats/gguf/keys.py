@@ -1,0 +1,70 @@
+"""The metadata of a pruned GGUF file: the dense file's pairs, byte for byte, but for those that say its shape."""
+
+import struct
+from collections.abc import Sequence
+
+from dropformer.prune.formats.gguf.header import ARRAY, STRING
+from dropformer.prune.formats.gguf.layout import DECI, STAND_IN_WIDTH, Dense, GgufBlock, is_stock
+
+UINT32, INT32 = 4, 5
+RECORD_KEY = "dropformer.record"
+
+Pair = bytes | tuple[int, int]
+"""A value with its type: encoded, or where the dense file has it, [start, end)."""
+
+
+def new_pairs(dense: Dense, blocks: Sequence[GgufBlock], record: str | None = None) -> dict[str, Pair]:
+    """The pruned file's pairs, in its order; `record` says how it was made, in JSON."""
+    stock = is_stock(blocks)
+    shape = {"block_count": uint32(len(blocks))} if stock else deci_shape(dense, blocks)
+    new = DECI if not stock else dense.architecture
+    pairs: dict[str, Pair] = {}
+    for key, span in dense.header.pairs.items():
+        prefix, _, rest = key.partition(".")
+        if key == "general.architecture":
+            pairs[key] = string(new)
+        elif prefix == dense.architecture:
+            pairs[f"{new}.{rest}"] = shape.pop(rest, span)
+        elif prefix != "split" and key != RECORD_KEY:
+            pairs[key] = span
+    pairs |= {f"{new}.{key}": value for key, value in shape.items()}
+    return {**pairs, RECORD_KEY: string(record)} if record else pairs
+
+
+def deci_shape(dense: Dense, blocks: Sequence[GgufBlock]) -> dict[str, Pair]:
+    """What deci asks: heads, heads with keys and MLP widths of every block, and the head's width, once.
+
+    No heads: no attention.  Heads without keys: a linear map.
+    """
+    heads = [dense.heads if b.attention or b.mapped else 0 for b in blocks]
+    kv_heads = [dense.kv_heads if b.attention else 0 for b in blocks]
+    if not heads[0]:
+        heads[0] = kv_heads[0] = 1  # of zeros: llama.cpp computes the head's width only where block 0 has heads
+    head_width = uint32(dense.head_width)
+    return {
+        "block_count": uint32(len(blocks)),
+        "feed_forward_length": int32s([STAND_IN_WIDTH if b.mlp is None else dense.mlp_width for b in blocks]),
+        "attention.head_count": int32s(heads),
+        "attention.head_count_kv": int32s(kv_heads),
+        "attention.key_length": head_width,
+        "attention.value_length": head_width,
+        "rope.dimension_count": head_width,
+    }
+
+
+def uint32(value: int) -> bytes:
+    return struct.pack("<II", UINT32, value)
+
+
+def int32s(values: Sequence[int]) -> bytes:
+    return struct.pack(f"<IIQ{len(values)}i", ARRAY, INT32, len(values), *values)
+
+
+def string(value: str) -> bytes:
+    return struct.pack("<I", STRING) + bare_string(value)
+
+
+def bare_string(value: str) -> bytes:
+    """A string as names and keys are written: its length, then UTF-8."""
+    encoded = value.encode()
+    return struct.pack("<Q", len(encoded)) + encoded

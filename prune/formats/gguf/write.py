@@ -1,0 +1,231 @@
+"""Write a pruned GGUF file out of a dense one: the kept tensors' bytes are copied, quantized or not.
+
+    write_gguf(Path("dense.gguf"), Path("pruned.gguf"), surgery)
+
+Where every block that remains is whole the file is an ordinary, shorter one; else it is of llama.cpp's
+architecture `deci` (see `gguf_layout`).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from dropformer.prune.files.byteranges import copy_range, holds, read_at, same_range, write_at
+from dropformer.prune.files.copying import CopyReport, Progress, counter, probes
+from dropformer.prune.errors import CheckpointError, PlanError, VerificationError
+from dropformer.prune.files.folder import cannot_write, new_file
+from dropformer.prune.formats.gguf.header import GgufHeader, GgufTensor, read_gguf_header
+from dropformer.prune.formats.gguf.keys import bare_string, new_pairs
+from dropformer.prune.formats.gguf.layout import (
+    DECI,
+    Dense,
+    GgufBlock,
+    GgufPiece,
+    gguf_blocks,
+    is_stock,
+    lay_out,
+    read_dense,
+)
+from dropformer.prune.formats.gguf.rows import interleaved
+from dropformer.prune.outline import Outline
+
+if TYPE_CHECKING:
+    from dropformer.prune.block_map import Surgery
+
+VERSION = 3
+
+
+@dataclass(frozen=True)
+class GgufReport:
+    """What was written: the architecture, the copy in figures, and what stands where llama.cpp cannot go without."""
+
+    architecture: str
+    copied: CopyReport
+    stand_ins: tuple[str, ...]
+
+
+def write_gguf(
+    source: Path,
+    target: Path,
+    surgery: Surgery,
+    *,
+    record: str | None = None,
+    progress: Progress | None = None,
+    verify: Literal["sample", "all"] = "sample",
+) -> GgufReport:
+    """Write the new file `target`: the dense GGUF `source` without what `surgery` takes out, repairs put in.
+
+    record: JSON for the key `dropformer.record`.  verify: "sample" compares beginning, end and a random window
+    of every tensor with the source, "all" every byte.
+    Raises CheckpointError for a source that is damaged or of a kind that has no pruned form in GGUF, PlanError
+    where it is not the model that was cut, OutputError if `target` exists or cannot be written,
+    VerificationError if the copy differs; nothing is left behind then.
+    """
+    if verify not in ("sample", "all"):
+        raise ValueError(f"verify is {verify!r}, expected 'sample' or 'all'")
+    dense = read_dense(read_gguf_header(source), source.name)
+    path = _stack_path(dense, surgery.outline)
+    blocks = gguf_blocks(surgery.arrangement)
+    pieces = lay_out(dense, blocks, _repaired(surgery, dense, blocks, path))
+    with new_file(target) as file, _opened(source, file) as (old, new):
+        header = _header(old, dense, blocks, pieces, record)
+        write_at(new, memoryview(header), 0)
+        *starts, end = _starts(pieces, dense.header.alignment, len(header))
+        _write_tensors(old, new, pieces, starts, progress)
+        os.ftruncate(new, end)
+        _check_header(new, file, header, pieces, starts)
+        _check_tensors(old, new, pieces, starts, verify == "all")
+    architecture = dense.architecture if is_stock(blocks) else DECI
+    return GgufReport(architecture, _report(dense.header, pieces, target), _stand_ins(blocks))
+
+
+def check_gguf(source: Path, surgery: Surgery) -> None:
+    """Raises what `write_gguf` would raise for this source and surgery, before anything is written."""
+    dense = read_dense(read_gguf_header(source), source.name)
+    path = _stack_path(dense, surgery.outline)
+    blocks = gguf_blocks(surgery.arrangement)
+    lay_out(dense, blocks, _repaired(surgery, dense, blocks, path))
+
+
+def _stack_path(dense: Dense, outline: Outline) -> str:
+    """The path of the one stack of a model.  Raises PlanError unless it is as deep as the file."""
+    depths = [stack.blocks for stack in outline.stacks]
+    if depths != [dense.blocks]:
+        raise PlanError(
+            f"the plan is for stacks of {depths} blocks, but {dense.name} has one of {dense.blocks}; "
+            "give the file that the plan was made for"
+        )
+    return outline.stacks[0].path
+
+
+def _repaired(surgery: Surgery, dense: Dense, blocks: Sequence[GgufBlock], path: str) -> dict:
+    if not surgery.tensors:
+        return {}
+    from dropformer.prune.formats.gguf.repaired import new_values  # imports torch: only where there is a tensor
+
+    return new_values(surgery.tensors, dense, blocks, path)
+
+
+@contextmanager
+def _opened(source: Path, target: Path) -> Iterator[tuple[int, int]]:
+    """Descriptors of the dense file and of the new one, in which nothing is yet."""
+    try:
+        with source.open("rb", buffering=0) as old, target.open("xb+", buffering=0) as new:
+            yield old.fileno(), new.fileno()
+    except OSError as error:
+        raise cannot_write(target, error) from None
+
+
+def _header(
+    old: int, dense: Dense, blocks: Sequence[GgufBlock], pieces: Sequence[GgufPiece], record: str | None
+) -> bytes:
+    """All that comes before the tensors' data."""
+    pairs, alignment = new_pairs(dense, blocks, record), dense.header.alignment
+    parts = [b"GGUF", struct.pack("<IQQ", VERSION, len(pieces), len(pairs))]
+    for key, value in pairs.items():
+        parts += [bare_string(key), value if isinstance(value, bytes) else read_at(old, value[1] - value[0], value[0])]
+    for piece, at in zip(pieces, _starts(pieces, alignment), strict=False):
+        parts += [bare_string(piece.name), struct.pack(f"<I{len(piece.shape)}Q", len(piece.shape), *piece.shape)]
+        parts += [struct.pack("<IQ", piece.kind, at)]
+    header = b"".join(parts)
+    return header + bytes(-len(header) % alignment)
+
+
+def _starts(pieces: Sequence[GgufPiece], alignment: int, at: int = 0) -> list[int]:
+    """Where each tensor's bytes start, the first at `at`, and where the last one's padding ends."""
+    found = [at]
+    for piece in pieces:
+        found.append(found[-1] + piece.nbytes + -piece.nbytes % alignment)
+    return found
+
+
+def _write_tensors(
+    old: int, new: int, pieces: Sequence[GgufPiece], starts: Sequence[int], progress: Progress | None
+) -> None:
+    moved = counter(progress, sum(piece.nbytes for piece in pieces))
+    for piece, at in zip(pieces, starts, strict=True):
+        if piece.source is None:
+            write_at(new, _own_bytes(piece), at)
+            moved(piece.nbytes)
+        elif piece.heads:
+            for done, head in _interleaved_heads(old, piece.source, piece.heads):
+                write_at(new, memoryview(head), at + done)
+                moved(len(head))
+        elif not copy_range(old, new, piece.source.start, at, piece.nbytes, moved):
+            raise CheckpointError("the source became shorter while it was copied; start again")
+
+
+def _own_bytes(piece: GgufPiece) -> memoryview:
+    return memoryview(bytes(piece.nbytes)) if piece.data is None else piece.data
+
+
+def _interleaved_heads(old: int, source: GgufTensor, heads: int) -> Iterator[tuple[int, bytes]]:
+    """The offset and the interleaved rows of one head after the other."""
+    size = source.nbytes // heads
+    for done in range(0, source.nbytes, size):
+        data = read_at(old, size, source.start + done)
+        if len(data) < size:
+            raise CheckpointError("the source became shorter while it was copied; start again")
+        yield done, interleaved(data, 1, source.shape[-1] // heads)
+
+
+def _check_header(new: int, file: Path, header: bytes, pieces: Sequence[GgufPiece], starts: Sequence[int]) -> None:
+    """Read the copy's header as a stranger would; VerificationError if it is not what was meant."""
+    try:
+        found = read_gguf_header(file, "the copy").tensors
+    except CheckpointError:
+        raise VerificationError("the copy's header cannot be read back; nothing is kept") from None
+    table = {p.name: GgufTensor(p.kind, p.shape, start) for p, start in zip(pieces, starts, strict=True)}
+    if found != table or not holds(new, 0, memoryview(header)):
+        raise VerificationError("the copy's header is not the one that was written; nothing is kept")
+
+
+def _check_tensors(old: int, new: int, pieces: Sequence[GgufPiece], starts: Sequence[int], thorough: bool) -> None:
+    draw = random.Random(len(pieces))
+    for piece, at in zip(pieces, starts, strict=True):
+        spans = [(0, piece.nbytes)] if thorough else probes(piece.nbytes, draw)
+        if piece.source is None:
+            data = _own_bytes(piece)
+            same = all(holds(new, at + first, data[first : first + length]) for first, length in spans)
+        elif piece.heads:
+            heads = _interleaved_heads(old, piece.source, piece.heads)
+            same = all(holds(new, at + done, memoryview(head)) for done, head in heads)
+        else:
+            same = all(same_range(old, new, piece.source.start + first, at + first, n) for first, n in spans)
+        if not same:
+            raise VerificationError(f"{piece.name}: the copy differs from the source; nothing is kept")
+
+
+def _report(dense: GgufHeader, pieces: Sequence[GgufPiece], target: Path) -> CopyReport:
+    kept = [piece.nbytes for piece in pieces if piece.source]
+    new = [piece.nbytes for piece in pieces if not piece.source]
+    overwritten = [piece.replaced.nbytes for piece in pieces if piece.replaced]
+    before = sum(tensor.nbytes for tensor in dense.tensors.values())
+    return CopyReport(
+        tensors_kept=len(kept),
+        tensors_dropped=len(dense.tensors) - len(kept) - len(overwritten),
+        bytes_kept=sum(kept),
+        bytes_dropped=before - sum(kept) - sum(overwritten),
+        tensors_replaced=len(new),
+        files=(target.name,),
+        bytes_overwritten=sum(overwritten),
+        bytes_new=sum(new),
+    )
+
+
+def _stand_ins(blocks: Sequence[GgufBlock]) -> tuple[str, ...]:
+    """One line for a person on each kind of zeros in the file."""
+    lines = []
+    if not (blocks[0].attention or blocks[0].mapped):
+        lines.append("one attention head of zeros in block 0, which llama.cpp cannot load without any")
+    if bare := [index for index, block in enumerate(blocks) if block.mlp is None]:
+        where = f"block{'s' * (len(bare) > 1)} {', '.join(map(str, bare))}"
+        lines.append(f"a narrow MLP of zeros in {where}, because llama.cpp takes no block without one")
+    return tuple(lines)

@@ -1,0 +1,104 @@
+"""What goes beside the weights of a pruned checkpoint: dropformer.json and the model card."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dropformer import __version__
+from dropformer.prune.block_map import Arrangement, original_blocks, whole
+from dropformer.prune.formats.card import model_card
+from dropformer.prune.loading.deci_families import DECI
+from dropformer.prune.errors import CheckpointError, PlanError
+from dropformer.prune.files import CopyReport
+from dropformer.prune.formats.registry import known_format
+from dropformer.prune.plan import Plan
+from dropformer.prune.formats.writing import MODEL_TYPE
+
+RECORD = "dropformer.json"
+PRUNED = (MODEL_TYPE, DECI)  # the model types that checkpoints with missing layers bear
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json as it stands.  Raises CheckpointError where it is missing, not JSON or lacks a model_type."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} cannot be read as a model's config: {error}") from None
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{folder / 'config.json'} has no model_type; expected a transformers config")
+    return config
+
+
+def need_dense(config: dict[str, Any], name: str) -> None:
+    """Raises PlanError for the config of a checkpoint that lacks layers already: indices are the dense model's."""
+    if config["model_type"] in PRUNED:
+        raise PlanError(
+            f"{name} is pruned already; prune the dense model that it was made from, and name all layers in one --drop"
+        )
+
+
+def write_record(
+    folder: Path,
+    plan: Plan,
+    arrangement: Arrangement,
+    copied: CopyReport,
+    format: str = "dropformer",
+    results: list[str] | None = None,
+) -> dict[str, Any]:
+    """dropformer.json, which is returned, and the model card; `results` are lines of measurements for the card."""
+    record = provenance(plan, arrangement, copied, format)
+    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    loading = known_format(format).loading(arrangement.packed)
+    (folder / "README.md").write_text(model_card(plan, record, loading, results), encoding="utf-8")
+    return record
+
+
+def provenance(plan: Plan, arrangement: Arrangement, copied: CopyReport, format: str) -> dict[str, Any]:
+    """dropformer.json: where the checkpoint comes from and what is missing, in original indices."""
+    saved, saves = plan.savings, known_format(format).saves
+    width = kv_width(copied.bytes_before, saved.parameters)
+    before = _sizes(saved.parameters, copied.bytes_before, saved.kv * width)
+    after = _sizes(saved.parameters_after, copied.bytes_after, saved.kv_after * width)
+    return {
+        "schema": 1,
+        "artifact": "dropformer",
+        "dropformer": __version__,
+        "format": format,
+        "model": plan.model.model_dump(),
+        "spec": plan.spec,
+        "dropped": plan.dropped(),
+        "original_blocks": original_blocks(arrangement if saves else whole(plan.outline)),
+        "packed": arrangement.packed and saves,
+        "scores": {drop.layer: drop.similarity for drop in plan.drops},
+        "calibration": plan.calibration,
+        "repairs": plan.repairs,
+        "notes": list(copied.notes),
+        "command": shlex.join(["prune", *sys.argv[1:]]) if Path(sys.argv[0]).name == "prune" else None,
+        "before": before,
+        "after": after if saves else before,
+    }
+
+
+def kv_width(nbytes: int, parameters: int) -> float:
+    """Bytes of one number in the KV cache of a checkpoint: those of its own type, but never fewer than 16 bits."""
+    return max(2.0, nbytes / max(1, parameters))
+
+
+def _sizes(parameters: int, nbytes: int, kv: float) -> dict[str, int]:
+    return {"parameters": parameters, "bytes": nbytes, "kv_bytes_per_token": round(kv)}
+
+
+def licence_of(folder: Path) -> str | None:
+    """The licence that a model card in the folder states in its metadata, so that it is carried over."""
+    try:
+        head = (folder / "README.md").read_text(encoding="utf-8").split("---")[1]
+        licence = yaml.safe_load(head)["license"]
+    except (OSError, ValueError, IndexError, KeyError, TypeError, yaml.YAMLError):
+        return None
+    return licence if isinstance(licence, str) else None

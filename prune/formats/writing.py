@@ -1,0 +1,165 @@
+"""Write the files of a pruned checkpoint from those of the dense one: headers, names, byte ranges; no model.
+
+A `Writing` says what is to be written; each format (`prune.formats`) is a function of it and a folder.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dropformer.prune.block_map import Arrangement, Surgery, new_name, skipped_modules
+from dropformer.prune.surgery.config import pruned_config, without_heads
+from dropformer.prune.errors import CheckpointError
+from dropformer.prune.files import Checkpoint, CopyReport, NewTensor, copy_checkpoint
+from dropformer.prune.formats.names import numbered_heads, renaming
+from dropformer.prune.outline import Outline
+
+MODEL_TYPE = "dropformer"
+CODE = Path(__file__).parents[1] / "loading" / "modeling.py"
+CODE_FILE = "modeling_dropformer.py"
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
+NOT_COPIED = {"config.json", "dropformer.json", "plan.json", "scores.json", "report.json"}
+
+
+@dataclass(frozen=True)
+class How:
+    """How a checkpoint is written.
+
+    `format` is one of `formats.FORMATS`; `link`: shards in which nothing changes become hard links; `thorough`:
+    every byte is compared with the source, not a sample; `gguf`: the file from which the source was converted;
+    `trust_remote_code`: code that comes with the source may say what it builds.
+    """
+
+    format: str = "dropformer"
+    link: bool = False
+    thorough: bool = False
+    gguf: Path | None = None
+    progress: Callable[[int, int], None] | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What is to be written.
+
+    `config` is the dense config.json, with what transformers derives by position written out where blocks move;
+    `names` maps the source's tensors to parameters of the dense model, whose trunk is at `prefix`; `autos` are the
+    Auto classes that load it; `model` is the pruned model in memory, for formats that need it.
+    """
+
+    source: Checkpoint
+    config: dict[str, Any]
+    surgery: Surgery
+    names: Mapping[str, str]
+    prefix: str
+    autos: Sequence[str]
+    how: How = field(default_factory=How)
+    model: Any = None
+
+    @property
+    def outline(self) -> Outline:
+        return self.surgery.outline
+
+    @property
+    def arrangement(self) -> Arrangement:
+        return self.surgery.arrangement
+
+    @cached_property
+    def rename(self) -> Callable[[str], str | None]:
+        """What each tensor of the source is called in the pruned checkpoint; None for those that go."""
+        return renaming(self.outline, self.arrangement, self.names, self.prefix)
+
+    @cached_property
+    def repaired(self) -> dict[str, NewTensor]:
+        """Parameters of the pruned model, by its names, that are not the dense model's."""
+        if not self.surgery.tensors:
+            return {}
+        from dropformer.prune.formats.stored_tensors import new_tensor  # imports torch: only where there is a tensor
+
+        return {name: new_tensor(tensor) for name, tensor in self.surgery.tensors.items()}
+
+    def copy(self, folder: Path, rename: Callable[[str], str | None], replace: Mapping[str, NewTensor]) -> CopyReport:
+        """Copy the source's tensors under new names; raises as `copy_checkpoint`."""
+        return copy_checkpoint(
+            self.source,
+            folder,
+            rename,
+            replace=replace,
+            link=self.how.link,
+            verify="all" if self.how.thorough else "sample",
+            progress=self.how.progress,
+        )
+
+    def parameters(self, tensor: str) -> tuple[str, str]:
+        """What the parameter that a tensor is may be called: as in a bare trunk, and as in a model with a head."""
+        name = self.names[tensor]
+        return name, f"{self.prefix}.{name}"
+
+
+def write_pruned(writing: Writing, folder: Path) -> CopyReport:
+    """The default format: a stock, shorter model where the plan packs, else of model_type `dropformer` with the code
+    that loads it."""
+    heads = numbered_heads(writing.outline, writing.arrangement, writing.names, writing.prefix)
+    config = without_heads(writing.config, writing.outline, heads)
+    write_config(folder, pruned_config(config, writing.outline, writing.arrangement), writing.autos)
+    return writing.copy(folder, writing.rename, replacements(writing, writing.rename))
+
+
+def write_config(folder: Path, fields: dict[str, Any], autos: Sequence[str]) -> None:
+    """config.json; one that no stock loader knows comes with the code that loads it under `trust_remote_code`."""
+    if fields["model_type"] == MODEL_TYPE:
+        stem = Path(CODE_FILE).stem
+        classes = {"AutoConfig": f"{stem}.DropformerConfig"} | {auto: f"{stem}.Pruned{auto}" for auto in autos}
+        fields = {**fields, "auto_map": classes}
+        shutil.copyfile(CODE, folder / CODE_FILE)
+    (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_side_files(source: Path, folder: Path) -> None:
+    """Tokenizer, generation config, chat template, licence: all that goes with the weights but is not one.
+
+    What the format has written already stays.
+    """
+    for pattern in SIDE_FILES:
+        for path in source.glob(pattern):
+            index = path.name.endswith((".safetensors.index.json", ".bin.index.json"))
+            if path.is_file() and not index and path.name not in NOT_COPIED and not (folder / path.name).exists():
+                shutil.copyfile(path, folder / path.name)
+
+
+def replacements(writing: Writing, rename: Callable[[str], str | None]) -> dict[str, NewTensor]:
+    """What is to be written in place of the source's tensors, by the name that `rename` gives the new one.
+
+    Raises CheckpointError where a repaired parameter is not one tensor of the files (merged experts).
+    """
+    left, found = dict(writing.repaired), {}
+    bare = True  # the files leave out the prefix that the model with its head puts before the trunk's names
+    for tensor in writing.names:
+        new_file = rename(tensor)
+        if new_file is None:
+            continue
+        for candidate in writing.parameters(tensor):
+            new = new_name(writing.outline, writing.arrangement, candidate)
+            bare = bare and not tensor.startswith(f"{writing.prefix}.")
+            if new in left:
+                found[new_file] = left.pop(new)
+    maps = mapped_modules(writing)
+    for parameter, value in left.items():
+        if parameter.rpartition(".")[0] not in maps:
+            raise CheckpointError(
+                f"{parameter} was repaired, but the files hold it in several tensors; leave out --repair"
+            )
+        found[parameter.removeprefix(f"{writing.prefix}.") if bare else parameter] = value
+    return found
+
+
+def mapped_modules(writing: Writing) -> set[str]:
+    """Paths, in the pruned model, of the modules that became linear maps."""
+    forms = skipped_modules(writing.outline, writing.arrangement)
+    return {path for path, form in forms.items() if isinstance(form, dict) and "linear" in form}

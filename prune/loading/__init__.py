@@ -1,0 +1,1 @@
+"""How dense and pruned checkpoints are loaded."""

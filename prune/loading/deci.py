@@ -1,0 +1,76 @@
+"""Read a deci checkpoint back as the pruned transformers model that it is: the proof of what was written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from dropformer.prune.loading.deci_families import FAMILIES
+from dropformer.prune.errors import CheckpointError
+from dropformer.prune.files import open_checkpoint
+from dropformer.prune.loading.load import check_whole, quiet_transformers
+from dropformer.prune.loading.modeling import MODEL_TYPE, pruned_config_class
+from dropformer.prune.surgery.surgery import config_from
+
+ATTENTION = {"self_attn": ["zeros", None], "input_layernorm": "input"}
+MLP = {"mlp": "zeros", "post_attention_layernorm": "input"}
+
+
+def dropformer_config(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the format `dropformer` that says what a deci checkpoint's config.json says.
+
+    Raises CheckpointError for a DeciLM that dropformer did not write.
+    """
+    base = fields.get("base_model_type")
+    if base not in FAMILIES:
+        raise CheckpointError(f"this DeciLM does not name a base_model_type among {', '.join(FAMILIES)}; not ours")
+    ours = ("block_configs", "auto_map", "rope_theta", "rope_scaling", "torch_dtype")
+    new = {key: value for key, value in fields.items() if key not in ours}
+    if base == "mistral":
+        new["sliding_window"] = fields.get("sliding_window")
+        new.pop("layer_types", None)
+    if base == "qwen2" and "sliding_window" in fields:
+        new["use_sliding_window"] = True
+    skips = {i: _skipped(block) for i, block in enumerate(fields["block_configs"])}
+    new |= {"model_type": MODEL_TYPE, "architectures": [f"Dropformer{FAMILIES[base]}"]}
+    new["dropformer_modules"] = {
+        f"model.layers.{i}.{module}": form
+        for i, names in skips.items()
+        for name in names
+        for module, form in (ATTENTION if name == "attention" else MLP).items()
+    }
+    new["dropformer_no_cache"] = [i for i, names in skips.items() if "attention" in names]
+    new["per_layer_config"] = {str(i): {"skip": names} for i, names in skips.items() if names}
+    return new
+
+
+def load_deci(folder: Path, dtype: torch.dtype | str = torch.float32, device: Any = None) -> PreTrainedModel:
+    """The model in a deci checkpoint, from its files alone.  Raises CheckpointError where they are not whole, or
+    where the bias that Qwen 2 does not have is not zero."""
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = config_from(dropformer_config(fields))
+    base = type(config).base_config_class  # type: ignore[attr-defined]
+    pruned_config_class(base)
+    native: Any = modeling_auto.AutoModelForCausalLM._model_mapping[type(config)]
+    with quiet_transformers():
+        model, info = native.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+    if fields["base_model_type"] == "qwen2":
+        info = info | {"unexpected_keys": _not_zero(folder, info["unexpected_keys"])}
+    check_whole(folder, info)
+    return model.to(device) if device else model
+
+
+def _skipped(block: Mapping[str, Any]) -> list[str]:
+    return [name for name, part in (("attention", "attention"), ("mlp", "ffn")) if block[part]["no_op"]]
+
+
+def _not_zero(folder: Path, names: Any) -> list[str]:
+    """Those of some tensors that are more than a zero bias of an output projection."""
+    checkpoint = open_checkpoint(folder)
+    return [name for name in names if not name.endswith(".self_attn.o_proj.bias") or any(checkpoint.read(name))]

@@ -1,0 +1,1 @@
+"""Removing branches and blocks from a model and its config."""

@@ -1,0 +1,178 @@
+"""A config.json that follows the surgery: block counts and every per-layer list, by name and never by guess."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from dropformer.prune.architecture import KIND_NAMES, of_images
+from dropformer.prune.block_map import Arrangement, NewBlock, new_index, skipped_modules
+from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.outline import Outline, StackOutline
+
+# What counts the blocks of a stack, by the stack's name.
+COUNTS = {
+    "": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "num_hidden_groups"),
+    "encoder": ("encoder_layers", "num_encoder_layers", "num_layers"),
+    "decoder": ("decoder_layers", "num_decoder_layers"),
+}
+# Numbers of blocks by stage, of which each is a stack.
+STAGES = ("depths", "block_sizes")
+# One entry a block: the entries of blocks that stay.
+_BLOCK = "layer_types attention_layers layers_block_type block_types no_rope_layers indexer_types layer_rope_theta"
+PER_BLOCK = {*_BLOCK.split(), "num_attention_heads_per_layer", "attention_window"}
+NOT_THE_DECODERS = {"attention_window"}  # LED's sparse windows are its encoder's alone
+# One letter a block.
+PATTERNS = {"hybrid_override_pattern"}
+# One entry a block, following the MLP.
+PER_MLP = {"mlp_layer_types", "moe_layer_freq"}
+# Indices of blocks: those that stay, renumbered.
+INDICES = {"mlp_only_layers": "mlp", "moe_layers": "mlp", "attn_layer_indices": "source", "hybrid_layer_ids": "source"}
+INDICES |= {"full_attn_idxs": "source", "cross_attention_layers": "source", "global_attn_indexes": "source"}
+# A number of leading blocks: how many of those stay.
+LEADING = {"first_k_dense_replace": "mlp", "num_dense_layers": "mlp"}
+
+
+def pruned_config(config: dict[str, Any], outline: Outline, arrangement: Arrangement) -> dict[str, Any]:
+    """The config of the pruned model: a stock one when it packs, else of model_type `dropformer`.
+
+    `config` is config.json as read.  Raises ArchitectureError for a per-block list that it does not know.
+    """
+    new, shortened = copy.deepcopy(config), False
+    for stack in outline.stacks:
+        blocks = arrangement.stacks[stack.name]
+        if any(b.source != i or b.mlp != i for i, b in enumerate(blocks)) or len(blocks) != stack.blocks:
+            if of_images(stack.name) and "vision_feature_layer" in new:
+                raise ArchitectureError("blocks stay where they are: vision_feature_layer counts them")
+            _shorten(_section(new, stack), stack, blocks)
+            shortened = True
+    encoder, decoder = (new.get(key) for key in ("num_layers", "num_decoder_layers"))
+    if shortened and isinstance(encoder, int) and isinstance(decoder, int) and encoder < decoder:
+        raise ArchitectureError("blocks stay where they are: transformers sizes the decoder's cache by the encoder")
+    return new if arrangement.packed else _as_pruned(new, outline, arrangement)
+
+
+def completed(config: dict[str, Any], full: dict[str, Any], outline: Outline) -> dict[str, Any]:
+    """config.json with what transformers derives for each block written out, before a block gets another number.
+
+    `full` is the config object's own dictionary: its counts and lists by block, where the file has none
+    (Gemma 2's layer_types are every other block unless they are listed).
+    """
+    new = copy.deepcopy(config)
+    for stack in outline.stacks:
+        mine, theirs = _section(new, stack), _section(full, stack)
+        for key, value in theirs.items():
+            if mine.get(key) is None and (key in _counts(theirs, stack) or _follower(key, value, stack)):
+                mine[key] = copy.deepcopy(value)
+    return new
+
+
+def without_heads(config: dict[str, Any], outline: Outline, stacks: set[str]) -> dict[str, Any]:
+    """config.json of a model whose stacks' multi-token prediction heads go."""
+    new = copy.deepcopy(config)
+    for stack in outline.stacks:
+        section = _section(new, stack)
+        if stack.name in stacks and "num_nextn_predict_layers" in section:
+            section["num_nextn_predict_layers"] = 0
+    return new
+
+
+def _section(config: dict[str, Any], stack: StackOutline) -> dict[str, Any]:
+    """The part of a composite config that describes the stack."""
+    texts = ("text_config", "language_config", "llm_config", stack.name, f"{stack.name}_config")
+    for key in ("vision_config",) if of_images(stack.path) else texts:
+        if isinstance(config.get(key), dict) and (stack.name in ("", "decoder") or key.startswith(stack.name)):
+            return config[key]
+    return config
+
+
+def _shorten(config: dict[str, Any], stack: StackOutline, blocks: tuple[NewBlock, ...]) -> None:
+    if stage := next((key for key in STAGES if isinstance(config.get(key), list)), None):
+        raise ArchitectureError(f"blocks stay where they are: config.json counts them by stage (`{stage}`)")
+    counts = _counts(config, stack)
+    if not counts and not any(len(config.get(key) or ()) == stack.blocks for key in PER_BLOCK | PATTERNS):
+        raise ArchitectureError(
+            f"config.json does not say in a known field that {stack.path} has {stack.blocks} blocks"
+        )
+    for key in counts:
+        config[key] = len(blocks)
+    for key, value in list(config.items()):
+        follow = _follower(key, value, stack)
+        if follow:
+            config[key] = follow(value, blocks)
+    layers = config.get("per_layer_config")
+    if layers:
+        renumbered = {str(new): layers[str(b.source)] for new, b in enumerate(blocks) if str(b.source) in layers}
+        config["per_layer_config"] = renumbered
+
+
+def _counts(config: dict[str, Any], stack: StackOutline) -> list[str]:
+    """The fields that count the stack's blocks.  The only stack may be half of an encoder-decoder, and says so in
+    its path."""
+    names = [stack.name] if stack.name else [n for n in ("decoder", "encoder") if n in stack.path.split(".")] + [""]
+    found = ([k for k in COUNTS.get(name, COUNTS[""]) if config.get(k) == stack.blocks] for name in names)
+    return next(filter(None, found), [])
+
+
+def _follower(key: str, value: Any, stack: StackOutline):  # type: ignore[no-untyped-def]
+    if key in NOT_THE_DECODERS and stack.name == "decoder":
+        return None
+    if key in INDICES and isinstance(value, list):
+        part = INDICES[key]
+        return lambda v, blocks: [new for new, b in enumerate(blocks) if getattr(b, part) in v]
+    if key in LEADING and isinstance(value, int):
+        part = LEADING[key]
+        return lambda v, blocks: sum(getattr(b, part) < v for b in blocks)
+    if key in PATTERNS and isinstance(value, str):
+        return lambda v, blocks: "".join(v[b.source] for b in blocks)
+    if not isinstance(value, list) or stack.blocks < 2:
+        return None
+    if key in PER_BLOCK and len(value) == stack.blocks:
+        return lambda v, blocks: [v[b.source] for b in blocks]
+    if key in PER_MLP and len(value) == stack.blocks:
+        return lambda v, blocks: [v[b.mlp] for b in blocks]
+    if len(value) in (stack.blocks, stack.blocks * stack.caches) or _names_blocks(key, value, stack.blocks):
+        raise ArchitectureError(
+            f"config.json has a list `{key}` by block, and dropformer does not know how it follows a drop"
+        )
+    return None
+
+
+def _names_blocks(key: str, value: list, blocks: int) -> bool:
+    """May an unknown list be one of block indices?  Rising whole numbers below the count, ids of tokens apart."""
+    numbers = all(type(v) is int and 0 <= v < blocks for v in value)
+    return bool(value) and numbers and sorted(set(value)) == value and "token" not in key
+
+
+def _as_pruned(config: dict[str, Any], outline: Outline, arrangement: Arrangement) -> dict[str, Any]:
+    """Give the config our own model_type, so that no stock loader fills the gaps with random weights.
+
+    Engines go by the architecture, not the type: vLLM would read a `LlamaForCausalLM` as the dense one.
+    """
+    config["base_model_type"] = config["model_type"]
+    names = config.get("architectures") or []
+    config["architectures"] = [n if n.startswith("Dropformer") else f"Dropformer{n}" for n in names]
+    config["model_type"] = "dropformer"
+    config["dropformer_modules"] = skipped_modules(outline, arrangement)
+    main = next((s for s in outline.stacks if s.name in ("", "decoder")), outline.stacks[0])
+    blocks = arrangement.stacks[main.name]
+    skips = {i: sorted(KIND_NAMES[k].lower() for k in b.skipped) for i, b in enumerate(blocks) if b.skipped}
+    mapped = {new_index(arrangement, layer) for layer in arrangement.mapped if layer.stack == main.name}
+    _check_two_caches(_section(config, main), main, skips)
+    two = any(branch.kind == "cross" for branch in main.branches)  # two caches: see modeling.number_attentions
+    silent = [] if two else sorted(mapped | {i for i, names in skips.items() if "attention" in names})
+    config["dropformer_no_cache"] = [entry for i in silent for entry in range(i * main.caches, (i + 1) * main.caches)]
+    layers = config.get("per_layer_config") or {}
+    merged = {str(i): {**layers.get(str(i), {}), "skip": names} for i, names in skips.items()}
+    config["per_layer_config"] = {**layers, **merged}
+    return config
+
+
+def _check_two_caches(config: dict[str, Any], stack: StackOutline, skips: dict[int, list[str]]) -> None:
+    """Raise ArchitectureError where attentions that move up in a decoder's cache would find entries of another kind."""
+    several = len(set(config.get("layer_types") or ())) > 1
+    if several and stack.name == "decoder" and any("attention" in names for names in skips.values()):
+        raise ArchitectureError(
+            "the attentions of this decoder are of several kinds, of which transformers' cache of an encoder-decoder "
+            "cannot leave one out; drop other layers"
+        )

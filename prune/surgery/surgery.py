@@ -1,0 +1,195 @@
+"""Take layers out of a live model: the dropped branches cost nothing and hold no KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from dropformer.prune.architecture import Layer
+from dropformer.prune.block_map import Arrangement, Surgery, arrange, skipped_modules
+from dropformer.prune.surgery.config import pruned_config
+from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.loading.modeling import (
+    DropformerConfig,
+    empty_cache_entries,
+    number_attentions,
+    pruned_model_class,
+    skip_modules,
+)
+from dropformer.prune.outline import Outline, StackOutline
+from dropformer.prune.discovery.signature import settings
+
+
+def operate(
+    outline: Outline, layers: Sequence[Layer], model: nn.Module, mapped: dict[Layer, dict[str, Any]] | None = None
+) -> Surgery:
+    """Decide how `layers` leave: the shortest form whose blocks come out as they are now.
+
+    A shortened model is used only if a model built from its config has the same modules and settings
+    in every block; else blocks stay, empty, where they are, as they do in any module that is not a
+    transformers model.  `model` may be on the meta device.  `mapped`: those of the layers that leave a linear
+    map behind (`Arrangement.mapped`).
+    """
+    arrangement = arrange(outline, layers, isinstance(model, PreTrainedModel), mapped)
+    note = ""
+    if isinstance(model, PreTrainedModel) and not arrangement.in_place(outline):
+        try:
+            fields = pruned_config(model.config.to_dict(), outline, arrangement)
+            _check_shortened(model, outline, arrangement, fields)
+        except ArchitectureError as error:
+            arrangement, note = arrange(outline, layers, False, mapped), str(error)
+    return Surgery(outline, tuple(layers), arrangement, note)
+
+
+def cut(model: nn.Module, surgery: Surgery) -> nn.Module:
+    """Perform a surgery on the model itself, which is changed and returned.
+
+    A transformers model becomes a subclass of its native class (or stays what it is when it packs) and
+    its config follows; any other module only has the dropped branches' modules replaced.
+    """
+    if not isinstance(model, PreTrainedModel):
+        skip_modules(model, skipped_modules(surgery.outline, surgery.arrangement))
+        _install(model, surgery.tensors)
+        return model
+    fields = pruned_config(model.config.to_dict(), surgery.outline, surgery.arrangement)
+    for stack in surgery.outline.stacks:
+        _rearrange(model, surgery, stack.path, stack.name)
+    skip_modules(model, skipped_modules(surgery.outline, surgery.arrangement))
+    _adopt(model.config, config_from(fields))
+    if not surgery.arrangement.packed:
+        model.__class__ = pruned_model_class(type(model), type(model.config))  # type: ignore[arg-type]
+        empty_cache_entries(model.config)
+        number_attentions(model)
+    _install(model, surgery.tensors)
+    return model
+
+
+def _install(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model new parameters; tensors that it shares with the dense model stay as they are."""
+    like = next(model.parameters())
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        old = getattr(model.get_submodule(owner), leaf)
+        device = like.device if old.is_meta else old.device
+        new = nn.Parameter(tensor.to(device, like.dtype, copy=True), requires_grad=old.requires_grad)
+        setattr(model.get_submodule(owner), leaf, new)
+
+
+def config_from(fields: dict[str, Any]) -> PreTrainedConfig:
+    """The config object that a config.json describes, pruned or stock."""
+    from transformers import CONFIG_MAPPING
+
+    fields = PreTrainedConfig._decode_special_floats(fields)  # JSON has no infinity; transformers writes it as a tag
+    if fields["model_type"] == DropformerConfig.model_type:
+        return DropformerConfig.from_dict(fields)
+    return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
+
+
+def _adopt(config: PreTrainedConfig, new: PreTrainedConfig) -> None:
+    """Turn `config` into `new` in place, because every submodule holds a reference to it."""
+    kept = {key: value for key, value in vars(config).items() if key.startswith("_")}
+    for key, value in vars(new).items():
+        old = vars(config).get(key)
+        if isinstance(old, PreTrainedConfig) and isinstance(value, PreTrainedConfig):
+            _adopt(old, value)
+            new.__dict__[key] = old
+    config.__class__ = new.__class__
+    config.__dict__.clear()
+    config.__dict__.update(vars(new) | {k: v for k, v in kept.items() if k != "_heterogeneity_spec"})
+
+
+def _rearrange(model: nn.Module, surgery: Surgery, path: str, name: str) -> None:
+    """Give the stack its new blocks and the blocks their new numbers."""
+    old = list(model.get_submodule(path).children())
+    blocks = surgery.arrangement.stacks[name]
+    if all(b.source == b.mlp == i for i, b in enumerate(blocks)) and len(blocks) == len(old):
+        return
+    stack = surgery.outline.stack(name)
+    mlps = {}
+    for b in blocks:
+        branch = stack.branch("mlp", b.mlp)
+        mlps[b.mlp] = {n: old[b.mlp].get_submodule(n) for n in branch.modules} if branch and b.mlp != b.source else {}
+    for new, b in enumerate(blocks):
+        for module_name, module in mlps[b.mlp].items():
+            parent, _, leaf = module_name.rpartition(".")
+            setattr(old[b.source].get_submodule(parent), leaf, module)
+        _renumber(old[b.source], stack, b.source, new)
+    parent, _, leaf = path.rpartition(".")
+    container = type(model.get_submodule(path))
+    setattr(model.get_submodule(parent), leaf, container([old[b.source] for b in blocks]))
+
+
+def _renumber(block: nn.Module, stack: StackOutline, source: int, new: int) -> None:
+    """Tell a block's modules their new number: that of the block, or of their entry in the cache."""
+    attention = stack.branch("attn", source)
+    names = tuple(attention.modules) if attention and stack.caches > 1 else ()
+    for name, module in block.named_modules():
+        number = getattr(module, "layer_idx", None)
+        if isinstance(number, int) and number >= 0:
+            several = any(name == n or name.startswith(n + ".") for n in names)
+            module.layer_idx = new * stack.caches + number % stack.caches if several else new  # type: ignore[assignment]
+
+
+def _check_shortened(
+    model: PreTrainedModel, outline: Outline, arrangement: Arrangement, fields: dict[str, Any]
+) -> None:
+    """Raise ArchitectureError unless a model built from the new config has the blocks that we keep."""
+    built = _built(type(model), arrangement, fields)
+    _check_around(model, built, outline)
+    for stack in outline.stacks:
+        old, new = model.get_submodule(stack.path), built.get_submodule(stack.path)
+        if len(new) != len(arrangement.stacks[stack.name]):  # type: ignore[arg-type]
+            raise ArchitectureError(f"blocks stay where they are: no known field of config.json counts {stack.path}")
+        for i, block in enumerate(arrangement.stacks[stack.name]):
+            mine = _signature(old[block.source], stack, block.source, block.mlp, old)  # type: ignore[index]
+            theirs = _signature(new[i], stack, block.source, block.source, new)  # type: ignore[index]
+            skipped = {n for kind in block.skipped for n in stack.branch(kind, block.source).modules}  # type: ignore[union-attr]
+            skipped |= set(arrangement.mapped.get(Layer("attn", block.source, stack.name), {}))
+            for path in set(mine) | set(theirs):
+                if any(path == n or path.startswith(n + ".") for n in skipped):
+                    continue
+                if mine.get(path) != theirs.get(path):
+                    raise ArchitectureError(
+                        f"block {block.source} cannot become block {i}: {path or 'it'} depends on the number"
+                    )
+
+
+def _built(native: type[PreTrainedModel], arrangement: Arrangement, fields: dict[str, Any]) -> PreTrainedModel:
+    """A model without weights from a config.json.  Raises ArchitectureError where its family does not allow it."""
+    try:
+        config = config_from(fields)
+        with torch.device("meta"):
+            if arrangement.packed:
+                return native._from_config(config)
+            return pruned_model_class(native, type(config))(config)  # type: ignore[arg-type]
+    except Exception as error:  # families check their fields in many ways, none of which is ours to list
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ArchitectureError(f"blocks stay where they are; transformers builds no shorter model: {reason}") from None
+
+
+def _check_around(model: nn.Module, built: nn.Module, outline: Outline) -> None:
+    """Raise ArchitectureError where a parameter outside of the stacks is shaped by their length (Gemma 4's
+    embeddings of every layer)."""
+    prefixes = tuple(stack.path + "." for stack in outline.stacks)
+    mine, theirs = (
+        {name: p.shape for name, p in m.named_parameters() if not name.startswith(prefixes)} for m in (model, built)
+    )
+    for name in sorted(mine.keys() | theirs.keys()):
+        if mine.get(name) != theirs.get(name):
+            raise ArchitectureError(f"blocks stay where they are: {name} depends on their number")
+
+
+def _signature(block: nn.Module, stack: StackOutline, source: int, mlp: int, blocks: Any) -> dict[str, Any]:
+    """What a block is made of: for each module its class, its parameters' shapes and its settings."""
+    found = {name: settings(module) for name, module in block.named_modules()}
+    branch = stack.branch("mlp", mlp) if mlp != source else None
+    if branch:
+        for name in branch.modules:
+            found = {n: s for n, s in found.items() if n != name and not n.startswith(name + ".")}
+            for inner, module in blocks[mlp].get_submodule(name).named_modules():
+                found[f"{name}.{inner}" if inner else name] = settings(module)
+    return found

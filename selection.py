@@ -1,0 +1,185 @@
+"""Choosing and repairing beyond one-shot similarity: what --quality, --metric, --select, --budget and --repair do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from dropformer import api
+from dropformer.eval.cost.latency import layer_latency
+from dropformer.metrics.search.budget import Latency
+from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.calibration.context import check_length
+from dropformer.metrics.search.improve import Improver
+from dropformer.metrics.search.improve import improve as improved_plan
+from dropformer.metrics.calibration.data import fitted
+from dropformer.metrics.search.strategy import Quality
+from dropformer.metrics.search.strategy import Request as Wish
+from dropformer.metrics.search.strategy import quality as named
+from dropformer.metrics.repair.base import Repair
+from dropformer.metrics.calibration.windows import Windows, windows
+from dropformer.prune.errors import CalibrationError, ModelError, PlanError
+from dropformer.prune.discovery.inputs import writes_text
+from dropformer.prune.plan import Plan, make_plan
+from dropformer.prune.formats.record import read_config
+
+if TYPE_CHECKING:
+    from dropformer.job import Request
+    from dropformer.progress import Watcher
+
+GATE = Calibration("docstrings", samples=4, length=512, seed=1)
+SAMPLES = 64  # windows to fit on where nobody said how many: repairs need more of them than rankings do
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """How to choose and to repair; `budget` in place of a drop spec; the text that repairs are gated on."""
+
+    quality: Quality
+    budget: str | None = None
+    gate: str = GATE.name
+
+
+def improve(
+    model: str | Path | api.Opened, spec: str, quality: str | Quality = "best", texts: Sequence[Calibration] = ()
+) -> tuple[Plan, Repair]:
+    """Choose what `spec` names and repair what stays, for `drop(model, plan, repair)`.
+
+    `quality` is a named one (`paper`, `best`, `linear`) or one's own; `texts` to calibrate on, by default the
+    recipe's, else builtin.  Repairs are gated on torch's docstrings.  Raises a DropformerError.
+    """
+    opened = model if isinstance(model, api.Opened) else api.open_model(model)
+    how = quality if isinstance(quality, Quality) else named(quality)
+    texts = texts or [fitted(opened.model, _plenty(api.default_calibration(opened.recipe), how))]
+    data = [windows(text, need_tokenizer(opened)) for text in texts]
+    other = gate_windows(opened) if how.repair else None
+    plan, repair, _ = improved_plan(Improver(opened.model, data, how), opened.ref, Wish(spec), other)
+    return noted(plan, repair, opened.model), repair
+
+
+def need_tokenizer(opened: api.Opened) -> Any:
+    """Raises ModelError for a model without one, and for one whose text has no next token to predict."""
+    if not writes_text(opened.model):
+        raise ModelError(
+            f"{opened.ref.name} is no causal language model, so only one-shot similarity serves: leave out --quality, "
+            "--metric, --select, --refine, --budget and --repair"
+        )
+    if opened.tokenizer is None:
+        raise ModelError(f"{opened.ref.name} has no tokenizer, so no text can choose or repair; leave out --quality")
+    return opened.tokenizer
+
+
+def improved(opened: api.Opened, request: Request, watcher: Watcher) -> tuple[Plan, Repair]:
+    """The plan and the repair that a request's improvement gives.
+
+    `--calibration` may name several texts by commas, of which the windows are then shared out; a plan that is
+    given is only refined and repaired.  Raises PlanError, CalibrationError, ArchitectureError or ModelError.
+    """
+    how = request.improvement
+    assert how is not None
+    need_tokenizer(opened)
+    calibration = calibrated_on(opened, request)
+    watcher.say("calibration: " + "; ".join(f"{w.ref.name}, {len(w)} windows of {w.ref.length}" for w in calibration))
+    other = gate_windows(opened, how.gate) if how.quality.repair else None
+    with watcher.stage(f"choosing and repairing by {wording(how.quality)}"):
+        improver = Improver(opened.model, calibration, how.quality, watcher.say)
+        if request.plan:
+            given = given_plan(opened, request)
+            if given.repairs and not how.quality.repair:
+                watcher.say(given.lost_repairs(request.plan))
+            plan = refined(given.unrepaired(), improver)
+            repair, _ = improver.repair(plan.layers, other)
+        else:
+            latency = measured(opened.model, improver, watcher) if (how.budget or "").startswith("measured") else None
+            published = opened.recipe.published if opened.recipe else None
+            wish = Wish(request.drop or "", request.keep, how.budget, latency=latency, published=published)
+            plan, repair, _ = improved_plan(improver, opened.ref, wish, other)
+    return noted(plan, repair, opened.model), repair
+
+
+def measured(model: nn.Module, improver: Improver, watcher: Watcher) -> Latency:
+    """What each layer takes in a decoded token, and a line that says so."""
+    found = layer_latency(model, improver.architecture)
+    shares = {
+        kind: sum(seconds for layer, seconds in found.seconds.items() if layer.kind == kind) / found.total
+        for kind in ("attn", "mlp")
+    }
+    watcher.say(
+        f"measured: a decoded token takes {1000 * found.total:.3g} ms, "
+        f"{shares['attn']:.0%} of it in attention layers and {shares['mlp']:.0%} in MLP layers"
+    )
+    return found
+
+
+def refined(plan: Plan, improver: Improver) -> Plan:
+    """The plan after the improver's rounds of swaps."""
+    layers = improver.refined(plan.layers, plan.keep)
+    if set(layers) == set(plan.layers):
+        return plan
+    fields: dict[str, Any] = {
+        "keep": plan.keep,
+        "metric": f"{plan.metric or 'given'}, refined",
+        "calibration": plan.calibration,
+    }
+    return make_plan(plan.outline, plan.model, plan.spec, layers, **fields)
+
+
+def wording(quality: Quality) -> str:
+    """The settings in a few words, such as `greedy, refit`."""
+    chosen = quality.metric if quality.select == "one-shot" else quality.select
+    return ", ".join([chosen, *(["refined"] if quality.refine else []), *quality.repair])
+
+
+def calibrated_on(opened: api.Opened, request: Request) -> list[Windows]:
+    """The calibration windows, one entry a text."""
+    settings = request.calibration.of(opened.recipe)
+    if request.calibration.length is None:
+        settings = fitted(opened.model, settings)
+    check_length(read_config(opened.path), settings.length, opened.ref.name)
+    if request.calibration.samples is None and request.improvement:
+        settings = _plenty(settings, request.improvement.quality)
+    names = settings.name.split(",")
+    if settings.samples < len(names):
+        raise PlanError(f"{settings.samples} calibration windows do not go round {len(names)} texts; raise --samples")
+    each = settings.samples // len(names)
+    return [windows(replace(settings, name=name, samples=each), opened.tokenizer) for name in names]
+
+
+def gate_windows(opened: api.Opened, name: str = GATE.name) -> Windows:
+    """Windows of the text that repairs are gated on, no longer than the model reads.  Raises CalibrationError."""
+    try:
+        return windows(fitted(opened.model, replace(GATE, name=name)), opened.tokenizer)
+    except CalibrationError as error:
+        raise CalibrationError(f"--gate: {error}") from None
+
+
+def _plenty(text: Calibration, quality: Quality) -> Calibration:
+    """Enough windows of a text for what is to be fitted on them."""
+    return replace(text, samples=max(text.samples, SAMPLES)) if quality.repair else text
+
+
+def given_plan(opened: api.Opened, request: Request) -> Plan:
+    """The plan in the request's file.  Raises PlanError where it was made for other weights."""
+    assert request.plan is not None
+    plan = Plan.read(request.plan)
+    if plan.model.fingerprint != opened.ref.fingerprint:
+        raise PlanError(f"{request.plan} was made for other weights than {opened.ref.name}; plan this model")
+    return plan
+
+
+def noted(plan: Plan, repair: Repair, model: nn.Module) -> Plan:
+    """The plan with what was repaired; what linear maps bring, and norms that they keep, is counted."""
+    stay = 0
+    for layer, forms in repair.mapped.items():
+        path = f"{plan.outline.stack(layer.stack).path}.{layer.index}."
+        maps = {f"{path}{name}" for name in forms}
+        stay += sum(t.numel() for name, t in repair.tensors.items() if name.rpartition(".")[0] in maps)
+        branch = plan.outline.stack(layer.stack).branch("attn", layer.index)
+        norms = [path + name for name in (branch.modules if branch else ()) if name not in forms]
+        stay += sum(p.numel() for name in norms for p in model.get_submodule(name).parameters())
+    savings = plan.savings.model_copy(update={"parameters_after": plan.savings.parameters_after + stay})
+    return plan.model_copy(update={"repairs": [str(gate) for gate in repair.gates if gate.passed], "savings": savings})

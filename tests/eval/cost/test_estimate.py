@@ -1,0 +1,160 @@
+from functools import cache
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dropformer.eval.cost.drops import drops_of
+from dropformer.eval.cost.estimate import (
+    KERNELS,
+    Workload,
+    config_work,
+    estimate,
+    named_config,
+    published_speedup,
+)
+from dropformer.eval.cost.estimate_table import estimate_lines
+from dropformer.eval.cost.hardware import HARDWARE, hardware, measure_cpu
+from dropformer.eval.cost.memory import kv_bytes, parameter_bytes
+from dropformer.prune.errors import EvaluationError, ModelError, PlanError
+from dropformer.prune.plan import parse_spec
+from dropformer.recipes import recipe
+
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+GPU = HARDWARE["a6000"]
+
+
+@cache
+def work(name):
+    return config_work(named_config(name))
+
+
+def generation(config, drops, context, batch, kernels):
+    return estimate(config, drops, GPU, Workload(context, batch)).speedup(kernels).generation
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("llama-2-13b", 13_015_864_320), ("llama-2-70b", 68_976_648_192), ("llama-3-8b", 8_030_261_248)],
+)
+def test_parameters_are_those_of_the_published_checkpoint(name, parameters):
+    assert work(name).parameters == parameters
+
+
+def test_bytes_are_those_of_the_model_that_the_config_builds():
+    torch.manual_seed(0)
+    values = {key: value for key, value in SMALL.items() if key != "model_type"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **values)).eval()
+    side = estimate(SMALL, {}, GPU, Workload(context=20, batch=3, dtype="float32")).dense
+    with torch.inference_mode():
+        cache = model(torch.ones(3, 20, dtype=torch.long), use_cache=True).past_key_values
+    assert side.checkpoint_bytes == parameter_bytes(model)
+    assert side.kv_bytes == kv_bytes(cache)
+
+
+def test_dropping_nothing_speeds_nothing_up():
+    result = estimate(SMALL, {}, GPU)
+    for kernels in KERNELS:
+        assert vars(result.speedup(kernels)) == {"prefill": 1, "decode": 1, "generation": 1}
+
+
+def test_half_of_equal_blocks_is_half_of_the_time_where_blocks_are_all():
+    config = dict(SMALL, hidden_size=2048, intermediate_size=4096, num_hidden_layers=8)
+    assert generation(config, {"block": 4}, 4096, 1, "fused") == pytest.approx(2, rel=0.01)
+
+
+def test_longer_contexts_gain_more_from_dropping_attention():
+    config = work("llama-2-13b")
+    gains = [generation(config, {"attn": 8}, context, 4, "fused") for context in (512, 4096, 32768)]
+    assert gains == sorted(gains)
+    assert gains[-1] - gains[0] > 0.05
+
+
+def test_wasteful_kernels_gain_more_from_dropping_attention():
+    gains = [generation(work("mistral-7b"), {"attn": 8}, 4096, 8, name) for name in ("fused", "sdpa", "eager")]
+    assert gains[0] < gains[1] < gains[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "drops"),
+    [
+        ("mistral-7b", "attn:8", {"attn": 8}),
+        ("mistral-7b", "attn:12", {"attn": 12}),
+        ("llama-2-70b", "attn:32", {"attn": 32}),
+        ("llama-2-70b", "attn:40", {"attn": 40}),
+        ("llama-2-13b", "block:8", {"block": 8}),
+    ],
+)
+def test_eager_kernels_at_batch_8_predict_the_published_speedups_within_5_percent(name, spec, drops):
+    measured = published_speedup(recipe(name), spec)
+    assert generation(work(name), drops, 4096, 8, "eager") == pytest.approx(measured, rel=0.05)
+
+
+def test_a_spec_that_was_not_published_has_no_speedup():
+    assert published_speedup(recipe("mistral-7b"), "attn:9") is None
+    assert published_speedup(None, "attn:8") is None
+
+
+def test_a_model_too_large_for_one_device_asks_for_more():
+    assert estimate(work("llama-2-70b"), {"attn": 40}, GPU).dense.devices == 3
+    assert estimate(SMALL, {"attn": 1}, GPU).dense.devices == 1
+
+
+def test_a_mixture_reads_fewer_experts_than_it_has_at_small_batches():
+    config = dict(SMALL, model_type="mixtral", num_local_experts=8, num_experts_per_tok=2, hidden_size=512)
+    result = estimate(config, {"mlp": 2}, GPU, Workload(64, 1))
+    assert result.dense.active_parameters < result.dense.parameters
+    assert result.speedup().decode < result.dense.parameters / result.pruned.parameters
+
+
+def test_a_report_holds_plain_numbers():
+    report = estimate(SMALL, {"attn": {1}}, GPU).as_dict()
+    assert report["speedup"]["eager"]["decode"] > 1
+    assert report["dense"]["parameters"] > report["pruned"]["parameters"]
+    assert set(report["seconds"]["dense"]) == set(KERNELS)
+
+
+def test_the_published_speedup_stands_below_the_predictions():
+    lines = estimate_lines(estimate(work("mistral-7b"), {"attn": 8}, GPU, Workload(4096, 8)), published=1.23)
+    assert lines[-1].strip() == "published, measured: 1.23x"
+    assert any("7.242 G" in line and "6.906 G" in line for line in lines)
+    assert any("eager" in line and "1.23x" in line for line in lines)
+    assert not any(line.startswith("active") for line in lines)
+
+
+def test_active_parameters_are_shown_for_a_mixture_only():
+    config = dict(SMALL, model_type="mixtral", num_local_experts=8, num_experts_per_tok=2)
+    assert any(line.startswith("active") for line in estimate_lines(estimate(config, {"mlp": 2}, GPU)))
+
+
+def test_what_cannot_be_estimated_is_refused_in_one_line():
+    with pytest.raises(EvaluationError, match="unknown hardware"):
+        hardware("abacus")
+    with pytest.raises(EvaluationError, match="new tokens"):
+        Workload(context=16, new_tokens=16)
+    with pytest.raises(ModelError, match="no causal language model"):
+        estimate({"model_type": "vit"}, {}, GPU)
+    with pytest.raises(PlanError, match="attn:9"):
+        estimate(SMALL, {"attn": {9}}, GPU)
+    for everything in ("attn", "block"):
+        with pytest.raises(PlanError, match="no attention layer would be left"):
+            estimate(SMALL, {everything: len(config_work(SMALL).blocks)}, GPU)
+    for spec in ("joint:4", "attn:25%", "published:attn:8", "attn:1,attn:2"):
+        with pytest.raises(PlanError, match="an estimate takes"):
+            drops_of(parse_spec(spec))
+
+
+def test_this_machine_is_measured_in_plausible_units():
+    here = measure_cpu()
+    assert 1e9 < here.flops < 1e14
+    assert 1e8 < here.bandwidth < 1e13
+    assert 0 < here.launch < 1e-3
+    assert here.seconds(here.flops, 0) == pytest.approx(1)

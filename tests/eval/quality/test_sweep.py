@@ -1,0 +1,63 @@
+"""`sweep`: quality and speed for every number of drops, against the dense model whatever the range begins with."""
+
+import math
+
+import pytest
+
+from dropformer import job
+from dropformer.eval.cost.drops import parse_range
+from dropformer.eval.quality.sweep import Sweep, draw, find_cliff, table
+from dropformer.eval.cost.timing import Setting
+from dropformer.prune.errors import PlanError
+from dropformer.progress import Watcher
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny.llama(num_hidden_layers=4).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(folder, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DROPFORMER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(job, "SWEEP", Setting(prompt=16, new=2))
+        request = job.Request(str(folder), "attn:3", calibration=job.Overrides("builtin", 3, 32))
+        return job.sweep(request, "attn", [2, 3], (2, 32), Watcher(), speed=True)
+
+
+def test_the_dense_model_comes_first_even_if_the_range_begins_later(found):
+    assert [point.drops for point in found.points] == [0, 2, 3]
+    assert found.points[0].kl == 0 and found.points[0].layers == [] and found.points[0].decode_bound == 1
+    assert set(found.points[1].layers) < set(found.points[2].layers)
+
+
+def test_every_point_has_its_measured_speed_and_what_its_work_allows(found):
+    assert found.points[0].decode == (1, 1, 1)
+    for point in found.points[1:]:
+        assert point.decode[0] <= point.decode[1] <= point.decode[2] and point.decode_bound > 1
+    head, rows = table(found)
+    assert head[-1] == "decode measured" and len(rows) == 3 and all(len(row) == len(head) for row in rows)
+
+
+def test_a_sweep_survives_its_json_and_is_drawn(found, tmp_path):
+    read = Sweep.read(found.write(tmp_path / "sweep.json"))
+    assert read == found
+    steep = read.model_copy(update={"cliff": 3})
+    assert draw(steep, tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_cliff_is_looked_for_in_log_perplexity(found):
+    values = [10.0, 10.5, 11.0, 40.0]
+    points = [found.points[0].model_copy(update={"drops": i, "perplexity": v}) for i, v in enumerate(values)]
+    assert find_cliff(points) == 3
+    assert find_cliff([p.model_copy(update={"perplexity": 10 * math.exp(0.1 * p.drops)}) for p in points]) is None
+
+
+@pytest.mark.parametrize("text", ["attn:4", "attn:2..1", "attn:1..2..0", "attn", "attn:1..x"])
+def test_what_is_no_range_is_refused(text):
+    with pytest.raises(PlanError, match="is no range of drops"):
+        parse_range(text)
