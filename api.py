@@ -12,31 +12,31 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dropformer.metrics.analysis.analyze import analyze_model, calibrated
-from dropformer.metrics.calibration.settings import Calibration
-from dropformer.metrics.calibration.data import fitted, material
 from dropformer.metrics.analysis.planning import plan_from as plan
-from dropformer.metrics.repair.base import Repair
 from dropformer.metrics.analysis.scores import Scores
+from dropformer.metrics.calibration.data import calibration_data, default_settings
+from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.repair.base import Repair
 from dropformer.prune.architecture import Architecture, of_images
-from dropformer.prune.block_map import Surgery
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.discovery.summarize import outline_of
-from dropformer.prune.formats.export import export, reference, save_in_memory
+from dropformer.prune.block_map import Surgery
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.errors import ModelError, OutputError, PlanError
 from dropformer.prune.discovery.inputs import with_images
+from dropformer.prune.discovery.proof import prove
+from dropformer.prune.discovery.summarize import summarize
+from dropformer.prune.errors import ModelError, OutputError, PlanError
+from dropformer.prune.formats.export import export, reference, save_in_memory
+from dropformer.prune.formats.record import need_dense, read_config
+from dropformer.prune.formats.stored_tensors import stored_dtype
+from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.loading.load import load, quiet_transformers
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, choose, make_plan, parse_spec
-from dropformer.prune.discovery.proof import prove
-from dropformer.prune.formats.record import need_dense, read_config
-from dropformer.prune.formats.stored_tensors import stored_dtype
+from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 from dropformer.prune.surgery.views import sharing_copy
-from dropformer.prune.surgery.surgery import cut, operate
-from dropformer.prune.formats.writing import How
 from dropformer.recipes import Recipe, open_source
 
-__all__ = ["Calibration", "Opened", "analyze", "drop", "load", "open_model", "plan", "save"]
+__all__ = ["Calibration", "LoadedModel", "analyze", "drop", "load", "open_model", "plan", "save"]
 
 Tell = Callable[[str], None]
 
@@ -52,7 +52,7 @@ class Placement:
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedModel:
     """A model in memory, its tokenizer (None where it has none), and where its files lie.
 
     `file` is the .gguf file from which the folder at `path` was made, if it was.
@@ -72,7 +72,7 @@ def open_model(
     placement: Placement | None = None,
     tell: Tell | None = None,
     weights: bool = True,
-) -> Opened:
+) -> LoadedModel:
     """Fetch, convert and load whatever `--model` takes.  Raises ModelError or CheckpointError.
 
     Without `weights` nothing is loaded and the `model` is None: they are to be read from `path` in pieces.
@@ -87,7 +87,7 @@ def open_model(
     if weights:
         model = load(source.path, torch_dtype(place.dtype), place.device, place.device_map, place.trust_remote_code)
     tokenizer = open_tokenizer(source.path, place.trust_remote_code)
-    return Opened(model, tokenizer, source.path, ref, source.recipe, source.file)
+    return LoadedModel(model, tokenizer, source.path, ref, source.recipe, source.file)
 
 
 def open_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
@@ -109,7 +109,7 @@ def torch_dtype(name: str | None) -> torch.dtype | str | None:
 
 
 def analyze(
-    model: str | Path | Opened | nn.Module,
+    model: str | Path | LoadedModel | nn.Module,
     batches: Iterable[Any] | None = None,
     calibration: Calibration | None = None,
     batch_size: int = 1,
@@ -129,9 +129,9 @@ def analyze(
         return analyze_model(model, batches, architecture, progress=progress)
     if architecture is not None:
         raise ModelError("an architecture belongs to a module in memory; give analyze(module, batches, architecture=)")
-    opened = model if isinstance(model, Opened) else open_model(model)
-    settings = calibration or fitted(opened.model, default_calibration(opened.recipe))
-    data = material(opened.model, opened.tokenizer, opened.path, settings)
+    opened = model if isinstance(model, LoadedModel) else open_model(model)
+    settings = calibration or default_settings(opened.model, default_calibration(opened.recipe))
+    data = calibration_data(opened.model, opened.tokenizer, opened.path, settings)
     scores = analyze_model(opened.model, data.batches(batch_size), ref=opened.ref, progress=progress)
     return calibrated(scores, data)
 
@@ -143,7 +143,7 @@ def default_calibration(recipe: Recipe | None) -> Calibration:
     return Calibration(recipe.calibration.name, recipe.calibration.windows, recipe.calibration.length)
 
 
-def plan_of(pruned: Opened, dense: Opened) -> Plan | None:
+def plan_of(pruned: LoadedModel, dense: LoadedModel) -> Plan | None:
     """The plan beside a checkpoint's weights, if it was made from this dense model."""
     path = pruned.path / "plan.json"
     plan = Plan.read(path) if path.is_file() else None
@@ -163,36 +163,36 @@ def outline(model: nn.Module, spec: str = "") -> Outline:
     inputs = with_images(model) if any(of_images(s.stack) for s in parse_spec(spec or "attn:1")) else None
     architecture = discover(model, inputs)
     prove(model, architecture, inputs)
-    return outline_of(model, architecture)
+    return summarize(model, architecture)
 
 
-def drop(model: str | Path | Opened | nn.Module, plan: Plan, repair: Repair | None = None) -> Any:
+def drop(model: str | Path | LoadedModel | nn.Module, plan: Plan, repair: Repair | None = None) -> Any:
     """A new model without the plan's layers, sharing the kept weights with the one given.
 
     The dropped layers cost nothing and hold no KV cache.  `repair`, from `improve`, gives some of the kept
     layers new weights, rounded to the checkpoint's type.  Raises PlanError when the plan was made for other
     weights.
     """
-    opened = None if isinstance(model, nn.Module) else model if isinstance(model, Opened) else open_model(model)
+    opened = None if isinstance(model, nn.Module) else model if isinstance(model, LoadedModel) else open_model(model)
     dense = model if isinstance(model, nn.Module) else opened.model  # type: ignore[union-attr]
     if opened and plan.model.fingerprint and plan.model.fingerprint != opened.ref.fingerprint:
         raise PlanError(f"the plan was made for other weights than {opened.ref.name}; analyze this model first")
     if opened:
         need_dense(read_config(opened.path), opened.ref.name)
     pruned = sharing_copy(dense)
-    surgery = operate(plan.outline, plan.layers, dense, repair.mapped if repair else None)
+    surgery = plan_surgery(plan.outline, plan.layers, dense, repair.mapped if repair else None)
     if repair:
-        named = repair.named(plan.outline, surgery.arrangement)
+        named = repair.named(plan.outline, surgery.block_map)
         dtype = stored_dtype(opened.path) if opened else next(dense.parameters()).dtype
         surgery = replace(surgery, tensors={name: tensor.to(dtype) for name, tensor in named.items()})
-    cut(pruned, surgery)
+    apply_surgery(pruned, surgery)
     files = (opened.path, opened.file) if opened else (None, None)
-    pruned.dropformer = Cut(plan, surgery, *files)  # type: ignore[assignment]
+    pruned.dropformer = DropRecord(plan, surgery, *files)  # type: ignore[assignment]
     return pruned
 
 
 @dataclass(frozen=True)
-class Cut:
+class DropRecord:
     """What `drop` leaves on a model for `save`: the plan, the surgery, and the folder of the dense weights.
 
     `gguf` is the file from which that folder was made, if it was.
@@ -204,10 +204,10 @@ class Cut:
     gguf: Path | None = None
 
 
-def cut_of(model: nn.Module) -> Cut:
+def drop_record(model: nn.Module) -> DropRecord:
     """What was done to a model that `drop` returned.  Raises OutputError for any other."""
     made = getattr(model, "dropformer", None)
-    if not isinstance(made, Cut):
+    if not isinstance(made, DropRecord):
         raise OutputError("this takes the model that drop returned; drop layers first")
     return made
 
@@ -224,11 +224,11 @@ def save(
     memory is written from there.  `format` is one of `prune.formats.FORMATS`.  Raises OutputError,
     CheckpointError, PlanError (for what the format cannot carry) or VerificationError.
     """
-    made = cut_of(model)
+    made = drop_record(model)
     if not isinstance(model, PreTrainedModel):
         raise OutputError("save takes a transformers model; save the state_dict of any other module yourself")
     if made.source is not None:
-        how = How(format, gguf=made.gguf, progress=progress)
+        how = ExportOptions(format, gguf=made.gguf, progress=progress)
         return export(model, made.surgery, made.plan, made.source, Path(out), how)
     if format != "dropformer":
         raise OutputError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dropformer.prune.errors import DropformerError
 
 if TYPE_CHECKING:
-    from dropformer.metrics.search.strategy import Quality
+    from dropformer.metrics.search.strategy import Strategy
 
 PLACE = ("device", "dtype", "device_map")
 DRAWN = ("samples", "seed", "skip_first")  # which windows are cut, whatever the text
@@ -25,7 +25,7 @@ class Command:
     """
 
     given: Collection[str]
-    better: Quality | None = None
+    better: Strategy | None = None
     format: str = "dropformer"
     on_files: bool = False
     measure: bool = True

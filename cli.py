@@ -14,12 +14,12 @@ import typer
 from dropformer import __version__, clashes
 from dropformer.eval.commands import estimate, evaluate, sweep
 from dropformer.eval.compare_command import compare
-from dropformer.prune.files.output_paths import given_path
 from dropformer.prune.errors import DropformerError, PlanError
+from dropformer.prune.files.output_paths import given_path
 
 if TYPE_CHECKING:
     from dropformer.job import Overrides
-    from dropformer.metrics.search.strategy import Quality
+    from dropformer.metrics.search.strategy import Strategy
 
 app = typer.Typer(
     name="prune",
@@ -166,8 +166,8 @@ def prune(
         )
     from dropformer import preflight
     from dropformer.metrics.analysis import distributed
+    from dropformer.prune.formats.writing import ExportOptions
     from dropformer.prune.plan import parse_keep
-    from dropformer.prune.formats.writing import How
 
     if distributed.world() > 1:
         raise DropformerError(
@@ -186,12 +186,11 @@ def prune(
             None if dry_run else target, format, better.repair if better else (), on_files,
         )
     )  # fmt: skip
-    how = How(format, link, verify, trust_remote_code=trust_remote_code)
+    how = ExportOptions(format, link, verify, trust_remote_code=trust_remote_code)
     if plan and on_files:
         _by_plan(model, revision, plan, target, how, as_json, quiet)
         return
-    from dropformer import job
-    from dropformer import console
+    from dropformer import console, job
     from dropformer.selection import Improvement
 
     request = job.Request(
@@ -219,7 +218,7 @@ def _given(context: typer.Context) -> set[str]:
 
 def _better(
     quality: Text, metric: Text, select: Text, repair: Text, refine: int | None, budget: Text
-) -> Quality | None:
+) -> Strategy | None:
     """What to do beyond one-shot similarity, or None; nothing heavy is imported for it."""
     if not refine and all(said is None for said in (quality, metric, select, repair, budget)):
         return None
@@ -288,8 +287,7 @@ def analyze(
 
     texts = preflight.texts(calibration)
     preflight.check(model, until_stable, texts)
-    from dropformer import job
-    from dropformer import console
+    from dropformer import console, job
     from dropformer.metrics.analysis import distributed
 
     request = job.Request(

@@ -20,8 +20,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from dropformer.prune.formats.registry import known_format
 from dropformer.progress import Watcher
+from dropformer.prune.formats.registry import known_format
 
 if TYPE_CHECKING:
     from dropformer.eval.report.report import Report

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from dropformer import api
-from dropformer.eval.quality.output_similarity import Likeness, likeness
-from dropformer.prune.files.output_paths import check_place
+from dropformer.eval.cost.timing import Setting
+from dropformer.eval.quality.output_similarity import OutputSimilarity, output_similarity
+from dropformer.eval.quality.sweep import AT, Sweep, find_cliff, point, with_speed
+from dropformer.eval.quality.trend import trend
 from dropformer.eval.report.report import (
     Measured,
     Report,
@@ -19,32 +21,30 @@ from dropformer.eval.report.report import (
     same_text,
     sizes,
 )
-from dropformer.eval.quality.sweep import AT, Sweep, find_cliff, point, with_speed
-from dropformer.eval.cost.timing import Setting
-from dropformer.eval.quality.trend import trend
-from dropformer.selection import Improvement, given_plan, improved
-from dropformer.metrics.calibration.settings import Calibration
-from dropformer.metrics.calibration.context import check_length, context_of
 from dropformer.metrics.analysis.distributed import rank
-from dropformer.metrics.calibration.images import PIXELS
-from dropformer.metrics.calibration.data import fitted, material
 from dropformer.metrics.analysis.plots import similarity_by_depth
 from dropformer.metrics.analysis.scores import Scores
+from dropformer.metrics.calibration.context import check_length, context_of
+from dropformer.metrics.calibration.data import calibration_data, default_settings
+from dropformer.metrics.calibration.images import PIXELS
+from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.preflight import check_out, default_out
+from dropformer.progress import Watcher
 from dropformer.prune.architecture import of_images
-from dropformer.prune.formats.export import Exported, export
+from dropformer.prune.discovery.inputs import takes_pictures, writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files import CopyReport
-from dropformer.prune.formats.registry import known_format
-from dropformer.prune.discovery.inputs import takes_pictures, writes_text
-from dropformer.prune.plan import Plan, parse_spec
+from dropformer.prune.files.output_paths import check_place
+from dropformer.prune.formats.export import Exported, export
 from dropformer.prune.formats.record import kv_width
-from dropformer.prune.formats.writing import How
+from dropformer.prune.formats.registry import known_format
+from dropformer.prune.formats.writing import ExportOptions
+from dropformer.prune.plan import Plan, parse_spec
 from dropformer.recipes import Recipe
 from dropformer.recipes.source import short_name
 from dropformer.scoring import get_scores, open_to_score
-from dropformer.progress import Watcher
+from dropformer.selection import Improvement, given_plan, improved
 
 HELD_OUT = Calibration("heldout", samples=8, length=512, seed=1)
 SWEEP = Setting(prompt=256, new=16)
@@ -88,7 +88,7 @@ class Request:
     until_stable: str | None = None
     memory: str | None = None
     improvement: Improvement | None = None
-    how: How = field(default_factory=How)
+    how: ExportOptions = field(default_factory=ExportOptions)
     measure: bool = True
 
 
@@ -102,7 +102,7 @@ class Outcome:
     exported: Exported
 
 
-def make_plan(opened: api.Opened, request: Request, watcher: Watcher) -> tuple[Plan, Scores | None]:
+def make_plan(opened: api.LoadedModel, request: Request, watcher: Watcher) -> tuple[Plan, Scores | None]:
     """The plan from a file, from lists (no calibration needed), or from scores."""
     if request.plan:
         plan = given_plan(opened, request)
@@ -151,7 +151,7 @@ def run(request: Request, watcher: Watcher | None = None) -> Outcome:
     if any(layer.kind == "attn" and layer.index == 0 for layer in plan.layers):
         watcher.say("warning: the attention of block 0 goes; vLLM and llama.cpp cannot load a model without it")
     pruned = api.drop(opened, plan, repair)
-    surgery = api.cut_of(pruned).surgery
+    surgery = api.drop_record(pruned).surgery
     if surgery.note:
         watcher.say(f"dropped blocks stay as empty ones: {surgery.note}")
     quality, speed = _measure(opened, pruned, plan, request, held_out, watcher)
@@ -170,7 +170,7 @@ def run(request: Request, watcher: Watcher | None = None) -> Outcome:
 
 
 def _measure(
-    opened: api.Opened, pruned: Any, plan: Plan, request: Request, held_out: Windows | None, watcher: Watcher
+    opened: api.LoadedModel, pruned: Any, plan: Plan, request: Request, held_out: Windows | None, watcher: Watcher
 ) -> tuple[Measured, Measured]:
     nothing = Measured({}, {}, {})
     quality = speed = nothing
@@ -194,7 +194,7 @@ def _measure(
     return quality, speed
 
 
-def _held_out(opened: api.Opened, request: Request) -> Windows | None:
+def _held_out(opened: api.LoadedModel, request: Request) -> Windows | None:
     """The report's text, None where perplexity is not measured.  Raises CalibrationError where there is too little."""
     if not request.measure or opened.tokenizer is None or not writes_text(opened.model):
         return None
@@ -205,23 +205,23 @@ def _held_out(opened: api.Opened, request: Request) -> Windows | None:
         raise CalibrationError(f"--text: {error}") from None
 
 
-def _calibrated_on(opened: api.Opened, plan: Plan, request: Request) -> list[str]:
+def _calibrated_on(opened: api.LoadedModel, plan: Plan, request: Request) -> list[str]:
     """The texts that layers were chosen on, or repaired; none where a list names the layers."""
     chosen = [str(plan.calibration["name"])] if plan.calibration else []
     repaired = request.calibration.of(opened.recipe).name.split(",") if request.improvement else []
     return chosen + repaired
 
 
-def _likeness(opened: api.Opened, pruned: Any, request: Request, watcher: Watcher) -> Likeness | None:
+def _likeness(opened: api.LoadedModel, pruned: Any, request: Request, watcher: Watcher) -> OutputSimilarity | None:
     """How like the outputs are on held-out text, or on images like those calibrated on; None without either."""
     name = (request.calibration.calibration or PIXELS) if takes_pictures(pruned) else request.text
     if opened.tokenizer is None and not takes_pictures(pruned):
         return None
     length = min(HELD_OUT.length, request.calibration.length or HELD_OUT.length)
-    chosen = replace(fitted(pruned, replace(HELD_OUT, length=length)), name=name)
+    chosen = replace(default_settings(pruned, replace(HELD_OUT, length=length)), name=name)
     with watcher.stage(f"outputs on {name}"):
-        data = material(pruned, opened.tokenizer, opened.path, chosen)
-        return likeness(opened.model, pruned, data.batches(1), name)
+        data = calibration_data(pruned, opened.tokenizer, opened.path, chosen)
+        return output_similarity(opened.model, pruned, data.batches(1), name)
 
 
 def _report(dense: Any, pruned: Any, plan: Plan, copied: CopyReport, quality: Measured, speed: Measured) -> Report:

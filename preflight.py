@@ -7,17 +7,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dropformer.prune.files.output_paths import check_place
-from dropformer.metrics.calibration.images import PIXELS, image_files
 from dropformer.metrics.analysis.scores import Scores
+from dropformer.metrics.calibration.images import PIXELS, image_files
 from dropformer.metrics.calibration.text import check_name
-from dropformer.prune.loading.deci_families import check_family
 from dropformer.prune.errors import CalibrationError, OutputError, PlanError
 from dropformer.prune.files import open_checkpoint
-from dropformer.prune.formats.registry import known_format
+from dropformer.prune.files.output_paths import check_place
 from dropformer.prune.formats.onnx import check_installed
-from dropformer.prune.plan import Plan, parse_spec
 from dropformer.prune.formats.record import need_dense, read_config
+from dropformer.prune.formats.registry import known_format
+from dropformer.prune.loading.deci_families import check_family
+from dropformer.prune.plan import Plan, parse_spec
 from dropformer.recipes.source import is_gguf, locate, short_name
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 
 from dropformer import api
 from dropformer.metrics.analysis import distributed
-from dropformer.metrics.calibration.settings import CalibrationRef
-from dropformer.metrics.calibration.context import check_length
-from dropformer.metrics.calibration.images import PIXELS
-from dropformer.metrics.calibration.data import fitted, material
 from dropformer.metrics.analysis.measure import Measuring, measure
-from dropformer.metrics.offload.process_memory import parse_bytes
-from dropformer.metrics.calibration.pictures import Material, Pictures
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.analysis.stability import check_spec
-from dropformer.prune.errors import CalibrationError, ModelError, PlanError
+from dropformer.metrics.calibration.context import check_length
+from dropformer.metrics.calibration.data import calibration_data, default_settings
+from dropformer.metrics.calibration.images import PIXELS
+from dropformer.metrics.calibration.pictures import CalibrationData, Pictures
+from dropformer.metrics.calibration.settings import CalibrationRef
+from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.prune.discovery.inputs import takes_pictures
-from dropformer.prune.loading.load import usable_device
+from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.formats.record import read_config
+from dropformer.prune.loading.load import usable_device
 from dropformer.recipes.cache import cache_folder
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from dropformer.progress import Watcher
 
 
-def open_to_score(request: Request, watcher: Watcher) -> api.Opened:
+def open_to_score(request: Request, watcher: Watcher) -> api.LoadedModel:
     """Open a model for analysis: on this process's own device, without its weights where they are to be streamed."""
     if request.until_stable:
         check_spec(request.until_stable)
@@ -45,7 +45,7 @@ def open_to_score(request: Request, watcher: Watcher) -> api.Opened:
     return opened
 
 
-def get_scores(opened: api.Opened, request: Request, watcher: Watcher) -> Scores:
+def get_scores(opened: api.LoadedModel, request: Request, watcher: Watcher) -> Scores:
     """The scores of a model: those of the same weights on the same tokens if any are kept, else new ones."""
     if request.scores:
         scores = Scores.read(request.scores)
@@ -66,13 +66,13 @@ def get_scores(opened: api.Opened, request: Request, watcher: Watcher) -> Scores
     return scores
 
 
-def _material(opened: api.Opened, request: Request, watcher: Watcher) -> Material:
+def _material(opened: api.LoadedModel, request: Request, watcher: Watcher) -> CalibrationData:
     said = request.calibration
     settings = said.of(opened.recipe)
     why = "the recipe's" if opened.recipe and settings == api.default_calibration(opened.recipe) else "as asked"
     if not opened.recipe and said.calibration is None:
         why = "the default, no recipe names another"
-    free = fitted(opened.model, settings)
+    free = default_settings(opened.model, settings)
     settings = replace(
         settings,
         name=settings.name if said.calibration else free.name,
@@ -80,12 +80,12 @@ def _material(opened: api.Opened, request: Request, watcher: Watcher) -> Materia
     )
     if not takes_pictures(opened.model):
         check_length(read_config(opened.path), settings.length, opened.ref.name)
-    data = material(opened.model, opened.tokenizer, opened.path, settings)
+    data = calibration_data(opened.model, opened.tokenizer, opened.path, settings)
     watcher.say(f"calibration: {wording(data, opened)} ({why})")
     return data
 
 
-def wording(data: Material, opened: api.Opened) -> str:
+def wording(data: CalibrationData, opened: api.LoadedModel) -> str:
     """What a model is calibrated on, in words, and what its decoder reads where it has one beside an encoder."""
     if isinstance(data, Pictures):
         random = "random pixels, no images: " if data.ref.name == PIXELS else ""
@@ -109,7 +109,7 @@ def computed_in(place: api.Placement, streamed: bool = False) -> str:
     return "float32" if on_cpu else "auto"
 
 
-def _reused(kept: Path, opened: api.Opened, data: Material) -> Scores | None:
+def _reused(kept: Path, opened: api.LoadedModel, data: CalibrationData) -> Scores | None:
     """What process 0 finds in its cache, in every process: they all measure, or none does."""
     found = ""
     if distributed.rank() == 0 and kept.exists() and (scores := Scores.read(kept)).matches(opened.ref, data.ref):
@@ -118,7 +118,7 @@ def _reused(kept: Path, opened: api.Opened, data: Material) -> Scores | None:
     return Scores.model_validate_json(found).model_copy(update={"model": opened.ref}) if found else None
 
 
-def _measured(opened: api.Opened, data: Material, request: Request, rows: Path, watcher: Watcher) -> Scores:
+def _measured(opened: api.LoadedModel, data: CalibrationData, request: Request, rows: Path, watcher: Watcher) -> Scores:
     if request.memory is not None:
         return _streamed(opened, data, request, watcher)
     how = Measuring(request.batch_size, request.until_stable, request.keep, rows)
@@ -129,7 +129,7 @@ def _measured(opened: api.Opened, data: Material, request: Request, rows: Path, 
     return scores
 
 
-def _streamed(opened: api.Opened, data: Material, request: Request, watcher: Watcher) -> Scores:
+def _streamed(opened: api.LoadedModel, data: CalibrationData, request: Request, watcher: Watcher) -> Scores:
     from dropformer.metrics.offload.streaming import open_streamed, stream_scores
 
     if request.until_stable:

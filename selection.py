@@ -11,21 +11,20 @@ from torch import nn
 
 from dropformer import api
 from dropformer.eval.cost.latency import layer_latency
-from dropformer.metrics.search.budget import Latency
-from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.context import check_length
+from dropformer.metrics.calibration.data import default_settings
+from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.calibration.windows import Windows, windows
+from dropformer.metrics.repair.base import Repair
+from dropformer.metrics.search.budget import Latency
 from dropformer.metrics.search.improve import Improver
 from dropformer.metrics.search.improve import improve as improved_plan
-from dropformer.metrics.calibration.data import fitted
-from dropformer.metrics.search.strategy import Quality
-from dropformer.metrics.search.strategy import Request as Wish
+from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named
-from dropformer.metrics.repair.base import Repair
-from dropformer.metrics.calibration.windows import Windows, windows
-from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.discovery.inputs import writes_text
-from dropformer.prune.plan import Plan, make_plan
+from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.formats.record import read_config
+from dropformer.prune.plan import Plan, make_plan
 
 if TYPE_CHECKING:
     from dropformer.job import Request
@@ -39,29 +38,29 @@ SAMPLES = 64  # windows to fit on where nobody said how many: repairs need more 
 class Improvement:
     """How to choose and to repair; `budget` in place of a drop spec; the text that repairs are gated on."""
 
-    quality: Quality
+    quality: Strategy
     budget: str | None = None
     gate: str = GATE.name
 
 
 def improve(
-    model: str | Path | api.Opened, spec: str, quality: str | Quality = "best", texts: Sequence[Calibration] = ()
+    model: str | Path | api.LoadedModel, spec: str, quality: str | Strategy = "best", texts: Sequence[Calibration] = ()
 ) -> tuple[Plan, Repair]:
     """Choose what `spec` names and repair what stays, for `drop(model, plan, repair)`.
 
     `quality` is a named one (`paper`, `best`, `linear`) or one's own; `texts` to calibrate on, by default the
     recipe's, else builtin.  Repairs are gated on torch's docstrings.  Raises a DropformerError.
     """
-    opened = model if isinstance(model, api.Opened) else api.open_model(model)
-    how = quality if isinstance(quality, Quality) else named(quality)
-    texts = texts or [fitted(opened.model, _plenty(api.default_calibration(opened.recipe), how))]
+    opened = model if isinstance(model, api.LoadedModel) else api.open_model(model)
+    how = quality if isinstance(quality, Strategy) else named(quality)
+    texts = texts or [default_settings(opened.model, _plenty(api.default_calibration(opened.recipe), how))]
     data = [windows(text, need_tokenizer(opened)) for text in texts]
     other = gate_windows(opened) if how.repair else None
-    plan, repair, _ = improved_plan(Improver(opened.model, data, how), opened.ref, Wish(spec), other)
+    plan, repair, _ = improved_plan(Improver(opened.model, data, how), opened.ref, Target(spec), other)
     return noted(plan, repair, opened.model), repair
 
 
-def need_tokenizer(opened: api.Opened) -> Any:
+def need_tokenizer(opened: api.LoadedModel) -> Any:
     """Raises ModelError for a model without one, and for one whose text has no next token to predict."""
     if not writes_text(opened.model):
         raise ModelError(
@@ -73,7 +72,7 @@ def need_tokenizer(opened: api.Opened) -> Any:
     return opened.tokenizer
 
 
-def improved(opened: api.Opened, request: Request, watcher: Watcher) -> tuple[Plan, Repair]:
+def improved(opened: api.LoadedModel, request: Request, watcher: Watcher) -> tuple[Plan, Repair]:
     """The plan and the repair that a request's improvement gives.
 
     `--calibration` may name several texts by commas, of which the windows are then shared out; a plan that is
@@ -96,8 +95,8 @@ def improved(opened: api.Opened, request: Request, watcher: Watcher) -> tuple[Pl
         else:
             latency = measured(opened.model, improver, watcher) if (how.budget or "").startswith("measured") else None
             published = opened.recipe.published if opened.recipe else None
-            wish = Wish(request.drop or "", request.keep, how.budget, latency=latency, published=published)
-            plan, repair, _ = improved_plan(improver, opened.ref, wish, other)
+            target = Target(request.drop or "", request.keep, how.budget, latency=latency, published=published)
+            plan, repair, _ = improved_plan(improver, opened.ref, target, other)
     return noted(plan, repair, opened.model), repair
 
 
@@ -128,17 +127,17 @@ def refined(plan: Plan, improver: Improver) -> Plan:
     return make_plan(plan.outline, plan.model, plan.spec, layers, **fields)
 
 
-def wording(quality: Quality) -> str:
+def wording(quality: Strategy) -> str:
     """The settings in a few words, such as `greedy, refit`."""
     chosen = quality.metric if quality.select == "one-shot" else quality.select
     return ", ".join([chosen, *(["refined"] if quality.refine else []), *quality.repair])
 
 
-def calibrated_on(opened: api.Opened, request: Request) -> list[Windows]:
+def calibrated_on(opened: api.LoadedModel, request: Request) -> list[Windows]:
     """The calibration windows, one entry a text."""
     settings = request.calibration.of(opened.recipe)
     if request.calibration.length is None:
-        settings = fitted(opened.model, settings)
+        settings = default_settings(opened.model, settings)
     check_length(read_config(opened.path), settings.length, opened.ref.name)
     if request.calibration.samples is None and request.improvement:
         settings = _plenty(settings, request.improvement.quality)
@@ -149,20 +148,20 @@ def calibrated_on(opened: api.Opened, request: Request) -> list[Windows]:
     return [windows(replace(settings, name=name, samples=each), opened.tokenizer) for name in names]
 
 
-def gate_windows(opened: api.Opened, name: str = GATE.name) -> Windows:
+def gate_windows(opened: api.LoadedModel, name: str = GATE.name) -> Windows:
     """Windows of the text that repairs are gated on, no longer than the model reads.  Raises CalibrationError."""
     try:
-        return windows(fitted(opened.model, replace(GATE, name=name)), opened.tokenizer)
+        return windows(default_settings(opened.model, replace(GATE, name=name)), opened.tokenizer)
     except CalibrationError as error:
         raise CalibrationError(f"--gate: {error}") from None
 
 
-def _plenty(text: Calibration, quality: Quality) -> Calibration:
+def _plenty(text: Calibration, quality: Strategy) -> Calibration:
     """Enough windows of a text for what is to be fitted on them."""
     return replace(text, samples=max(text.samples, SAMPLES)) if quality.repair else text
 
 
-def given_plan(opened: api.Opened, request: Request) -> Plan:
+def given_plan(opened: api.LoadedModel, request: Request) -> Plan:
     """The plan in the request's file.  Raises PlanError where it was made for other weights."""
     assert request.plan is not None
     plan = Plan.read(request.plan)

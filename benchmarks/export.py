@@ -40,8 +40,8 @@ from pathlib import Path
 from typing import Any
 
 from dropformer.prune.files import copy_checkpoint, new_folder, open_checkpoint
-from dropformer.prune.plan import Plan, choose, make_plan
 from dropformer.prune.files.safetensors_header import byte_size, encode_header
+from dropformer.prune.plan import Plan, choose, make_plan
 
 MIB = 2**20
 DROPPED = re.compile(r"model\.layers\.([6789]\.(self_attn|input_layernorm)|[78]\.(mlp|post_attention\w+))\..*")
@@ -100,13 +100,13 @@ def make_checkpoint(folder: Path, hidden: int, total: int) -> None:
 
 def plan_of(folder: Path) -> Plan:
     """The plan that drops what DROPPED names, from the headers of the checkpoint."""
-    from dropformer.prune.discovery.summarize import outline_of
-    from dropformer.prune.formats.export import reference
     from dropformer.prune.discovery.discover import discover
+    from dropformer.prune.discovery.summarize import summarize
+    from dropformer.prune.formats.export import reference
     from dropformer.prune.loading.load import weightless
 
     model = weightless(folder)
-    outline = outline_of(model, discover(model))
+    outline = summarize(model, discover(model))
     layers = choose(outline, SPEC)
     return make_plan(outline, reference(str(folder), folder), SPEC, layers)
 

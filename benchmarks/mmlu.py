@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from dropformer.eval.tasks.backend import FastLM
 from dropformer.eval.tasks.mmlu import mmlu_group
 from dropformer.eval.tasks.packing import Limits
-from dropformer.eval.tasks.scorer import Scorer, Stats, Want
+from dropformer.eval.tasks.scorer import Scorer, ScoreRequest, Stats
 
 Answers = list[tuple[float, bool]]
 
@@ -208,7 +208,7 @@ def zero_shot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: 
     return {"questions": len(wants), "needed": sum(len(w.tokens) for w in wants), **found}
 
 
-def mixed(folder: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Want]:
+def mixed(folder: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[ScoreRequest]:
     """Bare questions in turn from every subject, each to be answered " A"."""
     letter = tuple(tokenizer(" A", add_special_tokens=False)["input_ids"])
     texts = []
@@ -218,7 +218,7 @@ def mixed(folder: Path, tokenizer: PreTrainedTokenizerBase, count: int) -> list[
             texts.append(f"{doc['question'].strip()}\n{choices}\nAnswer:")
     random.Random(0).shuffle(texts)
     ids = [tuple(tokenizer(text)["input_ids"]) for text in texts[:count]]
-    return [Want(tokens + letter[:-1], letter) for tokens in ids]
+    return [ScoreRequest(tokens + letter[:-1], letter) for tokens in ids]
 
 
 def report(args: argparse.Namespace, batch: int, run: Run, fast: FastLM, packing: dict[str, Any]) -> dict[str, Any]:

@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 
 from dropformer import api
+from dropformer.metrics.blockwise.divergence import DenseReference, Divergence, with_parameters
+from dropformer.metrics.blockwise.runner import BlockRunner, replaced
 from dropformer.metrics.calibration.settings import Calibration
-from dropformer.metrics.blockwise.divergence import Damage, Dense, with_parameters
-from dropformer.metrics.search.improve import Improver, improve
-from dropformer.metrics.search.strategy import Quality, Request, quality
-from dropformer.metrics.blockwise.runner import Stepper, replaced
 from dropformer.metrics.calibration.windows import Windows, windows
+from dropformer.metrics.search.improve import Improver, improve
+from dropformer.metrics.search.strategy import Strategy, Target, quality
 
 WIKITEXT = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "wikitext-2" / "valid.txt"
 SOURCES = (
@@ -39,7 +39,7 @@ DROPS = (
     *("attn:12", "attn:8", "attn:6", "attn:4", "attn:2", "block:7", "block:4", "block:2"),
     *("mlp:4", "mlp:2", "joint:12", "joint:8"),
 )
-METHODS: dict[str, Quality] = {
+METHODS: dict[str, Strategy] = {
     "similarity": quality("paper"),
     "iterative": quality(select="iterative"),
     "greedy": quality(select="greedy"),
@@ -141,18 +141,18 @@ class Judge:
     def __init__(self, improver: Improver, judged: dict[str, Windows]) -> None:
         self.names = list(judged)
         self.dense = {}
-        self.judged: dict[frozenset[str], dict[str, Damage]] = {}
+        self.judged: dict[frozenset[str], dict[str, Divergence]] = {}
         for name, data in judged.items():
             batches = [inputs for inputs, _ in data.batches(1)]
-            self.dense[name] = Dense(Stepper(improver.model, improver.architecture, batches))
+            self.dense[name] = DenseReference(BlockRunner(improver.model, improver.architecture, batches))
 
-    def __call__(self, modules: dict[str, torch.nn.Module], first: int) -> dict[str, Damage]:
+    def __call__(self, modules: dict[str, torch.nn.Module], first: int) -> dict[str, Divergence]:
         gone: frozenset[str] = frozenset() if with_parameters(modules) else frozenset(modules)
         if gone in self.judged:
             return self.judged[gone]
         found = {}
         for name, dense in self.dense.items():
-            with replaced(dense.stepper.model, modules):
+            with replaced(dense.runner.model, modules):
                 found[name] = dense.compare(first)
         if gone:
             self.judged[gone] = found
@@ -167,7 +167,7 @@ def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: 
         width=improver.quality.width,
     )
     start = time.process_time()
-    plan, repair, modules = improve(improver, ref, Request(drop), gate)  # type: ignore[arg-type]
+    plan, repair, modules = improve(improver, ref, Target(drop), gate)  # type: ignore[arg-type]
     seconds = time.process_time() - start
     damage = judge(dict(modules), _first(improver, modules))
     logs = {name: damage[name].nll - judge.dense[name].damage.nll for name in judge.names}
@@ -189,7 +189,7 @@ def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: 
 
 def _first(improver: Improver, modules: dict[str, torch.nn.Module]) -> int:
     """The first block in which a module changed."""
-    paths = [f"{block.path}." for block in improver.bench.stepper.blocks]
+    paths = [f"{block.path}." for block in improver.bench.runner.blocks]
     return min(i for i, path in enumerate(paths) if any(name.startswith(path) for name in modules))
 
 

@@ -24,8 +24,8 @@ import dropformer
 from dropformer import api
 from dropformer.eval.cost.estimate import KERNELS, Estimate, Side, Times, Workload
 from dropformer.eval.cost.hardware import Hardware, measure_cpu
-from dropformer.eval.cost.speed import PAPER, Setting, Speed, SpeedTable, grid, measure
 from dropformer.eval.cost.model_cost import work_of
+from dropformer.eval.cost.speed import PAPER, Setting, Speed, SpeedTable, grid, measure
 
 # The most redundant attention layers of SmolLM2-135M on the builtin calibration, so that no analysis is needed.
 SMOLLM2_12 = "attn=3,4,5,6,7,9,14,25,26,27,28,29"

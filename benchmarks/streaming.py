@@ -99,9 +99,9 @@ def read_plainly(folder: Path) -> float:
 def analyze(folder: Path, windows: int, length: int, memory: int) -> dict[str, float]:
     """Stream random windows through the checkpoint; the figures of this process."""
     from dropformer.metrics.calibration.settings import CalibrationRef
+    from dropformer.metrics.calibration.windows import Windows
     from dropformer.metrics.offload.process_memory import peak
     from dropformer.metrics.offload.streaming import open_streamed, stream
-    from dropformer.metrics.calibration.windows import Windows
 
     ids = torch.randint(3, 4096, (windows, length), generator=torch.Generator().manual_seed(0))
     fields = {"samples": windows, "length": length, "seed": 0, "packed": True, "skip_first": 0}

@@ -41,8 +41,8 @@ from transformers import (
 
 from dropformer import api
 from dropformer.eval.compare.compare import CompareRequest, compare
-from dropformer.eval.compare.output import listed, write
 from dropformer.eval.compare.comparison import Comparison
+from dropformer.eval.compare.output import listed, write
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.text import documents
 from dropformer.prune.loading.load import quiet_transformers

@@ -21,13 +21,13 @@ import dropformer
 from dropformer import api
 from dropformer.metrics.analysis.analyze import analyze_model
 from dropformer.prune.architecture import Architecture, Layer, Stack
-from dropformer.prune.discovery.summarize import outline_of
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.errors import ArchitectureError, PlanError
 from dropformer.prune.discovery.inputs import sample_inputs, with_images
+from dropformer.prune.discovery.proof import prove
+from dropformer.prune.discovery.summarize import summarize
+from dropformer.prune.errors import ArchitectureError, PlanError
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import choose
-from dropformer.prune.discovery.proof import prove
 
 NEW_TOKENS = 4
 SILENT = "the sample's output is the same without"
@@ -67,9 +67,11 @@ def through(dense: nn.Module, folder: Path, auto: str = "AutoModelForCausalLM") 
     architecture = discover(dense, given)
     prove(dense, architecture, given)
     analyze_model(dense, [given], architecture)
-    opened = api.Opened(dropformer.load(folder / "dense"), None, folder / "dense", _reference(folder / "dense"), None)
+    opened = api.LoadedModel(
+        dropformer.load(folder / "dense"), None, folder / "dense", _reference(folder / "dense"), None
+    )
     _same(outputs(opened.model, given), outputs(dense, given), "transformers' own reload of the dense model")
-    outline = outline_of(opened.model, architecture)
+    outline = summarize(opened.model, architecture)
     trial = Trial(opened.model, architecture, outline, given, folder, _generates(dense, given), auto)
     tried, notes, refused = [], [note], []
     if dense.can_generate() and not trial.generates:
@@ -94,7 +96,7 @@ def through(dense: nn.Module, folder: Path, auto: str = "AutoModelForCausalLM") 
     return "; ".join([", ".join(tried), *filter(None, dict.fromkeys(notes))])
 
 
-def _drop(trial: Trial, opened: api.Opened, layers: list[Layer]) -> str:
+def _drop(trial: Trial, opened: api.LoadedModel, layers: list[Layer]) -> str:
     """Drop these layers and check all that must hold; the surgery's note."""
     plan = api.plan_unscored(opened.ref, trial.outline, _spec(layers), (), None)
     pruned = api.drop(opened, plan)

@@ -86,12 +86,11 @@ def evaluate(
     if window and not stream:
         raise EvaluationError("--window describes --stream; give the number of tokens to stream, as in --stream 65536")
     settings = _settings(batch, context, new_tokens) if speed else ()
-    from dropformer import api
-    from dropformer import console
-    from dropformer.eval.report.report import evaluation as ev
-    from dropformer.eval.report.report import page as output
-    from dropformer.eval.report.tables import summary
+    from dropformer import api, console
+    from dropformer.eval.report import evaluation as ev
+    from dropformer.eval.report import page as output
     from dropformer.eval.report.prepare import labels
+    from dropformer.eval.report.tables import summary
     from dropformer.eval.tasks.registry import find_tasks
     from dropformer.eval.tasks.tasks import TaskOptions
     from dropformer.metrics.analysis import distributed
@@ -234,8 +233,7 @@ def sweep(
     if local:
         preflight.check_keep(parse_keep(keep), f"{kind}:{counts[-1]}", local)
     check_out(folder, "sweep.json")
-    from dropformer import job
-    from dropformer import console
+    from dropformer import console, job
     from dropformer.api import Placement
     from dropformer.eval.quality import sweep as sw
 

@@ -57,7 +57,7 @@ def compare(
     check_out(folder, "compare.json")
     from dropformer import console
     from dropformer.api import Placement
-    from dropformer.eval.compare.compare import output
+    from dropformer.eval.compare import output
     from dropformer.eval.compare.compare import CompareRequest
     from dropformer.eval.compare.compare import compare as run
     from dropformer.job import Overrides

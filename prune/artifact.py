@@ -16,13 +16,13 @@ from dropformer.prune.files.folder import cannot_write
 A = TypeVar("A", bound="Artifact")
 
 
-class Part(BaseModel):
+class FrozenRecord(BaseModel):
     """A part of an artifact: unknown keys are errors, values do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelRef(Part):
+class ModelRef(FrozenRecord):
     """Which model an artifact speaks of.
 
     `name` is what it was called, `hub` its id on the Hugging Face Hub where it has one; `fingerprint` is that of
@@ -37,7 +37,7 @@ class ModelRef(Part):
     license: str | None = None
 
 
-class Artifact(Part):
+class Artifact(FrozenRecord):
     """A JSON file that names its schema and the version that wrote it."""
 
     kind: ClassVar[str] = "artifact"

@@ -16,7 +16,7 @@ from dropformer.prune.outline import Outline, StackOutline
 
 
 @dataclass(frozen=True)
-class NewBlock:
+class MappedBlock:
     """One block of the pruned stack, by the original blocks that its parts come from.
 
     `mlp` differs from `source` only where a block's attention is paired with a later block's MLP;
@@ -30,13 +30,13 @@ class NewBlock:
 
 
 @dataclass(frozen=True)
-class Arrangement:
+class BlockMap:
     """The pruned stacks, by name, in order.
 
     `mapped` are attention layers with a linear map in their place: modules of the block and their forms.
     """
 
-    stacks: dict[str, tuple[NewBlock, ...]]
+    stacks: dict[str, tuple[MappedBlock, ...]]
     mapped: dict[Layer, dict[str, Any]] = field(default_factory=dict)
 
     @property
@@ -60,17 +60,17 @@ class Surgery:
 
     outline: Outline
     layers: tuple[Layer, ...]
-    arrangement: Arrangement
+    block_map: BlockMap
     note: str = ""
     tensors: Mapping[str, Any] = field(default_factory=dict)
 
 
-def arrange(
+def map_blocks(
     outline: Outline,
     dropped: Iterable[Layer],
     shorten: bool = True,
     mapped: dict[Layer, dict[str, Any]] | None = None,
-) -> Arrangement:
+) -> BlockMap:
     """The arrangement that drops these layers; with `shorten=False` every block stays, skipped or not."""
     dropped = set(dropped)
     gone = set(outline.branch_layers(dropped)) - set(mapped or {})
@@ -79,18 +79,18 @@ def arrange(
         kept = [_block(stack, i, gone, Layer("block", i, stack.name) in dropped) for i in range(stack.blocks)]
         short = _paired(stack, kept) or tuple(b for b in kept if not b.empty)
         stacks[stack.name] = short if shorten else tuple(kept)
-    return Arrangement(stacks, mapped or {})
+    return BlockMap(stacks, mapped or {})
 
 
-def _block(stack: StackOutline, index: int, gone: set[Layer], whole: bool) -> NewBlock:
+def _block(stack: StackOutline, index: int, gone: set[Layer], whole: bool) -> MappedBlock:
     """A block less its branches that go.  A plain one is empty without them, any other where it goes as a whole."""
     branches, rest = stack.of_block(index), stack.block(index)
     skipped = tuple(b.kind for b in branches if Layer(b.kind, index, stack.name) in gone)  # type: ignore[arg-type]
     bare = bool(branches) and len(skipped) == len(branches) and not rest.kept
-    return NewBlock(index, index, skipped, bare and (whole or rest.plain))
+    return MappedBlock(index, index, skipped, bare and (whole or rest.plain))
 
 
-def _paired(stack: StackOutline, blocks: list[NewBlock]) -> tuple[NewBlock, ...] | None:
+def _paired(stack: StackOutline, blocks: list[MappedBlock]) -> tuple[MappedBlock, ...] | None:
     """The survivors as (attention, MLP) pairs, or None where they do not alternate or blocks differ."""
     if stack.parallel or sorted(b.kind for b in stack.branches) != ["attn", "mlp"]:
         return None
@@ -100,53 +100,53 @@ def _paired(stack: StackOutline, blocks: list[NewBlock]) -> tuple[NewBlock, ...]
     if [kind for kind, _ in survivors] != ["attn", "mlp"] * (len(survivors) // 2):
         return None
     attention, mlps = survivors[::2], survivors[1::2]
-    return tuple(NewBlock(a, m) for (_, a), (_, m) in zip(attention, mlps, strict=True))
+    return tuple(MappedBlock(a, m) for (_, a), (_, m) in zip(attention, mlps, strict=True))
 
 
-def skipped_modules(outline: Outline, arrangement: Arrangement) -> dict[str, Any]:
+def skipped_modules(outline: Outline, block_map: BlockMap) -> dict[str, Any]:
     """Module path in the new numbering -> what `Skipped` returns there."""
     modules = {}
     for stack in outline.stacks:
-        for new, block in enumerate(arrangement.stacks[stack.name]):
+        for new, block in enumerate(block_map.stacks[stack.name]):
             if block.empty and (form := stack.block(block.source).form) is not None:
                 modules[f"{stack.path}.{new}"] = form
                 continue
             for kind in block.skipped:
                 for name, form in stack.branch(kind, block.source).modules.items():  # type: ignore[union-attr]
                     modules[f"{stack.path}.{new}.{name}"] = form
-    for layer, forms in arrangement.mapped.items():
-        path = f"{outline.stack(layer.stack).path}.{new_index(arrangement, layer)}"
+    for layer, forms in block_map.mapped.items():
+        path = f"{outline.stack(layer.stack).path}.{new_index(block_map, layer)}"
         modules |= {f"{path}.{name}": form for name, form in forms.items()}
     return modules
 
 
-def new_index(arrangement: Arrangement, layer: Layer) -> int:
+def new_index(block_map: BlockMap, layer: Layer) -> int:
     """The pruned block that holds what is left of a layer's block."""
-    blocks = arrangement.stacks[layer.stack]
+    blocks = block_map.stacks[layer.stack]
     return next(
         new for new, block in enumerate(blocks) if layer.index == (block.mlp if layer.kind == "mlp" else block.source)
     )
 
 
-def whole(outline: Outline) -> Arrangement:
+def whole(outline: Outline) -> BlockMap:
     """Every block where it was, with all that it had."""
-    return Arrangement({s.name: tuple(NewBlock(i, i) for i in range(s.blocks)) for s in outline.stacks})
+    return BlockMap({s.name: tuple(MappedBlock(i, i) for i in range(s.blocks)) for s in outline.stacks})
 
 
-def original_blocks(arrangement: Arrangement) -> dict[str, Any]:
+def original_blocks(block_map: BlockMap) -> dict[str, Any]:
     """Map from new to original block: an index, or {attention, mlp} where the two come from different ones."""
 
-    def original(block: NewBlock) -> Any:
+    def original(block: MappedBlock) -> Any:
         return block.source if block.source == block.mlp else {"attention": block.source, "mlp": block.mlp}
 
     maps = {
         name: {str(new): original(block) for new, block in enumerate(blocks)}
-        for name, blocks in arrangement.stacks.items()
+        for name, blocks in block_map.stacks.items()
     }
     return maps[""] if list(maps) == [""] else maps
 
 
-def new_name(outline: Outline, arrangement: Arrangement, name: str) -> str | None:
+def new_name(outline: Outline, block_map: BlockMap, name: str) -> str | None:
     """A parameter's name in the pruned model, or None when it goes.  Names are the modules', not the files'."""
     for stack in outline.stacks:
         prefix = stack.path + "."
@@ -157,11 +157,11 @@ def new_name(outline: Outline, arrangement: Arrangement, name: str) -> str | Non
             return name
         index = int(index_text)
         kind = next((b.kind for b in stack.of_block(index) if _owns(b.modules, rest)), None)
-        for new, block in enumerate(arrangement.stacks[stack.name]):
+        for new, block in enumerate(block_map.stacks[stack.name]):
             if (block.mlp if kind == "mlp" else block.source) == index:
                 if block.empty and stack.block(index).form is not None:
                     return None
-                forms = arrangement.mapped.get(Layer(kind, index, stack.name), {}) if kind else {}  # type: ignore[arg-type]
+                forms = block_map.mapped.get(Layer(kind, index, stack.name), {}) if kind else {}  # type: ignore[arg-type]
                 return None if kind in block.skipped or _owns(forms, rest) else f"{prefix}{new}.{rest}"
         return None
     return name

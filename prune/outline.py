@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from dropformer.prune.architecture import KIND_NAMES, Layer
-from dropformer.prune.artifact import Part
+from dropformer.prune.artifact import FrozenRecord
 from dropformer.prune.errors import PlanError
 
 
-class BranchOutline(Part):
+class BranchOutline(FrozenRecord):
     """Branches of one kind that are alike: in which blocks, which modules they own, what each weighs.
 
     `modules` are paths relative to the block with the form each takes once dropped (`modeling.Skipped`);
@@ -24,7 +24,7 @@ class BranchOutline(Part):
     kv: int = 0
 
 
-class BlockOutline(Part):
+class BlockOutline(FrozenRecord):
     """Blocks that are alike in what is more than their branches.
 
     `plain`: without its branches the block returns its input as it came; one that does not (a post-norm
@@ -40,7 +40,7 @@ class BlockOutline(Part):
     kept: dict[str, str] = {}
 
 
-class StackOutline(Part):
+class StackOutline(FrozenRecord):
     """One stack: its module path, how many blocks, whether a block's branches read the same stream.
 
     `rest` tells what blocks are beyond their branches; a block that it does not name is plain and keeps nothing.
@@ -67,7 +67,7 @@ class StackOutline(Part):
         return [b for b in self.branches if index in b.blocks]
 
 
-class Outline(Part):
+class Outline(FrozenRecord):
     """Every stack of a model.  `autos`: which of transformers' Auto classes load it, with one head or another."""
 
     stacks: list[StackOutline]

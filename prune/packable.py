@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from dropformer.prune.architecture import Layer
-from dropformer.prune.block_map import arrange
+from dropformer.prune.block_map import map_blocks
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import choose, parse_spec
@@ -38,7 +38,7 @@ def choose_packable(
     worth = [None if layer.index in kept else similarity.get(layer) for layer in order]
     pairs = best_pairs(worth, len(free) // 2)
     chosen = [order[k] for pair in pairs or () for k in (pair, pair + 1)]
-    if not pairs or not arrange(outline, chosen).packed:
+    if not pairs or not map_blocks(outline, chosen).packed:
         raise PlanError(
             f"no {len(free) // 2} pairs of {outline.stacks[0].path} pack (its blocks are parallel, differ, lack a "
             "branch or are protected by --keep); leave out --packable"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dropformer.prune.architecture import KIND_NAMES, Layer
-from dropformer.prune.artifact import Artifact, ModelRef, Part
+from dropformer.prune.artifact import Artifact, FrozenRecord, ModelRef
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
 
@@ -94,14 +94,14 @@ def parse_keep(text: str) -> tuple[int, ...]:
         raise PlanError(f"--keep `{text}` cannot be read; expected block indices such as 0,1,-1") from None
 
 
-class Drop(Part):
+class Drop(FrozenRecord):
     """One dropped layer with the similarity that chose it (None where a list named it)."""
 
     layer: str
     similarity: float | None = None
 
 
-class Savings(Part):
+class Savings(FrozenRecord):
     """What a plan takes away: parameters, and cache elements per token, before and after."""
 
     parameters: int

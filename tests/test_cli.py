@@ -358,10 +358,10 @@ def test_a_wish_that_cannot_be_met_is_one_line(model, here, capsys, options, sai
 
 def test_improve_drop_and_save_give_the_model_that_is_loaded(model, here, ids):
     from dropformer import Calibration
-    from dropformer.metrics.search.strategy import Quality
+    from dropformer.metrics.search.strategy import Strategy
 
     opened = dropformer.open_model(model)
-    plan, repair = dropformer.improve(opened, "attn:1", Quality(repair=("linear",)), [Calibration("builtin", 3, 16)])
+    plan, repair = dropformer.improve(opened, "attn:1", Strategy(repair=("linear",)), [Calibration("builtin", 3, 16)])
     pruned = dropformer.drop(opened, plan, repair)
     dropformer.save(pruned, here / "saved")
     with torch.no_grad():

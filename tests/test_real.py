@@ -25,7 +25,7 @@ COST = {2: (1.1, 0.08), 4: (1.3, 0.12), 6: (1.45, 0.2), 8: (1.85, 0.3)}
 
 
 @pytest.fixture(scope="module")
-def dense() -> api.Opened:
+def dense() -> api.LoadedModel:
     return api.open_model("smollm2-135m")
 
 

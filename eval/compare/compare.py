@@ -11,23 +11,23 @@ from typing import Any
 from dropformer import api
 from dropformer.eval.compare.alignment import Origin, aligned, read_origin
 from dropformer.eval.compare.checkpoints import Checkpoint, find_checkpoints
-from dropformer.eval.compare.compatibility import Comparable, SharedTokens
 from dropformer.eval.compare.comparison import Comparison, Entry, check_counts, chosen_layers, compare_scores
+from dropformer.eval.compare.compatibility import Comparable, SharedTokens
 from dropformer.eval.compare.downloads import Downloads
-from dropformer.metrics.calibration.settings import Calibration
-from dropformer.metrics.calibration.context import check_length
 from dropformer.metrics.analysis.scores import Scores
+from dropformer.metrics.calibration.context import check_length
+from dropformer.metrics.calibration.settings import Calibration
 from dropformer.preflight import check_drop
+from dropformer.progress import Watcher
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.formats.export import reference
 from dropformer.prune.errors import DropformerError, ModelError
 from dropformer.prune.files import open_checkpoint
+from dropformer.prune.formats.export import reference
 from dropformer.prune.formats.record import read_config
 from dropformer.recipes import open_source
 from dropformer.recipes.gguf import fingerprint as gguf_fingerprint
 from dropformer.recipes.hub import fetch_side_files
 from dropformer.scoring import computed_in, scores_cache
-from dropformer.progress import Watcher
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -8,10 +8,10 @@ from math import comb
 
 import numpy as np
 
-from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.metrics.analysis.scores import Scores
+from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.prune.architecture import KIND_NAMES, Layer
-from dropformer.prune.artifact import Artifact, ModelRef, Part
+from dropformer.prune.artifact import Artifact, FrozenRecord, ModelRef
 from dropformer.prune.errors import PlanError
 from dropformer.prune.plan import choose, parse_spec
 
@@ -19,7 +19,7 @@ Matrix = list[list[float | None]]
 GONE = float("-inf")  # ranks a layer that is no longer there below every other
 
 
-class CheckpointScores(Part):
+class CheckpointScores(FrozenRecord):
     """One checkpoint.  `similarity` maps a kind of layer to one value a block of the original model.
 
     A value is None where the checkpoint has no such layer.  `chosen` is what the drop spec takes of it.
@@ -36,7 +36,7 @@ class CheckpointScores(Part):
     chosen: list[str] | None = None
 
 
-class KnownFrom(Part):
+class KnownFrom(FrozenRecord):
     """The first checkpoint from which on every one chooses what the last one does (not asked of pruned ones)."""
 
     label: str

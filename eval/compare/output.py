@@ -9,11 +9,11 @@ from pathlib import Path
 from markupsafe import Markup, escape
 
 from dropformer.eval.compare.checkpoints import TRAINER
-from dropformer.eval.compare.pictures import agreement, heatmaps, over_training
 from dropformer.eval.compare.comparison import Comparison, kind_title
-from dropformer.prune.files.output_paths import check_out
+from dropformer.eval.compare.pictures import agreement, heatmaps, over_training
 from dropformer.eval.html import Section, page, paragraph, picture, table
 from dropformer.prune.architecture import KIND_NAMES
+from dropformer.prune.files.output_paths import check_out
 
 JSON = "compare.json"
 PICTURES = {"heatmaps.png": heatmaps, "training.png": over_training, "agreement.png": agreement}

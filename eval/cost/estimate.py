@@ -23,7 +23,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from dropformer.eval.cost.hardware import Hardware
-from dropformer.eval.cost.model_cost import BlockWork, Drops, Work, work_of
+from dropformer.eval.cost.model_cost import BlockWork, Drops, ModelCost, work_of
 from dropformer.prune.errors import EvaluationError, ModelError, PlanError
 from dropformer.prune.loading.load import read_model_config
 from dropformer.recipes import Recipe, open_config, recipes
@@ -116,7 +116,7 @@ class Side:
     the other (`device_map="auto"`), so more of them do not make it faster.
     """
 
-    work: Work
+    work: ModelCost
     workload: Workload
     hardware: Hardware
 
@@ -191,7 +191,7 @@ _FIGURES = (
 
 
 def estimate(
-    config: PreTrainedConfig | Mapping[str, Any] | Work,
+    config: PreTrainedConfig | Mapping[str, Any] | ModelCost,
     drops: Drops,
     hardware: Hardware,
     workload: Workload | None = None,
@@ -203,7 +203,7 @@ def estimate(
     builds no causal language model, PlanError for layers that it does not have.
     """
     workload = workload or Workload()
-    work = config if isinstance(config, Work) else config_work(config)
+    work = config if isinstance(config, ModelCost) else config_work(config)
     left = work.drop(drops)
     if not any(block.attention for block in left.blocks) and any(block.attention for block in work.blocks):
         raise PlanError("no attention layer would be left, and a model without any mixes no tokens; drop fewer")
@@ -229,7 +229,7 @@ def published_speedup(recipe: Recipe | None, spec: str) -> float | None:
     return None
 
 
-def config_work(config: PreTrainedConfig | Mapping[str, Any]) -> Work:
+def config_work(config: PreTrainedConfig | Mapping[str, Any]) -> ModelCost:
     """The work of the model that a config describes, built on the meta device: no memory, no weights."""
     try:
         if isinstance(config, Mapping):
@@ -255,7 +255,7 @@ def _samples(workload: Workload, count: int = 8) -> list[int]:
 
 def _prefill(side: Side, kernels: Kernels) -> float:
     work, batch, tokens = side.work, side.workload.batch, side.workload.prompt
-    linear_only = Work(tuple(_without_pairs(block) for block in work.blocks), work.head, work.lookup, work.other)
+    linear_only = ModelCost(tuple(_without_pairs(block) for block in work.blocks), work.head, work.lookup, work.other)
     linear_flops = linear_only.prefill_flops(batch, tokens)
     linear = side.hardware.seconds(linear_flops, work.read(batch * tokens) * side.workload.size)
     kept = batch * work.kv(tokens)

@@ -77,7 +77,7 @@ class BlockWork:
 
 
 @dataclass(frozen=True)
-class Work:
+class ModelCost:
     """A decoder's work: its blocks, the head that every computed logit multiplies by, and the rest.
 
     lookup: parameters of tables of which only single rows are read; a tied table is in `head` alone.
@@ -125,7 +125,7 @@ class Work:
         """Elements that one decode step must read: weights once, every kept key and value once."""
         return self.read(batch) + batch * self.kv(context)
 
-    def drop(self, drops: Drops) -> Work:
+    def drop(self, drops: Drops) -> ModelCost:
         """The work after dropping layers.  Raises PlanError for an unknown kind or index.
 
         An index refers to these blocks.  A bare count takes the deepest blocks but the last, which is
@@ -140,7 +140,7 @@ class Work:
         return replace(self, blocks=tuple(block for block in blocks if block is not None))
 
 
-def work_of(model: nn.Module) -> Work:
+def work_of(model: nn.Module) -> ModelCost:
     """Read a decoder's work from its modules (real or of the meta device) and from its own KV cache.
 
     Raises ArchitectureError if the model has no blocks, EvaluationError if it cannot be run on token ids.
@@ -154,7 +154,7 @@ def work_of(model: nn.Module) -> Work:
     )
     inside = sum(sum(count.values()) for count in counts)
     head, lookup = _head_and_lookup(model)
-    return Work(blocks, head, lookup, parameter_count(model) - inside - head - lookup)
+    return ModelCost(blocks, head, lookup, parameter_count(model) - inside - head - lookup)
 
 
 def branch_parameters(model: nn.Module) -> list[dict[str, int]]:

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from dropformer.eval.cost.memory import Peak, peak_of
-from dropformer.eval.cost.timing import Run, Setting, Step, decoder, device_name, device_of, fits, time_run
-from dropformer.eval.cost.model_cost import Work, work_of
+from dropformer.eval.cost.model_cost import ModelCost, work_of
+from dropformer.eval.cost.timing import Run, Setting, Step, decoder, device_name, device_of, fits_in_memory, time_run
 from dropformer.metrics.calibration.context import context_of
 from dropformer.prune.errors import EvaluationError
 
@@ -170,7 +170,7 @@ def quick(models: Mapping[str, nn.Module], seconds: float = 18.0, repeats: int =
     return measure(models, [setting], repeats, seconds=0.8 * seconds, warm=False)
 
 
-def bounds(reference: Work, work: Work, setting: Setting) -> tuple[float, float]:
+def bounds(reference: ModelCost, work: ModelCost, setting: Setting) -> tuple[float, float]:
     """The ratios over `reference` that work alone allows: prefill by FLOPs, decode by bytes read.
 
     Decode is counted half-way through the new tokens.  setting.batch must be a number.
@@ -192,7 +192,7 @@ class _Plan:
 def _measure_one(
     models: Mapping[str, nn.Module],
     steps: Mapping[str, Step],
-    works: Mapping[str, Work],
+    works: Mapping[str, ModelCost],
     setting: Setting,
     plan: _Plan,
 ) -> list[Speed]:
@@ -215,7 +215,9 @@ def _measure_one(
     return [_speed(name, setting, runs, peaks[name], works) for name in names]
 
 
-def _speed(name: str, setting: Setting, runs: Mapping[str, list[Run]], peak: Peak, works: Mapping[str, Work]) -> Speed:
+def _speed(
+    name: str, setting: Setting, runs: Mapping[str, list[Run]], peak: Peak, works: Mapping[str, ModelCost]
+) -> Speed:
     reference, own, batch = next(iter(runs)), runs[name], int(setting.batch)
     pairs = list(zip(runs[reference], own, strict=True))
 
@@ -255,16 +257,16 @@ def _with_batch(models: Mapping[str, nn.Module], setting: Setting) -> Setting:
         return setting
     if any(device_of(model).type != "cuda" for model in models.values()):
         raise EvaluationError("batch `max` fills a GPU's memory, and the model is not on one; give a number")
-    batch = largest_batch(lambda batch: all(fits(model, setting, batch) for model in models.values()))
+    batch = largest_batch(lambda batch: all(fits_in_memory(model, setting, batch) for model in models.values()))
     if not batch:
         raise EvaluationError(f"{setting} does not fit in this GPU's memory even at batch 1; use fewer tokens")
     return Setting(setting.prompt, setting.new, batch)
 
 
-def largest_batch(fits: Callable[[int], bool]) -> int:
+def largest_batch(fits_in_memory: Callable[[int], bool]) -> int:
     """The largest power of two that fits, by doubling; 0 if 1 does not."""
     batch = 0
-    while fits(max(1, 2 * batch)):
+    while fits_in_memory(max(1, 2 * batch)):
         batch = max(1, 2 * batch)
     return batch
 

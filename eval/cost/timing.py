@@ -87,7 +87,7 @@ def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, Took
     return result, Took(begin.elapsed_time(end) / 1000, time.process_time() - cpu)
 
 
-def fits(model: nn.Module, setting: Setting, batch: int) -> bool:
+def fits_in_memory(model: nn.Module, setting: Setting, batch: int) -> bool:
     """Whether a GPU holds a run at this batch: its prompt is run beside as many bytes as the cache will grow."""
     try:
         growth = batch * setting.new * kv_bytes_per_token(model)

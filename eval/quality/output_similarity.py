@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropformer.metrics.analysis.analyze import as_inputs
-from dropformer.prune.artifact import Part
+from dropformer.prune.artifact import FrozenRecord
 
 
-class Likeness(Part):
+class OutputSimilarity(FrozenRecord):
     """The first output of the pruned model against the dense one's, averaged over its vectors.
 
     `cosine`: of logits or, without a head, of hidden states.  `kl`: KL(dense || pruned) in nats, and
@@ -32,7 +32,9 @@ class Likeness(Part):
         return f"outputs on {self.samples} samples of `{self.on}`: cosine {self.cosine:.4f}{chosen}{same}"
 
 
-def likeness(dense: Any, pruned: Any, batches: Iterable[tuple[dict[str, Tensor], Any]], on: str) -> Likeness:
+def output_similarity(
+    dense: Any, pruned: Any, batches: Iterable[tuple[dict[str, Tensor], Any]], on: str
+) -> OutputSimilarity:
     """Both models on the same batches of inputs; `on` names what these are."""
     rows, samples, chosen = [], 0, False
     with torch.inference_mode():
@@ -41,7 +43,7 @@ def likeness(dense: Any, pruned: Any, batches: Iterable[tuple[dict[str, Tensor],
             rows.append(_compare(x, _vectors(pruned, inputs)[0]))
             samples += len(next(iter(inputs.values())))
     cosine, kl, same = torch.cat(rows, dim=1).mean(1).tolist()
-    return Likeness(
+    return OutputSimilarity(
         on=on, samples=samples, cosine=cosine, kl=kl if chosen else None, agreement=same if chosen else None
     )
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dropformer.eval.quality.cliff import cliff
-from dropformer.eval.quality.perplexity import side_by_side
+from dropformer.eval.cost.model_cost import work_of
 from dropformer.eval.cost.speed import Speed, bounds, measure
 from dropformer.eval.cost.timing import Setting
-from dropformer.eval.cost.model_cost import work_of
+from dropformer.eval.quality.cliff import cliff
+from dropformer.eval.quality.perplexity import side_by_side
 from dropformer.prune.architecture import KIND_NAMES
-from dropformer.prune.artifact import Artifact, ModelRef, Part
+from dropformer.prune.artifact import Artifact, FrozenRecord, ModelRef
 
 AT = Setting(prompt=2048, new=1)
 """Where the bound is counted if nothing is measured."""
@@ -21,7 +21,7 @@ AT = Setting(prompt=2048, new=1)
 RED, BLUE = "#b2182b", "#2166ac"
 
 
-class Point(Part):
+class Point(FrozenRecord):
     """One number of drops: its cost in perplexity and KL, and the speed-up of decoding that its work allows.
 
     prefill, decode: measured ratios to dense where speed was asked for, as (lower quartile, median, upper).

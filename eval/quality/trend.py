@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dropformer.eval.quality.cliff import cliff
 from dropformer.eval.quality.perplexity import perplexity
-from dropformer.prune.artifact import Part
+from dropformer.prune.artifact import FrozenRecord
 from dropformer.prune.plan import Plan
 from dropformer.prune.surgery.views import without
 
@@ -17,7 +17,7 @@ AT_LEAST = 4  # drops; fewer have no trend to leave
 WINDOWS = 2
 
 
-class Trend(Part):
+class Trend(FrozenRecord):
     """Log-perplexity of a plan's first drops alone, as (drops, nats) pairs; `cliff`: the first beyond it."""
 
     points: list[tuple[int, float]]

@@ -7,21 +7,21 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any, ClassVar
 
-from dropformer.eval.report.warnings import cautions
 from dropformer.eval.cost.memory import kv_bytes_per_token, parameter_bytes, parameter_count
-from dropformer.eval.tasks.paired import Paired
-from dropformer.eval.quality.perplexity import side_by_side
-from dropformer.eval.report.prepare import Candidate, EvaluationOptions, Inputs, prepare
-from dropformer.eval.quality.probes import run_probes
 from dropformer.eval.cost.speed import measure, quick
 from dropformer.eval.cost.streaming import stream, streaming_speed
-from dropformer.eval.tasks.tasks import TaskResults, compare_tasks, evaluate_tasks
 from dropformer.eval.cost.timing import device_of
+from dropformer.eval.quality.perplexity import side_by_side
+from dropformer.eval.quality.probes import run_probes
 from dropformer.eval.quality.trend import Trend, trend
+from dropformer.eval.report.prepare import Candidate, EvaluationOptions, Inputs, prepare
+from dropformer.eval.report.warnings import warnings
+from dropformer.eval.tasks.paired import Paired
+from dropformer.eval.tasks.tasks import TaskResults, compare_tasks, evaluate_tasks
 from dropformer.metrics.analysis.distributed import rank
 from dropformer.metrics.calibration.windows import Windows
-from dropformer.prune.artifact import Artifact, Part
 from dropformer.progress import Watcher
+from dropformer.prune.artifact import Artifact, FrozenRecord
 
 __all__ = ["Candidate", "Evaluation", "EvaluationOptions", "ModelResult", "evaluate"]
 
@@ -29,7 +29,7 @@ TIMED = 9
 """Single tokens timed behind a full window, cached and recomputed, one of them to warm up."""
 
 
-class ModelResult(Part):
+class ModelResult(FrozenRecord):
     """One model's measurements; `paired` compares it with the dense model, question by question.
 
     drops: the layers that were taken out of the dense model to make it, where that is known.
@@ -78,7 +78,7 @@ def evaluate(models: Sequence[Candidate], options: EvaluationOptions, watcher: W
     results, device, said = _with_speed(results, models, options, watcher)
     results = _with_stream(results, models, inputs, watcher)
     text = inputs.text.ref.model_dump() if inputs.text else None
-    return Evaluation(text=text, device=device, models=results, warnings=[*cautions(results), *said])
+    return Evaluation(text=text, device=device, models=results, warnings=[*warnings(results), *said])
 
 
 def _sizes(candidate: Candidate) -> ModelResult:

@@ -6,11 +6,11 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dropformer.eval.report.report import pictures as pictures
-from dropformer.eval.report.report import tables as tables
-from dropformer.eval.report.evaluation import Evaluation
 from dropformer.eval.html import Section, page, paragraph, picture, table
 from dropformer.eval.quality.sweep import Sweep, draw
+from dropformer.eval.report import pictures as pictures
+from dropformer.eval.report import tables as tables
+from dropformer.eval.report.evaluation import Evaluation
 
 Picture = tuple[Path, str]
 

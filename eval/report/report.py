@@ -9,15 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dropformer.eval.quality.output_similarity import Likeness
 from dropformer.eval.cost.memory import kv_bytes_per_token, parameter_count
-from dropformer.eval.quality.perplexity import side_by_side
 from dropformer.eval.cost.speed import quick
+from dropformer.eval.quality.output_similarity import OutputSimilarity
+from dropformer.eval.quality.perplexity import side_by_side
 from dropformer.eval.quality.trend import Trend
-from dropformer.prune.artifact import Artifact, ModelRef, Part
+from dropformer.prune.artifact import Artifact, FrozenRecord, ModelRef
 
 
-class Side(Part):
+class Side(FrozenRecord):
     """One model's measurements.  Bytes are the checkpoint's; speeds in tokens/s are medians over repeats."""
 
     parameters: int
@@ -29,7 +29,7 @@ class Side(Part):
     decode_tokens_per_s: float | None = None
 
 
-class TextRef(Part):
+class TextRef(FrozenRecord):
     """The text that perplexity was measured on; `calibrated_on`: calibration saw it too, which flatters the figure."""
 
     name: str
@@ -39,7 +39,7 @@ class TextRef(Part):
     calibrated_on: bool = False
 
 
-class SpeedRef(Part):
+class SpeedRef(FrozenRecord):
     """How speed was measured: both models interleaved in one run, with the real KV cache."""
 
     prompt: int
@@ -65,7 +65,7 @@ class Report(Artifact):
     kl_stderr: float | None = None
     trend: Trend | None = None
     speed: SpeedRef | None = None
-    outputs: Likeness | None = None
+    outputs: OutputSimilarity | None = None
 
 
 def same_text(one: str, other: str) -> bool:

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dropformer.eval.report.evaluation import Evaluation, ModelResult
 from dropformer.eval.quality.perplexity import plus_minus
+from dropformer.eval.report.evaluation import Evaluation, ModelResult
 from dropformer.prune.architecture import KIND_NAMES
 
 Row = tuple[str, ...]

@@ -13,7 +13,7 @@ LEAST = 0.05  # a fall of fewer points is not worth a line
 MMLU_CHANCE = 0.25
 
 
-def cautions(results: Sequence[ModelResult]) -> list[str]:
+def warnings(results: Sequence[ModelResult]) -> list[str]:
     """One line each; none where there is no pruned model, or nothing to be careful about."""
     if len(results) < 2:
         return []

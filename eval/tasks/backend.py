@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dropformer.eval.report.hush import hushed
 from dropformer.eval.tasks.packing import Limits
-from dropformer.eval.tasks.scorer import Score, Scorer, Stats, Want
-from dropformer.eval.tasks.prefix_cache import Stem, longest_stem
+from dropformer.eval.tasks.prefix_cache import PrefixCache, longest_stem
+from dropformer.eval.tasks.scorer import Score, Scorer, ScoreRequest, Stats
 from dropformer.prune.errors import EvaluationError
 
 Tokenized = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -54,7 +54,7 @@ class FastLM(HFLM):
             super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, **options)
         self.scorer = Scorer(model, limits, pack)
         self._encoded: dict[str, list[int]] = {}
-        self._stem: Stem | None = None
+        self._stem: PrefixCache | None = None
         self.progress: Progress | None = None
 
     @property
@@ -101,7 +101,7 @@ class FastLM(HFLM):
         finally:
             self._stem = None
 
-    def _common_stem(self, contexts: Sequence[str]) -> Stem | None:
+    def _common_stem(self, contexts: Sequence[str]) -> PrefixCache | None:
         """What all prompts begin with, computed; None where it is short, or the model has shown no trunk."""
         if not self.scorer.packs or len(contexts) < 2:
             return None
@@ -109,7 +109,7 @@ class FastLM(HFLM):
         length = longest_stem(prompts)
         if length < self.scorer.limits.shared or max(map(len, prompts)) > self.scorer.longest:
             return None
-        return Stem(torch.tensor(prompts[0][:length]), self.scorer.trunk_cache(prompts[0][:length]))
+        return PrefixCache(torch.tensor(prompts[0][:length]), self.scorer.trunk_cache(prompts[0][:length]))
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **options: Any) -> Tensor:
         mask = options.get("attention_mask")
@@ -137,7 +137,7 @@ class FastLM(HFLM):
         scores = self.scorer.score(wants, done)
         return [(score.logprob, score.greedy) for score in scores]
 
-    def _want(self, context: list[int], continuation: list[int]) -> Want:
+    def _want(self, context: list[int], continuation: list[int]) -> ScoreRequest:
         """The tokens that go in: cut from the left to the context, without the last, which is only scored."""
         if not context or not 0 < len(continuation) <= self.max_length:
             raise EvaluationError(
@@ -145,7 +145,7 @@ class FastLM(HFLM):
                 f"be there and the latter fit the model's {self.max_length}: drop the task or raise max_length"
             )
         tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
-        return Want(tuple(tokens), tuple(continuation))
+        return ScoreRequest(tuple(tokens), tuple(continuation))
 
     @contextmanager
     def _encoding_ahead(self, requests: list[Instance]) -> Iterator[None]:

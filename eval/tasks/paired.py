@@ -11,13 +11,13 @@ import math
 from collections.abc import Hashable, Mapping
 from typing import TypeVar
 
-from dropformer.prune.artifact import Part
+from dropformer.prune.artifact import FrozenRecord
 from dropformer.prune.errors import EvaluationError
 
 Q = TypeVar("Q", bound=Hashable)
 
 
-class Paired(Part):
+class Paired(FrozenRecord):
     """Dense against pruned on `questions` questions.
 
     lost: only dense is right; gained: only pruned. p_value: McNemar's, exact, two-sided. retained: pruned

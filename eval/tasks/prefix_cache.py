@@ -14,7 +14,7 @@ from dropformer.eval.tasks.packing import common_prefix
 
 
 @dataclass(frozen=True)
-class Stem:
+class PrefixCache:
     """Tokens that every prompt begins with, and the cache that holds them, for a batch of one."""
 
     tokens: Tensor

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Want:
+class ScoreRequest:
     """The last len(targets) positions of sequence `tokens`, and the token wanted after each."""
 
     tokens: tuple[int, ...]
@@ -77,7 +77,7 @@ class Scorer:
                 log.warning("scoring in padded batches: %s", self.why_not)
 
     @torch.inference_mode()
-    def score(self, wants: Sequence[Want], done: Callable[[int, Score], None] | None = None) -> list[Score]:
+    def score(self, wants: Sequence[ScoreRequest], done: Callable[[int, Score], None] | None = None) -> list[Score]:
         """A score for each want, in order. `done` is called with (index, score) as each is known."""
         scores: dict[int, Score] = {}
 
@@ -210,7 +210,7 @@ class Scorer:
             self.limits, self.stats = limits, stats
 
 
-def _distinct(wants: Sequence[Want]) -> list[_Asked]:
+def _distinct(wants: Sequence[ScoreRequest]) -> list[_Asked]:
     """The distinct sequences, sorted, each with every want of it."""
     found: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
     for index, want in enumerate(wants):
@@ -263,13 +263,13 @@ def _longest_packed(model: PreTrainedModel) -> int:
     return min((b - 1 for b in bounds if isinstance(b, int) and b > 0), default=2**31)
 
 
-def _made_up(vocabulary: int) -> list[Want]:
+def _made_up(vocabulary: int) -> list[ScoreRequest]:
     """Sequences that share a prefix, branch twice, and end at different depths."""
     token = lambda i: 1 + i * 7919 % (vocabulary - 1)  # noqa: E731
     stem = tuple(token(i) for i in range(8))
     question = [stem + tuple(token(20 + 9 * q + i) for i in range(4 + q)) for q in range(4)]
     ends = [tuple(token(70 + 3 * e + i) for i in range(1 + e)) for e in range(3)]
-    return [Want((q + e)[:-1], e) for q in question for e in ends]
+    return [ScoreRequest((q + e)[:-1], e) for q in question for e in ends]
 
 
 def _allowed(dtype: torch.dtype) -> float:

@@ -23,13 +23,13 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dropformer.eval.tasks.backend import FastLM, Progress, without_remarks
 from dropformer.eval.report.hush import hushed
+from dropformer.eval.tasks.backend import FastLM, Progress, without_remarks
 from dropformer.eval.tasks.paired import Paired, compare
 from dropformer.eval.tasks.registry import Found, find_tasks, leaves_of
 from dropformer.eval.tasks.responses import RememberingLM, SharingLM, fingerprint
 from dropformer.eval.tasks.sampling import stratified
-from dropformer.prune.artifact import Artifact, Part
+from dropformer.prune.artifact import Artifact, FrozenRecord
 from dropformer.prune.errors import EvaluationError
 
 
@@ -54,14 +54,14 @@ class TaskOptions:
     lm: Mapping[str, Any] | None = None
 
 
-class Metric(Part):
+class Metric(FrozenRecord):
     """A metric and its standard error, where lm-eval has one."""
 
     value: float | None
     stderr: float | None = None
 
 
-class TaskResult(Part):
+class TaskResult(FrozenRecord):
     """One task or group. `metric` names the first of its `metrics`; a group's `members` are its parts."""
 
     name: str

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropformer.metrics.analysis.capture import Rows, capturing
-from dropformer.metrics.calibration.pictures import Material
+from dropformer.metrics.analysis.capture import WindowScores, capturing
 from dropformer.metrics.analysis.scores import LayerScore, Scores
+from dropformer.metrics.calibration.pictures import CalibrationData
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.discovery.summarize import outline_of
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.errors import CalibrationError
 from dropformer.prune.discovery.proof import prove
+from dropformer.prune.discovery.summarize import summarize
+from dropformer.prune.errors import CalibrationError
 
 Progress = Callable[[int, int], None]  # windows done, tokens done
 Batch = Mapping[str, Tensor] | Tensor
@@ -41,7 +41,7 @@ def analyze_model(
     """
     first, pairs = _peek(batches)
     architecture = proven(model, first[0], architecture)
-    parts: list[Rows] = []
+    parts: list[WindowScores] = []
     with measuring(model, architecture) as run:
         for inputs, scored in pairs:
             parts.append(run(inputs, scored))
@@ -50,9 +50,9 @@ def analyze_model(
     return scores_of(model, architecture, joined(parts), ref)
 
 
-def joined(parts: Sequence[Rows]) -> Rows:
+def joined(parts: Sequence[WindowScores]) -> WindowScores:
     """The rows of all parts, one after another."""
-    return Rows(torch.cat([part.sums for part in parts]), torch.cat([part.tokens for part in parts]))
+    return WindowScores(torch.cat([part.sums for part in parts]), torch.cat([part.tokens for part in parts]))
 
 
 def proven(model: nn.Module, batch: Batch | None = None, told: Architecture | None = None) -> Architecture:
@@ -69,12 +69,12 @@ def proven(model: nn.Module, batch: Batch | None = None, told: Architecture | No
 
 
 @contextmanager
-def measuring(model: nn.Module, architecture: Architecture) -> Iterator[Callable[[Batch, Tensor | None], Rows]]:
+def measuring(model: nn.Module, architecture: Architecture) -> Iterator[Callable[[Batch, Tensor | None], WindowScores]]:
     """Inside the `with`, a function that runs one batch through the trunk and returns its rows."""
     part = trunk(model)
     with torch.inference_mode(), evaluating(model), capturing(model, architecture) as capture:
 
-        def run(batch: Batch, scored: Tensor | None) -> Rows:
+        def run(batch: Batch, scored: Tensor | None) -> WindowScores:
             inputs = as_inputs(part, batch)
             capture.scored = scored
             capture.batch = next((len(value) for value in inputs.values() if isinstance(value, Tensor)), None)
@@ -84,18 +84,18 @@ def measuring(model: nn.Module, architecture: Architecture) -> Iterator[Callable
         yield run
 
 
-def scores_of(model: nn.Module, architecture: Architecture, rows: Rows, ref: ModelRef | None = None) -> Scores:
+def scores_of(model: nn.Module, architecture: Architecture, rows: WindowScores, ref: ModelRef | None = None) -> Scores:
     """Scores from the rows of all windows.  Raises CalibrationError where a layer has no finite number."""
     return Scores(
         model=ref or ModelRef(name=type(model).__name__),
         windows=len(rows),
         tokens=rows.total(),
-        layers=summarize(architecture.layers(), rows),
-        outline=outline_of(model, architecture),
+        layers=layer_scores(architecture.layers(), rows),
+        outline=summarize(model, architecture),
     )
 
 
-def summarize(layers: Sequence[Layer], rows: Rows) -> list[LayerScore]:
+def layer_scores(layers: Sequence[Layer], rows: WindowScores) -> list[LayerScore]:
     """The mean over all tokens, and its standard error over windows, of each layer.
 
     Raises CalibrationError where a layer gave no finite number.
@@ -113,12 +113,12 @@ def summarize(layers: Sequence[Layer], rows: Rows) -> list[LayerScore]:
     ]
 
 
-def means(rows: Rows) -> Tensor:
+def means(rows: WindowScores) -> Tensor:
     """Similarity averaged over all tokens, [layers] float64."""
     return rows.sums.sum(0) / rows.tokens.sum(0)
 
 
-def standard_error(rows: Rows) -> Tensor | None:
+def standard_error(rows: WindowScores) -> Tensor | None:
     """Standard error of `means`, [layers] float64; None for fewer than two windows.
 
     Windows are the sampling unit and may differ in length, so it is that of a ratio of totals (Cochran,
@@ -132,7 +132,7 @@ def standard_error(rows: Rows) -> Tensor | None:
     return (residuals.square().sum(0) / (n - 1) / n).sqrt() / tokens.mean(0)
 
 
-def calibrated(scores: Scores, windows: Material) -> Scores:
+def calibrated(scores: Scores, windows: CalibrationData) -> Scores:
     """The scores with the calibration they came from written in."""
     return scores.model_copy(update={"calibration": windows.ref})
 

@@ -32,7 +32,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Rows:
+class WindowScores:
     """A row a window: similarity summed over scored tokens, float64, and how many those are, int64.  [N, layers]"""
 
     sums: Tensor
@@ -62,7 +62,7 @@ class Capture:
         self._held: dict[Tap, Stream] = {}
         self._last: tuple[Tensor, Stream] | None = None
 
-    def take(self) -> Rows:
+    def take(self) -> WindowScores:
         """Sums over the scored tokens since the last call, and how many those were.
 
         The sum is NaN where a layer did not run.
@@ -75,7 +75,7 @@ class Capture:
             total, counted = self._sum(torch.stack([self._similarity[i] for i in columns]))
             sums[:, columns], tokens[:, columns] = total.T.cpu(), counted[:, None].cpu()
         self._similarity, self._held, self._last = {}, {}, None
-        return Rows(sums, tokens)
+        return WindowScores(sums, tokens)
 
     def hold(self, tap: Tap, stream: Tensor, inplace: bool = False) -> None:
         """Keep the stream at a tap until its block has ended; a copy if the block writes into it."""

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from dropformer.metrics.analysis import distributed
 from dropformer.metrics.analysis.analyze import Progress, calibrated, joined, measuring, proven, scores_of
-from dropformer.metrics.analysis.capture import Rows
-from dropformer.metrics.calibration.pictures import Material
+from dropformer.metrics.analysis.capture import WindowScores
 from dropformer.metrics.analysis.resume import Header, RowsFile
 from dropformer.metrics.analysis.scores import Scores, Settled
 from dropformer.metrics.analysis.stability import Stopper, first
+from dropformer.metrics.calibration.pictures import CalibrationData
 from dropformer.prune.architecture import Architecture
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.discovery.summarize import outline_of
+from dropformer.prune.discovery.summarize import summarize
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Measuring:
 
 def measure(
     model: nn.Module,
-    data: Material,
+    data: CalibrationData,
     ref: ModelRef,
     how: Measuring | None = None,
     progress: Progress | None = None,
@@ -55,7 +55,7 @@ def measure(
     architecture = proven(model)
     stopper = None
     if how.until_stable:
-        outline = outline_of(model, architecture)
+        outline = summarize(model, architecture)
         stopper = Stopper(outline, architecture.layers(), how.until_stable, len(data), how.keep)
     with ExitStack() as stack:
         done, kept = _earlier(model, data, ref, how, architecture, stack)
@@ -68,12 +68,12 @@ def measure(
 
 def _earlier(
     model: nn.Module,
-    data: Material,
+    data: CalibrationData,
     ref: ModelRef,
     how: Measuring,
     architecture: Architecture,
     stack: ExitStack,
-) -> tuple[dict[int, Rows], RowsFile | None]:
+) -> tuple[dict[int, WindowScores], RowsFile | None]:
     """What an earlier run left, in every process, and the file that process 0 adds to."""
     if how.rows is None or ref.fingerprint is None:
         return {}, None
@@ -96,7 +96,7 @@ class _Watch:
     progress: Progress | None
     measured: int = 0  # tokens of this run alone, so that a rate counts none that an earlier one measured
 
-    def see(self, done: Mapping[int, Rows], new: Mapping[int, Rows]) -> Settled | None:
+    def see(self, done: Mapping[int, WindowScores], new: Mapping[int, WindowScores]) -> Settled | None:
         if self.kept:
             self.kept.add(new)
         self.measured += sum(row.total() for row in new.values())
@@ -108,11 +108,11 @@ class _Watch:
 def _run(
     model: nn.Module,
     architecture: Architecture,
-    data: Material,
-    earlier: dict[int, Rows],
+    data: CalibrationData,
+    earlier: dict[int, WindowScores],
     watch: _Watch,
     size: int,
-) -> tuple[Rows, Settled | None]:
+) -> tuple[WindowScores, Settled | None]:
     """Measure the windows that are missing, each process its batch a round, until all are or the set is settled."""
     done = dict(earlier)
     settled = watch.see(done, {}) if done else None
@@ -136,18 +136,18 @@ def _rounds(windows: Sequence[int], size: int) -> Iterator[list[list[int]]]:
         yield batches[start : start + distributed.world()]
 
 
-def exchanged(windows: Sequence[int], rows: Rows | None, size: int, layers: int) -> dict[int, Rows]:
+def exchanged(windows: Sequence[int], rows: WindowScores | None, size: int, layers: int) -> dict[int, WindowScores]:
     """Every process's rows of this round, by window, in every process."""
     table = torch.full((size, 1 + 2 * layers), -1, dtype=torch.float64)
     if rows is not None:
         table[: len(rows)] = torch.cat([_column(windows), rows.sums, rows.tokens.double()], dim=1)
     found = [row for row in distributed.gather(table) if row[0] >= 0]
-    return {int(row[0]): Rows(row[None, 1 : 1 + layers], row[None, 1 + layers :].long()) for row in found}
+    return {int(row[0]): WindowScores(row[None, 1 : 1 + layers], row[None, 1 + layers :].long()) for row in found}
 
 
 def _column(windows: Sequence[int]) -> Tensor:
     return torch.tensor(windows, dtype=torch.float64)[:, None]
 
 
-def _in_order(done: Mapping[int, Rows]) -> Rows:
+def _in_order(done: Mapping[int, WindowScores]) -> WindowScores:
     return joined([done[window] for window in sorted(done)])

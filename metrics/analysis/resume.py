@@ -15,14 +15,14 @@ import torch
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
+from dropformer.metrics.analysis.capture import WindowScores
 from dropformer.metrics.calibration.settings import CalibrationRef
-from dropformer.metrics.analysis.capture import Rows
-from dropformer.prune.artifact import Part
+from dropformer.prune.artifact import FrozenRecord
 
 SCHEMA = 1
 
 
-class Header(Part):
+class Header(FrozenRecord):
     """What a file of rows was measured on; rows of anything else are never mixed in."""
 
     artifact: str = "rows"
@@ -41,7 +41,7 @@ class RowsFile:
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path, self.header = path, header
-        self.done: dict[int, Rows] = {}
+        self.done: dict[int, WindowScores] = {}
         self._lock = FileLock(path.with_name(path.name + ".lock"))
         self._file: IO[str] | None = None
 
@@ -61,7 +61,7 @@ class RowsFile:
             self._file = None
         self._lock.release()
 
-    def add(self, rows: Mapping[int, Rows]) -> None:
+    def add(self, rows: Mapping[int, WindowScores]) -> None:
         """Write the rows of these windows, and hand them to the system before returning."""
         if self._file:
             self._file.writelines(_line(window, row) for window, row in sorted(rows.items()))
@@ -71,7 +71,7 @@ class RowsFile:
         """What `done` holds, as `parse` reads it."""
         return "".join(_line(window, row) for window, row in sorted(self.done.items()))
 
-    def parse(self, text: str) -> dict[int, Rows]:
+    def parse(self, text: str) -> dict[int, WindowScores]:
         """The rows in lines of such a file; reading ends at the first that is torn."""
         return _rows(text.splitlines(), len(self.header.layers))
 
@@ -88,7 +88,7 @@ class RowsFile:
         self._file = self.path.open("a", encoding="utf-8")
 
 
-def _read(path: Path, header: Header) -> dict[int, Rows]:
+def _read(path: Path, header: Header) -> dict[int, WindowScores]:
     """The rows in a file with this very header; none where there is no such file."""
     try:
         first, *lines = path.read_text(encoding="utf-8").splitlines()
@@ -99,8 +99,8 @@ def _read(path: Path, header: Header) -> dict[int, Rows]:
     return _rows(lines, len(header.layers))
 
 
-def _rows(lines: Sequence[str], layers: int) -> dict[int, Rows]:
-    found: dict[int, Rows] = {}
+def _rows(lines: Sequence[str], layers: int) -> dict[int, WindowScores]:
+    found: dict[int, WindowScores] = {}
     for line in lines:
         try:
             entry = json.loads(line)
@@ -110,14 +110,14 @@ def _rows(lines: Sequence[str], layers: int) -> dict[int, Rows]:
     return found
 
 
-def _line(window: int, row: Rows) -> str:
+def _line(window: int, row: WindowScores) -> str:
     sums = [value if value == value else None for value in row.sums[0].tolist()]
     return json.dumps({"window": window, "sums": sums, "tokens": row.tokens[0].tolist()}) + "\n"
 
 
-def _row(entry: Mapping[str, Any], layers: int) -> Rows:
+def _row(entry: Mapping[str, Any], layers: int) -> WindowScores:
     sums = [torch.nan if value is None else float(value) for value in entry["sums"]]
     tokens: Sequence[int] = [int(value) for value in entry["tokens"]]
     if len(sums) != layers or len(tokens) != layers:
         raise ValueError("a row of another model")
-    return Rows(torch.tensor([sums], dtype=torch.float64), torch.tensor([tokens]))
+    return WindowScores(torch.tensor([sums], dtype=torch.float64), torch.tensor([tokens]))

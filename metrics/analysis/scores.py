@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.prune.architecture import Layer
-from dropformer.prune.artifact import Artifact, ModelRef, Part
+from dropformer.prune.artifact import Artifact, FrozenRecord, ModelRef
 from dropformer.prune.outline import Outline
 
 
-class LayerScore(Part):
+class LayerScore(FrozenRecord):
     """One layer's similarity, averaged over tokens, and its standard error over windows."""
 
     layer: str
@@ -16,7 +16,7 @@ class LayerScore(Part):
     stderr: float | None = None
 
 
-class Settled(Part):
+class Settled(FrozenRecord):
     """Why an analysis stopped before its last window: the set that `spec` drops no longer changed.
 
     `agreement` is the share of bootstrap resamples of the windows that choose the very same layers.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dropformer.metrics.analysis.analyze import means
-from dropformer.metrics.analysis.capture import Rows
+from dropformer.metrics.analysis.capture import WindowScores
 from dropformer.metrics.analysis.scores import Settled
 from dropformer.prune.architecture import Layer
 from dropformer.prune.errors import PlanError
@@ -48,7 +48,7 @@ class Stopper:
     _last: frozenset[Layer] = frozenset()
     _agreed: int = 0
 
-    def settled(self, rows: Rows) -> Settled | None:
+    def settled(self, rows: WindowScores) -> Settled | None:
         """What was settled, or None to go on.  `rows` are those of the first windows, in their order.
 
         Checks are made at fixed numbers of windows, so that the answer depends neither on how many windows
@@ -59,7 +59,7 @@ class Stopper:
                 return self._settled(first(rows, n))
         return None
 
-    def _check(self, rows: Rows) -> bool:
+    def _check(self, rows: WindowScores) -> bool:
         self._checked = len(rows)
         chosen, share = self.agreement(rows)
         if share < AGREEMENT:
@@ -69,7 +69,7 @@ class Stopper:
         self._last = chosen
         return self._agreed >= CHECKS
 
-    def agreement(self, rows: Rows) -> tuple[frozenset[Layer], float]:
+    def agreement(self, rows: WindowScores) -> tuple[frozenset[Layer], float]:
         """The set that these rows choose, and the share of resamples that choose the same.
 
         Counting ends, with a share below `AGREEMENT`, as soon as too many have chosen otherwise.
@@ -85,7 +85,7 @@ class Stopper:
         by_layer = dict(zip(self.layers, similarity.tolist(), strict=True))
         return frozenset(choose(self.outline, self.spec, by_layer, self.keep))
 
-    def _settled(self, rows: Rows) -> Settled:
+    def _settled(self, rows: WindowScores) -> Settled:
         _, share = self.agreement(rows)
         return Settled(spec=self.spec, windows=len(rows), samples=self.samples, tokens=rows.total(), agreement=share)
 
@@ -98,12 +98,12 @@ def schedule(windows: int) -> Iterator[int]:
         n = max(n + 1, int(n * GROWTH))
 
 
-def first(rows: Rows, n: int) -> Rows:
+def first(rows: WindowScores, n: int) -> WindowScores:
     """The rows of the first n windows."""
-    return Rows(rows.sums[:n], rows.tokens[:n])
+    return WindowScores(rows.sums[:n], rows.tokens[:n])
 
 
-def resampled(rows: Rows, times: int, seed: int = 0) -> Tensor:
+def resampled(rows: WindowScores, times: int, seed: int = 0) -> Tensor:
     """Similarity from windows drawn with replacement, [times, layers] float64.
 
     Deviations from the mean are widened by sqrt(n / (n - 1)), by which the bootstrap is too narrow.

@@ -22,18 +22,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dropformer.metrics.blockwise.divergence import Dense, dropped_modules, first_block
-from dropformer.metrics.blockwise.residuals import residual_pairs
 from dropformer.metrics.analysis.similarity import cosine, dot, norm
-from dropformer.metrics.blockwise.runner import Stepper, replaced
+from dropformer.metrics.blockwise.divergence import DenseReference, dropped_modules, first_block
+from dropformer.metrics.blockwise.residuals import residual_pairs
+from dropformer.metrics.blockwise.runner import BlockRunner, replaced
 from dropformer.prune.architecture import Architecture, Layer
 
 
 @dataclass(frozen=True)
-class Bench:
+class MetricContext:
     """What a metric works on: a model taken apart, its anatomy, and which positions count (None: all)."""
 
-    stepper: Stepper
+    runner: BlockRunner
     architecture: Architecture
     scored: list[Tensor | None]
     stride: int = 4  # log-probabilities are compared at every 4th position
@@ -44,7 +44,7 @@ class Bench:
 
     def weight(self, batch: int) -> Tensor:
         """1 at scored positions, else 0, [B, T] float64."""
-        start, scored = self.stepper.start(batch), self.scored[batch]
+        start, scored = self.runner.start(batch), self.scored[batch]
         if scored is None:
             return torch.ones(start.shape[:2], dtype=torch.float64, device=start.device)
         return scored.to(start.device, torch.float64)
@@ -69,24 +69,24 @@ def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:
     return -norm((y - x).float()) / norm(y.float()).clamp_min(torch.finfo(torch.float32).tiny)
 
 
-def mean_over_tokens(score: PairScore) -> Callable[[Bench], dict[Layer, float]]:
+def mean_over_tokens(score: PairScore) -> Callable[[MetricContext], dict[Layer, float]]:
     """A metric from a number per token.  One forward pass; memory: one block's streams."""
 
-    def metric(bench: Bench) -> dict[Layer, float]:
+    def metric(bench: MetricContext) -> dict[Layer, float]:
         sums: dict[Layer, float] = defaultdict(float)
         tokens = 0.0
         with torch.inference_mode():
-            for batch in range(len(bench.stepper)):
+            for batch in range(len(bench.runner)):
                 weight = bench.weight(batch)
                 tokens += float(weight.sum())
-                for layer, x, y in residual_pairs(bench.stepper, batch):
+                for layer, x, y in residual_pairs(bench.runner, batch):
                     sums[layer] += float((score(x, y).double() * weight).sum())
         return {layer: total / tokens for layer, total in sums.items()}
 
     return metric
 
 
-def leave_one_out_kl(bench: Bench) -> dict[Layer, float]:
+def leave_one_out_kl(bench: MetricContext) -> dict[Layer, float]:
     """-KL(dense || without the layer), for each layer.
 
     Time: half a forward pass for each layer, as everything before the dropped one is reused.  Memory: `Dense`.
@@ -94,25 +94,25 @@ def leave_one_out_kl(bench: Bench) -> dict[Layer, float]:
     return {layer: -kl for layer, (kl, _) in leave_one_out(bench, bench.layers()).items()}
 
 
-def leave_one_out_perplexity(bench: Bench) -> dict[Layer, float]:
+def leave_one_out_perplexity(bench: MetricContext) -> dict[Layer, float]:
     """-log perplexity without the layer.  Time and memory as for `leave_one_out_kl`."""
     return {layer: -nll for layer, (_, nll) in leave_one_out(bench, bench.layers()).items()}
 
 
 def leave_one_out(
-    bench: Bench, layers: Iterable[Layer], dense: Dense | None = None
+    bench: MetricContext, layers: Iterable[Layer], dense: DenseReference | None = None
 ) -> dict[Layer, tuple[float, float]]:
     """(KL, negative log-likelihood) with each of these layers dropped by itself."""
-    dense = dense or Dense(bench.stepper, bench.stride, bench.scored)
+    dense = dense or DenseReference(bench.runner, bench.stride, bench.scored)
     found = {}
     for layer in layers:
-        with replaced(bench.stepper.model, dropped_modules(bench.architecture, [layer])):
+        with replaced(bench.runner.model, dropped_modules(bench.architecture, [layer])):
             damage = dense.compare(first_block([layer]))
         found[layer] = damage.mean_kl, float(damage.nll.mean())
     return found
 
 
-def cca_bound(bench: Bench) -> dict[Layer, float]:
+def cca_bound(bench: MetricContext) -> dict[Layer, float]:
     """-sum(1 - rho_i^2) over the canonical correlations of x and y, at most 0.
 
     It bounds the normalized error of the best linear map from x to y (NBL, arXiv 2505.21077, where y
@@ -121,9 +121,9 @@ def cca_bound(bench: Bench) -> dict[Layer, float]:
     """
     sums: dict[Layer, Moments] = {}
     with torch.inference_mode():
-        for batch in range(len(bench.stepper)):
+        for batch in range(len(bench.runner)):
             keep = bench.weight(batch).bool()
-            for layer, x, y in residual_pairs(bench.stepper, batch):
+            for layer, x, y in residual_pairs(bench.runner, batch):
                 sums.setdefault(layer, Moments(x.shape[-1])).add(x[keep], y[keep])
     return {layer: -moments.unexplained() for layer, moments in sums.items()}
 
@@ -164,18 +164,18 @@ def _inverse_root(covariance: Tensor) -> Tensor:
     return (vectors * scale) @ vectors.T
 
 
-def at_random(bench: Bench) -> dict[Layer, float]:
+def at_random(bench: MetricContext) -> dict[Layer, float]:
     """Uniform numbers from the seed."""
     draw = random.Random(bench.seed)
     return {layer: draw.random() for layer in bench.layers()}
 
 
-def reverse(bench: Bench) -> dict[Layer, float]:
+def reverse(bench: MetricContext) -> dict[Layer, float]:
     """The least similar first: what choosing as badly as possible costs."""
     return {layer: -value for layer, value in METRICS["similarity"](bench).items()}
 
 
-METRICS: Mapping[str, Callable[[Bench], dict[Layer, float]]] = {
+METRICS: Mapping[str, Callable[[MetricContext], dict[Layer, float]]] = {
     "similarity": mean_over_tokens(similarity),
     "angular": mean_over_tokens(angular),
     "relative-magnitude": mean_over_tokens(relative_magnitude),
@@ -191,13 +191,13 @@ METRICS: Mapping[str, Callable[[Bench], dict[Layer, float]]] = {
 class Ranking:
     """A metric's score of every layer in the model without some, for each set of layers measured once."""
 
-    bench: Bench
+    bench: MetricContext
     metric: str = "similarity"
     measured: dict[frozenset[Layer], dict[Layer, float]] = field(default_factory=dict)
 
     def __call__(self, gone: Sequence[Layer] = ()) -> dict[Layer, float]:
         key = frozenset(gone)
         if key not in self.measured:
-            with replaced(self.bench.stepper.model, dropped_modules(self.bench.architecture, gone)):
+            with replaced(self.bench.runner.model, dropped_modules(self.bench.architecture, gone)):
                 self.measured[key] = METRICS[self.metric](self.bench)
         return self.measured[key]

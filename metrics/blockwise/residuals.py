@@ -7,27 +7,27 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
-from dropformer.metrics.blockwise.runner import Stepper
+from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.prune.architecture import Block, Branch, Layer, Tap
 from dropformer.prune.discovery.proof import on_tap
 
 
 def residual_pairs(
-    stepper: Stepper, batch: int, first: int = 0, stream: Tensor | None = None
+    runner: BlockRunner, batch: int, first: int = 0, stream: Tensor | None = None
 ) -> Iterator[tuple[Layer, Tensor, Tensor]]:
     """(layer, stream before, stream after) for every layer from block `first` on, the model as it stands now.
 
     Streams are [B, T, D]; `stream` is the one that enters block `first`.  Holds one block's streams at a time.
     """
-    stream = stepper.start(batch) if stream is None else stream
-    for i in range(first, len(stepper.blocks)):
-        block = stepper.blocks[i]
-        with reading_block(stepper.model, block) as seen:
-            after = stepper.step(i, batch, stream)
+    stream = runner.start(batch) if stream is None else stream
+    for i in range(first, len(runner.blocks)):
+        block = runner.blocks[i]
+        with reading_block(runner.model, block) as seen:
+            after = runner.step(i, batch, stream)
         for branch in block.branches:
-            yield Layer(branch.kind, block.index, stepper.stack.name), seen[branch.before], after_branch(branch, seen)
+            yield Layer(branch.kind, block.index, runner.stack.name), seen[branch.before], after_branch(branch, seen)
         if not block.kept:
-            yield Layer("block", block.index, stepper.stack.name), stream, after
+            yield Layer("block", block.index, runner.stack.name), stream, after
         stream = after
 
 

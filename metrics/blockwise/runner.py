@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from dropformer.metrics.analysis.analyze import as_inputs
 from dropformer.prune.architecture import Architecture, Stack
+from dropformer.prune.discovery.trace import outputs_of
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.loading.modeling import Skipped
-from dropformer.prune.discovery.trace import outputs_of
 
 
 @contextmanager
@@ -53,7 +53,7 @@ class Call:
         return self.args, {**self.kwargs, key: stream}  # type: ignore[dict-item]
 
 
-class Stepper:
+class BlockRunner:
     """A model taken apart into embedding, blocks and tail, on fixed batches.
 
     `batches` are forward arguments with the batch first.  Construction costs one embedding of each batch and

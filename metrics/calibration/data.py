@@ -6,15 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.images import PIXELS
-from dropformer.metrics.calibration.pictures import Material, pictures
+from dropformer.metrics.calibration.pictures import CalibrationData, pictures
+from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.windows import windows
-from dropformer.prune.errors import CalibrationError, ModelError
 from dropformer.prune.discovery.inputs import longest_text, takes_pictures
+from dropformer.prune.errors import CalibrationError, ModelError
 
 
-def fitted(model: Any, default: Calibration) -> Calibration:
+def default_settings(model: Any, default: Calibration) -> Calibration:
     """A calibration that nobody asked for, as the model can take it.
 
     A model of images gets random pixels in place of text, one with learned positions no more tokens than it has.
@@ -25,7 +25,7 @@ def fitted(model: Any, default: Calibration) -> Calibration:
     return replace(default, length=min(default.length, limit or default.length))
 
 
-def material(model: Any, tokenizer: Any, folder: Path, calibration: Calibration) -> Material:
+def calibration_data(model: Any, tokenizer: Any, folder: Path, calibration: Calibration) -> CalibrationData:
     """The windows or images of a calibration for a model (None: not loaded) whose files are in `folder`.
 
     Raises ModelError for a model of text without a tokenizer, CalibrationError for what it cannot take.

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dropformer.metrics.calibration.settings import Calibration, CalibrationRef
 from dropformer.metrics.calibration.images import PIXELS, image_files
+from dropformer.metrics.calibration.settings import Calibration, CalibrationRef
 from dropformer.metrics.calibration.windows import Windows
-from dropformer.prune.errors import CalibrationError
 from dropformer.prune.discovery.inputs import random_pixels
+from dropformer.prune.errors import CalibrationError
 from dropformer.prune.loading.load import quiet_transformers
 
 
@@ -39,7 +39,7 @@ class Pictures:
         return {"pixel_values": self.pixels[list(which)]}, None
 
 
-Material = Windows | Pictures  # what a model is calibrated on
+CalibrationData = Windows | Pictures  # what a model is calibrated on
 
 
 def pictures(calibration: Calibration, config: Any, folder: Path) -> Pictures:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dropformer.prune.artifact import Part
+from dropformer.prune.artifact import FrozenRecord
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Calibration:
     skip_first: int = 0
 
 
-class CalibrationRef(Part):
+class CalibrationRef(FrozenRecord):
     """A calibration as an artifact records it; `hash` is SHA-256 of the token ids and the scored positions."""
 
     name: str

@@ -25,21 +25,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dropformer.metrics.analysis import distributed
 from dropformer.metrics.analysis.analyze import Progress, as_inputs, calibrated, evaluating, joined, scores_of, trunk
-from dropformer.metrics.analysis.capture import Capture, Rows, capturing
+from dropformer.metrics.analysis.capture import Capture, WindowScores, capturing
 from dropformer.metrics.analysis.measure import exchanged
-from dropformer.metrics.offload.process_memory import Budget, return_freed
 from dropformer.metrics.analysis.scores import Scores
+from dropformer.metrics.calibration.windows import Windows
+from dropformer.metrics.offload.process_memory import Budget, return_freed
 from dropformer.metrics.offload.spill import Spill
 from dropformer.metrics.offload.weights import Weights
-from dropformer.metrics.calibration.windows import Windows
 from dropformer.prune.architecture import Architecture, Block
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.discover import discover
+from dropformer.prune.discovery.proof import prove_block
+from dropformer.prune.discovery.replay import Replay
 from dropformer.prune.errors import ModelError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.loading.load import auto_class, quiet_transformers, read_model_config
-from dropformer.prune.discovery.proof import prove_block
-from dropformer.prune.discovery.replay import Replay
 
 LARGE_EMBEDDING = 32 << 20  # bytes from which an embedding is read row by row
 SAMPLE = -1  # the number of the small batch on which each block is proven
@@ -121,7 +121,7 @@ def stream(
     size: int,
     memory: int,
     progress: Progress | None = None,
-) -> Rows:
+) -> WindowScores:
     """The rows of windows `which`, in their order."""
     batches = [data.batch(which[i : i + size]) for i in range(0, len(which), size)]
     with ExitStack() as stack:
@@ -141,15 +141,15 @@ class _Pass:
 
     work: greenlet
     scored: Tensor | None
-    rows: Rows | None = None
+    rows: WindowScores | None = None
 
-    def add(self, new: Rows) -> None:
+    def add(self, new: WindowScores) -> None:
         """Fill in what has run since the last time."""
         if len(new) == 0 or self.rows is None:
             self.rows = new if len(new) else self.rows
             return
         old, ran = self.rows, ~new.sums.isnan()
-        self.rows = Rows(torch.where(ran, new.sums, old.sums), torch.where(ran, new.tokens, old.tokens))
+        self.rows = WindowScores(torch.where(ran, new.sums, old.sums), torch.where(ran, new.tokens, old.tokens))
 
 
 class _Seen(Replay):
@@ -175,7 +175,7 @@ class _Run:
         self.proving = False
         self.hub = getcurrent()
 
-    def all(self, batches: list[tuple[dict[str, Tensor], Tensor]], progress: Progress | None) -> Rows:
+    def all(self, batches: list[tuple[dict[str, Tensor], Tensor]], progress: Progress | None) -> WindowScores:
         """Run every batch to its end; the rows in order."""
         sample = {"input_ids": batches[0][0]["input_ids"][:1, :8].repeat(2, 1)}
         for number, (inputs, scored) in enumerate([(sample, None), *batches], SAMPLE):

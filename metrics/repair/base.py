@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dropformer.metrics.blockwise.divergence import Dense
+from dropformer.metrics.blockwise.divergence import DenseReference
 from dropformer.metrics.blockwise.runner import replaced
 from dropformer.prune.architecture import Layer
-from dropformer.prune.block_map import Arrangement, new_index, new_name
+from dropformer.prune.block_map import BlockMap, new_index, new_name
 from dropformer.prune.outline import Outline
 
 
@@ -44,7 +44,7 @@ class Repair:
     mapped: dict[Layer, dict[str, Any]] = field(default_factory=dict)
     gates: tuple[Gate, ...] = ()
 
-    def named(self, outline: Outline, arrangement: Arrangement) -> dict[str, Tensor]:
+    def named(self, outline: Outline, block_map: BlockMap) -> dict[str, Tensor]:
         """The tensors by the pruned model's parameter names."""
         maps = {
             f"{outline.stack(layer.stack).path}.{layer.index}.{module}": (layer, module)
@@ -56,9 +56,9 @@ class Repair:
             owner, _, leaf = name.rpartition(".")
             if owner in maps:
                 layer, module = maps[owner]
-                new = f"{outline.stack(layer.stack).path}.{new_index(arrangement, layer)}.{module}.{leaf}"
+                new = f"{outline.stack(layer.stack).path}.{new_index(block_map, layer)}.{module}.{leaf}"
             else:
-                new = new_name(outline, arrangement, name) or ""
+                new = new_name(outline, block_map, name) or ""
             if new:
                 found[new] = tensor
         return found
@@ -72,10 +72,12 @@ def tensors_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return found
 
 
-def gate(dense: Dense, method: str, without: Mapping[str, nn.Module], with_it: Mapping[str, nn.Module]) -> Gate:
+def gate(
+    dense: DenseReference, method: str, without: Mapping[str, nn.Module], with_it: Mapping[str, nn.Module]
+) -> Gate:
     """Measure a repair on the windows of `dense`.  Time: two forward passes."""
     found = []
     for modules in (without, with_it):
-        with replaced(dense.stepper.model, modules):
+        with replaced(dense.runner.model, modules):
             found.append(dense.compare(0).perplexity)
     return Gate(method, *found)

@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from dropformer.metrics.repair.independent import Apart, Reach
 from dropformer.metrics.blockwise.divergence import dropped_modules
-from dropformer.metrics.repair.folding import Folds
-from dropformer.metrics.blockwise.layer_metrics import Bench
-from dropformer.metrics.repair.projection import Slot, projections
+from dropformer.metrics.blockwise.layer_metrics import MetricContext
+from dropformer.metrics.repair.folding import GapRefits
+from dropformer.metrics.repair.independent import IndependentRefit, RefitTarget
 from dropformer.metrics.repair.linear import linear_forms, linear_modules
+from dropformer.metrics.repair.projection import OutputProjection, projections
 from dropformer.metrics.repair.refit import reaches
 from dropformer.metrics.repair.ridge import Group
 from dropformer.prune.architecture import Architecture, Layer
@@ -24,23 +24,23 @@ DEPTH = 2  # how many candidates in a row a search can see refitted
 
 
 @dataclass
-class Fits:
+class RepairCache:
     """Maps and refits on fixed windows, each fitted when it is asked for, and once.
 
     `windows`: which of the bench's to fit on; `groups` says of each of these which kind of text it is, or that
     it judges.  Time and memory: `Apart`, one pass for all maps and one for the refits of a search.
     """
 
-    bench: Bench
+    bench: MetricContext
     outline: Outline
     windows: Sequence[int]
     groups: Sequence[Group]
 
     def __post_init__(self) -> None:
-        self.model: nn.Module = self.bench.stepper.model
+        self.model: nn.Module = self.bench.runner.model
         self.architecture: Architecture = self.bench.architecture
-        self._last: Folds | None = None
-        self._searched: Folds | None = None
+        self._last: GapRefits | None = None
+        self._searched: GapRefits | None = None
         self._asked: tuple[tuple[Layer, ...], int] | None = None
 
     def standing(self, gone: Sequence[Layer], repair: Sequence[str]) -> dict[str, nn.Module]:
@@ -59,7 +59,7 @@ class Fits:
         """The fitted linear map of every attention layer, from one dense pass."""
         layers = [layer for layer in self.architecture.layers() if layer.kind == "attn"]
         standing, slots = linear_modules(self.model, self.architecture, layers, self.width)
-        wanted = [Reach(slot, standing[slot.path], ((slot.layer,),)) for slot in slots]
+        wanted = [RefitTarget(slot, standing[slot.path], ((slot.layer,),)) for slot in slots]
         apart = self._apart(wanted)
         modules = {**standing, **{reach.slot.path: apart.module(reach, reach.units) for reach in wanted}}
         return {layer: {path: modules[path] for path in self.forms(layer)} for layer in layers}
@@ -70,7 +70,7 @@ class Fits:
         if candidates and asked != self._asked:
             self._searched, self._asked = self._folds(*asked), asked
 
-    def folds(self, gone: Sequence[Layer]) -> Folds:
+    def folds(self, gone: Sequence[Layer]) -> GapRefits:
         """Refits for what goes: those prepared for a search where they do, else for just these layers."""
         for folds in (self._searched, self._last):
             if folds is not None and folds.cover(gone, self.slots):
@@ -78,22 +78,22 @@ class Fits:
         self._last = self._folds(gone, len(gone))
         return self._last
 
-    def _folds(self, candidates: Sequence[Layer], depth: int) -> Folds:
+    def _folds(self, candidates: Sequence[Layer], depth: int) -> GapRefits:
         found = reaches(self.architecture, candidates, self.slots, depth)
-        wanted = [Reach(slot, self.model.get_submodule(slot.path), units) for slot, units in found.items()]
-        return Folds(self.architecture, self._apart(wanted))
+        wanted = [RefitTarget(slot, self.model.get_submodule(slot.path), units) for slot, units in found.items()]
+        return GapRefits(self.architecture, self._apart(wanted))
 
-    def _apart(self, wanted: Sequence[Reach]) -> Apart:
-        return Apart(self.bench.stepper, wanted, self.windows, self.groups)
+    def _apart(self, wanted: Sequence[RefitTarget]) -> IndependentRefit:
+        return IndependentRefit(self.bench.runner, wanted, self.windows, self.groups)
 
     @cached_property
-    def slots(self) -> dict[Layer, Slot]:
+    def slots(self) -> dict[Layer, OutputProjection]:
         """The projection of every branch that has one."""
-        return projections(self.bench.stepper)
+        return projections(self.bench.runner)
 
     @property
     def width(self) -> int:
-        return self.bench.stepper.start(0).shape[-1]
+        return self.bench.runner.start(0).shape[-1]
 
     def forms(self, layer: Layer) -> dict[str, Any]:
         """Module path -> form for an attention layer that becomes a map."""

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dropformer.metrics.repair.independent import Apart, Reach, Unit
+from dropformer.metrics.repair.independent import IndependentRefit, RefitTarget, Unit
 from dropformer.metrics.repair.refit import gaps
 from dropformer.prune.architecture import Architecture, Layer
 
 
 @dataclass(frozen=True)
-class Folds:
+class GapRefits:
     """The refitted projections of any set of layers that goes, each gap fitted once (`Apart`)."""
 
     architecture: Architecture
-    apart: Apart
+    apart: IndependentRefit
 
     def modules(self, gone: Sequence[Layer], mapped: Collection[Layer] = ()) -> dict[str, nn.Module]:
         """Path -> refitted projection.  `mapped` layers keep something in their place, and no projection."""
@@ -38,8 +38,8 @@ class Folds:
         )
 
     @property
-    def _reaches(self) -> Mapping[Layer, Reach]:
+    def _reaches(self) -> Mapping[Layer, RefitTarget]:
         return {reach.slot.layer: reach for reach in self.apart.reaches}
 
-    def _units(self, reach: Reach | None, lost: Sequence[Layer]) -> list[Unit]:
+    def _units(self, reach: RefitTarget | None, lost: Sequence[Layer]) -> list[Unit]:
         return [unit for unit in reach.units if set(unit) <= set(lost)] if reach else []

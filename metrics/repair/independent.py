@@ -17,11 +17,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dropformer.metrics.repair.sequential import Refit
 from dropformer.metrics.blockwise.residuals import after_branch, reading_block
-from dropformer.metrics.repair.projection import Slot, changed, with_constant
-from dropformer.metrics.repair.ridge import PENALTIES, Group, Sums, fit, token_weights
-from dropformer.metrics.blockwise.runner import Stepper
+from dropformer.metrics.blockwise.runner import BlockRunner
+from dropformer.metrics.repair.projection import OutputProjection, changed, with_constant
+from dropformer.metrics.repair.ridge import PENALTIES, Group, MomentSums, fit, token_weights
+from dropformer.metrics.repair.sequential import Refit
 from dropformer.prune.architecture import Layer
 from dropformer.prune.loading.modeling import hidden_states
 
@@ -29,16 +29,16 @@ Unit = tuple[Layer, ...]  # branches that go together: one layer's
 
 
 @dataclass(frozen=True)
-class Reach:
+class RefitTarget:
     """A slot, the module in its place, and the units whose loss it can take over, nearest first."""
 
-    slot: Slot
+    slot: OutputProjection
     module: nn.Module
     units: tuple[Unit, ...]
 
 
 @dataclass
-class Apart:
+class IndependentRefit:
     """Moments for every slot from one pass of the dense model over fixed windows.
 
     `batches`: which of the stepper's; `groups` says of each of these which kind of text it is, or
@@ -47,22 +47,24 @@ class Apart:
     Memory: K x (K + units x D) numbers in float64 a slot and group, and one batch's branches.
     """
 
-    stepper: Stepper
-    reaches: Sequence[Reach]
+    runner: BlockRunner
+    reaches: Sequence[RefitTarget]
     batches: Sequence[int]
     groups: Sequence[Group]
     penalties: Sequence[float] = PENALTIES
     fits: list[Refit] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._sums: dict[str, dict[Group, Sums]] = {reach.slot.path: defaultdict(Sums) for reach in self.reaches}
+        self._sums: dict[str, dict[Group, MomentSums]] = {
+            reach.slot.path: defaultdict(MomentSums) for reach in self.reaches
+        }
         self._constants: dict[str, float] = {}
         self._fitted: dict[tuple[str, tuple[Unit, ...]], nn.Module] = {}
         with torch.inference_mode():
             for batch, group in zip(self.batches, self.groups, strict=True):
                 self._add(batch, group)
 
-    def module(self, reach: Reach, lost: Sequence[Unit]) -> nn.Module:
+    def module(self, reach: RefitTarget, lost: Sequence[Unit]) -> nn.Module:
         """The slot's module once these units of its reach are gone: refitted where that carries over."""
         key = reach.slot.path, tuple(lost)
         if key not in self._fitted:
@@ -91,16 +93,16 @@ class Apart:
         def see(path: str, _m: nn.Module, args: tuple, kwargs: dict) -> None:
             inputs[path] = hidden_states(args, kwargs).clone()
 
-        stream = self.stepper.start(batch)
+        stream = self.runner.start(batch)
         with ExitStack() as hooks:
             for slot in (reach.slot for reach in self.reaches):
-                module = self.stepper.model.get_submodule(slot.reads or slot.path)
+                module = self.runner.model.get_submodule(slot.reads or slot.path)
                 hooks.callback(module.register_forward_pre_hook(partial(see, slot.path), with_kwargs=True).remove)
-            for i, block in enumerate(self.stepper.blocks):
-                with reading_block(self.stepper.model, block) as seen:
-                    stream = self.stepper.step(i, batch, stream)
+            for i, block in enumerate(self.runner.blocks):
+                with reading_block(self.runner.model, block) as seen:
+                    stream = self.runner.step(i, batch, stream)
                 for branch in block.branches:
-                    layer = Layer(branch.kind, block.index, self.stepper.stack.name)
+                    layer = Layer(branch.kind, block.index, self.runner.stack.name)
                     streams[layer] = after_branch(branch, seen)
                     added[layer] = streams[layer] - seen[branch.before]
         return inputs, added, streams

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from dropformer.metrics.repair.projection import Slot
+from dropformer.metrics.repair.projection import OutputProjection
 from dropformer.prune.architecture import Architecture, Layer
-from dropformer.prune.loading.modeling import Mapped, stand_in
+from dropformer.prune.loading.modeling import LinearReplacement, replacement
 
 
 def linear_forms(model: nn.Module, architecture: Architecture, layer: Layer, width: int) -> dict[str, Any]:
@@ -55,16 +55,18 @@ def _is_norm(module: nn.Module, form: Any) -> bool:
 
 def linear_modules(
     model: nn.Module, architecture: Architecture, layers: Iterable[Layer], width: int
-) -> tuple[dict[str, nn.Module], list[Slot]]:
+) -> tuple[dict[str, nn.Module], list[OutputProjection]]:
     """Stand-ins for attention layers, their maps still zero, and the slots in which to fit them."""
     modules: dict[str, nn.Module] = {}
     slots = []
     like = next(model.parameters())
     for layer in layers:
         forms = linear_forms(model, architecture, layer, width)
-        modules |= {path: stand_in(form).to(like.device, like.dtype) for path, form in forms.items()}
+        modules |= {path: replacement(form).to(like.device, like.dtype) for path, form in forms.items()}
         reads = next(path for path in _branch_paths(architecture, layer) if path in forms)
-        slots += [Slot(layer, path, reads) for path in forms if isinstance(modules[path], Mapped)]
+        slots += [
+            OutputProjection(layer, path, reads) for path in forms if isinstance(modules[path], LinearReplacement)
+        ]
     return modules, slots
 
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dropformer.metrics.blockwise.runner import BlockRunner, replaced
 from dropformer.metrics.repair.projection import changed
-from dropformer.metrics.blockwise.runner import Stepper, replaced
+from dropformer.prune.discovery.trace import outputs_of
 from dropformer.prune.errors import PlanError
 from dropformer.prune.surgery.views import sharing_copy
-from dropformer.prune.discovery.trace import outputs_of
 
 Progress = Callable[[int, int], None]
 
@@ -51,7 +51,7 @@ def need_peft() -> None:
 
 
 def heal(
-    stepper: Stepper,
+    runner: BlockRunner,
     modules: Mapping[str, nn.Module],
     first: int,
     how: Healing | None = None,
@@ -64,13 +64,13 @@ def heal(
     logits twice, and the adapters with two moments each.
     """
     how = how or Healing()
-    student = sharing_copy(stepper.model)
+    student = sharing_copy(runner.model)
     with ExitStack() as stack:
         stack.enter_context(replaced(student, modules))
-        stack.enter_context(flags(stepper.model, modules.values()))
-        adapted = adapters(student, linear_paths(student, stepper, first), how)
-        steps = [batch for epoch in range(how.epochs) for batch in shuffled(len(stepper), epoch)]
-        train(student, adapted.values(), stepper, steps, how, progress)
+        stack.enter_context(flags(runner.model, modules.values()))
+        adapted = adapters(student, linear_paths(student, runner, first), how)
+        steps = [batch for epoch in range(how.epochs) for batch in shuffled(len(runner), epoch)]
+        train(student, adapted.values(), runner, steps, how, progress)
         return {path: merged(adapter) for path, adapter in adapted.items()}
 
 
@@ -79,11 +79,11 @@ def shuffled(count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def linear_paths(model: nn.Module, stepper: Stepper, first: int) -> list[str]:
+def linear_paths(model: nn.Module, runner: BlockRunner, first: int) -> list[str]:
     """The linear modules in the blocks from `first` on."""
     return [
         f"{block.path}.{name}"
-        for block in stepper.blocks[first:]
+        for block in runner.blocks[first:]
         for name, module in model.get_submodule(block.path).named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
     ]
@@ -106,7 +106,7 @@ def adapters(student: nn.Module, paths: Sequence[str], how: Healing) -> dict[str
 def train(
     student: nn.Module,
     adapted: Iterable[Any],
-    stepper: Stepper,
+    runner: BlockRunner,
     steps: Sequence[int],
     how: Healing,
     progress: Progress | None,
@@ -115,12 +115,12 @@ def train(
     learned = [p for adapter in adapted for p in adapter.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=how.rate, betas=(0.9, 0.95), weight_decay=0.0)
     for step, batch in enumerate(steps):
-        inputs = stepper.batches[batch]
+        inputs = runner.batches[batch]
         positions = torch.arange(step % how.stride, inputs["input_ids"].shape[1], how.stride)
         for group in optimizer.param_groups:
             group["lr"] = how.rate * how.factor(step, len(steps))
         with torch.no_grad():
-            goal = log_probabilities(stepper.model, inputs, positions)
+            goal = log_probabilities(runner.model, inputs, positions)
         with torch.enable_grad():
             loss = nn.functional.kl_div(
                 log_probabilities(student, inputs, positions), goal, log_target=True, reduction="sum"

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dropformer.metrics.blockwise.runner import Stepper
+from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.prune.architecture import Block, Branch, Layer
 from dropformer.prune.discovery.proof import on_tap
 from dropformer.prune.discovery.trace import outputs_of
 
 
 @dataclass(frozen=True)
-class Slot:
+class OutputProjection:
     """A linear module whose output is what its branch adds to the stream.
 
     `reads`: the dense model's module that has the same input, where that is not the one at `path`.
@@ -51,22 +51,22 @@ def with_constant(z: Tensor, module: nn.Module, constant: float) -> Tensor:
     return z if module.bias is None else torch.cat([z, torch.full_like(z[..., :1], constant)], -1)
 
 
-def projections(stepper: Stepper) -> dict[Layer, Slot]:
+def projections(runner: BlockRunner) -> dict[Layer, OutputProjection]:
     """The projection of every branch that has one; experts and branches that end in a norm have none.
 
     Costs one pass over the first batch's first window.
     """
-    found: dict[Layer, Slot] = {}
+    found: dict[Layer, OutputProjection] = {}
     with torch.inference_mode():
-        stream = stepper.start(0)
-        for i, block in enumerate(stepper.blocks):
-            with watching(stepper.model, block) as seen:
-                stream = stepper.step(i, 0, stream)
+        stream = runner.start(0)
+        for i, block in enumerate(runner.blocks):
+            with watching(runner.model, block) as seen:
+                stream = runner.step(i, 0, stream)
             for branch in block.branches:
-                path = _last_linear(stepper.model, block, branch, seen)
+                path = _last_linear(runner.model, block, branch, seen)
                 if path:
-                    layer = Layer(branch.kind, block.index, stepper.stack.name)
-                    found[layer] = Slot(layer, path)
+                    layer = Layer(branch.kind, block.index, runner.stack.name)
+                    found[layer] = OutputProjection(layer, path)
     return found
 
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from dropformer.metrics.repair.independent import Unit
-from dropformer.metrics.repair.projection import Slot
+from dropformer.metrics.repair.projection import OutputProjection
 from dropformer.prune.architecture import Architecture, Layer
 
 
@@ -29,21 +29,23 @@ def gaps(architecture: Architecture, gone: Sequence[Layer]) -> dict[Layer, list[
     return dict(found)
 
 
-def gap_slots(architecture: Architecture, gone: Sequence[Layer], projections: Mapping[Layer, Slot]) -> list[Slot]:
+def gap_slots(
+    architecture: Architecture, gone: Sequence[Layer], projections: Mapping[Layer, OutputProjection]
+) -> list[OutputProjection]:
     """The projections before the gaps: each learns what the dropped layers would have added."""
     return [projections[layer] for layer in gaps(architecture, gone) if layer in projections]
 
 
 def reaches(
-    architecture: Architecture, candidates: Sequence[Layer], projections: Mapping[Layer, Slot], depth: int
-) -> dict[Slot, tuple[Unit, ...]]:
+    architecture: Architecture, candidates: Sequence[Layer], projections: Mapping[Layer, OutputProjection], depth: int
+) -> dict[OutputProjection, tuple[Unit, ...]]:
     """For each projection the units whose loss it may have to take over, the nearest `depth` of them.
 
     A unit is what one candidate would take: a branch, or, where only whole blocks may go, a block's branches.
     """
     order, free = in_order(architecture, candidates)
     whole = all(layer.kind == "block" for layer in candidates)
-    found: dict[Slot, tuple[Unit, ...]] = {}
+    found: dict[OutputProjection, tuple[Unit, ...]] = {}
     for n, layer in enumerate(order):
         near = order[n + 1 :] if not whole else [other for other in order[n + 1 :] if other.index != layer.index]
         mates = [o for o in order[:n] if o in free and o.index == layer.index and architecture.block(o).parallel]
@@ -76,7 +78,9 @@ def _mate(architecture: Architecture, layer: Layer, dropped: set[Layer]) -> Laye
     return next((other for other in found if other not in dropped), None)
 
 
-def all_slots(architecture: Architecture, gone: Sequence[Layer], projections: Mapping[Layer, Slot]) -> list[Slot]:
+def all_slots(
+    architecture: Architecture, gone: Sequence[Layer], projections: Mapping[Layer, OutputProjection]
+) -> list[OutputProjection]:
     """The projection before the first gap, and every one behind it."""
     order, dropped = in_order(architecture, gone)
     first = min((order.index(layer) for layer in dropped), default=len(order))

@@ -9,7 +9,9 @@ from torch import Tensor
 
 PENALTIES = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 SKETCH = 48  # random mixtures of the outputs that stand for all of them where penalties are compared
-ABROAD = 1 / 3  # what error on a kind of text that was not fitted on counts beside error on more of the same
+OUT_OF_DOMAIN_WEIGHT = (
+    1 / 3
+)  # what error on a kind of text that was not fitted on counts beside error on more of the same
 HOLD_OUT = 4  # every so many windows of a kind judge penalties
 
 Group = int | None  # a kind of text to fit on; None: windows of every kind that judge
@@ -20,7 +22,7 @@ def group_of(kind: int, window: int) -> Group:
     return None if window % HOLD_OUT == HOLD_OUT - 1 else kind
 
 
-class Sums:
+class MomentSums:
     """Weighted second moments of inputs z [n, K] and targets r [n, D]: all that a ridge fit needs.
 
     Several targets share the inputs: a fit may aim at the sum of some.  Products of a window are taken in the
@@ -72,7 +74,7 @@ def error(zz: Tensor, zr: Tensor, rr: float, w: Tensor) -> float:
 
 
 def fit(
-    groups: Mapping[Group, Sums], penalties: Sequence[float] = PENALTIES, targets: Sequence[int] = (0,)
+    groups: Mapping[Group, MomentSums], penalties: Sequence[float] = PENALTIES, targets: Sequence[int] = (0,)
 ) -> tuple[Tensor, float, float]:
     """(W [K, D], its penalty, what it leaves of the error on text that was not fitted on), kinds weighing the same.
 
@@ -119,7 +121,7 @@ def _left_over(kinds: Sequence[Mean], judge: Mean | None, penalty: float) -> flo
     home = _judged(kinds, judge or kinds[0], penalty) if judge or not abroad else None
     if home is None or not abroad:
         return sum(abroad) / len(abroad) if home is None else home
-    return (1 - ABROAD) * home + ABROAD * sum(abroad) / len(abroad)
+    return (1 - OUT_OF_DOMAIN_WEIGHT) * home + OUT_OF_DOMAIN_WEIGHT * sum(abroad) / len(abroad)
 
 
 def _judged(fitted: Sequence[Mean], judge: Mean, penalty: float) -> float:

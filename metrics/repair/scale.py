@@ -14,30 +14,30 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from dropformer.metrics.blockwise.layer_metrics import Bench
-from dropformer.metrics.blockwise.residuals import residual_pairs
-from dropformer.metrics.repair.projection import Slot, scaled
-from dropformer.metrics.repair.refit import in_order
 from dropformer.metrics.analysis.similarity import norm
+from dropformer.metrics.blockwise.layer_metrics import MetricContext
+from dropformer.metrics.blockwise.residuals import residual_pairs
+from dropformer.metrics.repair.projection import OutputProjection, scaled
+from dropformer.metrics.repair.refit import in_order
 from dropformer.prune.architecture import Layer
 from dropformer.prune.errors import ArchitectureError
 
 
-def growth(bench: Bench) -> dict[Layer, tuple[float, float]]:
+def growth(bench: MetricContext) -> dict[Layer, tuple[float, float]]:
     """Mean norm of the stream before and after each branch, over scored tokens.  One forward pass."""
     sums: dict[Layer, list[float]] = defaultdict(lambda: [0.0, 0.0])
     tokens = 0.0
     with torch.inference_mode():
-        for batch in range(len(bench.stepper)):
+        for batch in range(len(bench.runner)):
             weight = bench.weight(batch)
             tokens += float(weight.sum())
-            for layer, x, y in residual_pairs(bench.stepper, batch):
+            for layer, x, y in residual_pairs(bench.runner, batch):
                 for k, stream in enumerate((x, y)):
                     sums[layer][k] += float((norm(stream.float()).double() * weight).sum())
     return {layer: (before / tokens, after / tokens) for layer, (before, after) in sums.items()}
 
 
-def factors(bench: Bench, gone: Sequence[Layer]) -> dict[Layer, float]:
+def factors(bench: MetricContext, gone: Sequence[Layer]) -> dict[Layer, float]:
     """For every kept branch, what its projection is multiplied by: 1 / (the product of a over earlier gaps)."""
     order, dropped = in_order(bench.architecture, gone)
     sizes = growth(bench)
@@ -54,7 +54,9 @@ def factors(bench: Bench, gone: Sequence[Layer]) -> dict[Layer, float]:
     return {layer: factor for layer, factor in found.items() if factor != 1.0}
 
 
-def scale_modules(bench: Bench, gone: Sequence[Layer], projections: Mapping[Layer, Slot]) -> dict[str, nn.Module]:
+def scale_modules(
+    bench: MetricContext, gone: Sequence[Layer], projections: Mapping[Layer, OutputProjection]
+) -> dict[str, nn.Module]:
     """Rescaled copies of the projections behind the gaps.
 
     Raises ArchitectureError where a branch behind a gap has no projection of its own (experts, post-norms).
@@ -66,5 +68,5 @@ def scale_modules(bench: Bench, gone: Sequence[Layer], projections: Mapping[Laye
                 f"{layer} has no single output projection, so --repair scale has nothing to fold into"
             )
         path = projections[layer].path
-        modules[path] = scaled(bench.stepper.model.get_submodule(path), factor)
+        modules[path] = scaled(bench.runner.model.get_submodule(path), factor)
     return modules

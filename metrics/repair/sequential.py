@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from dropformer.metrics.blockwise.divergence import dropped_modules, first_changed
 from dropformer.metrics.blockwise.residuals import after_branch, reading_block
-from dropformer.metrics.repair.projection import Slot, changed, with_constant
-from dropformer.metrics.repair.ridge import PENALTIES, Group, Sums, fit, token_weights
-from dropformer.metrics.repair.sites import Site, sites, target
-from dropformer.metrics.blockwise.runner import Stepper, replaced
+from dropformer.metrics.blockwise.runner import BlockRunner, replaced
+from dropformer.metrics.repair.projection import OutputProjection, changed, with_constant
+from dropformer.metrics.repair.ridge import PENALTIES, Group, MomentSums, fit, token_weights
+from dropformer.metrics.repair.sites import StreamSite, sites, target
 from dropformer.prune.architecture import Architecture, Layer
-from dropformer.prune.loading.modeling import hidden_states
 from dropformer.prune.discovery.trace import outputs_of
+from dropformer.prune.loading.modeling import hidden_states
 
 Progress = Callable[[int, int], None]
 
@@ -33,13 +33,13 @@ Progress = Callable[[int, int], None]
 class Refit:
     """What one slot's fit did: the penalty, and the share of the stream's error left on text of another kind."""
 
-    slot: Slot
+    slot: OutputProjection
     penalty: float
     left_over: float
 
 
 @dataclass
-class Lockstep:
+class SequentialRefit:
     """A model on fixed windows without the `gone` layers; `modules` stand in for others of its own.
 
     `groups` says of each batch which kind of text it is, or that it judges.
@@ -49,7 +49,7 @@ class Lockstep:
     Memory: four streams of all windows, N T D numbers each, a slot's inputs, N T K, and K x (K + D) in float64.
     """
 
-    stepper: Stepper
+    runner: BlockRunner
     architecture: Architecture
     gone: Sequence[Layer]
     groups: Sequence[Group]
@@ -57,16 +57,16 @@ class Lockstep:
     penalties: Sequence[float] = PENALTIES
     fits: list[Refit] = field(default_factory=list)
 
-    def refit(self, slots: Iterable[Slot], progress: Progress | None = None) -> dict[str, nn.Module]:
+    def refit(self, slots: Iterable[OutputProjection], progress: Progress | None = None) -> dict[str, nn.Module]:
         """Everything that stands in for the model's modules, refitted ones included; the model does not change."""
         wanted = {slot.layer: slot for slot in slots}
         self.modules = dropped_modules(self.architecture, self.gone) | self.modules
-        found = sites(self.architecture, self.stepper.stack, self.gone, wanted)
-        dense = _Dense(self.stepper)
-        first = first_changed(self.stepper, [*self.modules, *(slot.path for slot in wanted.values())])
+        found = sites(self.architecture, self.runner.stack, self.gone, wanted)
+        dense = _Dense(self.runner)
+        first = first_changed(self.runner, [*self.modules, *(slot.path for slot in wanted.values())])
         with torch.no_grad():  # not inference mode: what is refitted here may be trained later
-            streams = [dense.entering(batch, first) for batch in range(len(self.stepper))]
-            for i in range(first, len(self.stepper.blocks)):
+            streams = [dense.entering(batch, first) for batch in range(len(self.runner))]
+            for i in range(first, len(self.runner.blocks)):
                 behind = None
                 for n, site in enumerate(found):
                     if site.block == i and site.layer in wanted:
@@ -74,32 +74,37 @@ class Lockstep:
                         behind = self._fit(wanted[site.layer], (site, target(found, n)), later, streams, dense)
                 streams = behind or self._step(i, streams)
                 if progress:
-                    progress(i + 1 - first, len(self.stepper.blocks) - first)
+                    progress(i + 1 - first, len(self.runner.blocks) - first)
         return self.modules
 
     def _step(self, block: int, streams: Sequence[Tensor]) -> list[Tensor]:
-        with replaced(self.stepper.model, self.modules):
-            return [self.stepper.step(block, batch, stream) for batch, stream in enumerate(streams)]
+        with replaced(self.runner.model, self.modules):
+            return [self.runner.step(block, batch, stream) for batch, stream in enumerate(streams)]
 
     def _fit(
-        self, slot: Slot, where: tuple[Site, Site], later: Sequence[Layer], streams: Sequence[Tensor], dense: _Dense
+        self,
+        slot: OutputProjection,
+        where: tuple[StreamSite, StreamSite],
+        later: Sequence[Layer],
+        streams: Sequence[Tensor],
+        dense: _Dense,
     ) -> list[Tensor] | None:
         """Refit a slot at one site towards another, without running the branches of its block that come later.
 
         Gives the streams behind the block where nothing comes later, so that the block need not run again.
         """
         site, aim = where
-        module = self.modules.get(slot.path) or self.stepper.model.get_submodule(slot.path)
+        module = self.modules.get(slot.path) or self.runner.model.get_submodule(slot.path)
         standing = self.modules | dropped_modules(self.architecture, later)
-        sums: dict[Group, Sums] = {}
+        sums: dict[Group, MomentSums] = {}
         constant: float | None = None
         ends: list[tuple[Tensor, Tensor]] = []
         for batch, stream in enumerate(streams):
-            with replaced(self.stepper.model, standing):
+            with replaced(self.runner.model, standing):
                 z, after, output = self._observe(site, module, batch, stream)
             goal = dense.at(batch, aim)
             constant = constant or float(z.square().mean().sqrt())
-            group = sums.setdefault(self.groups[batch], Sums())
+            group = sums.setdefault(self.groups[batch], MomentSums())
             group.add(with_constant(z, module, constant), [goal - after], token_weights(goal))
             if not later and torch.equal(after, output):
                 ends.append((z, after))
@@ -112,7 +117,9 @@ class Lockstep:
             return None
         return [after + written(new, z) - written(module, z) for z, after in ends]
 
-    def _observe(self, site: Site, module: nn.Module, batch: int, stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _observe(
+        self, site: StreamSite, module: nn.Module, batch: int, stream: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The module's input [B, T, K], the stream at the site and the block's output [B, T, D]."""
         inputs: list[Tensor] = []
 
@@ -121,8 +128,8 @@ class Lockstep:
 
         with ExitStack() as hooks:
             hooks.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
-            seen = hooks.enter_context(reading_block(self.stepper.model, self.stepper.blocks[site.block]))
-            output = self.stepper.step(site.block, batch, stream)
+            seen = hooks.enter_context(reading_block(self.runner.model, self.runner.blocks[site.block]))
+            output = self.runner.step(site.block, batch, stream)
         return inputs[-1], output if site.whole else after_branch(site.branch, seen), output
 
 
@@ -134,26 +141,26 @@ def written(module: nn.Module, z: Tensor) -> Tensor:
 class _Dense:
     """The dense model's streams, asked for in order of depth; holds one block's a batch."""
 
-    def __init__(self, stepper: Stepper) -> None:
-        self.stepper = stepper
-        self._next = [0] * len(stepper)  # the block that runs next
-        self._stream = [stepper.start(batch) for batch in range(len(stepper))]
-        self._after: list[dict[str | None, Tensor]] = [{} for _ in range(len(stepper))]
+    def __init__(self, runner: BlockRunner) -> None:
+        self.runner = runner
+        self._next = [0] * len(runner)  # the block that runs next
+        self._stream = [runner.start(batch) for batch in range(len(runner))]
+        self._after: list[dict[str | None, Tensor]] = [{} for _ in range(len(runner))]
 
     def entering(self, batch: int, block: int) -> Tensor:
         while self._next[batch] < block:
             self._run(batch)
         return self._stream[batch]
 
-    def at(self, batch: int, site: Site) -> Tensor:
+    def at(self, batch: int, site: StreamSite) -> Tensor:
         while self._next[batch] <= site.block:
             self._run(batch)
         return self._after[batch][site.key]
 
     def _run(self, batch: int) -> None:
         i = self._next[batch]
-        block = self.stepper.blocks[i]
-        with reading_block(self.stepper.model, block) as seen:
-            output = self.stepper.step(i, batch, self._stream[batch])
+        block = self.runner.blocks[i]
+        with reading_block(self.runner.model, block) as seen:
+            output = self.runner.step(i, batch, self._stream[batch])
         self._after[batch] = {b.kind: after_branch(b, seen) for b in block.branches} | {None: output}
         self._stream[batch], self._next[batch] = output, i + 1

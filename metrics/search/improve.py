@@ -10,23 +10,23 @@ from typing import Any
 from torch import nn
 
 from dropformer.metrics.analysis.analyze import evaluating, proven
-from dropformer.metrics.search.budget import meter, parse_budget, within
-from dropformer.metrics.blockwise.divergence import Dense, dropped_modules, first_changed, with_parameters
-from dropformer.metrics.repair.cache import Fits
-from dropformer.metrics.blockwise.layer_metrics import Bench, Ranking
-from dropformer.metrics.repair.sequential import Lockstep
-from dropformer.metrics.search.strategy import Quality, Request
+from dropformer.metrics.blockwise.divergence import DenseReference, dropped_modules, first_changed, with_parameters
+from dropformer.metrics.blockwise.layer_metrics import MetricContext, Ranking
+from dropformer.metrics.blockwise.runner import BlockRunner
+from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.repair.base import Gate, Repair, gate, tensors_of
+from dropformer.metrics.repair.cache import RepairCache
 from dropformer.metrics.repair.lora import heal, need_peft
 from dropformer.metrics.repair.refit import all_slots
-from dropformer.metrics.repair.scale import scale_modules
 from dropformer.metrics.repair.ridge import group_of
+from dropformer.metrics.repair.scale import scale_modules
+from dropformer.metrics.repair.sequential import SequentialRefit
+from dropformer.metrics.search.budget import meter, parse_budget, within
 from dropformer.metrics.search.select import KL, Choice, Count, greedy, iterative, refine
-from dropformer.metrics.blockwise.runner import Stepper
-from dropformer.metrics.calibration.windows import Windows
+from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.discovery.summarize import outline_of
+from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, check_attention_left, choose, make_plan, parse_spec, unprotected
@@ -44,14 +44,14 @@ class Improver:
 
     model: nn.Module
     data: Sequence[Windows]
-    quality: Quality = field(default_factory=Quality)
+    quality: Strategy = field(default_factory=Strategy)
     tell: Tell = lambda text: None
 
     def __post_init__(self) -> None:
         if "lora" in self.quality.repair:
             need_peft()
         self.architecture: Architecture = proven(self.model)
-        self.outline: Outline = outline_of(self.model, self.architecture)
+        self.outline: Outline = summarize(self.model, self.architecture)
         batches, scored, kinds, groups = [], [], [], []
         for kind, windows in enumerate(self.data):
             for n, (inputs, counts) in enumerate(windows.batches(1)):
@@ -60,12 +60,12 @@ class Improver:
                 kinds.append(kind)
                 groups.append(group_of(kind, n))
         self.kinds, self.groups = kinds, groups
-        self.bench = Bench(
-            Stepper(self.model, self.architecture, batches), self.architecture, scored, self.quality.stride
+        self.bench = MetricContext(
+            BlockRunner(self.model, self.architecture, batches), self.architecture, scored, self.quality.stride
         )
-        self._dense: Dense | None = None
+        self._dense: DenseReference | None = None
         self._costs: dict[tuple[str, ...], KL] = {}
-        self._fits: dict[tuple[int, ...], Fits] = {}
+        self._fits: dict[tuple[int, ...], RepairCache] = {}
         self._rankings: dict[str, Ranking] = {}
 
     def ranking(self, metric: str) -> Ranking:
@@ -73,7 +73,7 @@ class Improver:
         if metric not in self._rankings:
             bench = self.bench
             if metric.startswith("loo-"):
-                bench = replace(bench, stepper=self.cost.dense.stepper, scored=self.cost.dense.scored)
+                bench = replace(bench, runner=self.cost.dense.runner, scored=self.cost.dense.scored)
             self._rankings[metric] = Ranking(bench, metric)
         return self._rankings[metric]
 
@@ -82,14 +82,14 @@ class Improver:
         """KL to the dense model on the first windows of each kind, whose streams are kept."""
         if self._dense is None:
             few = self._few(self.quality.cost_windows)
-            batches = [self.bench.stepper.batches[i] for i in few]
-            stepper = Stepper(self.model, self.architecture, batches)
-            self._dense = Dense(stepper, self.quality.stride, [self.bench.scored[i] for i in few])
+            batches = [self.bench.runner.batches[i] for i in few]
+            runner = BlockRunner(self.model, self.architecture, batches)
+            self._dense = DenseReference(runner, self.quality.stride, [self.bench.scored[i] for i in few])
         known = self.quality.repair if self.quality.aware else ()
         foreseen = tuple(method for method in known if method in ("linear", "refit"))
         if foreseen not in self._costs:
             stands = partial(self.fits.standing, repair=foreseen)
-            stream = self.bench.stepper.start(0)
+            stream = self.bench.runner.start(0)
             busy = BUSY_CPU if stream.device.type == "cpu" else BUSY_GPU
             together = max(1, busy // stream.shape[:2].numel())
             self._costs[foreseen] = KL(self._dense, self.architecture, stands, together=together)
@@ -102,11 +102,11 @@ class Improver:
         return tuple(i for i in range(len(self.groups)) if 2 * len(few) > len(self.groups) or i not in few)
 
     @property
-    def fits(self) -> Fits:
+    def fits(self) -> RepairCache:
         """Maps and refits from the windows to fit on."""
         which = self.fitted_on
         if which not in self._fits:
-            self._fits[which] = Fits(self.bench, self.outline, which, [self.groups[i] for i in which])
+            self._fits[which] = RepairCache(self.bench, self.outline, which, [self.groups[i] for i in which])
         return self._fits[which]
 
     def prepare(self, candidates: Sequence[Layer], count: int) -> None:
@@ -121,7 +121,7 @@ class Improver:
         rank = [self.kinds[:i].count(kind) for i, kind in enumerate(self.kinds)]
         return sorted(range(len(rank)), key=lambda i: (rank[i], self.kinds[i]))[:count]
 
-    def choose(self, request: Request) -> tuple[list[Layer], dict[Layer, float]]:
+    def choose(self, request: Target) -> tuple[list[Layer], dict[Layer, float]]:
         """The layers to drop, and the score or cost that each was chosen by (higher goes first)."""
         self.quality = self.quality.under(request.budget)
         with evaluating(self.model):
@@ -152,7 +152,7 @@ class Improver:
         self.cost.ahead([*gone, layer] for layer in free)
         return greedy(free, Count(count), self.cost, gone, self.quality.width).layers
 
-    def _within(self, request: Request) -> Choice:
+    def _within(self, request: Target) -> Choice:
         """A budget's layers; where they would leave no attention, the one that went last stays."""
         budget = parse_budget(request.budget or "")
         candidates = unprotected(self.outline, ("attn", "mlp"), "", request.keep)
@@ -176,7 +176,7 @@ class Improver:
         dense = None
         if other is not None and self.quality.repair:
             inputs = [batch for batch, _ in other.batches(1)]
-            dense = Dense(Stepper(self.model, self.architecture, inputs), self.quality.stride)
+            dense = DenseReference(BlockRunner(self.model, self.architecture, inputs), self.quality.stride)
         modules: Mapping[str, nn.Module] = dropped_modules(self.architecture, gone)
         gates: list[Gate] = []
         mapped: dict[Layer, Any] = {}
@@ -215,11 +215,11 @@ class Improver:
         if method == "refit":
             return {**modules, **(self.fits.folds(left).modules(left, mapped) if left else {})}, {}
         if method == "lora":
-            first = first_changed(self.bench.stepper, modules)
-            return {**modules, **heal(self.bench.stepper, modules, first, progress=self._tell_healing)}, {}
+            first = first_changed(self.bench.runner, modules)
+            return {**modules, **heal(self.bench.runner, modules, first, progress=self._tell_healing)}, {}
         standing = with_parameters(modules)
         slots = all_slots(self.architecture, self.outline.branch_layers(gone), found)
-        return Lockstep(self.bench.stepper, self.architecture, left, self.groups, standing).refit(slots), {}
+        return SequentialRefit(self.bench.runner, self.architecture, left, self.groups, standing).refit(slots), {}
 
     def _tell_healing(self, step: int, steps: int) -> None:
         """A line for each tenth of the training."""
@@ -237,14 +237,14 @@ class Improver:
         return texts[0] if len(texts) == 1 else {"name": ",".join(text["name"] for text in texts), "texts": texts}
 
 
-def wording(quality: Quality) -> str:
+def wording(quality: Strategy) -> str:
     """What chose the layers: `similarity`, `iterative cca`, `greedy kl, refined`."""
     found = {"one-shot": quality.metric, "greedy": "greedy kl"}.get(quality.select, f"iterative {quality.metric}")
     return found + (", refined" if quality.refine else "")
 
 
 def improve(
-    improver: Improver, ref: ModelRef, request: Request, other: Windows | None = None
+    improver: Improver, ref: ModelRef, request: Target, other: Windows | None = None
 ) -> tuple[Plan, Repair, Mapping[str, nn.Module]]:
     """A plan by the improver's quality settings, its repair, and the modules that stand in for the model's own.
 

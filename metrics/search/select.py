@@ -16,7 +16,7 @@ from typing import Protocol
 
 from torch import nn
 
-from dropformer.metrics.blockwise.divergence import Dense, dropped_modules
+from dropformer.metrics.blockwise.divergence import DenseReference, dropped_modules
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.errors import PlanError
 
@@ -32,7 +32,7 @@ class KL:
     measures sets `together` at a time.  Memory: `Dense`.
     """
 
-    dense: Dense
+    dense: DenseReference
     architecture: Architecture
     stand_ins: Callable[[Sequence[Layer]], Mapping[str, nn.Module]] | None = None
     measured: dict[frozenset[Layer], float] = field(default_factory=dict)

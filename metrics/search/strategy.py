@@ -15,7 +15,7 @@ REPAIRS = ("linear", "refit", "refit-all", "scale", "lora")  # in the order in w
 
 
 @dataclass(frozen=True)
-class Quality:
+class Strategy:
     """How layers are chosen and what is repaired.
 
     `aware`: a search measures candidates with their refit or map in place, not as bare gaps.
@@ -37,7 +37,7 @@ class Quality:
         """Are candidates measured on windows of their own?"""
         return self.select == "greedy" or self.refine > 0
 
-    def under(self, budget: str | None) -> Quality:
+    def under(self, budget: str | None) -> Strategy:
         """These settings where a budget says how much goes: a greedy search meets it.  Raises PlanError with swaps."""
         if not budget:
             return self
@@ -47,7 +47,7 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class Request:
+class Target:
     """What to drop: a spec, or a budget over attention and MLP layers (decoding at `context` tokens).
 
     `latency`: what each layer takes, for a budget of measured time; `published`: a recipe's lists.
@@ -62,10 +62,10 @@ class Request:
 
 
 QUALITIES = {
-    "paper": Quality(),  # arXiv 2406.15786: one-shot similarity, nothing repaired
-    "best": Quality(select="greedy", repair=("refit", "refit-all")),
-    "healed": Quality(select="greedy", repair=("refit", "lora")),
-    "linear": Quality(select="greedy", repair=("linear", "refit")),
+    "paper": Strategy(),  # arXiv 2406.15786: one-shot similarity, nothing repaired
+    "best": Strategy(select="greedy", repair=("refit", "refit-all")),
+    "healed": Strategy(select="greedy", repair=("refit", "lora")),
+    "linear": Strategy(select="greedy", repair=("linear", "refit")),
 }
 
 
@@ -75,7 +75,7 @@ def quality(
     select: str | None = None,
     repair: str | None = None,
     refine: int | None = None,
-) -> Quality:
+) -> Strategy:
     """A named quality with single settings changed; `repair` is a comma-separated list.  Raises PlanError."""
     if name is not None and name not in QUALITIES:
         raise PlanError(f"quality `{name}` is unknown; expected one of {', '.join(QUALITIES)}")

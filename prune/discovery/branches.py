@@ -27,7 +27,7 @@ Forms = dict[str, Any]  # module path within the block -> what it returns once d
 
 
 @dataclass(frozen=True)
-class Cut:
+class BranchRemoval:
     """One way to drop a branch: the modules to replace, and where the stream is read before and after."""
 
     modules: Forms
@@ -37,11 +37,11 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Draft:
+class BranchCandidate:
     """A branch as the trace shows it, before anything was tried: ways to drop it, best first, or why not."""
 
     kind: BranchKind
-    cuts: tuple[Cut, ...]
+    cuts: tuple[BranchRemoval, ...]
     parallel: bool
     reason: str = ""
 
@@ -62,7 +62,7 @@ class BranchReader:
                 parent = ".".join([self.path, *parts[:depth]])
                 self.children.setdefault(parent, {})[".".join([self.path, *parts[: depth + 1]])] = None
 
-    def read(self) -> list[Draft]:
+    def read(self) -> list[BranchCandidate]:
         groups: dict[BranchKind, list[Term]] = {}
         terms = self.flow.terms
         for term in terms:
@@ -77,10 +77,10 @@ class BranchReader:
         """The modules that did any of a term's work, where none did only that."""
         return " ".join(sorted({self.flow.ops[i].scope.removeprefix(self.path) for i in term.ops}))
 
-    def _draft(self, kind: BranchKind, mine: list[Term]) -> Draft:
+    def _draft(self, kind: BranchKind, mine: list[Term]) -> BranchCandidate:
         others = [t for t in self.flow.terms if t not in mine]
         parallel = self.flow.parallel(mine, others)
-        cuts: list[Cut] = []
+        cuts: list[BranchRemoval] = []
         reasons: list[str] = []
         for modules, reason in self._alternatives(mine, others):
             try:
@@ -90,7 +90,7 @@ class BranchReader:
                 cuts += [cut] if cut not in cuts else []
             except ValueError as error:
                 reasons.append(str(error))
-        return Draft(kind, tuple(cuts), parallel, "" if cuts else reasons[0])
+        return BranchCandidate(kind, tuple(cuts), parallel, "" if cuts else reasons[0])
 
     def _alternatives(self, mine: list[Term], others: list[Term]) -> Iterator[tuple[Forms, str]]:
         """Sets of modules whose replacement removes these terms, or why there is none.
@@ -113,7 +113,7 @@ class BranchReader:
             if not allowed and (last := {name: form for name, form in forms.items() if _silences(form)}):
                 yield last, ""
 
-    def _cut(self, modules: Forms, mine: list[Term], parallel: bool) -> Cut:
+    def _cut(self, modules: Forms, mine: list[Term], parallel: bool) -> BranchRemoval:
         """Where the stream is read around a branch whose `modules` go.  Raises ValueError where it is not seen."""
         flow = self.flow
         gone = [f"{self.path}.{name}" for name in modules]
@@ -124,11 +124,11 @@ class BranchReader:
             raise ValueError("no module sees the residual stream before it")
         after = None if parallel else self._tap(self._leaving(mine[-1].result, gone), gone)
         if after:
-            return Cut(modules, before, after, ())
+            return BranchRemoval(modules, before, after, ())
         taps = [self._tap(term.value, gone) for term in mine]
         if not all(taps) or any(term.scaled for term in mine):
             raise ValueError("no module sees the residual stream after it")
-        return Cut(modules, before, None, tuple(t for t in taps if t))
+        return BranchRemoval(modules, before, None, tuple(t for t in taps if t))
 
     def _leaving(self, value: int, gone: list[str]) -> int:
         """`value`, or the stream where it leaves the replaced module that made it."""

@@ -18,12 +18,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from dropformer.prune.architecture import Architecture, Block, Branch, BranchKind, Stack, Tap
-from dropformer.prune.discovery.branches import BranchReader, Cut, Draft, kind_by_name
+from dropformer.prune.discovery.branches import BranchCandidate, BranchReader, BranchRemoval, kind_by_name
 from dropformer.prune.discovery.dataflow import Flow, Term, stream_ends
-from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.discovery.inputs import sample_inputs
 from dropformer.prune.discovery.replay import Replay, evaluating
 from dropformer.prune.discovery.trace import Call, Trace, tracing
+from dropformer.prune.errors import ArchitectureError
 
 SIDE_STACKS = re.compile(r"vision|visual|image|audio|speech", re.I)
 
@@ -245,7 +245,7 @@ class _StackReader:
         parallel = any(draft.parallel for draft in drafts) and len(drafts) > 1
         return replace(block, branches=tuple(branches), kept=kept, parallel=parallel)  # type: ignore[arg-type]
 
-    def _choose(self, block: Block, draft: Draft) -> Cut | str:
+    def _choose(self, block: Block, draft: BranchCandidate) -> BranchRemoval | str:
         """The first way to drop a branch with which the block still runs, or why there is none."""
         said = draft.reason
         for cut in draft.cuts:
@@ -259,7 +259,7 @@ class _StackReader:
             said = said or f"the block does not run without it: {self.tried[key]}"
         return said
 
-    def _shared(self, block: Block, cut: Cut) -> str:
+    def _shared(self, block: Block, cut: BranchRemoval) -> str:
         """A parameter outside of the block that is one of the branch's own too."""
         for name in cut.modules:
             for parameter in self.model.get_submodule(f"{block.path}.{name}").parameters():

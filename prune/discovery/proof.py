@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from dropformer.prune.architecture import Architecture, Block, Branch
-from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.discovery.inputs import sample_inputs
 from dropformer.prune.discovery.replay import Replay, evaluating, on_tap, reading, skipped
+from dropformer.prune.errors import ArchitectureError
 
 __all__ = ["on_tap", "prove", "prove_block"]
 

@@ -15,8 +15,8 @@ from transformers import Cache
 
 from dropformer.prune.architecture import Tap
 from dropformer.prune.discovery.dataflow import Flow, Term
-from dropformer.prune.loading.modeling import Skipped
 from dropformer.prune.discovery.trace import outputs_of
+from dropformer.prune.loading.modeling import Skipped
 
 
 @contextmanager

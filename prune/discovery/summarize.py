@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from dropformer.prune.architecture import Architecture, Block, Branch, Stack
 from dropformer.prune.discovery.inputs import sample_inputs
+from dropformer.prune.discovery.signature import signature
 from dropformer.prune.loading.tensor_names import auto_names, native_class
 from dropformer.prune.outline import BlockOutline, BranchOutline, Outline, StackOutline
-from dropformer.prune.discovery.signature import signature
 
 
-def outline_of(model: nn.Module, architecture: Architecture) -> Outline:
+def summarize(model: nn.Module, architecture: Architecture) -> Outline:
     """The architecture as data, with what each branch weighs.  Meta models will do."""
     kv = _cache_elements(model, architecture)
     writes = next((s for s in architecture.stacks if s.name in ("", "decoder")), architecture.stacks[0])

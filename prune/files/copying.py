@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dropformer.prune.files.byteranges import copy_range, holds, same_range, write_at
 from dropformer.prune.errors import CheckpointError, OutputError, VerificationError
+from dropformer.prune.files.byteranges import copy_range, holds, same_range, write_at
 from dropformer.prune.files.folder import cannot_write
 from dropformer.prune.files.layout import (
     NewShard,

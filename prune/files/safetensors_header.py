@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dropformer.prune.files.byteranges import PAGE
 from dropformer.prune.errors import CheckpointError, OutputError
+from dropformer.prune.files.byteranges import PAGE
 from dropformer.prune.files.strict_json import MAX_BYTES, parse_object, shown
 
 BITS = {

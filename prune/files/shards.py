@@ -19,8 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dropformer.prune.files.byteranges import read_at
 from dropformer.prune.errors import CheckpointError
+from dropformer.prune.files.byteranges import read_at
 from dropformer.prune.files.safetensors_header import TensorSpan, read_header
 from dropformer.prune.files.strict_json import MAX_BYTES, parse_object, shown
 

@@ -21,15 +21,15 @@ from typing import Any
 
 import torch
 
-from dropformer.prune.loading import configuration_decilm
-from dropformer.prune.block_map import NewBlock, Surgery, new_name
-from dropformer.prune.loading.deci_families import check_family
+from dropformer.prune.block_map import MappedBlock, Surgery, new_name
 from dropformer.prune.errors import ArchitectureError, PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.files.layout import NewTensor
 from dropformer.prune.formats.stored_tensors import new_tensor, stored_dtype
+from dropformer.prune.formats.writing import ExportJob, replacements
+from dropformer.prune.loading import configuration_decilm
+from dropformer.prune.loading.deci_families import check_family
 from dropformer.prune.surgery.surgery import config_from
-from dropformer.prune.formats.writing import Writing, replacements
 
 ARCHITECTURE = "DeciLMForCausalLM"
 CODE_FILE = "configuration_decilm.py"
@@ -77,7 +77,7 @@ def deci_renaming(surgery: Surgery, names: Mapping[str, str], prefix: str) -> Ca
         parameter = names[tensor]
         if not parameter.startswith((f"{prefix}.", "lm_head.")):
             parameter = f"{prefix}.{parameter}"
-        return new_name(surgery.outline, surgery.arrangement, parameter)
+        return new_name(surgery.outline, surgery.block_map, parameter)
 
     return rename
 
@@ -111,7 +111,7 @@ def deci_notes(fields: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def write(writing: Writing, folder: Path) -> CopyReport:
+def write(writing: ExportJob, folder: Path) -> CopyReport:
     """Write the checkpoint, with the code that reads its config beside the weights.  Raises as `deci_config`."""
     fields = deci_config(writing.config, writing.surgery, list(writing.names.values()))
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
@@ -126,15 +126,15 @@ def _check_settings(full: Mapping[str, Any]) -> None:
         raise ArchitectureError(f"DeciLM's MLPs use silu, this model {full['hidden_act']}: leave out --format deci")
 
 
-def _checked_blocks(surgery: Surgery) -> Sequence[NewBlock]:
+def _checked_blocks(surgery: Surgery) -> Sequence[MappedBlock]:
     """The blocks that remain.  Raises PlanError for a plan that engines cannot run."""
-    if surgery.arrangement.mapped:
-        layers = ", ".join(map(str, sorted(surgery.arrangement.mapped)))
+    if surgery.block_map.mapped:
+        layers = ", ".join(map(str, sorted(surgery.block_map.mapped)))
         raise PlanError(
             f"{layers} became linear maps with a bias, which DeciLM does not have; repair another way, or leave "
             "out --format deci"
         )
-    blocks = surgery.arrangement.stacks[""]
+    blocks = surgery.block_map.stacks[""]
     first = next((block for block in blocks if not set(block.skipped) >= BOTH), None)
     if first is None:
         raise PlanError("no layer is left to export; drop fewer layers")
@@ -157,7 +157,7 @@ def _rope(full: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _window(full: Mapping[str, Any], blocks: Sequence[NewBlock]) -> dict[str, Any]:
+def _window(full: Mapping[str, Any], blocks: Sequence[MappedBlock]) -> dict[str, Any]:
     """The sliding window and the blocks that have it, where any has."""
     window, every = full.get("sliding_window"), full["model_type"] == "mistral"
     types = ["sliding_attention"] * full["num_hidden_layers"] if every else full.get("layer_types") or []

@@ -15,10 +15,10 @@ from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import new_name
 from dropformer.prune.errors import PlanError
 from dropformer.prune.files import CopyReport, NewTensor
-from dropformer.prune.formats.writing import Writing
+from dropformer.prune.formats.writing import ExportJob
 
 
-def write_dense(writing: Writing, folder: Path) -> CopyReport:
+def write_dense(writing: ExportJob, folder: Path) -> CopyReport:
     """config.json as it was, and the source's tensors with those of dropped branches set to zero.
 
     Zeros in all of a branch's weights, its norms and biases too, are exactly a drop: what it adds is zero.
@@ -29,8 +29,8 @@ def write_dense(writing: Writing, folder: Path) -> CopyReport:
     return writing.copy(folder, lambda name: name, dict(_replaced(writing)))
 
 
-def _check_expressible(writing: Writing) -> None:
-    if writing.arrangement.mapped:
+def _check_expressible(writing: ExportJob) -> None:
+    if writing.block_map.mapped:
         raise PlanError(
             "--format dense has no place for linear maps; leave out --repair linear, or use --format dropformer"
         )
@@ -43,7 +43,7 @@ def _check_expressible(writing: Writing) -> None:
             )
 
 
-def _replaced(writing: Writing) -> Iterator[tuple[str, NewTensor]]:
+def _replaced(writing: ExportJob) -> Iterator[tuple[str, NewTensor]]:
     """Zeros for what is dropped, new values for what is repaired, by tensor name."""
     gone = set(writing.outline.branch_layers(writing.surgery.layers))
     empty = mmap.mmap(-1, max((span.nbytes for span in writing.source.tensors.values()), default=0) or 1)
@@ -51,11 +51,11 @@ def _replaced(writing: Writing) -> Iterator[tuple[str, NewTensor]]:
         for parameter in writing.parameters(tensor):
             if _owner(writing, parameter) in gone:
                 yield tensor, NewTensor(span.dtype, span.shape, memoryview(empty)[: span.nbytes])
-            elif (new := new_name(writing.outline, writing.arrangement, parameter)) in writing.repaired:
+            elif (new := new_name(writing.outline, writing.block_map, parameter)) in writing.repaired:
                 yield tensor, writing.repaired[new]  # type: ignore[index]
 
 
-def _owner(writing: Writing, parameter: str) -> Layer | None:
+def _owner(writing: ExportJob, parameter: str) -> Layer | None:
     """The branch whose own a parameter is."""
     for stack in writing.outline.stacks:
         index, _, rest = parameter.removeprefix(stack.path + ".").partition(".")

@@ -13,20 +13,20 @@ import torch
 from transformers import PreTrainedModel
 
 from dropformer.prune.architecture import of_images
-from dropformer.prune.block_map import Surgery
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.surgery.config import completed
+from dropformer.prune.block_map import Surgery
+from dropformer.prune.discovery.inputs import sample_inputs, with_images
 from dropformer.prune.errors import VerificationError
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
+from dropformer.prune.formats.record import licence_of, read_config, write_record
 from dropformer.prune.formats.registry import known_format
-from dropformer.prune.discovery.inputs import sample_inputs, with_images
+from dropformer.prune.formats.writing import ExportJob, ExportOptions, copy_side_files, write_config
 from dropformer.prune.loading.load import load
 from dropformer.prune.loading.tensor_names import auto_names, meta_model, native_class, parameter_names
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan
-from dropformer.prune.formats.record import licence_of, read_config, write_record
+from dropformer.prune.surgery.config import completed
 from dropformer.prune.surgery.surgery import config_from
-from dropformer.prune.formats.writing import How, Writing, copy_side_files, write_config
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ Finish = Callable[[Path, CopyReport], list[str]]
 
 
 def export(
-    model: PreTrainedModel, surgery: Surgery, plan: Plan, source: Path, out: Path, how: How | None = None,
+    model: PreTrainedModel, surgery: Surgery, plan: Plan, source: Path, out: Path, how: ExportOptions | None = None,
     finish: Finish | None = None,
 ) -> Exported:  # fmt: skip
     """Write the checkpoint of a pruned model by copying the kept tensors' bytes from its source folder.
@@ -61,7 +61,7 @@ def export(
     a different logit raises VerificationError and leaves nothing behind.  Raises OutputError where `out`
     exists and is not empty, CheckpointError for a bad source, PlanError for what the format cannot carry.
     """
-    how = how or How()
+    how = how or ExportOptions()
     kind = known_format(how.format)
     writing = replace(writing_of(native_class(type(model)), surgery, open_checkpoint(source), how), model=model)
     with new_folder(out) as folder:
@@ -69,18 +69,18 @@ def export(
         if kind.sides:
             copy_side_files(source, folder)
         results = finish(folder, copied) if finish else None
-        record = write_record(folder, plan, surgery.arrangement, copied, how.format, results)
+        record = write_record(folder, plan, surgery.block_map, copied, how.format, results)
         difference = verify(folder, model, surgery.outline) if kind.reloads else None
     return Exported(out, copied, record, difference)
 
 
-def writing_of(native: type[PreTrainedModel], surgery: Surgery, source: Checkpoint, how: How) -> Writing:
+def writing_of(native: type[PreTrainedModel], surgery: Surgery, source: Checkpoint, how: ExportOptions) -> ExportJob:
     """What is to be written for a surgery on a model of a native class, as transformers names its parameters."""
     config = read_config(source.folder)
     known = config_from(config)
-    if not surgery.arrangement.in_place(surgery.outline):
+    if not surgery.block_map.in_place(surgery.outline):
         config = completed(config, known.to_dict(), surgery.outline)
-    return Writing(
+    return ExportJob(
         source, config, surgery, parameter_names(meta_model(native, known), source.tensors), native.base_model_prefix,
         auto_names(native), how,
     )  # fmt: skip
@@ -139,11 +139,11 @@ def save_in_memory(model: PreTrainedModel, surgery: Surgery, plan: Plan, out: Pa
     with new_folder(out) as folder:
         model.save_pretrained(folder)
         written = open_checkpoint(folder)
-        if not surgery.arrangement.packed:
+        if not surgery.block_map.packed:
             fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             write_config(folder, fields, surgery.outline.autos)
         share = plan.savings.parameters / max(1, plan.savings.parameters_after)
         report = CopyReport(len(written.tensors), 0, written.nbytes, round(written.nbytes * (share - 1)))
-        record = write_record(folder, plan, surgery.arrangement, report)
+        record = write_record(folder, plan, surgery.block_map, report)
         difference = verify(folder, model, surgery.outline)
     return Exported(out, report, record, difference)

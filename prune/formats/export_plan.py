@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dropformer.prune.block_map import Surgery, arrange
+from dropformer.prune.block_map import Surgery, map_blocks
 from dropformer.prune.errors import OutputError, PlanError
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
-from dropformer.prune.formats.registry import known_format
-from dropformer.prune.plan import Plan
 from dropformer.prune.formats.record import need_dense, read_config, write_record
-from dropformer.prune.formats.writing import How, Writing, copy_side_files
+from dropformer.prune.formats.registry import known_format
+from dropformer.prune.formats.writing import ExportJob, ExportOptions, copy_side_files
+from dropformer.prune.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Written:
     record: dict[str, Any]
 
 
-def write_by_plan(plan: Plan, source: Path, out: Path, how: How | None = None) -> Written:
+def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None = None) -> Written:
     """Write the checkpoint that a plan makes of the one in `source`.
 
     Every tensor's bytes are compared with the source; nothing is run.  Memory: a copy's buffer, whatever the size.
     Raises PlanError where the plan was made for other weights or the format cannot carry it, OutputError where `out`
     exists and is not empty, CheckpointError for a bad source.
     """
-    how = how or How()
+    how = how or ExportOptions()
     kind = known_format(how.format)
     if kind.runs:
         raise OutputError(f"--format {how.format} runs the model, which a plan alone does not load; add --measure")
@@ -52,34 +52,34 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: How | None = None) -
         copied = kind.write(writing, folder)
         if kind.sides:
             copy_side_files(source, folder)
-        record = write_record(folder, plan, writing.arrangement, copied, how.format)
+        record = write_record(folder, plan, writing.block_map, copied, how.format)
         plan.write(folder / "plan.json")
     return Written(out, copied, record)
 
 
-def plain_writing(plan: Plan, source: Checkpoint, how: How) -> Writing | None:
+def plain_writing(plan: Plan, source: Checkpoint, how: ExportOptions) -> ExportJob | None:
     """What is to be written, if tensors and parameters have the same names and no block moves to where it would be
     another one; else None.
 
     The names are the same when the tensors that would go hold as many numbers as the plan says go.
     """
     outline = plan.outline
-    arrangement = arrange(outline, plan.layers)
-    if not outline.autos or not (arrangement.in_place(outline) or all(stack.alike for stack in outline.stacks)):
+    block_map = map_blocks(outline, plan.layers)
+    if not outline.autos or not (block_map.in_place(outline) or all(stack.alike for stack in outline.stacks)):
         return None
-    surgery = Surgery(outline, tuple(plan.layers), arrangement)
+    surgery = Surgery(outline, tuple(plan.layers), block_map)
     names = {name: name for name in source.tensors}
     prefix = outline.stacks[0].path.partition(".")[0]
-    writing = Writing(source, read_config(source.folder), surgery, names, prefix, outline.autos, how)
+    writing = ExportJob(source, read_config(source.folder), surgery, names, prefix, outline.autos, how)
     gone = sum(math.prod(span.shape) for name, span in source.tensors.items() if writing.rename(name) is None)
     return writing if gone == outline.dropped_parameters(plan.layers) else None
 
 
-def asked_writing(plan: Plan, source: Checkpoint, how: How) -> Writing:
+def asked_writing(plan: Plan, source: Checkpoint, how: ExportOptions) -> ExportJob:
     """The same from a model without weights: what transformers calls the tensors, and whether blocks can move."""
     from dropformer.prune.formats.export import writing_of
     from dropformer.prune.loading.load import weightless
-    from dropformer.prune.surgery.surgery import operate
+    from dropformer.prune.surgery.surgery import plan_surgery
 
     model = weightless(source.folder, how.trust_remote_code)
-    return writing_of(type(model), operate(plan.outline, plan.layers, model), source, how)
+    return writing_of(type(model), plan_surgery(plan.outline, plan.layers, model), source, how)

@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
-from dropformer.prune.block_map import Arrangement, new_name
+from dropformer.prune.block_map import BlockMap, new_name
 from dropformer.prune.outline import Outline, StackOutline
 
 
 def renaming(
-    outline: Outline, arrangement: Arrangement, names: Mapping[str, str], prefix: str
+    outline: Outline, block_map: BlockMap, names: Mapping[str, str], prefix: str
 ) -> Callable[[str], str | None]:
     """What each tensor of the files is called in the pruned checkpoint; None for those that go."""
 
@@ -26,15 +26,15 @@ def renaming(
                 continue
             old = int(candidate.removeprefix(stack.path + ".").partition(".")[0])
             if old >= stack.blocks:  # a multi-token prediction head: see `numbered_heads`
-                return tensor if len(arrangement.stacks[stack.name]) == stack.blocks else None
-            new = new_name(outline, arrangement, candidate)
+                return tensor if len(block_map.stacks[stack.name]) == stack.blocks else None
+            new = new_name(outline, block_map, candidate)
             return None if new is None else _renumber(tensor, old, _index(new, stack))
         return tensor
 
     return rename
 
 
-def numbered_heads(outline: Outline, arrangement: Arrangement, names: Mapping[str, str], prefix: str) -> set[str]:
+def numbered_heads(outline: Outline, block_map: BlockMap, names: Mapping[str, str], prefix: str) -> set[str]:
     """Names of the stacks after whose blocks the files hold more, that goes because the stack gets shorter.
 
     Those are multi-token prediction heads that count on as if they were blocks (DeepSeek V3's layer 61).
@@ -44,7 +44,7 @@ def numbered_heads(outline: Outline, arrangement: Arrangement, names: Mapping[st
     for parameter in names.values():
         for candidate in (parameter, f"{prefix}.{parameter}"):
             stack = _stack_of(outline, candidate)
-            if stack and _index(candidate, stack) >= stack.blocks > len(arrangement.stacks[stack.name]):
+            if stack and _index(candidate, stack) >= stack.blocks > len(block_map.stacks[stack.name]):
                 found.add(stack.name)
     return found
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from dropformer.prune.errors import OutputError, VerificationError
 from dropformer.prune.files import CopyReport
-from dropformer.prune.formats.writing import Writing
+from dropformer.prune.formats.writing import ExportJob
 
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
 FILE = "model.onnx"
@@ -32,7 +32,7 @@ def check_installed() -> None:
         raise OutputError(f"--format onnx needs {', '.join(missing)}; pip install 'dropformer[onnx]'")
 
 
-def write_onnx(writing: Writing, folder: Path) -> CopyReport:
+def write_onnx(writing: ExportJob, folder: Path) -> CopyReport:
     """Export the pruned model in memory, in the type that it computes in, and compare ONNX Runtime's logits with its.
 
     Raises OutputError where transformers cannot export the model, VerificationError where the logits differ.

@@ -11,14 +11,14 @@ from typing import Any
 import yaml
 
 from dropformer import __version__
-from dropformer.prune.block_map import Arrangement, original_blocks, whole
-from dropformer.prune.formats.card import model_card
-from dropformer.prune.loading.deci_families import DECI
+from dropformer.prune.block_map import BlockMap, original_blocks, whole
 from dropformer.prune.errors import CheckpointError, PlanError
 from dropformer.prune.files import CopyReport
+from dropformer.prune.formats.card import model_card
 from dropformer.prune.formats.registry import known_format
-from dropformer.prune.plan import Plan
 from dropformer.prune.formats.writing import MODEL_TYPE
+from dropformer.prune.loading.deci_families import DECI
+from dropformer.prune.plan import Plan
 
 RECORD = "dropformer.json"
 PRUNED = (MODEL_TYPE, DECI)  # the model types that checkpoints with missing layers bear
@@ -46,20 +46,20 @@ def need_dense(config: dict[str, Any], name: str) -> None:
 def write_record(
     folder: Path,
     plan: Plan,
-    arrangement: Arrangement,
+    block_map: BlockMap,
     copied: CopyReport,
     format: str = "dropformer",
     results: list[str] | None = None,
 ) -> dict[str, Any]:
     """dropformer.json, which is returned, and the model card; `results` are lines of measurements for the card."""
-    record = provenance(plan, arrangement, copied, format)
+    record = provenance(plan, block_map, copied, format)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    loading = known_format(format).loading(arrangement.packed)
+    loading = known_format(format).loading(block_map.packed)
     (folder / "README.md").write_text(model_card(plan, record, loading, results), encoding="utf-8")
     return record
 
 
-def provenance(plan: Plan, arrangement: Arrangement, copied: CopyReport, format: str) -> dict[str, Any]:
+def provenance(plan: Plan, block_map: BlockMap, copied: CopyReport, format: str) -> dict[str, Any]:
     """dropformer.json: where the checkpoint comes from and what is missing, in original indices."""
     saved, saves = plan.savings, known_format(format).saves
     width = kv_width(copied.bytes_before, saved.parameters)
@@ -73,8 +73,8 @@ def provenance(plan: Plan, arrangement: Arrangement, copied: CopyReport, format:
         "model": plan.model.model_dump(),
         "spec": plan.spec,
         "dropped": plan.dropped(),
-        "original_blocks": original_blocks(arrangement if saves else whole(plan.outline)),
-        "packed": arrangement.packed and saves,
+        "original_blocks": original_blocks(block_map if saves else whole(plan.outline)),
+        "packed": block_map.packed and saves,
         "scores": {drop.layer: drop.similarity for drop in plan.drops},
         "calibration": plan.calibration,
         "repairs": plan.repairs,

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dropformer.prune.formats.dense import write_dense
 from dropformer.prune.errors import OutputError
 from dropformer.prune.files import CopyReport
+from dropformer.prune.formats.dense import write_dense
 from dropformer.prune.formats.onnx import write_onnx
-from dropformer.prune.formats.writing import Writing, write_pruned
+from dropformer.prune.formats.writing import ExportJob, write_pruned
 
-Write = Callable[[Writing, Path], CopyReport]
+Write = Callable[[ExportJob, Path], CopyReport]
 
 PACKED = "The layers that remain pair up, so this is a stock, shorter model: it loads wherever the base model does."
 
@@ -44,16 +44,16 @@ class Format:
         return "a stock, shorter model: loads anywhere" if packed and self.packs else self.brief
 
 
-def write_deci(writing: Writing, folder: Path) -> CopyReport:
+def write_deci(writing: ExportJob, folder: Path) -> CopyReport:
     """A DeciLM checkpoint, or a stock one where the plan packs.  Raises as `deci.deci_config`."""
-    if writing.arrangement.packed:
+    if writing.block_map.packed:
         return write_pruned(writing, folder)
-    from dropformer.prune import deci  # imports torch
+    from dropformer.prune.formats import deci  # imports torch
 
     return deci.write(writing, folder)
 
 
-def write_gguf(writing: Writing, folder: Path) -> CopyReport:
+def write_gguf(writing: ExportJob, folder: Path) -> CopyReport:
     """A GGUF file made from the dense one.  Raises OutputError where the model did not come as a .gguf file."""
     if writing.how.gguf is None:
         raise OutputError(

@@ -13,12 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dropformer.prune.block_map import Arrangement, Surgery, new_name, skipped_modules
-from dropformer.prune.surgery.config import pruned_config, without_heads
+from dropformer.prune.block_map import BlockMap, Surgery, new_name, skipped_modules
 from dropformer.prune.errors import CheckpointError
 from dropformer.prune.files import Checkpoint, CopyReport, NewTensor, copy_checkpoint
 from dropformer.prune.formats.names import numbered_heads, renaming
 from dropformer.prune.outline import Outline
+from dropformer.prune.surgery.config import pruned_config, without_heads
 
 MODEL_TYPE = "dropformer"
 CODE = Path(__file__).parents[1] / "loading" / "modeling.py"
@@ -28,7 +28,7 @@ NOT_COPIED = {"config.json", "dropformer.json", "plan.json", "scores.json", "rep
 
 
 @dataclass(frozen=True)
-class How:
+class ExportOptions:
     """How a checkpoint is written.
 
     `format` is one of `formats.FORMATS`; `link`: shards in which nothing changes become hard links; `thorough`:
@@ -45,7 +45,7 @@ class How:
 
 
 @dataclass(frozen=True)
-class Writing:
+class ExportJob:
     """What is to be written.
 
     `config` is the dense config.json, with what transformers derives by position written out where blocks move;
@@ -59,7 +59,7 @@ class Writing:
     names: Mapping[str, str]
     prefix: str
     autos: Sequence[str]
-    how: How = field(default_factory=How)
+    how: ExportOptions = field(default_factory=ExportOptions)
     model: Any = None
 
     @property
@@ -67,13 +67,13 @@ class Writing:
         return self.surgery.outline
 
     @property
-    def arrangement(self) -> Arrangement:
-        return self.surgery.arrangement
+    def block_map(self) -> BlockMap:
+        return self.surgery.block_map
 
     @cached_property
     def rename(self) -> Callable[[str], str | None]:
         """What each tensor of the source is called in the pruned checkpoint; None for those that go."""
-        return renaming(self.outline, self.arrangement, self.names, self.prefix)
+        return renaming(self.outline, self.block_map, self.names, self.prefix)
 
     @cached_property
     def repaired(self) -> dict[str, NewTensor]:
@@ -102,12 +102,12 @@ class Writing:
         return name, f"{self.prefix}.{name}"
 
 
-def write_pruned(writing: Writing, folder: Path) -> CopyReport:
+def write_pruned(writing: ExportJob, folder: Path) -> CopyReport:
     """The default format: a stock, shorter model where the plan packs, else of model_type `dropformer` with the code
     that loads it."""
-    heads = numbered_heads(writing.outline, writing.arrangement, writing.names, writing.prefix)
+    heads = numbered_heads(writing.outline, writing.block_map, writing.names, writing.prefix)
     config = without_heads(writing.config, writing.outline, heads)
-    write_config(folder, pruned_config(config, writing.outline, writing.arrangement), writing.autos)
+    write_config(folder, pruned_config(config, writing.outline, writing.block_map), writing.autos)
     return writing.copy(folder, writing.rename, replacements(writing, writing.rename))
 
 
@@ -133,7 +133,7 @@ def copy_side_files(source: Path, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-def replacements(writing: Writing, rename: Callable[[str], str | None]) -> dict[str, NewTensor]:
+def replacements(writing: ExportJob, rename: Callable[[str], str | None]) -> dict[str, NewTensor]:
     """What is to be written in place of the source's tensors, by the name that `rename` gives the new one.
 
     Raises CheckpointError where a repaired parameter is not one tensor of the files (merged experts).
@@ -145,7 +145,7 @@ def replacements(writing: Writing, rename: Callable[[str], str | None]) -> dict[
         if new_file is None:
             continue
         for candidate in writing.parameters(tensor):
-            new = new_name(writing.outline, writing.arrangement, candidate)
+            new = new_name(writing.outline, writing.block_map, candidate)
             bare = bare and not tensor.startswith(f"{writing.prefix}.")
             if new in left:
                 found[new_file] = left.pop(new)
@@ -159,7 +159,7 @@ def replacements(writing: Writing, rename: Callable[[str], str | None]) -> dict[
     return found
 
 
-def mapped_modules(writing: Writing) -> set[str]:
+def mapped_modules(writing: ExportJob) -> set[str]:
     """Paths, in the pruned model, of the modules that became linear maps."""
-    forms = skipped_modules(writing.outline, writing.arrangement)
+    forms = skipped_modules(writing.outline, writing.block_map)
     return {path for path, form in forms.items() if isinstance(form, dict) and "linear" in form}

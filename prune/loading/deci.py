@@ -11,9 +11,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from dropformer.prune.loading.deci_families import FAMILIES
 from dropformer.prune.errors import CheckpointError
 from dropformer.prune.files import open_checkpoint
+from dropformer.prune.loading.deci_families import FAMILIES
 from dropformer.prune.loading.load import check_whole, quiet_transformers
 from dropformer.prune.loading.modeling import MODEL_TYPE, pruned_config_class
 from dropformer.prune.surgery.surgery import config_from

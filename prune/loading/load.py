@@ -14,9 +14,9 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from dropformer.prune.errors import CheckpointError, ModelError
 from dropformer.prune.loading import modeling
 from dropformer.prune.loading.deci_families import DECI
-from dropformer.prune.errors import CheckpointError, ModelError
 
 HEADS = (
     "AutoModelForCausalLM",

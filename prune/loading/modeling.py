@@ -79,7 +79,7 @@ class Skipped(nn.Module):
         return repr(self.form)
 
 
-class Mapped(Skipped):
+class LinearReplacement(Skipped):
     """What stands for an attention layer that became one linear map: Wx + b of the hidden states it is given.
 
     `form` is {"linear": [in, out], "of": the form that `Skipped` would have}; the map's output takes the place
@@ -99,9 +99,9 @@ class Mapped(Skipped):
         return nn.functional.linear(hidden_states(args, kwargs), self.weight, self.bias)
 
 
-def stand_in(form: Any) -> Skipped:
+def replacement(form: Any) -> Skipped:
     """The module that a form describes."""
-    return Mapped(form) if isinstance(form, dict) and "linear" in form else Skipped(form)
+    return LinearReplacement(form) if isinstance(form, dict) and "linear" in form else Skipped(form)
 
 
 def hidden_states(args: tuple, kwargs: dict) -> torch.Tensor:
@@ -115,7 +115,7 @@ def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
     """Replace each named module of `model` by what its form describes; its weights are gone, its settings stay."""
     for path, form in modules.items():
         parent, _, name = path.rpartition(".")
-        owner, new = model.get_submodule(parent), stand_in(form)
+        owner, new = model.get_submodule(parent), replacement(form)
         keep_settings(getattr(owner, name), new)
         setattr(owner, name, new)
 

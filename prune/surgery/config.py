@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from dropformer.prune.architecture import KIND_NAMES, of_images
-from dropformer.prune.block_map import Arrangement, NewBlock, new_index, skipped_modules
+from dropformer.prune.block_map import BlockMap, MappedBlock, new_index, skipped_modules
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.outline import Outline, StackOutline
 
@@ -33,14 +33,14 @@ INDICES |= {"full_attn_idxs": "source", "cross_attention_layers": "source", "glo
 LEADING = {"first_k_dense_replace": "mlp", "num_dense_layers": "mlp"}
 
 
-def pruned_config(config: dict[str, Any], outline: Outline, arrangement: Arrangement) -> dict[str, Any]:
+def pruned_config(config: dict[str, Any], outline: Outline, block_map: BlockMap) -> dict[str, Any]:
     """The config of the pruned model: a stock one when it packs, else of model_type `dropformer`.
 
     `config` is config.json as read.  Raises ArchitectureError for a per-block list that it does not know.
     """
     new, shortened = copy.deepcopy(config), False
     for stack in outline.stacks:
-        blocks = arrangement.stacks[stack.name]
+        blocks = block_map.stacks[stack.name]
         if any(b.source != i or b.mlp != i for i, b in enumerate(blocks)) or len(blocks) != stack.blocks:
             if of_images(stack.name) and "vision_feature_layer" in new:
                 raise ArchitectureError("blocks stay where they are: vision_feature_layer counts them")
@@ -49,7 +49,7 @@ def pruned_config(config: dict[str, Any], outline: Outline, arrangement: Arrange
     encoder, decoder = (new.get(key) for key in ("num_layers", "num_decoder_layers"))
     if shortened and isinstance(encoder, int) and isinstance(decoder, int) and encoder < decoder:
         raise ArchitectureError("blocks stay where they are: transformers sizes the decoder's cache by the encoder")
-    return new if arrangement.packed else _as_pruned(new, outline, arrangement)
+    return new if block_map.packed else _as_pruned(new, outline, block_map)
 
 
 def completed(config: dict[str, Any], full: dict[str, Any], outline: Outline) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _section(config: dict[str, Any], stack: StackOutline) -> dict[str, Any]:
     return config
 
 
-def _shorten(config: dict[str, Any], stack: StackOutline, blocks: tuple[NewBlock, ...]) -> None:
+def _shorten(config: dict[str, Any], stack: StackOutline, blocks: tuple[MappedBlock, ...]) -> None:
     if stage := next((key for key in STAGES if isinstance(config.get(key), list)), None):
         raise ArchitectureError(f"blocks stay where they are: config.json counts them by stage (`{stage}`)")
     counts = _counts(config, stack)
@@ -144,7 +144,7 @@ def _names_blocks(key: str, value: list, blocks: int) -> bool:
     return bool(value) and numbers and sorted(set(value)) == value and "token" not in key
 
 
-def _as_pruned(config: dict[str, Any], outline: Outline, arrangement: Arrangement) -> dict[str, Any]:
+def _as_pruned(config: dict[str, Any], outline: Outline, block_map: BlockMap) -> dict[str, Any]:
     """Give the config our own model_type, so that no stock loader fills the gaps with random weights.
 
     Engines go by the architecture, not the type: vLLM would read a `LlamaForCausalLM` as the dense one.
@@ -153,11 +153,11 @@ def _as_pruned(config: dict[str, Any], outline: Outline, arrangement: Arrangemen
     names = config.get("architectures") or []
     config["architectures"] = [n if n.startswith("Dropformer") else f"Dropformer{n}" for n in names]
     config["model_type"] = "dropformer"
-    config["dropformer_modules"] = skipped_modules(outline, arrangement)
+    config["dropformer_modules"] = skipped_modules(outline, block_map)
     main = next((s for s in outline.stacks if s.name in ("", "decoder")), outline.stacks[0])
-    blocks = arrangement.stacks[main.name]
+    blocks = block_map.stacks[main.name]
     skips = {i: sorted(KIND_NAMES[k].lower() for k in b.skipped) for i, b in enumerate(blocks) if b.skipped}
-    mapped = {new_index(arrangement, layer) for layer in arrangement.mapped if layer.stack == main.name}
+    mapped = {new_index(block_map, layer) for layer in block_map.mapped if layer.stack == main.name}
     _check_two_caches(_section(config, main), main, skips)
     two = any(branch.kind == "cross" for branch in main.branches)  # two caches: see modeling.number_attentions
     silent = [] if two else sorted(mapped | {i for i, names in skips.items() if "attention" in names})

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dropformer.prune.architecture import Layer
-from dropformer.prune.block_map import Arrangement, Surgery, arrange, skipped_modules
-from dropformer.prune.surgery.config import pruned_config
+from dropformer.prune.block_map import BlockMap, Surgery, map_blocks, skipped_modules
+from dropformer.prune.discovery.signature import settings
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.loading.modeling import (
     DropformerConfig,
@@ -21,10 +21,10 @@ from dropformer.prune.loading.modeling import (
     skip_modules,
 )
 from dropformer.prune.outline import Outline, StackOutline
-from dropformer.prune.discovery.signature import settings
+from dropformer.prune.surgery.config import pruned_config
 
 
-def operate(
+def plan_surgery(
     outline: Outline, layers: Sequence[Layer], model: nn.Module, mapped: dict[Layer, dict[str, Any]] | None = None
 ) -> Surgery:
     """Decide how `layers` leave: the shortest form whose blocks come out as they are now.
@@ -32,35 +32,35 @@ def operate(
     A shortened model is used only if a model built from its config has the same modules and settings
     in every block; else blocks stay, empty, where they are, as they do in any module that is not a
     transformers model.  `model` may be on the meta device.  `mapped`: those of the layers that leave a linear
-    map behind (`Arrangement.mapped`).
+    map behind (`BlockMap.mapped`).
     """
-    arrangement = arrange(outline, layers, isinstance(model, PreTrainedModel), mapped)
+    block_map = map_blocks(outline, layers, isinstance(model, PreTrainedModel), mapped)
     note = ""
-    if isinstance(model, PreTrainedModel) and not arrangement.in_place(outline):
+    if isinstance(model, PreTrainedModel) and not block_map.in_place(outline):
         try:
-            fields = pruned_config(model.config.to_dict(), outline, arrangement)
-            _check_shortened(model, outline, arrangement, fields)
+            fields = pruned_config(model.config.to_dict(), outline, block_map)
+            _check_shortened(model, outline, block_map, fields)
         except ArchitectureError as error:
-            arrangement, note = arrange(outline, layers, False, mapped), str(error)
-    return Surgery(outline, tuple(layers), arrangement, note)
+            block_map, note = map_blocks(outline, layers, False, mapped), str(error)
+    return Surgery(outline, tuple(layers), block_map, note)
 
 
-def cut(model: nn.Module, surgery: Surgery) -> nn.Module:
+def apply_surgery(model: nn.Module, surgery: Surgery) -> nn.Module:
     """Perform a surgery on the model itself, which is changed and returned.
 
     A transformers model becomes a subclass of its native class (or stays what it is when it packs) and
     its config follows; any other module only has the dropped branches' modules replaced.
     """
     if not isinstance(model, PreTrainedModel):
-        skip_modules(model, skipped_modules(surgery.outline, surgery.arrangement))
+        skip_modules(model, skipped_modules(surgery.outline, surgery.block_map))
         _install(model, surgery.tensors)
         return model
-    fields = pruned_config(model.config.to_dict(), surgery.outline, surgery.arrangement)
+    fields = pruned_config(model.config.to_dict(), surgery.outline, surgery.block_map)
     for stack in surgery.outline.stacks:
         _rearrange(model, surgery, stack.path, stack.name)
-    skip_modules(model, skipped_modules(surgery.outline, surgery.arrangement))
+    skip_modules(model, skipped_modules(surgery.outline, surgery.block_map))
     _adopt(model.config, config_from(fields))
-    if not surgery.arrangement.packed:
+    if not surgery.block_map.packed:
         model.__class__ = pruned_model_class(type(model), type(model.config))  # type: ignore[arg-type]
         empty_cache_entries(model.config)
         number_attentions(model)
@@ -105,7 +105,7 @@ def _adopt(config: PreTrainedConfig, new: PreTrainedConfig) -> None:
 def _rearrange(model: nn.Module, surgery: Surgery, path: str, name: str) -> None:
     """Give the stack its new blocks and the blocks their new numbers."""
     old = list(model.get_submodule(path).children())
-    blocks = surgery.arrangement.stacks[name]
+    blocks = surgery.block_map.stacks[name]
     if all(b.source == b.mlp == i for i, b in enumerate(blocks)) and len(blocks) == len(old):
         return
     stack = surgery.outline.stack(name)
@@ -134,21 +134,19 @@ def _renumber(block: nn.Module, stack: StackOutline, source: int, new: int) -> N
             module.layer_idx = new * stack.caches + number % stack.caches if several else new  # type: ignore[assignment]
 
 
-def _check_shortened(
-    model: PreTrainedModel, outline: Outline, arrangement: Arrangement, fields: dict[str, Any]
-) -> None:
+def _check_shortened(model: PreTrainedModel, outline: Outline, block_map: BlockMap, fields: dict[str, Any]) -> None:
     """Raise ArchitectureError unless a model built from the new config has the blocks that we keep."""
-    built = _built(type(model), arrangement, fields)
+    built = _built(type(model), block_map, fields)
     _check_around(model, built, outline)
     for stack in outline.stacks:
         old, new = model.get_submodule(stack.path), built.get_submodule(stack.path)
-        if len(new) != len(arrangement.stacks[stack.name]):  # type: ignore[arg-type]
+        if len(new) != len(block_map.stacks[stack.name]):  # type: ignore[arg-type]
             raise ArchitectureError(f"blocks stay where they are: no known field of config.json counts {stack.path}")
-        for i, block in enumerate(arrangement.stacks[stack.name]):
+        for i, block in enumerate(block_map.stacks[stack.name]):
             mine = _signature(old[block.source], stack, block.source, block.mlp, old)  # type: ignore[index]
             theirs = _signature(new[i], stack, block.source, block.source, new)  # type: ignore[index]
             skipped = {n for kind in block.skipped for n in stack.branch(kind, block.source).modules}  # type: ignore[union-attr]
-            skipped |= set(arrangement.mapped.get(Layer("attn", block.source, stack.name), {}))
+            skipped |= set(block_map.mapped.get(Layer("attn", block.source, stack.name), {}))
             for path in set(mine) | set(theirs):
                 if any(path == n or path.startswith(n + ".") for n in skipped):
                     continue
@@ -158,12 +156,12 @@ def _check_shortened(
                     )
 
 
-def _built(native: type[PreTrainedModel], arrangement: Arrangement, fields: dict[str, Any]) -> PreTrainedModel:
+def _built(native: type[PreTrainedModel], block_map: BlockMap, fields: dict[str, Any]) -> PreTrainedModel:
     """A model without weights from a config.json.  Raises ArchitectureError where its family does not allow it."""
     try:
         config = config_from(fields)
         with torch.device("meta"):
-            if arrangement.packed:
+            if block_map.packed:
                 return native._from_config(config)
             return pruned_model_class(native, type(config))(config)  # type: ignore[arg-type]
     except Exception as error:  # families check their fields in many ways, none of which is ours to list

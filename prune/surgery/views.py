@@ -10,7 +10,7 @@ from torch import nn
 
 from dropformer.prune.architecture import Layer
 from dropformer.prune.outline import Outline
-from dropformer.prune.surgery.surgery import cut, operate
+from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
@@ -21,4 +21,4 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 
 def without(model: nn.Module, outline: Outline, layers: Sequence[Layer]) -> Any:
     """The model without these layers, for as long as it is needed; it shares the dense model's weights."""
-    return cut(sharing_copy(model), operate(outline, layers, model)) if layers else model
+    return apply_surgery(sharing_copy(model), plan_surgery(outline, layers, model)) if layers else model

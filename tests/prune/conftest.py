@@ -12,7 +12,7 @@ from dropformer.prune.loading.load import load
 
 
 def drop(source: Path, spec: str) -> PreTrainedModel:
-    dense = api.Opened(load(source), None, source, api.reference(source.name, source), None)
+    dense = api.LoadedModel(load(source), None, source, api.reference(source.name, source), None)
     return api.drop(dense, api.plan_unscored(dense.ref, api.outline(dense.model), spec, (), None))
 
 

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dropformer.prune.block_map import arrange
-from dropformer.prune.discovery.summarize import outline_of
+from dropformer.prune.block_map import map_blocks
 from dropformer.prune.discovery.discover import discover
+from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import PlanError
 from dropformer.prune.packable import best_pairs, choose_packable
-from dropformer.prune.surgery.surgery import cut, operate
+from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 
 
 def tried_one_by_one(worth, count):
@@ -40,7 +40,7 @@ def model(tiny):
 
 @pytest.fixture
 def outline(model):
-    return outline_of(model, discover(model))
+    return summarize(model, discover(model))
 
 
 def similar(outline, *layers):
@@ -53,7 +53,7 @@ def test_an_mlp_goes_with_the_next_attention_where_they_are_the_most_redundant(o
     layers, cost = choose_packable(outline, "joint:2", similar(outline, "mlp:1", "attn:2"))
     assert {str(layer) for layer in layers} == {"mlp:1", "attn:2"}
     assert cost == 0
-    pruned = cut(model, operate(outline, layers, model))
+    pruned = apply_surgery(model, plan_surgery(outline, layers, model))
     assert type(pruned).__name__ == "LlamaForCausalLM"
     assert pruned.config.num_hidden_layers == 3
     assert torch.isfinite(pruned(ids).logits).all()
@@ -62,7 +62,7 @@ def test_an_mlp_goes_with_the_next_attention_where_they_are_the_most_redundant(o
 def test_what_packing_costs_is_the_similarity_given_up(outline):
     scores = similar(outline, "attn:1", "attn:3")
     layers, cost = choose_packable(outline, "joint:2", scores)
-    assert arrange(outline, layers).packed
+    assert map_blocks(outline, layers).packed
     assert {str(layer) for layer in layers} == {"attn:3", "mlp:3"}
     assert cost == pytest.approx((0.9 + 0.9 - 0.9 - 0.53) / 2)
 
@@ -83,6 +83,6 @@ def test_a_spec_that_cannot_pack_says_what_to_write(outline, spec, said):
 
 def test_parallel_blocks_that_would_pair_across_do_not_pack(tiny):
     model = tiny("gptj", n_embd=32, n_layer=4, n_head=4, n_inner=48, rotary_dim=4)
-    outline = outline_of(model, discover(model))
+    outline = summarize(model, discover(model))
     with pytest.raises(PlanError, match="leave out --packable"):
         choose_packable(outline, "joint:2", similar(outline, "mlp:1", "attn:2"))

@@ -9,7 +9,9 @@ MINIMAL = "model: org/name\nlicence: mit\ncalibration: {name: c4, windows: 2, le
 
 
 def test_every_recipe_file_is_short_and_valid():
-    entries = [entry for entry in files("dropformer.recipes").joinpath("models").iterdir() if entry.name.endswith(".yaml")]
+    entries = [
+        entry for entry in files("dropformer.recipes").joinpath("models").iterdir() if entry.name.endswith(".yaml")
+    ]
     assert {entry.name.removesuffix(".yaml") for entry in entries} == set(recipes())
     assert all(len(entry.read_text().splitlines()) <= 20 for entry in entries)
 

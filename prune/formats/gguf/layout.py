@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from dropformer.prune.architecture import Layer
-from dropformer.prune.block_map import Arrangement
+from dropformer.prune.block_map import BlockMap
 from dropformer.prune.errors import CheckpointError
-from dropformer.prune.formats.gguf.header import GgufHeader, GgufTensor, byte_size
 from dropformer.prune.files.strict_json import shown
+from dropformer.prune.formats.gguf.header import GgufHeader, GgufTensor, byte_size
 
 DECI = "deci"
 STAND_IN_WIDTH = 256
@@ -149,13 +149,13 @@ class GgufBlock:
     mapped: bool = False
 
 
-def gguf_blocks(arrangement: Arrangement) -> list[GgufBlock]:
+def gguf_blocks(block_map: BlockMap) -> list[GgufBlock]:
     """The blocks of the new file: those of the one stack that kept anything, linear maps apart."""
-    ((stack, arranged),) = arrangement.stacks.items()
+    ((stack, arranged),) = block_map.stacks.items()
     found = []
     for place, block in enumerate(arranged):
         attention, mlp = "attn" not in block.skipped, None if "mlp" in block.skipped else block.mlp
-        if Layer("attn", block.source, stack) in arrangement.mapped:
+        if Layer("attn", block.source, stack) in block_map.mapped:
             found.append(GgufBlock(place, block.source, False, None, mapped=True))
             attention = False
         if attention or mlp is not None:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from dropformer.prune.errors import CheckpointError, PlanError, VerificationError
 from dropformer.prune.files.byteranges import copy_range, holds, read_at, same_range, write_at
 from dropformer.prune.files.copying import CopyReport, Progress, counter, probes
-from dropformer.prune.errors import CheckpointError, PlanError, VerificationError
 from dropformer.prune.files.folder import cannot_write, new_file
 from dropformer.prune.formats.gguf.header import GgufHeader, GgufTensor, read_gguf_header
 from dropformer.prune.formats.gguf.keys import bare_string, new_pairs
@@ -72,7 +72,7 @@ def write_gguf(
         raise ValueError(f"verify is {verify!r}, expected 'sample' or 'all'")
     dense = read_dense(read_gguf_header(source), source.name)
     path = _stack_path(dense, surgery.outline)
-    blocks = gguf_blocks(surgery.arrangement)
+    blocks = gguf_blocks(surgery.block_map)
     pieces = lay_out(dense, blocks, _repaired(surgery, dense, blocks, path))
     with new_file(target) as file, _opened(source, file) as (old, new):
         header = _header(old, dense, blocks, pieces, record)
@@ -90,7 +90,7 @@ def check_gguf(source: Path, surgery: Surgery) -> None:
     """Raises what `write_gguf` would raise for this source and surgery, before anything is written."""
     dense = read_dense(read_gguf_header(source), source.name)
     path = _stack_path(dense, surgery.outline)
-    blocks = gguf_blocks(surgery.arrangement)
+    blocks = gguf_blocks(surgery.block_map)
     lay_out(dense, blocks, _repaired(surgery, dense, blocks, path))
 
 

@@ -16,8 +16,8 @@ from dropformer import api
 from dropformer.eval.compare.compare import CompareRequest, compare
 from dropformer.eval.compare.comparison import Comparison
 from dropformer.metrics.calibration.settings import Calibration
-from dropformer.prune.errors import CheckpointError, ModelError, PlanError
 from dropformer.progress import Watcher
+from dropformer.prune.errors import CheckpointError, ModelError, PlanError
 
 BLOCKS = 5
 

@@ -19,8 +19,8 @@ from dropformer.eval.compare.comparison import (
     jaccard_by_chance,
     spearman,
 )
-from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.metrics.analysis.scores import LayerScore, Scores
+from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.outline import BranchOutline, Outline, StackOutline

@@ -7,12 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from dropformer.cli import app
-from dropformer.eval.compare.output import JSON, headline, listed, notes, write
 from dropformer.eval.compare.comparison import CheckpointScores, Comparison, KnownFrom, spearman
-from dropformer.prune.files.output_paths import check_out
+from dropformer.eval.compare.output import JSON, headline, listed, notes, write
 from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import OutputError
+from dropformer.prune.files.output_paths import check_out
 
 CALIBRATION = CalibrationRef(name="t", samples=1, length=8, seed=0, packed=True, skip_first=0, hash="0")
 

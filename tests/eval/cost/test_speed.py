@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dropformer.eval.cost.speed import PAPER, Quartiles, Setting, bounds, grid, largest_batch, measure, quick
 from dropformer.eval.cost.model_cost import work_of
+from dropformer.eval.cost.speed import PAPER, Quartiles, Setting, bounds, grid, largest_batch, measure, quick
 from dropformer.prune.errors import EvaluationError
 
 

@@ -6,10 +6,10 @@ import pytest
 
 from dropformer import job
 from dropformer.eval.cost.drops import parse_range
-from dropformer.eval.quality.sweep import Sweep, draw, find_cliff, table
 from dropformer.eval.cost.timing import Setting
-from dropformer.prune.errors import PlanError
+from dropformer.eval.quality.sweep import Sweep, draw, find_cliff, table
 from dropformer.progress import Watcher
+from dropformer.prune.errors import PlanError
 
 
 @pytest.fixture(scope="module")

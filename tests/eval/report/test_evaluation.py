@@ -7,15 +7,15 @@ import sys
 import pytest
 
 from dropformer import api
-from dropformer.eval.report.warnings import cautions
+from dropformer.eval.cost.sinks import fitting
+from dropformer.eval.cost.speed import Setting
+from dropformer.eval.quality.trend import Trend, quarters, trend
 from dropformer.eval.report.evaluation import Candidate, EvaluationOptions, evaluate
 from dropformer.eval.report.page import html
 from dropformer.eval.report.pictures import kept_by_test, quality_by_drop, speed_against_bound
 from dropformer.eval.report.tables import summary
-from dropformer.eval.cost.sinks import fitting
-from dropformer.eval.cost.speed import Setting
+from dropformer.eval.report.warnings import warnings
 from dropformer.eval.tasks.tasks import TaskOptions, TaskResults, evaluate_tasks
-from dropformer.eval.quality.trend import Trend, quarters, trend
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.windows import windows
 from dropformer.prune.artifact import ModelRef
@@ -82,7 +82,7 @@ def test_a_plan_of_few_drops_or_with_repairs_has_no_trend(deep, plan, tokenizer)
 def test_a_cliff_is_said_with_where_it_lies(found):
     steep = Trend(points=[(0, 2.0), (2, 2.05), (4, 2.1), (6, 2.15), (8, 4.0)], drops=8, cliff=8)
     hurt = [found.models[0], found.models[1].model_copy(update={"trend": steep})]
-    assert any("between 6 and 8 of the 8 drops" in line for line in cautions(hurt))
+    assert any("between 6 and 8 of the 8 drops" in line for line in warnings(hurt))
 
 
 def test_the_page_stands_alone(found):

@@ -3,12 +3,12 @@
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from dropformer.eval.cost.timing import Setting
 from dropformer.eval.report.evaluation import Candidate, EvaluationOptions, evaluate
 from dropformer.eval.report.prepare import labels
-from dropformer.eval.cost.timing import Setting
 from dropformer.metrics.calibration.settings import Calibration
-from dropformer.prune.errors import ArchitectureError, CalibrationError, EvaluationError, ModelError
 from dropformer.progress import Watcher
+from dropformer.prune.errors import ArchitectureError, CalibrationError, EvaluationError, ModelError
 
 TEXT = Calibration("heldout", 2, 32)
 

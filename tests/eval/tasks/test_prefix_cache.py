@@ -1,10 +1,10 @@
 import torch
 
-from dropformer.eval.tasks.prefix_cache import Stem, longest_stem
+from dropformer.eval.tasks.prefix_cache import PrefixCache, longest_stem
 
 
 def test_padding_moves_behind_the_stem_and_the_rest_stays_last():
-    stem = Stem(torch.tensor([5, 6]), None)
+    stem = PrefixCache(torch.tensor([5, 6]), None)
     ids = torch.tensor([[0, 0, 5, 6, 7], [5, 6, 7, 8, 9], [0, 5, 6, 8, 9]])
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1], [0, 1, 1, 1, 1]])
     moved, visible = stem.under(ids, mask)
@@ -13,7 +13,7 @@ def test_padding_moves_behind_the_stem_and_the_rest_stays_last():
 
 
 def test_a_prompt_without_the_stem_or_with_nothing_behind_it_is_left_alone():
-    stem = Stem(torch.tensor([5, 6]), None)
+    stem = PrefixCache(torch.tensor([5, 6]), None)
     ones = torch.ones(1, 3, dtype=torch.long)
     assert stem.under(torch.tensor([[5, 7, 8]]), ones) is None
     assert stem.under(torch.tensor([[0, 5, 6]]), torch.tensor([[0, 1, 1]])) is None

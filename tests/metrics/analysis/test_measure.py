@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dropformer.metrics.analysis.analyze import analyze_model
-from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.metrics.analysis.measure import Measuring, measure
 from dropformer.metrics.analysis.scores import Scores
+from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.loading.load import load

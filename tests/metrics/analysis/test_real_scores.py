@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from dropformer import api
-from dropformer.metrics.analysis.analyze import measuring, proven, summarize
-from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.analysis.analyze import layer_scores, measuring, proven
 from dropformer.metrics.analysis.stability import Stopper
+from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.windows import windows
 from dropformer.prune.architecture import Layer
-from dropformer.prune.discovery.summarize import outline_of
+from dropformer.prune.discovery.summarize import summarize
 
 DATA = Path(os.environ.get("DROPFORMER_DATA", Path(__file__).parents[4] / "shared" / "data"))
 TEXT = DATA / "wikitext-2" / "valid.txt"
@@ -59,9 +59,9 @@ def measured():
         rows = run(*data.batch(range(16)))
     for handle in hand.handles:
         handle.remove()
-    scores = {Layer.parse(s.layer): s.similarity for s in summarize(architecture.layers(), rows)}
+    scores = {Layer.parse(s.layer): s.similarity for s in layer_scores(architecture.layers(), rows)}
     by_hand = {layer: total / hand.tokens / 16 for layer, total in hand.sums.items()}
-    return scores, by_hand, outline_of(opened.model, architecture), rows
+    return scores, by_hand, summarize(opened.model, architecture), rows
 
 
 def test_values_equal_those_of_another_capture(measured):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dropformer.metrics.analysis.analyze import analyze_model, joined, summarize
-from dropformer.metrics.calibration.settings import CalibrationRef
-from dropformer.metrics.analysis.capture import Rows
+from dropformer.metrics.analysis.analyze import analyze_model, joined, layer_scores
+from dropformer.metrics.analysis.capture import WindowScores
 from dropformer.metrics.analysis.scores import Scores
+from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.prune.architecture import Layer
 from dropformer.prune.errors import CalibrationError, DropformerError
 
@@ -15,16 +15,16 @@ LAYER = [Layer("attn", 0)]
 
 def rows(means, tokens):
     count = torch.tensor(tokens)[:, None]
-    return Rows(torch.tensor(means, dtype=torch.float64)[:, None] * count, count)
+    return WindowScores(torch.tensor(means, dtype=torch.float64)[:, None] * count, count)
 
 
 def test_the_mean_is_over_tokens_not_over_windows():
-    assert summarize(LAYER, rows([0.5, 0.9], [30, 10]))[0].similarity == pytest.approx(0.6)
+    assert layer_scores(LAYER, rows([0.5, 0.9], [30, 10]))[0].similarity == pytest.approx(0.6)
 
 
 def test_the_standard_error_of_equal_windows_is_that_of_their_means():
     means = [0.5, 0.6, 0.9, 0.7]
-    assert summarize(LAYER, rows(means, [8] * 4))[0].stderr == pytest.approx(torch.tensor(means).std().item() / 2)
+    assert layer_scores(LAYER, rows(means, [8] * 4))[0].stderr == pytest.approx(torch.tensor(means).std().item() / 2)
 
 
 def test_the_standard_error_covers_the_truth_for_windows_of_unequal_length():
@@ -32,18 +32,20 @@ def test_the_standard_error_covers_the_truth_for_windows_of_unequal_length():
     misses = 0
     for _ in range(300):
         tokens = torch.randint(10, 200, (40,), generator=generator)
-        score = summarize(LAYER, rows((0.8 + 0.1 * torch.randn(40, generator=generator)).tolist(), tokens.tolist()))[0]
+        score = layer_scores(LAYER, rows((0.8 + 0.1 * torch.randn(40, generator=generator)).tolist(), tokens.tolist()))[
+            0
+        ]
         misses += abs(score.similarity - 0.8) > 2 * score.stderr
     assert 4 <= misses <= 35  # about 1 in 20 of 300
 
 
 def test_one_window_has_no_standard_error():
-    assert summarize(LAYER, rows([0.5], [10]))[0].stderr is None
+    assert layer_scores(LAYER, rows([0.5], [10]))[0].stderr is None
 
 
 def test_a_layer_that_did_not_run_or_overflowed_is_named():
     with pytest.raises(CalibrationError, match=r"attn:0 .*--dtype float32"):
-        summarize(LAYER, rows([torch.nan], [10]))
+        layer_scores(LAYER, rows([torch.nan], [10]))
 
 
 def test_windows_one_by_one_give_the_scores_of_one_batch(tiny, ids):

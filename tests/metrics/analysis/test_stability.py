@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from dropformer.metrics.analysis.analyze import means, proven
-from dropformer.metrics.analysis.capture import Rows
+from dropformer.metrics.analysis.capture import WindowScores
 from dropformer.metrics.analysis.stability import Stopper, resampled, schedule
 from dropformer.prune.architecture import Layer
-from dropformer.prune.discovery.summarize import outline_of
+from dropformer.prune.discovery.summarize import summarize
 
 
 @pytest.fixture
 def outlined(tiny):
     model = tiny("llama", num_hidden_layers=6)
     architecture = proven(model)
-    return outline_of(model, architecture), architecture.layers()
+    return summarize(model, architecture), architecture.layers()
 
 
 def drawn(layers, centers, noise, windows, tokens=100, seed=0):
@@ -22,7 +22,7 @@ def drawn(layers, centers, noise, windows, tokens=100, seed=0):
     generator = torch.Generator().manual_seed(seed)
     center = torch.tensor([centers.get(str(layer), 0.5) for layer in layers], dtype=torch.float64)
     each = center + noise * torch.randn(windows, len(layers), generator=generator, dtype=torch.float64)
-    return Rows(each * tokens, torch.full((windows, len(layers)), tokens))
+    return WindowScores(each * tokens, torch.full((windows, len(layers)), tokens))
 
 
 CLEAR = {"attn:1": 0.9, "attn:4": 0.9}
@@ -49,7 +49,7 @@ def test_an_early_answer_is_nearly_always_that_of_the_truth(outlined):
         settled = stopper.settled(rows)
         early += settled is not None
         if settled:
-            prefix = Rows(rows.sums[: settled.windows], rows.tokens[: settled.windows])
+            prefix = WindowScores(rows.sums[: settled.windows], rows.tokens[: settled.windows])
             wrong += stopper.agreement(prefix)[0] != truth
     assert early >= 5 and wrong == 0
 
@@ -59,7 +59,7 @@ def test_the_answer_does_not_depend_on_how_many_windows_come_at_once(outlined):
     rows = drawn(layers, {"attn:1": 0.56, "attn:4": 0.56}, 0.05, 64)
     whole = Stopper(outline, layers, "attn:2", 64).settled(rows)
     stepwise = Stopper(outline, layers, "attn:2", 64)
-    found = (stepwise.settled(Rows(rows.sums[:n], rows.tokens[:n])) for n in range(1, 65))
+    found = (stepwise.settled(WindowScores(rows.sums[:n], rows.tokens[:n])) for n in range(1, 65))
     assert next(answer for answer in found if answer) == whole
     assert 8 < whole.windows < 64
 

@@ -7,15 +7,17 @@ import torch
 
 from dropformer import api
 from dropformer.metrics.analysis.analyze import analyze_model
-from dropformer.metrics.blockwise.layer_metrics import METRICS, Bench, Moments, angular, relative_magnitude
-from dropformer.metrics.blockwise.runner import Stepper
+from dropformer.metrics.blockwise.layer_metrics import METRICS, MetricContext, Moments, angular, relative_magnitude
+from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
 
 
 def bench_of(model, ids, **fields):
     architecture = discover(model)
-    return Bench(Stepper(model, architecture, [{"input_ids": ids}]), architecture, [None], **{"stride": 1, **fields})
+    return MetricContext(
+        BlockRunner(model, architecture, [{"input_ids": ids}]), architecture, [None], **{"stride": 1, **fields}
+    )
 
 
 def test_similarity_is_that_of_the_one_pass_analysis(tiny, ids):
@@ -95,7 +97,7 @@ def test_positions_that_are_not_scored_do_not_count(tiny, ids):
     scored = torch.ones_like(ids, dtype=torch.bool)
     scored[:, :6] = False
     architecture = discover(model)
-    bench = Bench(Stepper(model, architecture, [{"input_ids": ids}]), architecture, [scored])
+    bench = MetricContext(BlockRunner(model, architecture, [{"input_ids": ids}]), architecture, [scored])
     expected = analyze_model(model, [({"input_ids": ids}, scored)]).similarity()
     found = METRICS["similarity"](bench)
     assert all(math.isclose(found[layer], expected[layer], abs_tol=1e-5) for layer in expected)

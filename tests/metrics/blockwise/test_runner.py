@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dropformer.metrics.blockwise.divergence import Dense, dropped_modules
+from dropformer.metrics.blockwise.divergence import DenseReference, dropped_modules
+from dropformer.metrics.blockwise.runner import BlockRunner, replaced
 from dropformer.metrics.repair.projection import projections
-from dropformer.metrics.blockwise.runner import Stepper, replaced
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.errors import ArchitectureError
@@ -17,30 +17,30 @@ SIZES = {"gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4}}
 def stepper_of(tiny, family, ids):
     model = tiny(family, **SIZES.get(family, {"num_hidden_layers": 3}))
     architecture = discover(model)
-    return model, architecture, Stepper(model, architecture, [{"input_ids": ids[:1]}, {"input_ids": ids[1:]}])
+    return model, architecture, BlockRunner(model, architecture, [{"input_ids": ids[:1]}, {"input_ids": ids[1:]}])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_called_one_by_one_give_the_models_logits(tiny, ids, family):
-    model, _, stepper = stepper_of(tiny, family, ids)
+    model, _, runner = stepper_of(tiny, family, ids)
     with torch.inference_mode():
         for batch in range(2):
-            logits = stepper.logits(batch, stepper.run(0, batch, stepper.start(batch)))
+            logits = runner.logits(batch, runner.run(0, batch, runner.start(batch)))
             torch.testing.assert_close(logits, model(ids[batch : batch + 1]).logits)
 
 
 def test_the_model_is_as_it_was_after_a_replacement(tiny, ids):
-    model, architecture, stepper = stepper_of(tiny, "llama", ids)
+    model, architecture, runner = stepper_of(tiny, "llama", ids)
     before = [id(m) for m in model.modules()]
-    dense = Dense(stepper)
+    dense = DenseReference(runner)
     with replaced(model, dropped_modules(architecture, [Layer("attn", 1)])):
         dense.compare(1)
     assert [id(m) for m in model.modules()] == before
 
 
 def test_resuming_at_the_first_changed_block_gives_the_whole_passs_damage(tiny, ids):
-    model, architecture, stepper = stepper_of(tiny, "llama", ids)
-    dense = Dense(stepper)
+    model, architecture, runner = stepper_of(tiny, "llama", ids)
+    dense = DenseReference(runner)
     with replaced(model, dropped_modules(architecture, [Layer("mlp", 2)])):
         resumed, whole = dense.compare(2), dense.compare(0)
         with torch.no_grad():
@@ -54,8 +54,10 @@ def test_padding_changes_nothing(tiny, ids):
     model, architecture, _ = stepper_of(tiny, "llama", ids)
     padded = torch.cat([ids, torch.zeros(2, 4, dtype=torch.long)], 1)
     real = torch.cat([torch.ones_like(ids), torch.zeros(2, 4, dtype=torch.long)], 1)
-    short = Dense(Stepper(model, architecture, [{"input_ids": ids}]))
-    long = Dense(Stepper(model, architecture, [{"input_ids": padded, "attention_mask": real}]), scored=[real.bool()])
+    short = DenseReference(BlockRunner(model, architecture, [{"input_ids": ids}]))
+    long = DenseReference(
+        BlockRunner(model, architecture, [{"input_ids": padded, "attention_mask": real}]), scored=[real.bool()]
+    )
     torch.testing.assert_close(long.damage.nll, short.damage.nll, rtol=1e-3, atol=1e-3)
 
 
@@ -74,4 +76,4 @@ def test_a_model_of_two_stacks_is_refused(tiny):
 
     model = T5ForConditionalGeneration(T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, vocab_size=64))
     with pytest.raises(ArchitectureError, match="one stack"):
-        Stepper(model, discover(model), [])
+        BlockRunner(model, discover(model), [])

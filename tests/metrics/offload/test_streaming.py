@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel
 
-from dropformer.metrics.offload import streaming
-from dropformer.metrics.analysis.capture import Rows
+from dropformer.metrics.analysis.capture import WindowScores
 from dropformer.metrics.analysis.measure import measure
+from dropformer.metrics.calibration.windows import Windows
+from dropformer.metrics.offload import streaming
 from dropformer.metrics.offload.process_memory import parse_bytes, resident
 from dropformer.metrics.offload.spill import Spill, storages_in
 from dropformer.metrics.offload.streaming import open_streamed, stream, stream_scores
-from dropformer.metrics.calibration.windows import Windows
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import CheckpointError, DropformerError, ModelError
 from dropformer.prune.loading.load import load
@@ -113,7 +113,7 @@ def test_a_large_embedding_is_read_row_by_row(tiny, tmp_path, monkeypatch):
     torch.testing.assert_close(rows.sums, _first(whole, tmp_path, 3).sums, atol=1e-5, rtol=0)
 
 
-def _first(_scores, folder, count) -> Rows:
+def _first(_scores, folder, count) -> WindowScores:
     from dropformer.metrics.analysis.analyze import joined, measuring, proven
 
     model = load(folder)

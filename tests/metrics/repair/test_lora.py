@@ -5,11 +5,11 @@ import sys
 import pytest
 import torch
 
-from dropformer.metrics.blockwise.divergence import Dense, dropped_modules
-from dropformer.metrics.search.improve import Improver
-from dropformer.metrics.search.strategy import Quality
+from dropformer.metrics.blockwise.divergence import DenseReference, dropped_modules
+from dropformer.metrics.blockwise.runner import BlockRunner, replaced
 from dropformer.metrics.repair.lora import Healing, heal, shuffled
-from dropformer.metrics.blockwise.runner import Stepper, replaced
+from dropformer.metrics.search.improve import Improver
+from dropformer.metrics.search.strategy import Strategy
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.errors import PlanError
@@ -28,17 +28,17 @@ def opened(tiny):
                     p *= 6  # a random model's branches add almost nothing: make them matter
         ids = torch.randint(3, 64, (8, 24), generator=torch.Generator().manual_seed(3))
         architecture = discover(model)
-        return model, architecture, Stepper(model, architecture, [{"input_ids": row[None]} for row in ids])
+        return model, architecture, BlockRunner(model, architecture, [{"input_ids": row[None]} for row in ids])
 
     return made
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_healing_brings_a_pruned_model_closer_to_the_dense_one(opened, family):
-    model, architecture, stepper = opened(family)
-    dense, gone = Dense(stepper), dropped_modules(architecture, [Layer("attn", 1), Layer("mlp", 2)])
+    model, architecture, runner = opened(family)
+    dense, gone = DenseReference(runner), dropped_modules(architecture, [Layer("attn", 1), Layer("mlp", 2)])
     found = {}
-    for name, modules in {"dropped": gone, "healed": {**gone, **heal(stepper, gone, 1, HOW)}}.items():
+    for name, modules in {"dropped": gone, "healed": {**gone, **heal(runner, gone, 1, HOW)}}.items():
         with replaced(model, modules):
             found[name] = dense.compare(1).mean_kl
     assert found["healed"] < 0.9 * found["dropped"]
@@ -51,10 +51,10 @@ def test_every_pass_takes_each_window_once_in_an_order_of_its_own():
 
 
 def test_healing_leaves_the_dense_model_as_it_was(opened):
-    model, architecture, stepper = opened()
+    model, architecture, runner = opened()
     before = {name: (p.clone(), p.requires_grad, id(p)) for name, p in model.named_parameters()}
     modules = [id(module) for module in model.modules()]
-    healed = heal(stepper, dropped_modules(architecture, [Layer("attn", 1)]), 1, Healing(rank=2, rate=1e-2))
+    healed = heal(runner, dropped_modules(architecture, [Layer("attn", 1)]), 1, Healing(rank=2, rate=1e-2))
     assert healed and [id(module) for module in model.modules()] == modules
     for name, p in model.named_parameters():
         value, flag, identity = before[name]
@@ -62,8 +62,8 @@ def test_healing_leaves_the_dense_model_as_it_was(opened):
 
 
 def test_merged_adapters_are_plain_linear_modules_behind_the_first_change(opened):
-    model, architecture, stepper = opened()
-    healed = heal(stepper, dropped_modules(architecture, [Layer("attn", 2)]), 2, Healing(rank=2, rate=1e-2))
+    model, architecture, runner = opened()
+    healed = heal(runner, dropped_modules(architecture, [Layer("attn", 2)]), 2, Healing(rank=2, rate=1e-2))
     assert all(type(module) is type(model.get_submodule(path)) for path, module in healed.items())
     assert {path.split(".")[2] for path in healed} == {"2", "3"}
     assert not any("self_attn" in path for path in healed if path.startswith("model.layers.2."))
@@ -73,4 +73,4 @@ def test_without_peft_the_error_says_what_to_install(opened, monkeypatch):
     model, _, _ = opened()
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(PlanError, match=r"pip install 'dropformer\[lora\]'"):
-        Improver(model, [], Quality(repair=("lora",)))
+        Improver(model, [], Strategy(repair=("lora",)))

@@ -5,26 +5,26 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dropformer.metrics.repair.independent import Apart, Reach
+from dropformer.metrics.blockwise.divergence import DenseReference, dropped_modules
+from dropformer.metrics.blockwise.layer_metrics import MetricContext
+from dropformer.metrics.blockwise.runner import BlockRunner, replaced
 from dropformer.metrics.calibration.settings import CalibrationRef
-from dropformer.metrics.blockwise.divergence import Dense, dropped_modules
-from dropformer.metrics.repair.folding import Folds
-from dropformer.metrics.blockwise.layer_metrics import Bench
-from dropformer.metrics.search.improve import Improver, improve
-from dropformer.metrics.repair.sequential import Lockstep
-from dropformer.metrics.repair.projection import projections
-from dropformer.metrics.search.strategy import Quality, Request
-from dropformer.metrics.repair.linear import linear_modules
-from dropformer.metrics.repair.refit import all_slots, gap_slots, gaps, reaches
-from dropformer.metrics.repair.scale import factors, growth, scale_modules
-from dropformer.metrics.repair.ridge import Sums, error, fit, group_of, solve, token_weights
-from dropformer.metrics.blockwise.runner import Stepper, replaced
 from dropformer.metrics.calibration.windows import Windows
+from dropformer.metrics.repair.folding import GapRefits
+from dropformer.metrics.repair.independent import IndependentRefit, RefitTarget
+from dropformer.metrics.repair.linear import linear_modules
+from dropformer.metrics.repair.projection import projections
+from dropformer.metrics.repair.refit import all_slots, gap_slots, gaps, reaches
+from dropformer.metrics.repair.ridge import MomentSums, error, fit, group_of, solve, token_weights
+from dropformer.metrics.repair.scale import factors, growth, scale_modules
+from dropformer.metrics.repair.sequential import SequentialRefit
+from dropformer.metrics.search.improve import Improver, improve
+from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.loading.load import load
-from dropformer.prune.surgery.surgery import cut, operate
+from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 
 TINY = [1e-6]
 
@@ -46,41 +46,41 @@ def strengthen(model):
 def opened(tiny, windows, family="llama", **fields):
     model = strengthen(tiny(family, **fields))
     architecture = discover(model)
-    stepper = Stepper(model, architecture, [{"input_ids": windows[:4]}, {"input_ids": windows[4:]}])
-    return model, architecture, stepper
+    runner = BlockRunner(model, architecture, [{"input_ids": windows[:4]}, {"input_ids": windows[4:]}])
+    return model, architecture, runner
 
 
-def stream_error(stepper, dense, modules):
+def stream_error(runner, dense, modules):
     """Relative error of the stream after the last block, weighted as the fits weigh it."""
     total = 0.0
-    with torch.inference_mode(), replaced(stepper.model, modules):
-        for batch in range(len(stepper)):
+    with torch.inference_mode(), replaced(runner.model, modules):
+        for batch in range(len(runner)):
             goal = dense.streams[batch][-1]
-            gap = (stepper.run(0, batch, stepper.start(batch)) - goal).square().sum(-1)
+            gap = (runner.run(0, batch, runner.start(batch)) - goal).square().sum(-1)
             total += float((gap * token_weights(goal)).sum())
     return total
 
 
-def fitted(stepper, architecture, gone, slots, standing, penalties, apart):
+def fitted(runner, architecture, gone, slots, standing, penalties, apart):
     """Slots fitted to what is gone right behind them; without `gone`, to what stood in their own place."""
-    groups = [0] * len(stepper)
+    groups = [0] * len(runner)
     if not apart:
-        return Lockstep(stepper, architecture, gone, groups, dict(standing), penalties).refit(slots)
+        return SequentialRefit(runner, architecture, gone, groups, dict(standing), penalties).refit(slots)
     if gone:
         wanted = reaches(architecture, gone, {slot.layer: slot for slot in slots}, len(gone)).items()
-        found = [Reach(slot, stepper.model.get_submodule(slot.path), units) for slot, units in wanted]
+        found = [RefitTarget(slot, runner.model.get_submodule(slot.path), units) for slot, units in wanted]
     else:
-        found = [Reach(slot, standing[slot.path], ((slot.layer,),)) for slot in slots]
-    apart = Apart(stepper, found, range(len(stepper)), groups, penalties)
+        found = [RefitTarget(slot, standing[slot.path], ((slot.layer,),)) for slot in slots]
+    apart = IndependentRefit(runner, found, range(len(runner)), groups, penalties)
     if gone:
-        return {**standing, **Folds(architecture, apart).modules(gone)}
+        return {**standing, **GapRefits(architecture, apart).modules(gone)}
     return {**standing, **{reach.slot.path: apart.module(reach, reach.units) for reach in found}}
 
 
 def test_the_solution_without_penalty_is_least_squares():
     draw = torch.Generator().manual_seed(0)
     z, r = torch.randn(50, 5, generator=draw), torch.randn(50, 3, generator=draw)
-    sums = Sums()
+    sums = MomentSums()
     sums.add(z, [r], torch.ones(50))
     zz, zr, rr = sums.mean()
     w = solve(zz, zr, 1e-12)
@@ -95,7 +95,7 @@ def test_sums_do_not_depend_on_how_the_windows_are_split():
         torch.randn(6, 7, 3, generator=draw),
         torch.rand(6, 7, generator=draw),
     )
-    one, many = Sums(), Sums()
+    one, many = MomentSums(), MomentSums()
     one.add(z, [r], w)
     for i in range(6):
         many.add(z[i], [r[i]], w[i])
@@ -108,7 +108,7 @@ def test_a_fit_that_does_not_carry_over_to_another_kind_of_text_is_no_change():
     groups = {}
     for kind, sign in enumerate((1, -1)):
         z = torch.randn(100, 4, generator=draw)
-        groups[kind] = Sums()
+        groups[kind] = MomentSums()
         groups[kind].add(z, [sign * z], torch.ones(100))
     change, _, left_over = fit(groups)
     assert not change.any() and left_over == 1
@@ -120,7 +120,7 @@ def test_windows_that_judge_are_of_every_kind_and_choose_the_penalty():
     draw = torch.Generator().manual_seed(0)
     found = {}
     for noise in (0.01, 3.0):
-        groups = {0: Sums(), None: Sums()}
+        groups = {0: MomentSums(), None: MomentSums()}
         for sums in groups.values():
             z = torch.randn(40, 20, generator=draw)
             sums.add(z, [z[:, :1] + noise * torch.randn(40, 1, generator=draw)], torch.ones(40))
@@ -142,7 +142,7 @@ def test_a_huge_input_does_not_make_the_penalty_of_the_others_huge():
     r = z @ torch.randn(3, 2, generator=draw)
     weights = []
     for inputs in (z, torch.cat([z, huge], -1)):
-        sums = Sums()
+        sums = MomentSums()
         sums.add(inputs, [r], torch.ones(200))
         zz, zr, _ = sums.mean()
         weights.append(solve(zz, zr, 0.1)[:3])
@@ -152,7 +152,7 @@ def test_a_huge_input_does_not_make_the_penalty_of_the_others_huge():
 def test_several_targets_add_up():
     draw = torch.Generator().manual_seed(0)
     z, one, two = (torch.randn(30, k, generator=draw) for k in (4, 2, 2))
-    parts, whole = Sums(), Sums()
+    parts, whole = MomentSums(), MomentSums()
     parts.add(z, [one, two], torch.ones(30))
     whole.add(z, [one + two], torch.ones(30))
     for found, expected in zip(parts.mean([0, 1]), whole.mean(), strict=True):
@@ -177,41 +177,41 @@ def test_a_parallel_block_that_lost_a_branch_is_mended_by_its_other_branch(tiny)
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("kinds", [["attn", "mlp"], ["block"]])
 def test_moments_for_all_candidates_give_the_fold_of_each_gap(tiny, windows, family, kinds):
-    _, architecture, stepper = opened(tiny, windows, family)
+    _, architecture, runner = opened(tiny, windows, family)
     candidates = [layer for layer in architecture.layers() if layer.kind in kinds]
     gone = [Layer("block", 1), Layer("block", 2)] if "block" in kinds else [Layer("mlp", 1), Layer("attn", 2)]
     found = []
     for asked in (candidates, gone):
-        slots = reaches(architecture, asked, projections(stepper), 2)
-        wanted = [Reach(slot, stepper.model.get_submodule(slot.path), units) for slot, units in slots.items()]
-        folds = Folds(architecture, Apart(stepper, wanted, [0, 1], [0, 0], [1e-3]))
-        assert folds.cover(gone, projections(stepper))
+        slots = reaches(architecture, asked, projections(runner), 2)
+        wanted = [RefitTarget(slot, runner.model.get_submodule(slot.path), units) for slot, units in slots.items()]
+        folds = GapRefits(architecture, IndependentRefit(runner, wanted, [0, 1], [0, 0], [1e-3]))
+        assert folds.cover(gone, projections(runner))
         found.append(folds.modules(gone))
     assert found[0] and found[0].keys() == found[1].keys()
     for path, module in found[0].items():
         torch.testing.assert_close(module.weight, found[1][path].weight, rtol=1e-3, atol=1e-5)
-        assert not torch.equal(module.weight, stepper.model.get_submodule(path).weight)
+        assert not torch.equal(module.weight, runner.model.get_submodule(path).weight)
 
 
 def test_a_gap_deeper_than_was_prepared_for_is_not_covered(tiny, windows):
-    _, architecture, stepper = opened(tiny, windows)
-    slots = reaches(architecture, [Layer("block", i) for i in range(4)], projections(stepper), 1)
-    wanted = [Reach(slot, stepper.model.get_submodule(slot.path), units) for slot, units in slots.items()]
-    folds = Folds(architecture, Apart(stepper, wanted, [0], [0], [1e-3]))
-    assert folds.cover([Layer("block", 1), Layer("block", 3)], projections(stepper))
-    assert not folds.cover([Layer("block", 1), Layer("block", 2)], projections(stepper))
+    _, architecture, runner = opened(tiny, windows)
+    slots = reaches(architecture, [Layer("block", i) for i in range(4)], projections(runner), 1)
+    wanted = [RefitTarget(slot, runner.model.get_submodule(slot.path), units) for slot, units in slots.items()]
+    folds = GapRefits(architecture, IndependentRefit(runner, wanted, [0], [0], [1e-3]))
+    assert folds.cover([Layer("block", 1), Layer("block", 3)], projections(runner))
+    assert not folds.cover([Layer("block", 1), Layer("block", 2)], projections(runner))
 
 
 @pytest.mark.parametrize("which", [gap_slots, all_slots])
 @pytest.mark.parametrize("gone", [[Layer("attn", 2)], [Layer("block", 1)], [Layer("attn", 1), Layer("mlp", 2)]])
 def test_refit_brings_the_stream_closer_on_what_it_was_fitted_on(tiny, windows, which, gone):
-    _, architecture, stepper = opened(tiny, windows)
-    dense = Dense(stepper)
-    slots = which(architecture, gone, projections(stepper))
-    lockstep = Lockstep(stepper, architecture, gone, [0, 0], penalties=[1e-4])
+    _, architecture, runner = opened(tiny, windows)
+    dense = DenseReference(runner)
+    slots = which(architecture, gone, projections(runner))
+    lockstep = SequentialRefit(runner, architecture, gone, [0, 0], penalties=[1e-4])
     repaired = lockstep.refit(slots)
-    before = stream_error(stepper, dense, dropped_modules(architecture, gone))
-    assert stream_error(stepper, dense, repaired) < before
+    before = stream_error(runner, dense, dropped_modules(architecture, gone))
+    assert stream_error(runner, dense, repaired) < before
     assert {fit.slot for fit in lockstep.fits} == set(slots)
 
 
@@ -219,12 +219,12 @@ def test_refit_brings_the_stream_closer_on_what_it_was_fitted_on(tiny, windows, 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi"])
 def test_refit_works_whatever_the_family(tiny, windows, family, apart):
     fields = {"n_embd": 32, "n_layer": 4, "n_head": 4} if family == "gpt2" else {}
-    _, architecture, stepper = opened(tiny, windows, family, **fields)
-    dense, gone = Dense(stepper), [Layer("attn", 2)]
-    slots = (gap_slots if apart else all_slots)(architecture, gone, projections(stepper))
-    repaired = fitted(stepper, architecture, gone, slots, dropped_modules(architecture, gone), [1e-4], apart)
-    assert slots and stream_error(stepper, dense, repaired) < stream_error(
-        stepper, dense, dropped_modules(architecture, gone)
+    _, architecture, runner = opened(tiny, windows, family, **fields)
+    dense, gone = DenseReference(runner), [Layer("attn", 2)]
+    slots = (gap_slots if apart else all_slots)(architecture, gone, projections(runner))
+    repaired = fitted(runner, architecture, gone, slots, dropped_modules(architecture, gone), [1e-4], apart)
+    assert slots and stream_error(runner, dense, repaired) < stream_error(
+        runner, dense, dropped_modules(architecture, gone)
     )
 
 
@@ -232,24 +232,24 @@ def test_refit_works_whatever_the_family(tiny, windows, family, apart):
 def test_all_slots_in_one_go_are_what_one_after_the_other_gives(tiny, windows, family):
     """Streams behind a refitted slot are inferred, not run: each lone refit runs the model as it stands."""
     fields = {"n_embd": 32, "n_layer": 4, "n_head": 4} if family == "gpt2" else {}
-    _, architecture, stepper = opened(tiny, windows, family, **fields)
+    _, architecture, runner = opened(tiny, windows, family, **fields)
     gone = [Layer("attn", 1)]
-    slots = all_slots(architecture, gone, projections(stepper))
-    at_once = Lockstep(stepper, architecture, gone, [0, 0], penalties=[1e-2]).refit(slots)
+    slots = all_slots(architecture, gone, projections(runner))
+    at_once = SequentialRefit(runner, architecture, gone, [0, 0], penalties=[1e-2]).refit(slots)
     one_by_one = {}
     for slot in slots:
-        one_by_one = Lockstep(stepper, architecture, gone, [0, 0], one_by_one, [1e-2]).refit([slot])
+        one_by_one = SequentialRefit(runner, architecture, gone, [0, 0], one_by_one, [1e-2]).refit([slot])
     assert at_once.keys() == one_by_one.keys() and len(slots) >= 2
     for slot in slots:
         torch.testing.assert_close(at_once[slot.path].weight, one_by_one[slot.path].weight, rtol=1e-3, atol=1e-4)
 
 
 def test_the_dense_model_is_not_changed_by_a_repair(tiny, windows):
-    model, architecture, stepper = opened(tiny, windows)
+    model, architecture, runner = opened(tiny, windows)
     before = {name: p.clone() for name, p in model.named_parameters()}
     modules = [id(m) for m in model.modules()]
     gone = [Layer("attn", 1)]
-    Lockstep(stepper, architecture, gone, [0, 1]).refit(all_slots(architecture, gone, projections(stepper)))
+    SequentialRefit(runner, architecture, gone, [0, 1]).refit(all_slots(architecture, gone, projections(runner)))
     assert [id(m) for m in model.modules()] == modules
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
@@ -259,32 +259,32 @@ def test_the_dense_model_is_not_changed_by_a_repair(tiny, windows):
 def test_the_linear_repair_of_an_attention_that_is_linear_is_exact(tiny, windows, family, apart):
     """On windows of one token attention gives its own value, a linear function of the normed input."""
     model, architecture, _ = opened(tiny, windows, family)
-    stepper = Stepper(model, architecture, [{"input_ids": torch.arange(3, 63)[:, None]}])
+    runner = BlockRunner(model, architecture, [{"input_ids": torch.arange(3, 63)[:, None]}])
     layers = [Layer("attn", 1), Layer("attn", 2)]
     modules, slots = linear_modules(model, architecture, layers, 32)
-    repaired = fitted(stepper, architecture, [], slots, modules, TINY, apart)
+    repaired = fitted(runner, architecture, [], slots, modules, TINY, apart)
     with torch.inference_mode():
-        expected = stepper.run(0, 0, stepper.start(0))
+        expected = runner.run(0, 0, runner.start(0))
         with replaced(model, repaired):
-            torch.testing.assert_close(stepper.run(0, 0, stepper.start(0)), expected, rtol=1e-2, atol=1e-2)
+            torch.testing.assert_close(runner.run(0, 0, runner.start(0)), expected, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "phi"])
 def test_a_linear_map_is_closer_than_nothing(tiny, windows, family, apart):
     fields = {"n_embd": 32, "n_layer": 4, "n_head": 4} if family == "gpt2" else {}
-    model, architecture, stepper = opened(tiny, windows, family, **fields)
-    dense, layers = Dense(stepper), [Layer("attn", 1), Layer("attn", 2)]
+    model, architecture, runner = opened(tiny, windows, family, **fields)
+    dense, layers = DenseReference(runner), [Layer("attn", 1), Layer("attn", 2)]
     modules, slots = linear_modules(model, architecture, layers, 32)
-    repaired = fitted(stepper, architecture, [], slots, modules, [1e-4], apart)
+    repaired = fitted(runner, architecture, [], slots, modules, [1e-4], apart)
     nothing = dropped_modules(architecture, layers)
-    assert stream_error(stepper, dense, repaired) < stream_error(stepper, dense, nothing)
+    assert stream_error(runner, dense, repaired) < stream_error(runner, dense, nothing)
 
 
 def test_scale_makes_the_stream_as_long_as_the_dense_one(tiny, windows):
     """Dropping a layer that only doubles the stream, and halving what comes behind, changes no direction."""
-    _, architecture, stepper = opened(tiny, windows)
-    bench = Bench(stepper, architecture, [None, None], stride=1)
+    _, architecture, runner = opened(tiny, windows)
+    bench = MetricContext(runner, architecture, [None, None], stride=1)
     gone = [Layer("mlp", 0)]
     sizes = growth(bench)
     a = sizes[gone[0]][1] / sizes[gone[0]][0]
@@ -294,16 +294,16 @@ def test_scale_makes_the_stream_as_long_as_the_dense_one(tiny, windows):
 
 
 def test_folding_a_scalar_behind_a_gap_is_multiplying_the_stream_at_the_gap(tiny, windows):
-    model, architecture, stepper = opened(tiny, windows, rms_norm_eps=0.0)
-    bench = Bench(stepper, architecture, [None, None], stride=1)
+    model, architecture, runner = opened(tiny, windows, rms_norm_eps=0.0)
+    bench = MetricContext(runner, architecture, [None, None], stride=1)
     gone = [Layer("block", 1)]
-    modules = scale_modules(bench, gone, projections(stepper))
+    modules = scale_modules(bench, gone, projections(runner))
     a = 1 / factors(bench, gone)[Layer("attn", 2)]
     with torch.inference_mode():
-        stream = stepper.step(0, 0, stepper.start(0))
-        by_hand = stepper.logits(0, stepper.run(2, 0, a * stream))
+        stream = runner.step(0, 0, runner.start(0))
+        by_hand = runner.logits(0, runner.run(2, 0, a * stream))
         with replaced(model, modules):
-            folded = stepper.logits(0, stepper.run(2, 0, stream))
+            folded = runner.logits(0, runner.run(2, 0, stream))
     torch.testing.assert_close(folded, by_hand, rtol=1e-3, atol=1e-3)
 
 
@@ -316,16 +316,16 @@ def improver_of(tiny, windows, tmp_path, quality):
 
 
 def test_healing_tells_how_far_it_is(tiny, windows):
-    _, improver, ref = improver_of(tiny, windows, None, Quality(repair=("lora",), stride=1))
+    _, improver, ref = improver_of(tiny, windows, None, Strategy(repair=("lora",), stride=1))
     said = []
     improver.tell = said.append
-    improve(improver, ref, Request("attn=1"))
+    improve(improver, ref, Target("attn=1"))
     assert len(said) == 10 and said[-1] == "lora: 16 of 16 steps"  # eight windows, twice
 
 
 def test_what_maps_leave_is_refitted_behind_them(tiny, windows):
-    _, improver, ref = improver_of(tiny, windows, None, Quality(repair=("linear", "refit-all"), stride=1))
-    _, fixed, _ = improve(improver, ref, Request("attn=1"))
+    _, improver, ref = improver_of(tiny, windows, None, Strategy(repair=("linear", "refit-all"), stride=1))
+    _, fixed, _ = improve(improver, ref, Target("attn=1"))
     refitted = {name for name in fixed.tensors if "mlp.down_proj" in name or "self_attn.o_proj" in name}
     assert refitted and min(int(name.split(".")[2]) for name in refitted) >= 1
 
@@ -343,9 +343,9 @@ def test_what_maps_leave_is_refitted_behind_them(tiny, windows):
     ],
 )
 def test_a_repaired_model_is_the_dense_one_with_its_stand_ins_and_survives_saving(tiny, windows, tmp_path, repair):
-    model, improver, ref = improver_of(tiny, windows, tmp_path, Quality(repair=repair, stride=1))
+    model, improver, ref = improver_of(tiny, windows, tmp_path, Strategy(repair=repair, stride=1))
     before = {name: p.clone() for name, p in model.named_parameters()}
-    plan, fixed, modules = improve(improver, ref, Request("attn=1,2,mlp=1"))
+    plan, fixed, modules = improve(improver, ref, Target("attn=1,2,mlp=1"))
     pruned = repaired(model, plan, fixed)
     with torch.no_grad(), replaced(model, modules):
         expected = model(windows).logits
@@ -360,8 +360,8 @@ def test_a_repaired_model_is_the_dense_one_with_its_stand_ins_and_survives_savin
 
 
 def test_a_mapped_attention_holds_no_cache(tiny, windows, tmp_path):
-    model, improver, ref = improver_of(tiny, windows, tmp_path, Quality(repair=("linear",), stride=1))
-    plan, fixed, _ = improve(improver, ref, Request("attn=0,2"))
+    model, improver, ref = improver_of(tiny, windows, tmp_path, Strategy(repair=("linear",), stride=1))
+    plan, fixed, _ = improve(improver, ref, Target("attn=0,2"))
     pruned = repaired(model, plan, fixed)
     with torch.no_grad():
         whole = pruned(windows[:2]).logits
@@ -373,7 +373,7 @@ def test_a_mapped_attention_holds_no_cache(tiny, windows, tmp_path):
 
 
 def test_a_repair_that_hurts_other_text_is_not_kept(tiny, windows):
-    _, improver, _ = improver_of(tiny, windows, None, Quality(repair=("refit",), stride=1))
+    _, improver, _ = improver_of(tiny, windows, None, Strategy(repair=("refit",), stride=1))
     same = improver.data[0]
     _, modules = improver.repair([Layer("attn", 2)], None)
     good, _ = improver.repair([Layer("attn", 2)], same)
@@ -384,13 +384,15 @@ def test_a_repair_that_hurts_other_text_is_not_kept(tiny, windows):
 
 @pytest.mark.parametrize("repair", [("refit",), ("linear",), ("linear", "refit")])
 def test_a_search_measures_a_candidate_as_it_will_be_repaired(tiny, windows, repair):
-    _, improver, _ = improver_of(tiny, windows, None, Quality(select="greedy", repair=repair, stride=1, cost_windows=2))
+    _, improver, _ = improver_of(
+        tiny, windows, None, Strategy(select="greedy", repair=repair, stride=1, cost_windows=2)
+    )
     gone = [Layer("attn", 1), Layer("mlp", 2)]
     expected = improver.cost(gone)
     _, modules = improver.repair(gone)
     with replaced(improver.model, modules):
         assert improver.cost.dense.compare(0).mean_kl == pytest.approx(expected, rel=1e-4)
-    improver.quality = Quality(select="greedy", repair=repair, aware=False, stride=1, cost_windows=2)
+    improver.quality = Strategy(select="greedy", repair=repair, aware=False, stride=1, cost_windows=2)
     with replaced(improver.model, dropped_modules(improver.architecture, gone)):
         assert improver.cost(gone) == pytest.approx(improver.cost.dense.compare(0).mean_kl, rel=1e-4)
 
@@ -399,8 +401,8 @@ def test_a_search_over_deep_gaps_takes_no_further_pass(tiny, windows, monkeypatc
     from dropformer.metrics.repair.base import cache as module
 
     passes = []
-    monkeypatch.setattr(module, "Apart", lambda *args: passes.append(args) or Apart(*args))
-    _, improver, _ = improver_of(tiny, windows, None, Quality(select="greedy", repair=("refit",), cost_windows=2))
+    monkeypatch.setattr(module, "Apart", lambda *args: passes.append(args) or IndependentRefit(*args))
+    _, improver, _ = improver_of(tiny, windows, None, Strategy(select="greedy", repair=("refit",), cost_windows=2))
     improver.prepare([Layer("block", i) for i in range(4)], 3)
     improver.cost([Layer("block", 1), Layer("block", 2), Layer("block", 3)])
     assert len(passes) == 1
@@ -409,24 +411,24 @@ def test_a_search_over_deep_gaps_takes_no_further_pass(tiny, windows, monkeypatc
 
 
 def test_nothing_is_fitted_on_the_windows_that_a_search_measures_on(tiny, windows):
-    _, improver, _ = improver_of(tiny, windows, None, Quality(select="greedy", repair=("refit",), cost_windows=2))
+    _, improver, _ = improver_of(tiny, windows, None, Strategy(select="greedy", repair=("refit",), cost_windows=2))
     assert improver.fitted_on == (1, 2, 3, 5, 6, 7)
-    improver.quality = Quality(repair=("refit",))
+    improver.quality = Strategy(repair=("refit",))
     assert improver.fitted_on == tuple(range(8))
 
 
 @pytest.mark.parametrize("select", ["one-shot", "iterative", "greedy"])
 def test_every_search_drops_what_the_spec_asks_for(tiny, windows, select):
-    _, improver, ref = improver_of(tiny, windows, None, Quality(select=select, stride=1, refine=1))
-    plan, repair, _ = improve(improver, ref, Request("attn:2,mlp:1", keep=(0,)))
+    _, improver, ref = improver_of(tiny, windows, None, Strategy(select=select, stride=1, refine=1))
+    plan, repair, _ = improve(improver, ref, Target("attn:2,mlp:1", keep=(0,)))
     kinds = [layer.kind for layer in plan.layers]
     assert (kinds.count("attn"), kinds.count("mlp")) == (2, 1) and not repair.tensors
     assert all(layer.index != 0 for layer in plan.layers)
 
 
 def test_a_budget_is_met_by_the_plan(tiny, windows):
-    _, improver, ref = improver_of(tiny, windows, None, Quality(stride=1))
-    plan, _, _ = improve(improver, ref, Request(budget="params:-15%"))
+    _, improver, ref = improver_of(tiny, windows, None, Strategy(stride=1))
+    plan, _, _ = improve(improver, ref, Target(budget="params:-15%"))
     assert plan.savings.parameters_after <= 0.85 * plan.savings.parameters
     assert plan.spec == "params:-15%"
 
@@ -435,5 +437,5 @@ def repaired(model, plan, repair):
     from dropformer.prune.surgery.views import sharing_copy
 
     pruned = sharing_copy(model)
-    surgery = operate(plan.outline, plan.layers, model, repair.mapped)
-    return cut(pruned, replace(surgery, tensors=repair.named(plan.outline, surgery.arrangement)))
+    surgery = plan_surgery(plan.outline, plan.layers, model, repair.mapped)
+    return apply_surgery(pruned, replace(surgery, tensors=repair.named(plan.outline, surgery.block_map)))

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from dropformer.metrics.calibration.settings import CalibrationRef
-from dropformer.metrics.search.improve import Improver, improve
-from dropformer.metrics.search.strategy import Quality, Request, quality
-from dropformer.metrics.repair.ridge import token_weights
 from dropformer.metrics.calibration.windows import Windows
+from dropformer.metrics.repair.ridge import token_weights
+from dropformer.metrics.search.improve import Improver, improve
+from dropformer.metrics.search.strategy import Strategy, Target, quality
 from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import PlanError
@@ -17,7 +17,7 @@ REF = CalibrationRef(name="ids", samples=8, length=24, seed=0, packed=True, skip
 
 @pytest.fixture
 def improver(tiny):
-    def made(how: Quality, family: str = "llama", scored=None) -> Improver:
+    def made(how: Strategy, family: str = "llama", scored=None) -> Improver:
         model = tiny(family)
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -32,12 +32,12 @@ def improver(tiny):
 
 
 def chosen(found: Improver, spec: str, **more):
-    return found.choose(Request(spec, **more))[0]
+    return found.choose(Target(spec, **more))[0]
 
 
 @pytest.mark.parametrize("select", ["iterative", "greedy"])
 def test_what_a_block_takes_with_it_is_not_chosen_again(improver, select):
-    layers = chosen(improver(Quality(select=select, stride=1)), "block:1,attn:2")
+    layers = chosen(improver(Strategy(select=select, stride=1)), "block:1,attn:2")
     assert [layer.kind for layer in layers] == ["block", "attn", "attn"]
     assert len({layer.index for layer in layers}) == 3
 
@@ -54,43 +54,43 @@ def test_what_a_block_takes_with_it_is_not_chosen_again(improver, select):
 )
 def test_a_search_refuses_what_a_ranking_refuses(improver, select, spec, said):
     with pytest.raises(PlanError, match=said):
-        chosen(improver(Quality(select=select, stride=1)), spec)
+        chosen(improver(Strategy(select=select, stride=1)), spec)
 
 
 def test_published_lists_go_with_every_way_of_choosing(improver):
-    found = improver(Quality(select="greedy", stride=1))
+    found = improver(Strategy(select="greedy", stride=1))
     layers = chosen(found, "published:attn:2", published=lambda kind, count: [2, 1])
     assert layers == [Layer("attn", 2), Layer("attn", 1)]
 
 
 def test_iterative_ranks_by_the_metric_that_is_asked_for(improver):
-    found = improver(Quality(metric="reverse", select="iterative"))
+    found = improver(Strategy(metric="reverse", select="iterative"))
     scores = found.ranking("similarity")()
     assert chosen(found, "attn:1") == [min((Layer("attn", i) for i in range(4)), key=lambda layer: scores[layer])]
 
 
 @pytest.mark.parametrize("budget", ["kv:-75%", "kv:-60%"])
 def test_a_budget_leaves_an_attention_layer(improver, budget):
-    found = improver(Quality(stride=1))
-    layers = found.choose(Request(budget=budget))[0]
+    found = improver(Strategy(stride=1))
+    layers = found.choose(Target(budget=budget))[0]
     assert {layer.kind for layer in layers} == {"attn"} and len(layers) == 3
 
 
 @pytest.mark.parametrize("budget", ["kv:-80%", "decode:9x"])
 def test_a_budget_that_needs_every_attention_layer_is_refused(improver, budget):
     with pytest.raises(PlanError, match="cannot be reached"):
-        improver(Quality(stride=1)).choose(Request(budget=budget))
+        improver(Strategy(stride=1)).choose(Target(budget=budget))
 
 
 def test_blocks_to_keep_must_be_there_for_a_budget_too(improver):
     with pytest.raises(PlanError, match="--keep names block 99"):
-        improver(Quality(stride=1)).choose(Request(budget="kv:-25%", keep=[99]))
+        improver(Strategy(stride=1)).choose(Target(budget="kv:-25%", keep=[99]))
 
 
 @pytest.mark.parametrize("repair", ["refit-all,lora", "refit,refit-all,lora", "linear,refit-all,lora"])
 def test_what_was_refitted_can_be_healed(improver, repair):
     found = improver(quality(repair=repair))
-    _, fixed, _ = improve(found, ModelRef(name="tiny"), Request("attn=1"))
+    _, fixed, _ = improve(found, ModelRef(name="tiny"), Target("attn=1"))
     assert fixed.tensors and not any(tensor.is_inference() for tensor in fixed.tensors.values())
 
 
@@ -98,17 +98,17 @@ def test_what_was_refitted_can_be_healed(improver, repair):
 def test_a_repair_with_nothing_to_change_says_so_and_is_not_measured(improver, family, spec, repair):
     found, said = improver(quality(repair=repair), family), []
     found.tell = said.append
-    _, fixed, _ = improve(found, ModelRef(name="tiny"), Request(spec), found.data[0])
+    _, fixed, _ = improve(found, ModelRef(name="tiny"), Target(spec), found.data[0])
     assert said == [f"{repair}: found nothing to change here"] and not fixed.gates and not fixed.tensors
 
 
 @pytest.mark.parametrize(
     ("how", "request_", "metric"),
     [
-        (Quality(metric="angular"), Request("attn:1"), "angular"),
-        (Quality(select="iterative"), Request("attn:1"), "iterative similarity"),
-        (Quality(select="greedy", refine=1), Request("attn:1"), "greedy kl, refined"),
-        (Quality(), Request(budget="kv:-25%"), "greedy kl"),
+        (Strategy(metric="angular"), Target("attn:1"), "angular"),
+        (Strategy(select="iterative"), Target("attn:1"), "iterative similarity"),
+        (Strategy(select="greedy", refine=1), Target("attn:1"), "greedy kl, refined"),
+        (Strategy(), Target(budget="kv:-25%"), "greedy kl"),
     ],
 )
 def test_a_plan_says_what_chose_it_and_on_which_texts(improver, how, request_, metric):
@@ -121,7 +121,7 @@ def test_a_stride_is_over_the_tokens_that_count(improver):
     """With all but the last token of a window out of the count, costs are still measured, on that one."""
     last = torch.zeros(1, 24, dtype=torch.bool)
     last[:, -1] = True
-    found = improver(Quality(select="greedy", stride=4), scored=last)
+    found = improver(Strategy(select="greedy", stride=4), scored=last)
     assert all(abs(cost) > 1e-9 for cost in (found.cost([Layer("attn", i)]) for i in range(4)))
 
 

@@ -5,10 +5,10 @@ from itertools import combinations
 import pytest
 import torch
 
-from dropformer.metrics.blockwise.divergence import Dense
-from dropformer.metrics.blockwise.layer_metrics import METRICS, Bench, Ranking
+from dropformer.metrics.blockwise.divergence import DenseReference
+from dropformer.metrics.blockwise.layer_metrics import METRICS, MetricContext, Ranking
+from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.search.select import KL, Count, greedy, iterative, refine
-from dropformer.metrics.blockwise.runner import Stepper
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.loading.modeling import Skipped
@@ -23,12 +23,12 @@ def bench(tiny, ids):
             layer.self_attn.v_proj.weight *= 10
             layer.mlp.down_proj.weight *= 400 / (i + 1)
     architecture = discover(model)
-    return Bench(Stepper(model, architecture, [{"input_ids": ids}]), architecture, [None], stride=1)
+    return MetricContext(BlockRunner(model, architecture, [{"input_ids": ids}]), architecture, [None], stride=1)
 
 
 @pytest.fixture
 def kl(bench):
-    return KL(Dense(bench.stepper, 1), bench.architecture)
+    return KL(DenseReference(bench.runner, 1), bench.architecture)
 
 
 def layers(kind):
@@ -70,7 +70,7 @@ def test_candidates_measured_together_cost_what_they_cost_alone(tiny, ids, famil
         for name, p in model.named_parameters():
             p *= 6 if p.ndim > 1 and "embed" not in name else 1
     architecture = discover(model)
-    dense = Dense(Stepper(model, architecture, [{"input_ids": row[None]} for row in ids]), 1)
+    dense = DenseReference(BlockRunner(model, architecture, [{"input_ids": row[None]} for row in ids]), 1)
     sets = [[layer] for layer in architecture.layers()] + [[Layer("attn", 1), Layer("mlp", 2)]]
     sets = [[layer for layer in gone if architecture.branches(layer)] for gone in sets]
     alone = KL(dense, architecture)
@@ -83,13 +83,13 @@ def test_candidates_measured_together_cost_what_they_cost_alone(tiny, ids, famil
 
 def test_blocks_behind_the_candidates_run_once_for_all_of_them(bench, kl):
     rows = []
-    last = bench.stepper.model.model.layers[2]
+    last = bench.runner.model.model.layers[2]
     assert kl.dense._stacks
     hook = last.register_forward_pre_hook(lambda _m, args: rows.append(len(args[0])))
     kl.together = 4
     kl.ahead([Layer(kind, i)] for kind in ("attn", "mlp") for i in (0, 1))
     hook.remove()
-    assert rows == [4 * len(bench.stepper.start(0))]
+    assert rows == [4 * len(bench.runner.start(0))]
 
 
 def test_lazy_greedy_measures_fewer_sets_than_there_are(kl):
@@ -118,7 +118,7 @@ def test_ties_drop_the_deeper_layer():
 
 def test_iterative_scores_the_model_without_what_has_gone(bench):
     found = iterative(Ranking(bench), layers("attn"), 2)
-    model = bench.stepper.model
+    model = bench.runner.model
     first = model.model.layers[found.layers[0].index]
     kept, norm = first.self_attn, first.input_layernorm
     first.self_attn, first.input_layernorm = Skipped(["zeros", None]), Skipped("input")
@@ -133,7 +133,7 @@ def test_iterative_keeps_the_surviving_half_of_a_block_running(bench):
     ran = []
     hooks = [
         block.mlp.register_forward_hook(lambda *_, i=i: ran.append(i))
-        for i, block in enumerate(bench.stepper.model.model.layers)
+        for i, block in enumerate(bench.runner.model.model.layers)
     ]
     iterative(Ranking(bench), layers("attn"), 2)
     for hook in hooks:

@@ -3,12 +3,12 @@
 import pytest
 
 from dropformer.metrics.blockwise.layer_metrics import METRICS
-from dropformer.metrics.search.strategy import METRIC_NAMES, QUALITIES, Quality, quality
+from dropformer.metrics.search.strategy import METRIC_NAMES, QUALITIES, Strategy, quality
 from dropformer.prune.errors import PlanError
 
 
 def test_the_default_is_the_papers_method():
-    assert quality() == QUALITIES["paper"] == Quality(metric="similarity", select="one-shot", repair=())
+    assert quality() == QUALITIES["paper"] == Strategy(metric="similarity", select="one-shot", repair=())
 
 
 def test_the_light_list_of_metrics_is_the_registry():

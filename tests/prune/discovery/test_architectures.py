@@ -12,10 +12,10 @@ import transformers
 
 import dropformer
 from dropformer import api
-from dropformer.prune.surgery.config import pruned_config
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.discovery.inputs import longest_text, sample_inputs, with_images
+from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.surgery.config import pruned_config
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from tiny_models import tiny_model
@@ -149,7 +149,7 @@ class TestVisionTower:
     def test_its_blocks_stay_where_the_config_counts_them(self, llava):
         plan = api.plan_unscored(mine(), api.outline(llava, "vision.block=3"), "vision.block=3", (), None)
         pruned = api.drop(llava, plan)
-        assert "vision_feature_layer" in api.cut_of(pruned).surgery.note
+        assert "vision_feature_layer" in api.drop_record(pruned).surgery.note
         assert len(pruned.model.vision_tower.encoder.layers) == 4
 
 
@@ -172,6 +172,6 @@ def test_sparse_windows_by_block_follow_the_encoder_alone():
     outline = api.outline(model)
     for spec, left in (("encoder.block=1", [4, 4, 8]), ("decoder.block=1", [4, 8, 4, 8])):
         plan = api.plan_unscored(mine(), outline, spec, (), None)
-        surgery = api.operate(outline, plan.layers, model)
-        fields = pruned_config(model.config.to_dict(), outline, surgery.arrangement)
+        surgery = api.plan_surgery(outline, plan.layers, model)
+        fields = pruned_config(model.config.to_dict(), outline, surgery.block_map)
         assert fields["attention_window"] == (left if not surgery.note else [4, 8, 4, 8]), surgery.note

@@ -7,9 +7,9 @@ from torch import nn
 import dropformer
 from dropformer.prune.architecture import Architecture
 from dropformer.prune.discovery.discover import describe, discover
-from dropformer.prune.errors import ArchitectureError, ModelError
 from dropformer.prune.discovery.proof import on_tap, prove
 from dropformer.prune.discovery.replay import skipped
+from dropformer.prune.errors import ArchitectureError, ModelError
 
 D, T = 16, 6
 

@@ -12,32 +12,32 @@ from torch import nn
 
 import dropformer
 from dropformer import api
-from dropformer.prune.block_map import Surgery, arrange
-from dropformer.prune.discovery.summarize import outline_of
+from dropformer.prune.block_map import Surgery, map_blocks
 from dropformer.prune.discovery.discover import discover
+from dropformer.prune.discovery.summarize import summarize
+from dropformer.prune.discovery.trace import tracing
 from dropformer.prune.errors import PlanError
 from dropformer.prune.plan import choose
-from dropformer.prune.surgery.surgery import cut, operate
-from dropformer.prune.discovery.trace import tracing
+from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from tiny_models import tiny_model
 
 
 def pruned(model, spec, shorten=True):
-    outline = outline_of(model, discover(model))
+    outline = summarize(model, discover(model))
     layers = choose(outline, spec)
     small = copy.deepcopy(model)
-    short = operate(outline, layers, small)
-    kept = Surgery(outline, tuple(layers), arrange(outline, layers, shorten=False))
-    return cut(small, short if shorten else kept)
+    short = plan_surgery(outline, layers, small)
+    kept = Surgery(outline, tuple(layers), map_blocks(outline, layers, shorten=False))
+    return apply_surgery(small, short if shorten else kept)
 
 
 def through_disk(family, spec, tmp_path):
     """The pruned model in memory and after export and reload."""
     folder = tmp_path / "dense"
     tiny_model(family).save_pretrained(folder)
-    opened = api.Opened(dropformer.load(folder), None, folder, api.reference("m", folder), None)
+    opened = api.LoadedModel(dropformer.load(folder), None, folder, api.reference("m", folder), None)
     small = api.drop(opened, api.plan_unscored(opened.ref, api.outline(opened.model), spec, (), None))
     api.save(small, tmp_path / "out")
     return small, dropformer.load(tmp_path / "out")
@@ -102,19 +102,19 @@ def test_the_text_part_of_a_composite_config_marks_empty_entries(ids):
 @pytest.mark.parametrize("spec", ["block=1", "block=3"])
 def test_embeddings_of_every_layer_keep_the_blocks_where_they_are(spec):
     model = tiny_model("gemma4_text")
-    outline = outline_of(model, discover(model))
-    surgery = operate(outline, choose(outline, spec), copy.deepcopy(model))
-    assert surgery.arrangement.in_place(outline)
+    outline = summarize(model, discover(model))
+    surgery = plan_surgery(outline, choose(outline, spec), copy.deepcopy(model))
+    assert surgery.block_map.in_place(outline)
     assert "embed_tokens_per_layer" in surgery.note
 
 
 def test_a_module_with_a_table_of_positions_keeps_the_blocks_where_they_are(ids):
     model = tiny_model("zamba2")
-    outline = outline_of(model, discover(model))
-    surgery = operate(outline, choose(outline, "block=2"), copy.deepcopy(model))
-    assert surgery.arrangement.in_place(outline)
+    outline = summarize(model, discover(model))
+    surgery = plan_surgery(outline, choose(outline, "block=2"), copy.deepcopy(model))
+    assert surgery.block_map.in_place(outline)
     assert "depends on the number" in surgery.note
-    small = cut(copy.deepcopy(model), surgery)
+    small = apply_surgery(copy.deepcopy(model), surgery)
     torch.testing.assert_close(logits(small, ids, True), logits(small, ids, False), rtol=1e-4, atol=1e-5)
 
 
@@ -127,7 +127,7 @@ def test_a_numbered_prediction_head_goes_with_the_numbers(ids, tmp_path, monkeyp
     model.save_pretrained(folder)
     head = {"model.layers.4.eh_proj.weight": torch.ones(3, 3), "model.layers.4.mlp.gate.weight": torch.ones(2)}
     save_file({**load_file(folder / "model.safetensors"), **head}, folder / "model.safetensors", {"format": "pt"})
-    opened = api.Opened(dropformer.load(folder), None, folder, api.reference("m", folder), None)
+    opened = api.LoadedModel(dropformer.load(folder), None, folder, api.reference("m", folder), None)
     small = api.drop(opened, api.plan_unscored(opened.ref, api.outline(opened.model), spec, (), None))
     out = api.save(small, tmp_path / "out").path
     assert bool(head.keys() & load_file(out / "model.safetensors").keys()) == kept
@@ -139,11 +139,11 @@ def test_a_shorter_stack_that_the_family_does_not_allow_keeps_its_blocks(ids):
     """Gemma 4's last blocks read the keys and values of earlier ones, of which one of each kind must be left."""
     types = ["sliding_attention", "full_attention"] * 2
     model = tiny_model("gemma4_text", layer_types=types, num_kv_shared_layers=2)
-    outline = outline_of(model, discover(model))
-    surgery = operate(outline, choose(outline, "block=3"), copy.deepcopy(model))
-    assert surgery.arrangement.in_place(outline)
+    outline = summarize(model, discover(model))
+    surgery = plan_surgery(outline, choose(outline, "block=3"), copy.deepcopy(model))
+    assert surgery.block_map.in_place(outline)
     assert "transformers builds no shorter model" in surgery.note
-    small = cut(copy.deepcopy(model), surgery)
+    small = apply_surgery(copy.deepcopy(model), surgery)
     torch.testing.assert_close(logits(small, ids, True), logits(small, ids, False), rtol=1e-4, atol=1e-5)
 
 
@@ -155,7 +155,7 @@ def test_keys_and_values_that_later_blocks_read_stay():
 
 def test_a_hybrid_keeps_a_layer_with_keys_and_values():
     model = tiny_model("bamba")  # attention in blocks 1 and 3, state-space mixers in the others
-    outline = outline_of(model, discover(model))
+    outline = summarize(model, discover(model))
     with pytest.raises(PlanError, match="every layer with keys and values"):
         choose(outline, "attn=1,3")
     assert len(choose(outline, "attn=0,2,3")) == 3

@@ -8,8 +8,8 @@ from torch import nn
 
 from dropformer.prune.architecture import Architecture, Block, Tap
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.discovery.proof import prove
+from dropformer.prune.errors import ArchitectureError
 
 D = 8
 

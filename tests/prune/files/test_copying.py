@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from dropformer.prune.files import byteranges
 from dropformer.prune.errors import CheckpointError, OutputError, VerificationError
-from dropformer.prune.files import Checkpoint, NewTensor, copy_checkpoint, open_checkpoint
+from dropformer.prune.files import Checkpoint, NewTensor, byteranges, copy_checkpoint, open_checkpoint
 from dropformer.prune.files.safetensors_header import BITS, byte_size, encode_header
 
 INDEX = "model.safetensors.index.json"

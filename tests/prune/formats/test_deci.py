@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from dropformer.prune.architecture import Layer
-from dropformer.prune.loading.configuration_decilm import DeciLMConfig, Entry
-from dropformer.prune.formats.deci import deci_config, deci_notes, engine_width
-from dropformer.prune.loading.deci import dropformer_config, load_deci
 from dropformer.prune.errors import ArchitectureError, CheckpointError, PlanError
+from dropformer.prune.formats.deci import deci_config, deci_notes, engine_width
+from dropformer.prune.loading.configuration_decilm import DeciLMConfig, Entry
+from dropformer.prune.loading.deci import dropformer_config, load_deci
 
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": 5}, "qwen2": {}}
 SPECS = ["attn=1,3", "mlp=0,2", "attn=1,3,mlp=3", "attn=1,mlp=2"]
@@ -199,7 +199,7 @@ def test_linear_maps_are_refused(surgery, llama_folder):
     cut = surgery("attn=1")
     mapped = {Layer("attn", 1): {"self_attn": {"linear": [32, 32], "of": ["zeros", None]}}}
     with pytest.raises(PlanError, match=r"attn:1 became linear maps"):
-        deci_config(config_of(llama_folder), replace(cut, arrangement=replace(cut.arrangement, mapped=mapped)))
+        deci_config(config_of(llama_folder), replace(cut, block_map=replace(cut.block_map, mapped=mapped)))
 
 
 def test_another_ones_decilm_is_not_read_as_ours():

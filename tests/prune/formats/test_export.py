@@ -20,8 +20,8 @@ from dropformer.prune.loading.load import load
 FAMILIES = ["llama", "qwen2", "gemma2", "gpt2", "mixtral", "qwen3_moe", "falcon", "phi3"]
 
 
-def opened(folder: Path) -> api.Opened:
-    return api.Opened(load(folder), None, folder, api.reference(folder.name, folder), None)
+def opened(folder: Path) -> api.LoadedModel:
+    return api.LoadedModel(load(folder), None, folder, api.reference(folder.name, folder), None)
 
 
 def drop_and_save(source: Path, spec: str, out: Path):

@@ -14,8 +14,8 @@ from dropformer import api
 from dropformer.prune.errors import OutputError, PlanError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.formats.export_plan import plain_writing, write_by_plan
+from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.loading.load import load
-from dropformer.prune.formats.writing import How
 
 CLIENT = """
 import sys
@@ -37,7 +37,7 @@ def planned(tiny, tmp_path):
     def make(family, spec, **changes):
         folder = tmp_path / family
         tiny(family, **changes).save_pretrained(folder, max_shard_size="20KB")
-        opened = api.Opened(load(folder), None, folder, api.reference(family, folder), None)
+        opened = api.LoadedModel(load(folder), None, folder, api.reference(family, folder), None)
         return opened, api.plan_unscored(opened.ref, api.outline(opened.model), spec, (), None)
 
     return make
@@ -64,7 +64,7 @@ def test_the_files_are_those_that_the_model_in_memory_gives(planned, tmp_path, f
     mine, theirs = contents(tmp_path / "out"), contents(tmp_path / "same")
     assert mine.pop("plan.json") and mine == theirs
     assert written.record["after"]["parameters"] < written.record["before"]["parameters"]
-    assert (plain_writing(plan, open_checkpoint(opened.path), How()) is not None) == plain
+    assert (plain_writing(plan, open_checkpoint(opened.path), ExportOptions()) is not None) == plain
 
 
 def test_neither_torch_nor_transformers_is_needed_and_memory_is_small(planned, tmp_path):
@@ -84,7 +84,7 @@ def test_names_that_do_not_say_what_goes_are_not_trusted(planned):
     opened, plan = planned("llama", "attn=1")
     source = open_checkpoint(opened.path)
     other = {name.replace("layers.1.", "blocks.1."): span for name, span in source.tensors.items()}
-    assert plain_writing(plan, replace_tensors(source, other), How()) is None
+    assert plain_writing(plan, replace_tensors(source, other), ExportOptions()) is None
 
 
 def replace_tensors(checkpoint, tensors):
@@ -99,7 +99,7 @@ def test_a_plan_for_other_weights_is_refused_and_nothing_is_written(planned, tmp
     with pytest.raises(PlanError, match="made for other weights"):
         write_by_plan(other, opened.path, tmp_path / "out")
     with pytest.raises(OutputError, match="add --measure"):
-        write_by_plan(plan, opened.path, tmp_path / "out", How("onnx"))
+        write_by_plan(plan, opened.path, tmp_path / "out", ExportOptions("onnx"))
     assert not (tmp_path / "out").exists()
 
 
@@ -114,7 +114,7 @@ def test_a_plan_made_with_repairs_is_followed_without_them(planned, tmp_path):
 
 def test_shards_in_which_nothing_changes_are_linked(planned, tmp_path):
     opened, plan = planned("llama", "attn=3")
-    write_by_plan(plan, opened.path, tmp_path / "out", How(link=True, thorough=True))
+    write_by_plan(plan, opened.path, tmp_path / "out", ExportOptions(link=True, thorough=True))
     links = [path for path in (tmp_path / "out").glob("*.safetensors") if path.stat().st_nlink == 2]
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     assert links

@@ -23,7 +23,7 @@ def opened(tiny, tmp_path):
     def make(family, **changes):
         folder = tmp_path / family
         tiny(family, **changes).save_pretrained(folder)
-        return api.Opened(load(folder), None, folder, api.reference(family, folder), None)
+        return api.LoadedModel(load(folder), None, folder, api.reference(family, folder), None)
 
     return make
 

@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
-from dropformer.prune.block_map import Surgery, arrange
-from dropformer.prune.discovery.summarize import outline_of
+from dropformer.prune.block_map import Surgery, map_blocks
 from dropformer.prune.discovery.discover import discover
+from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import PlanError
 from dropformer.prune.plan import choose, make_plan
-from dropformer.prune.surgery.surgery import cut, operate
+from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 
 BART = {"d_model": 32, "decoder_layers": 4, "encoder_layers": 4, "decoder_ffn_dim": 48, "decoder_attention_heads": 4}
 SHARED = {"default_language": "en_XX", "languages": ["en_XX"], "is_decoder": True}
@@ -28,13 +28,13 @@ def trained(model):
 
 
 def outline(model):
-    return outline_of(model, discover(model))
+    return summarize(model, discover(model))
 
 
 def in_place(model, spec):
     found = outline(model)
     layers = choose(found, spec)
-    return cut(copy.deepcopy(model), Surgery(found, tuple(layers), arrange(found, layers, shorten=False)))
+    return apply_surgery(copy.deepcopy(model), Surgery(found, tuple(layers), map_blocks(found, layers, shorten=False)))
 
 
 def without_blocks(model, ids, path, gone):
@@ -72,9 +72,9 @@ class TestPostNorm:
         want = without_blocks(model, ids, path, (1, 2))
         found = outline(model)
         short = copy.deepcopy(model)
-        surgery = operate(found, choose(found, "block=1,2"), short)
-        cut(short, surgery)
-        assert surgery.arrangement.packed and len(short.get_submodule(path)) == 2
+        surgery = plan_surgery(found, choose(found, "block=1,2"), short)
+        apply_surgery(short, surgery)
+        assert surgery.block_map.packed and len(short.get_submodule(path)) == 2
         for small in (short, in_place(model, "block=1,2")):
             torch.testing.assert_close(small(ids, use_cache=False).logits, want, rtol=1e-5, atol=1e-5)
 
@@ -82,9 +82,9 @@ class TestPostNorm:
         model = trained(tiny(family, **changes))
         found = outline(model)
         small = copy.deepcopy(model)
-        surgery = operate(found, choose(found, "attn=1,mlp=1"), small)
-        assert len(surgery.arrangement.stacks[""]) == 4
-        got = cut(small, surgery)(ids, use_cache=False).logits
+        surgery = plan_surgery(found, choose(found, "attn=1,mlp=1"), small)
+        assert len(surgery.block_map.stacks[""]) == 4
+        got = apply_surgery(small, surgery)(ids, use_cache=False).logits
         want = without_branches(model, path, ENDS[family])(ids, use_cache=False).logits
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(got, without_blocks(model, ids, path, (1,)), atol=1e-4)
@@ -103,7 +103,7 @@ class TestKeptPart:
         found = outline(model)
         assert set(found.stacks[0].block(1).kept) == {"mlp"}
         small = copy.deepcopy(model)
-        cut(small, operate(found, choose(found, "attn=1,2"), small))
+        apply_surgery(small, plan_surgery(found, choose(found, "attn=1,2"), small))
         want = without_branches(model, "roberta.encoder.layer", ("attention.output.dense",), (1, 2))
         torch.testing.assert_close(small(ids).logits, want(ids).logits, rtol=1e-5, atol=1e-5)
 
@@ -127,6 +127,6 @@ def test_a_block_that_loses_its_branches_one_by_one_is_counted_as_a_whole(tiny, 
     model = tiny(family, **fields)
     found = outline(model)
     layers = choose(found, "attn=1,mlp=1,mlp=2")
-    pruned = cut(copy.deepcopy(model), operate(found, layers, model))
+    pruned = apply_surgery(copy.deepcopy(model), plan_surgery(found, layers, model))
     left = sum(p.numel() for p in pruned.parameters())
     assert found.parameters - found.dropped_parameters(layers) == left

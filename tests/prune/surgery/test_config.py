@@ -8,10 +8,10 @@ import torch
 import dropformer
 from dropformer import api
 from dropformer.prune.architecture import Layer
-from dropformer.prune.block_map import arrange
-from dropformer.prune.surgery.config import pruned_config
+from dropformer.prune.block_map import map_blocks
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.outline import BranchOutline, Outline, StackOutline
+from dropformer.prune.surgery.config import pruned_config
 
 
 def outline(blocks=4, **fields):
@@ -21,7 +21,7 @@ def outline(blocks=4, **fields):
 
 def follow(config, dropped, **fields):
     found = outline(**fields)
-    return pruned_config(config, found, arrange(found, [Layer("block", i) for i in dropped]))
+    return pruned_config(config, found, map_blocks(found, [Layer("block", i) for i in dropped]))
 
 
 class TestExportOfAConfigWithoutItsDerivedLists:
@@ -38,7 +38,7 @@ class TestExportOfAConfigWithoutItsDerivedLists:
 
     def test_windows_stay_with_their_blocks(self, folder, ids):
         model = dropformer.load(folder)
-        opened = api.Opened(model, None, folder, api.reference("m", folder), None)
+        opened = api.LoadedModel(model, None, folder, api.reference("m", folder), None)
         plan = api.plan_unscored(opened.ref, api.outline(model), "block=0", (), None)
         pruned = api.drop(opened, plan)
         api.save(pruned, folder.parent / "out")
@@ -75,5 +75,5 @@ def test_other_lists_stay(field):
 def test_a_block_with_two_cache_entries_leaves_both_empty():
     found = outline(caches=2)
     config = {"model_type": "x", "num_layers": 4, "num_hidden_layers": 8}
-    new = pruned_config(config, found, arrange(found, [Layer("attn", 1)], shorten=False))
+    new = pruned_config(config, found, map_blocks(found, [Layer("attn", 1)], shorten=False))
     assert new["dropformer_no_cache"] == [2, 3]

@@ -8,19 +8,19 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from dropformer.prune.architecture import Layer
-from dropformer.prune.discovery.summarize import outline_of
 from dropformer.prune.discovery.discover import discover
+from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.plan import choose
-from dropformer.prune.surgery.surgery import cut, operate
+from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "phi3"]
 
 
 def pruned(model, spec):
-    outline = outline_of(model, discover(model))
+    outline = summarize(model, discover(model))
     copied = copy.deepcopy(model)
-    surgery = operate(outline, choose(outline, spec), copied)
-    return cut(copied, surgery), surgery
+    surgery = plan_surgery(outline, choose(outline, spec), copied)
+    return apply_surgery(copied, surgery), surgery
 
 
 def zeroed(model, layers: list[Layer]):
@@ -57,7 +57,7 @@ def test_dropped_parameters_are_gone(tiny):
 def test_whole_blocks_and_repaired_pairs_become_a_stock_model(tiny):
     for spec, blocks in (("block=1,2", 2), ("mlp=1,attn=2", 3), ("mlp=0,attn=1,block=3", 2)):
         small, surgery = pruned(tiny("llama"), spec)
-        assert surgery.arrangement.packed
+        assert surgery.block_map.packed
         assert type(small).__name__ == "LlamaForCausalLM"
         assert small.config.num_hidden_layers == len(small.model.layers) == blocks
         assert [layer.self_attn.layer_idx for layer in small.model.layers] == list(range(blocks))
@@ -65,7 +65,7 @@ def test_whole_blocks_and_repaired_pairs_become_a_stock_model(tiny):
 
 def test_parallel_blocks_do_not_pair_across_blocks(tiny, ids):
     small, surgery = pruned(tiny("phi"), "mlp=1,attn=2")
-    assert not surgery.arrangement.packed
+    assert not surgery.block_map.packed
     assert small.config.num_hidden_layers == 4
 
 
@@ -75,7 +75,7 @@ def test_layer_types_follow_a_shortened_stack(tiny, ids):
     )
     small, surgery = pruned(model, "block=0,3")
     assert small.config.layer_types == ["full_attention", "sliding_attention"]
-    assert surgery.arrangement.packed
+    assert surgery.block_map.packed
 
 
 def test_a_block_that_depends_on_its_position_stays_as_an_empty_one(tiny, ids):
@@ -170,10 +170,12 @@ def test_any_other_module_has_its_branches_replaced():
             return x
 
     model, x = Encoder().eval(), torch.randn(2, 5, 16)
-    outline = outline_of(model, discover(model, {"x": x}))
-    from dropformer.prune.block_map import Surgery, arrange
+    outline = summarize(model, discover(model, {"x": x}))
+    from dropformer.prune.block_map import Surgery, map_blocks
 
     layers = choose(outline, "block=1")
-    small = cut(copy.deepcopy(model), Surgery(outline, tuple(layers), arrange(outline, layers, shorten=False)))
+    small = apply_surgery(
+        copy.deepcopy(model), Surgery(outline, tuple(layers), map_blocks(outline, layers, shorten=False))
+    )
     want = model.blocks[2](model.blocks[0](x))
     torch.testing.assert_close(small(x), want)

@@ -12,7 +12,7 @@ from dropformer.prune.loading.load import load
 @pytest.fixture
 def checkpoint(tiny, tmp_path):
     tiny("llama").save_pretrained(tmp_path / "dense")
-    opened = api.Opened(
+    opened = api.LoadedModel(
         load(tmp_path / "dense"), None, tmp_path / "dense", api.reference("m", tmp_path / "dense"), None
     )
     plan = api.plan_unscored(opened.ref, api.outline(opened.model), "attn=1,mlp=2", (), None)

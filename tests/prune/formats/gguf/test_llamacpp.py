@@ -19,13 +19,13 @@ from tiny_gguf import tiny_model, write_gguf
 
 from dropformer.metrics.repair.linear import linear_forms
 from dropformer.prune.architecture import Layer
-from dropformer.prune.discovery.summarize import outline_of
 from dropformer.prune.discovery.discover import discover
+from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.formats.gguf.header import read_gguf_header
 from dropformer.prune.formats.gguf.write import write_gguf as prune_gguf
 from dropformer.prune.loading.load import load
 from dropformer.prune.plan import choose
-from dropformer.prune.surgery.surgery import cut, operate
+from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 from dropformer.recipes import recipe
 from dropformer.recipes.gguf import convert_gguf
 from dropformer.recipes.wheel import fetch_wheel
@@ -72,8 +72,8 @@ def logits(model):
 
 
 def surgery_of(model, spec):
-    outline = outline_of(model, discover(model))
-    return operate(outline, choose(outline, spec), model)
+    outline = summarize(model, discover(model))
+    return plan_surgery(outline, choose(outline, spec), model)
 
 
 def error(got, want):
@@ -95,7 +95,7 @@ def test_llama_cpp_gives_the_logits_of_the_pruned_model(tmp_path, family, spec):
     dense = write_gguf(tmp_path / "dense.gguf", model)
     surgery = surgery_of(model, spec)
     report = prune_gguf(dense, tmp_path / "pruned.gguf", surgery)
-    want = logits(cut(copy.deepcopy(model), surgery))
+    want = logits(apply_surgery(copy.deepcopy(model), surgery))
     (got,) = llamacpp(tmp_path, tmp_path / "pruned.gguf")
     assert report.architecture == (family if SPECS[spec] == "dense" else "deci")
     assert_same(got, want)
@@ -132,7 +132,7 @@ def test_a_quantized_file_gives_what_the_dense_one_gives_with_the_branches_silen
 def test_linear_maps_with_their_biases_work(tmp_path, family, layers):
     model = tiny_model(family, blocks=4)
     architecture = discover(model)
-    outline = outline_of(model, architecture)
+    outline = summarize(model, architecture)
     mapped = {
         Layer("attn", i): {
             name.partition(f".{i}.")[2]: form
@@ -140,14 +140,14 @@ def test_linear_maps_with_their_biases_work(tmp_path, family, layers):
         }
         for i in layers
     }
-    surgery = operate(outline, choose(outline, f"attn={','.join(map(str, layers))}"), model, mapped)
+    surgery = plan_surgery(outline, choose(outline, f"attn={','.join(map(str, layers))}"), model, mapped)
     tensors = {f"model.layers.{i}.self_attn.{end}": torch.randn(64, *more) * 0.3
                for i in layers for end, more in (("weight", (64,)), ("bias", ()))}  # fmt: skip
     surgery = replace(surgery, tensors=tensors)
     dense = write_gguf(tmp_path / "dense.gguf", model)
     prune_gguf(dense, tmp_path / "pruned.gguf", surgery)
     (got,) = llamacpp(tmp_path, tmp_path / "pruned.gguf")
-    assert_same(got, logits(cut(copy.deepcopy(model), surgery)))
+    assert_same(got, logits(apply_surgery(copy.deepcopy(model), surgery)))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -162,7 +162,7 @@ def test_repaired_weights_work(tmp_path, family):
     surgery = replace(surgery, tensors=tensors)
     prune_gguf(write_gguf(tmp_path / "dense.gguf", model), tmp_path / "pruned.gguf", surgery)
     (got,) = llamacpp(tmp_path, tmp_path / "pruned.gguf")
-    assert_same(got, logits(cut(copy.deepcopy(model), surgery)))
+    assert_same(got, logits(apply_surgery(copy.deepcopy(model), surgery)))
 
 
 @pytest.mark.real

@@ -15,14 +15,14 @@ from tiny_gguf import tiny_model, write_gguf
 
 from dropformer.metrics.repair.linear import linear_forms
 from dropformer.prune.architecture import Layer
-from dropformer.prune.discovery.summarize import outline_of
 from dropformer.prune.discovery.discover import discover
+from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import CheckpointError, OutputError, PlanError, VerificationError
 from dropformer.prune.formats.gguf.rows import interleaved
 from dropformer.prune.formats.gguf.write import check_gguf
 from dropformer.prune.formats.gguf.write import write_gguf as prune_gguf
 from dropformer.prune.plan import choose
-from dropformer.prune.surgery.surgery import operate
+from dropformer.prune.surgery.surgery import plan_surgery
 
 KINDS = {name: gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_1")}
 
@@ -34,10 +34,10 @@ def architecture_of(family, blocks):
 
 def surgery_of(model, spec, mapped=()):
     architecture = architecture_of(model.config.model_type, model.config.num_hidden_layers)
-    outline = outline_of(model, architecture)
+    outline = summarize(model, architecture)
     width = model.config.hidden_size
     forms = {layer: short(linear_forms(model, architecture, layer, width), layer) for layer in mapped}
-    return operate(outline, [*choose(outline, spec)], model, forms)
+    return plan_surgery(outline, [*choose(outline, spec)], model, forms)
 
 
 def short(forms, layer):
@@ -390,14 +390,14 @@ import sys
 from pathlib import Path
 from dropformer.prune.formats.gguf.write import write_gguf
 from types import SimpleNamespace
-from dropformer.prune.block_map import Arrangement, NewBlock
+from dropformer.prune.block_map import BlockMap, MappedBlock
 from dropformer.prune.outline import Outline
 outline = Outline.model_validate_json(sys.argv[2])
-arrangement = Arrangement({"": (NewBlock(0, 0), NewBlock(1, 1, ("attn",)))})
+block_map = BlockMap({"": (MappedBlock(0, 0), MappedBlock(1, 1, ("attn",)))})
 def stop(done, total):
     print("writing", flush=True)
     sys.stdin.read()
-folder, surgery = Path(sys.argv[1]), SimpleNamespace(outline=outline, arrangement=arrangement, tensors={})
+folder, surgery = Path(sys.argv[1]), SimpleNamespace(outline=outline, block_map=block_map, tensors={})
 write_gguf(folder / "dense.gguf", folder / "pruned.gguf", surgery, progress=stop)
 """
 
