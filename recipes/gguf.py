@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 from transformers.utils import logging
 
 from dropformer.prune.errors import CheckpointError
+from dropformer.prune.files.output_paths import cache_folder
 from dropformer.prune.formats.gguf.header import GgufHeader, read_gguf_header
-from dropformer.recipes.cache import Progress, building, cache_folder, place, silent
+from dropformer.recipes.cache import Progress, building, place, silent
 from dropformer.recipes.gguf_tokenizer import gguf_tokenizer
 
 LAYOUT = 1
