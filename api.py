@@ -29,7 +29,8 @@ from dropformer.prune.formats.export import export, reference, save_in_memory
 from dropformer.prune.formats.record import need_dense, read_config
 from dropformer.prune.formats.stored_tensors import stored_dtype
 from dropformer.prune.formats.writing import ExportOptions
-from dropformer.prune.loading.load import load, quiet_transformers
+from dropformer.prune.loading.load import load
+from dropformer.prune.loading.quiet import quiet_transformers
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, choose, make_plan, parse_spec
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery

@@ -16,7 +16,7 @@ from dropformer.metrics.calibration.settings import Calibration, CalibrationRef
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.prune.discovery.inputs import random_pixels
 from dropformer.prune.errors import CalibrationError
-from dropformer.prune.loading.load import quiet_transformers
+from dropformer.prune.loading.quiet import quiet_transformers
 
 
 @dataclass(frozen=True)
