@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dropformer import __version__, clashes
-from dropformer.eval.commands import estimate, evaluate, sweep
-from dropformer.eval.compare_command import compare
+from dropformer.commands import estimate, evaluate, sweep
+from dropformer.compare_command import compare
 from dropformer.prune.errors import DropformerError, PlanError
 from dropformer.prune.files.output_paths import given_path
 
@@ -371,7 +371,7 @@ def _overrides(calibration: Text, samples: Any, length: Any, seed: Any, skip_fir
 
 
 def _placement(dtype: Text, device: Text, device_map: Text, trust_remote_code: bool) -> Any:
-    from dropformer.api import Placement
+    from dropformer.recipes.opening import Placement
 
     return Placement(dtype, device, device_map, trust_remote_code)
 

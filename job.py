@@ -42,6 +42,7 @@ from dropformer.prune.formats.registry import known_format
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.plan import Plan, parse_spec
 from dropformer.recipes import Recipe
+from dropformer.recipes.opening import LoadedModel, Placement, open_model
 from dropformer.recipes.source import short_name
 from dropformer.scoring import get_scores, open_to_score
 from dropformer.selection import Improvement, given_plan, improved
@@ -82,7 +83,7 @@ class Request:
     revision: str | None = None
     batch_size: int = 1
     calibration: Overrides = field(default_factory=Overrides)
-    placement: api.Placement = field(default_factory=api.Placement)
+    placement: Placement = field(default_factory=Placement)
     text: str = HELD_OUT.name
     seconds: float = 18.0
     until_stable: str | None = None
@@ -102,7 +103,7 @@ class Outcome:
     exported: Exported
 
 
-def make_plan(opened: api.LoadedModel, request: Request, watcher: Watcher) -> tuple[Plan, Scores | None]:
+def make_plan(opened: LoadedModel, request: Request, watcher: Watcher) -> tuple[Plan, Scores | None]:
     """The plan from a file, from lists (no calibration needed), or from scores."""
     if request.plan:
         plan = given_plan(opened, request)
@@ -127,7 +128,7 @@ def plan_only(request: Request, watcher: Watcher | None = None) -> Plan:
     """The plan that `run` would follow."""
     watcher = watcher or Watcher()
     with watcher.stage("opening the model"):
-        opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
+        opened = open_model(request.model, request.revision, request.placement, watcher.say)
     if request.improvement:
         return improved(opened, request, watcher)[0]
     return make_plan(opened, request, watcher)[0]
@@ -140,7 +141,7 @@ def run(request: Request, watcher: Watcher | None = None) -> Outcome:
     out = request.out or default_out(request.model, request.drop or budget, request.plan)
     check_out(out)
     with watcher.stage("opening the model"):
-        opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
+        opened = open_model(request.model, request.revision, request.placement, watcher.say)
     held_out = _held_out(opened, request)  # a text that is too short is said before anything is measured
     scores, repair = None, None
     if request.improvement:
@@ -170,7 +171,7 @@ def run(request: Request, watcher: Watcher | None = None) -> Outcome:
 
 
 def _measure(
-    opened: api.LoadedModel, pruned: Any, plan: Plan, request: Request, held_out: Windows | None, watcher: Watcher
+    opened: LoadedModel, pruned: Any, plan: Plan, request: Request, held_out: Windows | None, watcher: Watcher
 ) -> tuple[Measured, Measured]:
     nothing = Measured({}, {}, {})
     quality = speed = nothing
@@ -194,7 +195,7 @@ def _measure(
     return quality, speed
 
 
-def _held_out(opened: api.LoadedModel, request: Request) -> Windows | None:
+def _held_out(opened: LoadedModel, request: Request) -> Windows | None:
     """The report's text, None where perplexity is not measured.  Raises CalibrationError where there is too little."""
     if not request.measure or opened.tokenizer is None or not writes_text(opened.model):
         return None
@@ -205,14 +206,14 @@ def _held_out(opened: api.LoadedModel, request: Request) -> Windows | None:
         raise CalibrationError(f"--text: {error}") from None
 
 
-def _calibrated_on(opened: api.LoadedModel, plan: Plan, request: Request) -> list[str]:
+def _calibrated_on(opened: LoadedModel, plan: Plan, request: Request) -> list[str]:
     """The texts that layers were chosen on, or repaired; none where a list names the layers."""
     chosen = [str(plan.calibration["name"])] if plan.calibration else []
     repaired = request.calibration.of(opened.recipe).name.split(",") if request.improvement else []
     return chosen + repaired
 
 
-def _likeness(opened: api.LoadedModel, pruned: Any, request: Request, watcher: Watcher) -> OutputSimilarity | None:
+def _likeness(opened: LoadedModel, pruned: Any, request: Request, watcher: Watcher) -> OutputSimilarity | None:
     """How like the outputs are on held-out text, or on images like those calibrated on; None without either."""
     name = (request.calibration.calibration or PIXELS) if takes_pictures(pruned) else request.text
     if opened.tokenizer is None and not takes_pictures(pruned):
@@ -271,7 +272,7 @@ def sweep(
     With `speed` all of them are timed too, interleaved.
     """
     with watcher.stage("opening the model"):
-        opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
+        opened = open_model(request.model, request.revision, request.placement, watcher.say)
     if not writes_text(opened.model):
         raise ModelError(f"a sweep measures perplexity, and {request.model} is no causal language model; prune it")
     check_length(opened.model.config, max(shape[1], SWEEP.prompt + SWEEP.new if speed else 0), opened.ref.name)

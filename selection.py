@@ -25,6 +25,7 @@ from dropformer.prune.discovery.inputs import writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.formats.record import read_config
 from dropformer.prune.plan import Plan, make_plan
+from dropformer.recipes.opening import LoadedModel, open_model
 
 if TYPE_CHECKING:
     from dropformer.job import Request
@@ -44,14 +45,14 @@ class Improvement:
 
 
 def improve(
-    model: str | Path | api.LoadedModel, spec: str, quality: str | Strategy = "best", texts: Sequence[Calibration] = ()
+    model: str | Path | LoadedModel, spec: str, quality: str | Strategy = "best", texts: Sequence[Calibration] = ()
 ) -> tuple[Plan, Repair]:
     """Choose what `spec` names and repair what stays, for `drop(model, plan, repair)`.
 
     `quality` is a named one (`paper`, `best`, `linear`) or one's own; `texts` to calibrate on, by default the
     recipe's, else builtin.  Repairs are gated on torch's docstrings.  Raises a DropformerError.
     """
-    opened = model if isinstance(model, api.LoadedModel) else api.open_model(model)
+    opened = model if isinstance(model, LoadedModel) else open_model(model)
     how = quality if isinstance(quality, Strategy) else named(quality)
     texts = texts or [default_settings(opened.model, _plenty(api.default_calibration(opened.recipe), how))]
     data = [windows(text, need_tokenizer(opened)) for text in texts]
@@ -60,7 +61,7 @@ def improve(
     return noted(plan, repair, opened.model), repair
 
 
-def need_tokenizer(opened: api.LoadedModel) -> Any:
+def need_tokenizer(opened: LoadedModel) -> Any:
     """Raises ModelError for a model without one, and for one whose text has no next token to predict."""
     if not writes_text(opened.model):
         raise ModelError(
@@ -72,7 +73,7 @@ def need_tokenizer(opened: api.LoadedModel) -> Any:
     return opened.tokenizer
 
 
-def improved(opened: api.LoadedModel, request: Request, watcher: Watcher) -> tuple[Plan, Repair]:
+def improved(opened: LoadedModel, request: Request, watcher: Watcher) -> tuple[Plan, Repair]:
     """The plan and the repair that a request's improvement gives.
 
     `--calibration` may name several texts by commas, of which the windows are then shared out; a plan that is
@@ -133,7 +134,7 @@ def wording(quality: Strategy) -> str:
     return ", ".join([chosen, *(["refined"] if quality.refine else []), *quality.repair])
 
 
-def calibrated_on(opened: api.LoadedModel, request: Request) -> list[Windows]:
+def calibrated_on(opened: LoadedModel, request: Request) -> list[Windows]:
     """The calibration windows, one entry a text."""
     settings = request.calibration.of(opened.recipe)
     if request.calibration.length is None:
@@ -148,7 +149,7 @@ def calibrated_on(opened: api.LoadedModel, request: Request) -> list[Windows]:
     return [windows(replace(settings, name=name, samples=each), opened.tokenizer) for name in names]
 
 
-def gate_windows(opened: api.LoadedModel, name: str = GATE.name) -> Windows:
+def gate_windows(opened: LoadedModel, name: str = GATE.name) -> Windows:
     """Windows of the text that repairs are gated on, no longer than the model reads.  Raises CalibrationError."""
     try:
         return windows(default_settings(opened.model, replace(GATE, name=name)), opened.tokenizer)
@@ -161,7 +162,7 @@ def _plenty(text: Calibration, quality: Strategy) -> Calibration:
     return replace(text, samples=max(text.samples, SAMPLES)) if quality.repair else text
 
 
-def given_plan(opened: api.LoadedModel, request: Request) -> Plan:
+def given_plan(opened: LoadedModel, request: Request) -> Plan:
     """The plan in the request's file.  Raises PlanError where it was made for other weights."""
     assert request.plan is not None
     plan = Plan.read(request.plan)

@@ -17,9 +17,10 @@ import transformers
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from dropformer.prune.errors import CheckpointError
+from dropformer.prune.files.output_paths import cache_folder
 from dropformer.prune.formats.gguf.header import GgufHeader, read_gguf_header
 from dropformer.prune.loading.quiet import quiet_streams, quiet_transformers
-from dropformer.recipes.cache import Progress, building, cache_folder, place, silent
+from dropformer.recipes.cache import Progress, building, place, silent
 from dropformer.recipes.gguf_tokenizer import gguf_tokenizer
 
 LAYOUT = 1

@@ -20,7 +20,7 @@ from pathlib import Path
 from dropformer.eval.compare.compare import CompareRequest, compare
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.prune.errors import DropformerError
-from dropformer.recipes.cache import cache_folder
+from dropformer.prune.files.output_paths import cache_folder
 from dropformer.progress import Watcher
 
 def weights():
