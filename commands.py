@@ -101,11 +101,11 @@ def evaluate(
     if names:
         find_tasks(names, mmlu_data, include)  # a name or data that is not there is said before a model is loaded
     first = distributed.rank() == 0
-    watcher = console.Terminal(quiet or not first)
+    progress = console.Terminal(quiet or not first)
     placement = Placement(
         dtype, device if device_map else distributed.own_device(device), device_map, trust_remote_code
     )
-    opened = [open_model(name, None, placement, watcher.say) for name in models]
+    opened = [open_model(name, None, placement, progress.say) for name in models]
     options = ev.EvaluationOptions(
         names,
         TaskOptions(shots, limit, seed, mmlu_data, include, backend, cache=cache),  # type: ignore[arg-type]
@@ -116,7 +116,7 @@ def evaluate(
         ev.Candidate(label, o.model, o.tokenizer, api.plan_of(o, opened[0]))
         for label, o in zip(labels(models), opened, strict=True)
     ]
-    found = ev.evaluate(named, options, watcher)
+    found = ev.evaluate(named, options, progress)
     if not first:
         return
     if out:

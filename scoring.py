@@ -24,10 +24,10 @@ from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 
 if TYPE_CHECKING:
     from dropformer.job import Request
-    from dropformer.progress import Watcher
+    from dropformer.progress import Progress
 
 
-def open_to_score(request: Request, watcher: Watcher) -> LoadedModel:
+def open_to_score(request: Request, progress: Progress) -> LoadedModel:
     """Open a model for analysis: on this process's own device, without its weights where they are to be streamed."""
     if request.until_stable:
         check_spec(request.until_stable)
@@ -37,14 +37,14 @@ def open_to_score(request: Request, watcher: Watcher) -> LoadedModel:
     if place.device_map and distributed.world() > 1:
         raise ModelError("--device-map spreads one model over the GPUs, but each launched process has its own; use one")
     place = replace(place, device=distributed.own_device(place.device)) if not place.device_map else place
-    with watcher.stage("opening the model"):
+    with progress.stage("opening the model"):
         weights = request.memory is None
-        opened = open_model(request.model, request.revision, place, watcher.say, weights)
+        opened = open_model(request.model, request.revision, place, progress.say, weights)
     distributed.join(opened.model.device if weights else "cpu")
     return opened
 
 
-def get_scores(opened: LoadedModel, request: Request, watcher: Watcher) -> Scores:
+def get_scores(opened: LoadedModel, request: Request, progress: Progress) -> Scores:
     """The scores of a model: those of the same weights on the same tokens if any are kept, else new ones."""
     if request.scores:
         scores = Scores.read(request.scores)
@@ -53,19 +53,19 @@ def get_scores(opened: LoadedModel, request: Request, watcher: Watcher) -> Score
                 f"{request.scores} was measured on other weights than {opened.ref.name}; analyze this model"
             )
         return scores.model_copy(update={"model": opened.ref})
-    data = _material(opened, request, watcher)
+    data = _material(opened, request, progress)
     dtype = request.placement.computes_in(streamed=request.memory is not None)
     kept = score_file(opened.ref.fingerprint or "", data.ref, dtype)
     if scores := _reused(kept, opened, data):  # type: ignore[assignment]
-        watcher.say(f"scores: reused, same weights and same tokens ({kept})")
+        progress.say(f"scores: reused, same weights and same tokens ({kept})")
         return scores
-    scores = _measured(opened, data, request, kept.with_suffix(".rows.jsonl"), watcher)
+    scores = _measured(opened, data, request, kept.with_suffix(".rows.jsonl"), progress)
     if scores.settled is None and distributed.rank() == 0:
         scores.write(kept)
     return scores
 
 
-def _material(opened: LoadedModel, request: Request, watcher: Watcher) -> CalibrationData:
+def _material(opened: LoadedModel, request: Request, progress: Progress) -> CalibrationData:
     said = request.calibration
     settings = said.of(opened.recipe)
     why = "the recipe's" if opened.recipe and settings == api.default_calibration(opened.recipe) else "as asked"
@@ -80,7 +80,7 @@ def _material(opened: LoadedModel, request: Request, watcher: Watcher) -> Calibr
     if not takes_pictures(opened.model):
         check_length(read_config(opened.path), settings.length, opened.ref.name)
     data = calibration_data(opened.model, opened.tokenizer, opened.path, settings)
-    watcher.say(f"calibration: {wording(data, opened)} ({why})")
+    progress.say(f"calibration: {wording(data, opened)} ({why})")
     return data
 
 
@@ -103,18 +103,20 @@ def _reused(kept: Path, opened: LoadedModel, data: CalibrationData) -> Scores | 
     return Scores.model_validate_json(found).model_copy(update={"model": opened.ref}) if found else None
 
 
-def _measured(opened: LoadedModel, data: CalibrationData, request: Request, rows: Path, watcher: Watcher) -> Scores:
+def _measured(opened: LoadedModel, data: CalibrationData, request: Request, rows: Path, progress: Progress) -> Scores:
     if request.memory is not None:
-        return _streamed(opened, data, request, watcher)
+        return _streamed(opened, data, request, progress)
     how = Measuring(request.batch_size, request.until_stable, request.keep, rows)
-    with watcher.stage("scoring windows", len(data)) as progress:
-        scores = measure(opened.model, data, opened.ref, how, progress)
+    with progress.stage("scoring windows", len(data)) as tick:
+        scores = measure(opened.model, data, opened.ref, how, tick)
     if request.until_stable:
-        watcher.say(str(scores.settled or f"{request.until_stable} was not settled: all {len(data)} windows were used"))
+        progress.say(
+            str(scores.settled or f"{request.until_stable} was not settled: all {len(data)} windows were used")
+        )
     return scores
 
 
-def _streamed(opened: LoadedModel, data: CalibrationData, request: Request, watcher: Watcher) -> Scores:
+def _streamed(opened: LoadedModel, data: CalibrationData, request: Request, progress: Progress) -> Scores:
     from dropformer.metrics.offload.streaming import open_streamed, stream_scores
 
     if request.until_stable:
@@ -126,5 +128,5 @@ def _streamed(opened: LoadedModel, data: CalibrationData, request: Request, watc
         raise ModelError("--memory computes on the CPU; leave out --device and --device-map, or --memory")
     dtype = torch_dtype(place.dtype or "float32")
     streamed = open_streamed(opened.path, dtype, place.trust_remote_code)  # type: ignore[arg-type]
-    with watcher.stage("scoring windows, block by block", len(data)) as progress:
-        return stream_scores(streamed, data, opened.ref, parse_bytes(request.memory), request.batch_size, progress)  # type: ignore[arg-type]
+    with progress.stage("scoring windows, block by block", len(data)) as tick:
+        return stream_scores(streamed, data, opened.ref, parse_bytes(request.memory), request.batch_size, tick)  # type: ignore[arg-type]

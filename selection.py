@@ -29,7 +29,7 @@ from dropformer.recipes.opening import LoadedModel, open_model
 
 if TYPE_CHECKING:
     from dropformer.job import Request
-    from dropformer.progress import Watcher
+    from dropformer.progress import Progress
 
 GATE = Calibration("docstrings", samples=4, length=512, seed=1)
 SAMPLES = 64  # windows to fit on where nobody said how many: repairs need more of them than rankings do
@@ -73,7 +73,7 @@ def need_tokenizer(opened: LoadedModel) -> Any:
     return opened.tokenizer
 
 
-def improved(opened: LoadedModel, request: Request, watcher: Watcher) -> tuple[Plan, Repair]:
+def improved(opened: LoadedModel, request: Request, progress: Progress) -> tuple[Plan, Repair]:
     """The plan and the repair that a request's improvement gives.
 
     `--calibration` may name several texts by commas, of which the windows are then shared out; a plan that is
@@ -83,32 +83,32 @@ def improved(opened: LoadedModel, request: Request, watcher: Watcher) -> tuple[P
     assert how is not None
     need_tokenizer(opened)
     calibration = calibrated_on(opened, request)
-    watcher.say("calibration: " + "; ".join(f"{w.ref.name}, {len(w)} windows of {w.ref.length}" for w in calibration))
+    progress.say("calibration: " + "; ".join(f"{w.ref.name}, {len(w)} windows of {w.ref.length}" for w in calibration))
     other = gate_windows(opened, how.gate) if how.quality.repair else None
-    with watcher.stage(f"choosing and repairing by {wording(how.quality)}"):
-        improver = Improver(opened.model, calibration, how.quality, watcher.say)
+    with progress.stage(f"choosing and repairing by {wording(how.quality)}"):
+        improver = Improver(opened.model, calibration, how.quality, progress.say)
         if request.plan:
             given = given_plan(opened, request)
             if given.repairs and not how.quality.repair:
-                watcher.say(given.lost_repairs(request.plan))
+                progress.say(given.lost_repairs(request.plan))
             plan = refined(given.unrepaired(), improver)
             repair, _ = improver.repair(plan.layers, other)
         else:
-            latency = measured(opened.model, improver, watcher) if (how.budget or "").startswith("measured") else None
+            latency = measured(opened.model, improver, progress) if (how.budget or "").startswith("measured") else None
             published = opened.recipe.published if opened.recipe else None
             target = Target(request.drop or "", request.keep, how.budget, latency=latency, published=published)
             plan, repair, _ = improved_plan(improver, opened.ref, target, other)
     return noted(plan, repair, opened.model), repair
 
 
-def measured(model: nn.Module, improver: Improver, watcher: Watcher) -> Latency:
+def measured(model: nn.Module, improver: Improver, progress: Progress) -> Latency:
     """What each layer takes in a decoded token, and a line that says so."""
     found = layer_latency(model, improver.architecture)
     shares = {
         kind: sum(seconds for layer, seconds in found.seconds.items() if layer.kind == kind) / found.total
         for kind in ("attn", "mlp")
     }
-    watcher.say(
+    progress.say(
         f"measured: a decoded token takes {1000 * found.total:.3g} ms, "
         f"{shares['attn']:.0%} of it in attention layers and {shares['mlp']:.0%} in MLP layers"
     )

@@ -18,7 +18,7 @@ from dropformer.metrics.analysis.score_cache import score_file
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.context import check_length
 from dropformer.metrics.calibration.settings import Calibration
-from dropformer.progress import Watcher
+from dropformer.progress import Progress, Silent
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import DropformerError, ModelError
 from dropformer.prune.files import open_checkpoint
@@ -72,7 +72,7 @@ class Side:
     commit: str | None = None
 
 
-def compare(request: CompareRequest, watcher: Watcher | None = None) -> Comparison:
+def compare(request: CompareRequest, progress: Progress | None = None) -> Comparison:
     """Score and compare checkpoints, using kept scores where weights and tokens are the same.
 
     Raises ModelError where checkpoints cannot be compared, naming the difference, before any is scored as far
@@ -82,14 +82,14 @@ def compare(request: CompareRequest, watcher: Watcher | None = None) -> Comparis
         check_counts(request.drop)
     torch_dtype(request.placement.dtype)
     checkpoints = find_checkpoints(request.names, request.revisions)
-    return Run(request, watcher or Watcher()).compare(checkpoints)
+    return Run(request, progress or Silent()).compare(checkpoints)
 
 
 class Run:
     """One comparison: what all of its checkpoints share."""
 
-    def __init__(self, request: CompareRequest, watcher: Watcher) -> None:
-        self.request, self.watcher = request, watcher
+    def __init__(self, request: CompareRequest, progress: Progress) -> None:
+        self.request, self.progress = request, progress
         self.comparable = Comparable()
 
     def compare(self, checkpoints: Sequence[Checkpoint]) -> Comparison:
@@ -122,7 +122,7 @@ class Run:
         if path.exists():
             return Side(None, gguf_fingerprint(path))
         if checkpoint.hub_id is None:
-            source = open_source(checkpoint.name, None, self.watcher.say)
+            source = open_source(checkpoint.name, None, self.progress.say)
             return Side(source.path, open_checkpoint(source.path).fingerprint)
         found = fetch_side_files(checkpoint.hub_id, checkpoint.revision)
         return Side(found.path, found.revision, found.revision)
@@ -136,7 +136,7 @@ class Run:
                 raise ModelError(f"--tokenizer {self.request.tokenizer} has no tokenizer files; give what has")
             return SharedTokens(calibration, f"--tokenizer {self.request.tokenizer}", found)
         for checkpoint, side in zip(checkpoints, sides, strict=True):
-            folder = side.folder or open_source(checkpoint.name, checkpoint.revision, self.watcher.say).path
+            folder = side.folder or open_source(checkpoint.name, checkpoint.revision, self.progress.say).path
             if (found := self.tokenizer(folder)) is not None:
                 return SharedTokens(calibration, checkpoint.label, found)
         raise ModelError(f"none of the checkpoints has a tokenizer (the first is {checkpoints[0]}); give --tokenizer")
@@ -153,7 +153,7 @@ class Run:
             return path
         if hub_id:
             return fetch_side_files(hub_id, name.partition("@")[2] or None).path
-        return open_source(name, None, self.watcher.say).path
+        return open_source(name, None, self.progress.say).path
 
     def entry(self, checkpoint: Checkpoint, side: Side, title: str) -> Entry:
         """The scores of a checkpoint, kept or measured now, in the original model's numbering."""
@@ -162,7 +162,7 @@ class Run:
             if scores is None:
                 scores = self.measure(checkpoint, side, title)
             else:
-                self.watcher.say(f"scores of {title}: reused, same weights and same tokens")
+                self.progress.say(f"scores of {title}: reused, same weights and same tokens")
             origin = read_origin(side.folder) if side.folder else None
         finally:
             self.downloads.remove(checkpoint.hub_id, side.commit)
@@ -171,7 +171,7 @@ class Run:
         return Entry(checkpoint.label, checkpoint.step, found, _gone(origin))
 
     def measure(self, checkpoint: Checkpoint, side: Side, title: str) -> Scores:
-        tell = None if side.folder and not side.commit else self.watcher.say
+        tell = None if side.folder and not side.commit else self.progress.say
         path = open_source(checkpoint.name, checkpoint.revision, tell).path
         if side.folder is None:
             self.comparable.config(checkpoint.label, read_config(path), None)
@@ -189,9 +189,9 @@ class Run:
         embedding = getattr(opened.model.get_input_embeddings(), "weight", None)
         if embedding is not None:
             self.tokens.check_vocabulary(checkpoint.label, embedding.shape[0])
-        with self.watcher.stage(f"scoring {title}", len(data)) as progress:
+        with self.progress.stage(f"scoring {title}", len(data)) as tick:
             batches = data.batches(self.request.batch_size)
-            scores = analyze_model(opened.model, batches, ref=opened.ref, progress=progress)
+            scores = analyze_model(opened.model, batches, ref=opened.ref, progress=tick)
         del opened, embedding
         gc.collect()
         return calibrated(scores, data)
