@@ -81,7 +81,7 @@ def _read(calibration: Calibration, folder: Path) -> Tensor:
 def _processor(folder: Path) -> Any:
     from transformers import AutoImageProcessor
 
-    from dropformer.prune.loading.load import quiet_transformers
+    from dropformer.prune.loading.quiet import quiet_transformers
 
     try:
         with quiet_transformers():
