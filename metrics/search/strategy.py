@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from dropformer.metrics.search.budget import Latency
 from dropformer.prune.errors import PlanError
-from dropformer.prune.plan import PublishedLists
+
+if TYPE_CHECKING:
+    from dropformer.metrics.search.budget import Latency
+    from dropformer.prune.plan import PublishedLists
 
 METRIC_NAMES = ("similarity", "angular", "relative-magnitude", "loo-kl", "loo-perplexity", "cca", "random", "reverse")
 SELECTS = ("one-shot", "iterative", "greedy")

@@ -19,7 +19,7 @@ from dropformer.prune.discovery.inputs import sample_inputs, with_images
 from dropformer.prune.errors import VerificationError
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
 from dropformer.prune.formats.record import licence_of, read_config, write_record
-from dropformer.prune.formats.registry import known_format
+from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.formats.writing import ExportJob, ExportOptions, copy_side_files, write_config
 from dropformer.prune.loading.load import load
 from dropformer.prune.loading.tensor_names import auto_names, meta_model, native_class, parameter_names
@@ -62,10 +62,10 @@ def export(
     exists and is not empty, CheckpointError for a bad source, PlanError for what the format cannot carry.
     """
     how = how or ExportOptions()
-    kind = known_format(how.format)
+    kind = FORMATS[how.format]
     writing = replace(writing_of(native_class(type(model)), surgery, open_checkpoint(source), how), model=model)
     with new_folder(out) as folder:
-        copied = kind.write(writing, folder)
+        copied = kind.writer()(writing, folder)
         if kind.sides:
             copy_side_files(source, folder)
         results = finish(folder, copied) if finish else None

@@ -17,7 +17,7 @@ from dropformer.prune.block_map import Surgery, map_blocks
 from dropformer.prune.errors import OutputError, PlanError
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
 from dropformer.prune.formats.record import need_dense, read_config, write_record
-from dropformer.prune.formats.registry import known_format
+from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.formats.writing import ExportJob, ExportOptions, copy_side_files
 from dropformer.prune.plan import Plan
 
@@ -39,7 +39,7 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
     exists and is not empty, CheckpointError for a bad source.
     """
     how = how or ExportOptions()
-    kind = known_format(how.format)
+    kind = FORMATS[how.format]
     if kind.runs:
         raise OutputError(f"--format {how.format} runs the model, which a plan alone does not load; add --measure")
     checkpoint = open_checkpoint(source)
@@ -49,7 +49,7 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
     plan = plan.unrepaired()
     writing = plain_writing(plan, checkpoint, how) or asked_writing(plan, checkpoint, how)
     with new_folder(out) as folder:
-        copied = kind.write(writing, folder)
+        copied = kind.writer()(writing, folder)
         if kind.sides:
             copy_side_files(source, folder)
         record = write_record(folder, plan, writing.block_map, copied, how.format)
