@@ -48,3 +48,10 @@ class OutputError(DropformerError):
 
 class VerificationError(DropformerError):
     """What was written is not what is in memory; nothing is kept."""
+
+
+def shown(value: object, limit: int = 100) -> str:
+    """`value` for a message: printable, on one line, not longer than about `limit` characters."""
+    text = str(value)
+    text = text if len(text) <= limit else f"{text[:limit]}..."
+    return text if text.isprintable() else repr(text)

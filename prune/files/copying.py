@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dropformer.prune.errors import CheckpointError, OutputError, VerificationError
+from dropformer.prune.errors import CheckpointError, OutputError, VerificationError, shown
 from dropformer.prune.files.byteranges import copy_range, holds, same_range, write_at
 from dropformer.prune.files.folder import cannot_write
 from dropformer.prune.files.layout import (
@@ -30,7 +30,6 @@ from dropformer.prune.files.layout import (
 )
 from dropformer.prune.files.safetensors_header import encode_header, read_header
 from dropformer.prune.files.shards import INDEX, Checkpoint, Shard
-from dropformer.prune.files.strict_json import shown
 
 Rename = Callable[[str], str | None]
 """The new name of a tensor, or None to drop it."""
