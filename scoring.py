@@ -19,7 +19,7 @@ from dropformer.metrics.calibration.pictures import CalibrationData, Pictures
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.prune.discovery.inputs import takes_pictures
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
-from dropformer.prune.formats.record import read_config
+from dropformer.prune.files.config_json import read_config
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 
 if TYPE_CHECKING:

@@ -55,3 +55,9 @@ def shown(value: object, limit: int = 100) -> str:
     text = str(value)
     text = text if len(text) <= limit else f"{text[:limit]}..."
     return text if text.isprintable() else repr(text)
+
+
+def reason(error: BaseException, limit: int = 300) -> str:
+    """What a library's error says, on one line: all of its lines, because validators put the cause on the second."""
+    said = " ".join(str(error).split())
+    return shown(said or type(error).__name__, limit)

@@ -22,8 +22,8 @@ from dropformer.progress import Progress, Silent
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import DropformerError, ModelError
 from dropformer.prune.files import open_checkpoint
+from dropformer.prune.files.config_json import read_config
 from dropformer.prune.formats.export import reference
-from dropformer.prune.formats.record import read_config
 from dropformer.prune.spec_limits import check_drop
 from dropformer.recipes import open_source
 from dropformer.recipes.gguf import fingerprint as gguf_fingerprint

@@ -33,9 +33,8 @@ def read_config(folder: Path, name: object = None) -> dict[str, Any]:
     no JSON object or has no model_type.
     """
     path = folder / CONFIG
-    if not path.is_file():
-        why = "not a regular file" if path.exists() else "missing; expected a Hugging Face folder (config.json, ...)"
-        raise CheckpointError(f"{shown(name or folder, 1000)}: config.json is {why}")
+    if not path.exists():
+        raise CheckpointError(f"{shown(name or folder, 1000)} has no config.json; expected a Hugging Face folder")
     config = read_object(path)
     if not isinstance(config.get("model_type"), str) or not config["model_type"]:
         raise CheckpointError(f"{shown(path, 1000)} has no model_type; expected a transformers config")

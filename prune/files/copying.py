@@ -6,6 +6,9 @@ What is kept travels in as few calls as the file allows, and is compared with th
 counts as done.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import json
 import os
 import random
@@ -65,6 +68,10 @@ class CopyReport:
     def bytes_after(self) -> int:
         """All tensors of the copy."""
         return self.bytes_kept + self.bytes_new
+
+    def noted(self, note: str | None) -> CopyReport:
+        """The report with one more line for a person, if there is one."""
+        return dataclasses.replace(self, notes=(*self.notes, note)) if note else self
 
     @property
     def tensors_written(self) -> int:

@@ -11,12 +11,12 @@ from typing import Any
 import yaml
 
 from dropformer.prune.block_map import BlockMap, original_blocks, whole
-from dropformer.prune.errors import CheckpointError, PlanError
+from dropformer.prune.errors import PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.formats.card import model_card
 from dropformer.prune.formats.registry import known_format
 from dropformer.prune.formats.writing import MODEL_TYPE
-from dropformer.prune.loading.deci_families import DECI
+from dropformer.prune.loading.deci_families import DECI, FOREIGN, is_own_deci
 from dropformer.prune.plan import Plan
 from dropformer.version import __version__
 
@@ -24,19 +24,12 @@ RECORD = "dropformer.json"
 PRUNED = (MODEL_TYPE, DECI)  # the model types that checkpoints with missing layers bear
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands.  Raises CheckpointError where it is missing, not JSON or lacks a model_type."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read as a model's config: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{folder / 'config.json'} has no model_type; expected a transformers config")
-    return config
-
-
 def need_dense(config: dict[str, Any], name: str) -> None:
     """Raises PlanError for the config of a checkpoint that lacks layers already: indices are the dense model's."""
+    if config["model_type"] == DECI and not is_own_deci(config):
+        if "auto_map" not in config:
+            raise PlanError(f"{name} {FOREIGN}, and config.json names none; get the whole repository")
+        return
     if config["model_type"] in PRUNED:
         raise PlanError(
             f"{name} is pruned already; prune the dense model that it was made from, and name all layers in one --drop"
