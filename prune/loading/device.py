@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+ON_DEVICE = "give a --device-map without cpu or disk, or leave out --quality and --repair"
+
 
 def input_device(model: nn.Module) -> torch.device:
     """Where inputs belong: the first weight's device or, where weights are offloaded, the one they are moved to."""
@@ -39,7 +41,8 @@ def hooks_of(module: nn.Module) -> Iterator[Any]:
 def executions(module: nn.Module) -> Iterator[torch.device]:
     """The devices on which accelerate's hooks have a module compute."""
     found = (getattr(hook, "execution_device", None) for hook in hooks_of(module))
-    return (torch.device(device) for device in found if device is not None)
+    numbered = (f"cuda:{device}" if isinstance(device, int) else device for device in found if device is not None)
+    return map(torch.device, numbered)
 
 
 def free_bytes(device: torch.device) -> int:
