@@ -26,6 +26,7 @@ from dropformer.prune.discovery.inputs import sample_inputs, with_images
 from dropformer.prune.discovery.proof import prove
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ArchitectureError, PlanError
+from dropformer.prune.formats.export import reference
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import choose
 
@@ -248,4 +249,4 @@ def _same(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
 
 
 def _reference(folder: Path) -> Any:
-    return api.reference(folder.name, folder)
+    return reference(folder.name, folder)

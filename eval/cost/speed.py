@@ -21,7 +21,7 @@ from dropformer.eval.cost.largest_batch import with_batch
 from dropformer.eval.cost.memory import Peak, peak_of
 from dropformer.eval.cost.model_cost import ModelCost, work_of
 from dropformer.eval.cost.timing import Run, Setting, Step, decoder, device_name, static_cache, time_run
-from dropformer.metrics.calibration.context import context_of
+from dropformer.metrics.calibration.settings import context_of
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.device import input_device
 
