@@ -55,7 +55,7 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
         if kind.sides:
             copied = copied.noted(copy_side_files(source, folder).note)
         record = write_record(folder, plan, writing.block_map, copied, how.format)
-        plan.write(folder / "plan.json")
+        plan.portable().write(folder / "plan.json")
     return Written(out, copied, record)
 
 

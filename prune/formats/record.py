@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from dropformer.prune.artifact import without_paths
 from dropformer.prune.block_map import BlockMap, original_blocks, whole
 from dropformer.prune.errors import PlanError
 from dropformer.prune.files import CopyReport
@@ -58,7 +59,7 @@ def provenance(plan: Plan, block_map: BlockMap, copied: CopyReport, format: str)
     width = kv_width(copied.bytes_before, saved.parameters)
     before = _sizes(saved.parameters, copied.bytes_before, saved.kv * width)
     after = _sizes(saved.parameters_after, copied.bytes_after, saved.kv_after * width)
-    return {
+    record = {
         "schema": 1,
         "artifact": "dropformer",
         "dropformer": __version__,
@@ -72,10 +73,23 @@ def provenance(plan: Plan, block_map: BlockMap, copied: CopyReport, format: str)
         "calibration": plan.calibration,
         "repairs": plan.repairs,
         "notes": list(copied.notes),
-        "command": shlex.join(["prune", *sys.argv[1:]]) if Path(sys.argv[0]).name == "prune" else None,
+        "command": shlex.join(["prune", *map(_shared, sys.argv[1:])]) if _from_command_line() else None,
         "before": before,
         "after": after if saves else before,
     }
+    return without_paths(record)
+
+
+def _from_command_line() -> bool:
+    return Path(sys.argv[0]).name in ("prune", "__main__.py")
+
+
+def _shared(argument: str) -> str:
+    """An argument of the command without folders of this machine: --out=/home/me/x becomes --out=x."""
+    option, equals, value = argument.partition("=")
+    if equals and option.startswith("--"):
+        return f"{option}={without_paths(value)}"
+    return without_paths(argument)
 
 
 def kv_width(nbytes: int, parameters: int) -> float:
