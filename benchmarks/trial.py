@@ -27,6 +27,7 @@ from dropformer.prune.discovery.modalities import with_images
 from dropformer.prune.discovery.proof import prove
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ArchitectureError, PlanError
+from dropformer.prune.formats.export import reference
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import choose
 
@@ -249,4 +250,4 @@ def _same(a: torch.Tensor, b: torch.Tensor, what: str) -> None:
 
 
 def _reference(folder: Path) -> Any:
-    return api.reference(folder.name, folder)
+    return reference(folder.name, folder)

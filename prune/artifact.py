@@ -9,9 +9,9 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dropformer import __version__
 from dropformer.prune.errors import DropformerError, OutputError
 from dropformer.prune.files.folder import cannot_write
+from dropformer.version import __version__
 
 A = TypeVar("A", bound="Artifact")
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dropformer.eval.cost.timing import Setting, device_of, prompt_of
-from dropformer.metrics.calibration.context import context_of
+from dropformer.metrics.calibration.settings import context_of
 from dropformer.metrics.search.budget import Latency
 from dropformer.prune.architecture import Architecture, Layer
 

@@ -19,7 +19,7 @@ from torch import nn
 from dropformer.eval.cost.memory import Peak, peak_of
 from dropformer.eval.cost.model_cost import ModelCost, work_of
 from dropformer.eval.cost.timing import Run, Setting, Step, decoder, device_name, device_of, fits_in_memory, time_run
-from dropformer.metrics.calibration.context import context_of
+from dropformer.metrics.calibration.settings import context_of
 from dropformer.prune.errors import EvaluationError
 
 __all__ = [

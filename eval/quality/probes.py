@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from dropformer.metrics.calibration.context import context_of
+from dropformer.metrics.calibration.settings import context_of
 from dropformer.prune.errors import EvaluationError
 
 

@@ -14,8 +14,7 @@ from dropformer.eval.compare.compatibility import SharedTokens
 from dropformer.eval.cost.sinks import Sinks, fitting, sink_cache
 from dropformer.eval.cost.timing import Setting, device_of
 from dropformer.eval.tasks.tasks import TaskOptions
-from dropformer.metrics.calibration.context import context_of
-from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.calibration.settings import Calibration, context_of
 from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.plan import Plan

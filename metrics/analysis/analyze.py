@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dropformer.metrics.analysis.capture import WindowScores, capturing
 from dropformer.metrics.analysis.scores import LayerScore, Scores
-from dropformer.metrics.calibration.pictures import CalibrationData
+from dropformer.metrics.calibration.data import CalibrationData
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.discover import discover

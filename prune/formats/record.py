@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-from dropformer import __version__
 from dropformer.prune.block_map import BlockMap, original_blocks, whole
 from dropformer.prune.errors import CheckpointError, PlanError
 from dropformer.prune.files import CopyReport
@@ -19,6 +18,7 @@ from dropformer.prune.formats.registry import known_format
 from dropformer.prune.formats.writing import MODEL_TYPE
 from dropformer.prune.loading.deci_families import DECI
 from dropformer.prune.plan import Plan
+from dropformer.version import __version__
 
 RECORD = "dropformer.json"
 PRUNED = (MODEL_TYPE, DECI)  # the model types that checkpoints with missing layers bear

@@ -95,16 +95,17 @@ def evaluate(
     from dropformer.eval.tasks.tasks import TaskOptions
     from dropformer.metrics.analysis import distributed
     from dropformer.metrics.calibration.settings import Calibration
+    from dropformer.recipes.opening import Placement, open_model
 
     swept = _swept(sweep)
     if names:
         find_tasks(names, mmlu_data, include)  # a name or data that is not there is said before a model is loaded
     first = distributed.rank() == 0
-    watcher = console.Terminal(quiet or not first)
-    placement = api.Placement(
+    progress = console.Terminal(quiet or not first)
+    placement = Placement(
         dtype, device if device_map else distributed.own_device(device), device_map, trust_remote_code
     )
-    opened = [api.open_model(name, None, placement, watcher.say) for name in models]
+    opened = [open_model(name, None, placement, progress.say) for name in models]
     options = ev.EvaluationOptions(
         names,
         TaskOptions(shots, limit, seed, mmlu_data, include, backend, cache=cache),  # type: ignore[arg-type]
@@ -115,7 +116,7 @@ def evaluate(
         ev.Candidate(label, o.model, o.tokenizer, api.plan_of(o, opened[0]))
         for label, o in zip(labels(models), opened, strict=True)
     ]
-    found = ev.evaluate(named, options, watcher)
+    found = ev.evaluate(named, options, progress)
     if not first:
         return
     if out:
@@ -221,7 +222,9 @@ def sweep(
     from dropformer import preflight
     from dropformer.eval.cost.drops import parse_range
     from dropformer.metrics.calibration.text import check_name
+    from dropformer.prune.formats.record import read_config
     from dropformer.prune.plan import parse_keep, parse_spec
+    from dropformer.prune.spec_limits import check_keep
     from dropformer.recipes.source import short_name
 
     kind, counts = parse_range(drop)
@@ -231,11 +234,11 @@ def sweep(
     texts = preflight.texts(calibration)
     local = preflight.check(model, f"{kind}:{counts[-1]}", texts, dense=True)
     if local:
-        preflight.check_keep(parse_keep(keep), f"{kind}:{counts[-1]}", local)
+        check_keep(parse_keep(keep), f"{kind}:{counts[-1]}", read_config(local))
     check_out(folder, "sweep.json")
     from dropformer import console, job
-    from dropformer.api import Placement
     from dropformer.eval.quality import sweep as sw
+    from dropformer.recipes.opening import Placement
 
     request = job.Request(
         model, f"{kind}:{counts[-1]}", keep=parse_keep(keep), calibration=job.Overrides(next(iter(texts), None)),
