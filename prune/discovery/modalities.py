@@ -100,6 +100,7 @@ def _images(config: Any) -> Iterator[Inputs]:
     yield {"pixel_values": tiles, "image_sizes": sizes}
     mask = torch.ones(1, 1, *pixels.shape[-2:], dtype=torch.bool)
     yield {"pixel_values": tiles[:, :1], "pixel_attention_mask": mask}
+    yield {"pixel_values": tiles[:, :1], "pixel_attention_mask": mask[..., 0, 0]}
     yield {"pixel_values": tiles[:, :1]}
 
 

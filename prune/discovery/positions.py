@@ -91,11 +91,12 @@ def reads_numbers(model: nn.Module, path: str) -> bool:
 def _numbers(tree: ast.AST, leaf: str) -> Iterator[str]:
     """Names of loop variables that count the blocks of `self.<leaf>`."""
     for node in ast.walk(tree):
-        if isinstance(node, (ast.For, ast.comprehension)) and _mentions(node.iter, leaf):
-            if isinstance(node.iter, ast.Call) and getattr(node.iter.func, "id", "") in ("enumerate", "range"):
-                target = node.target.elts[0] if isinstance(node.target, ast.Tuple) else node.target
-                if isinstance(target, ast.Name):
-                    yield target.id
+        if not isinstance(node, (ast.For, ast.comprehension)) or not isinstance(node.iter, ast.Call):
+            continue
+        if getattr(node.iter.func, "id", "") in ("enumerate", "range") and _mentions(node.iter, leaf):
+            target = node.target.elts[0] if isinstance(node.target, ast.Tuple) else node.target
+            if isinstance(target, ast.Name):
+                yield target.id
 
 
 def _mentions(node: ast.AST, leaf: str) -> bool:
