@@ -206,7 +206,7 @@ class _StackReader:
                 f"how often it runs is for the config to say{self._counting(len(calls))}"
             )
         flow = Flow(self.trace, calls[0])
-        if self.trace.tensors[flow.x].ndim > 3 and "input_ids" in self.inputs:
+        if self.trace.values[flow.x].ndim > 3 and "input_ids" in self.inputs:
             raise ValueError("its residual stream is several streams side by side (hyper-connections, AltUp)")
         if not flow.terms:
             raise ValueError("nothing is added to its input inside it: its branches are joined elsewhere")

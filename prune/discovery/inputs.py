@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dropformer.prune.loading.device import input_device
+
 # Tables of absolute positions of a text: not of distances, and not of a vision tower's patches.
 POSITIONS = re.compile(r"^(?!.*(rel|dist|vision|visual|image|patch)).*(position|\bwpe\b)", re.I)
 
@@ -19,7 +21,7 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str
     Token ids [batch, length] for text, random pixels for images, both sides for an encoder-decoder.
     """
     config: Any = getattr(model, "config", None)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    device = input_device(model)
     name = getattr(model, "main_input_name", "input_ids")
     if name == "pixel_values":
         return {"pixel_values": random_pixels(config, batch).to(device)}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dropformer.prune.discovery.inputs import random_pixels, sample_inputs
 from dropformer.prune.discovery.trace import tensors_in
 from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.loading.device import input_device
 
 Inputs = dict[str, Any]
 
@@ -128,7 +129,8 @@ def _seeded() -> torch.Generator:
 def _placed(model: nn.Module, given: Inputs) -> Inputs:
     """On the model's device, numbers in its dtype."""
     like = next(p for p in model.parameters() if p.is_floating_point())
-    return {k: v.to(like.device, like.dtype if v.is_floating_point() else None) for k, v in given.items()}
+    device = input_device(model)
+    return {k: v.to(device, like.dtype if v.is_floating_point() else None) for k, v in given.items()}
 
 
 def _known(function: Any, given: Inputs) -> Inputs:

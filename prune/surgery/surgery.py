@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import BlockMap, Surgery, map_blocks, skipped_modules
 from dropformer.prune.discovery.signature import settings
-from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.errors import ArchitectureError, ModelError
+from dropformer.prune.loading.device import ON_DEVICE, hooks_of
 from dropformer.prune.loading.modeling import (
     DropformerConfig,
     empty_cache_entries,
@@ -82,6 +83,8 @@ def _install(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         old = getattr(model.get_submodule(owner), leaf)
+        if old.is_meta and next(hooks_of(model.get_submodule(owner)), None) is not None:
+            raise ModelError(f"{name} is offloaded, and its hook would put the old weights back; {ON_DEVICE}")
         device = like.device if old.is_meta else old.device
         new = nn.Parameter(tensor.to(device, like.dtype, copy=True), requires_grad=old.requires_grad)
         setattr(model.get_submodule(owner), leaf, new)

@@ -15,13 +15,20 @@ from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import Surgery, map_blocks
 from dropformer.prune.discovery.modalities import sample_batches
 from dropformer.prune.discovery.replay import evaluating
+from dropformer.prune.loading.device import hooks_of
 from dropformer.prune.outline import Outline
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 
+OFFLOADED = ("weights_map", "tied_params_map")  # what a hook of accelerate holds tensors in
+
 
 def sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree whose parameters and buffers are the same tensors, so it takes no memory."""
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    """A copy of the module tree whose parameters and buffers are the same tensors, so it takes no memory.
+
+    Offloaded weights, which accelerate's hooks hold in maps, are shared as well.
+    """
+    held = [getattr(hook, name, None) for m in model.modules() for hook in hooks_of(m) for name in OFFLOADED]
+    shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers(), *held) if x is not None}
     return copy.deepcopy(model, shared)
 
 
