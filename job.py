@@ -24,10 +24,9 @@ from dropformer.eval.report.report import (
 from dropformer.metrics.analysis.distributed import rank
 from dropformer.metrics.analysis.plots import similarity_by_depth
 from dropformer.metrics.analysis.scores import Scores
-from dropformer.metrics.calibration.context import check_length, context_of
 from dropformer.metrics.calibration.data import calibration_data, default_settings
 from dropformer.metrics.calibration.images import PIXELS
-from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
 from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.preflight import check_out, default_out
 from dropformer.progress import Progress, Silent

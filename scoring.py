@@ -6,16 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dropformer import api
 from dropformer.metrics.analysis import distributed
 from dropformer.metrics.analysis.measure import Measuring, measure
 from dropformer.metrics.analysis.score_cache import score_file
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.analysis.stability import check_spec
-from dropformer.metrics.calibration.context import check_length
-from dropformer.metrics.calibration.data import calibration_data, default_settings
-from dropformer.metrics.calibration.images import PIXELS
-from dropformer.metrics.calibration.pictures import CalibrationData, Pictures
+from dropformer.metrics.calibration.data import CalibrationData, calibration_data, default_settings
+from dropformer.metrics.calibration.images import PIXELS, Pictures
+from dropformer.metrics.calibration.settings import check_length
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.prune.discovery.inputs import takes_pictures
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
@@ -23,7 +21,7 @@ from dropformer.prune.formats.record import read_config
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 
 if TYPE_CHECKING:
-    from dropformer.job import Request
+    from dropformer.job import Overrides, Request
     from dropformer.progress import Progress
 
 
@@ -68,9 +66,6 @@ def get_scores(opened: LoadedModel, request: Request, progress: Progress) -> Sco
 def _material(opened: LoadedModel, request: Request, progress: Progress) -> CalibrationData:
     said = request.calibration
     settings = said.of(opened.recipe)
-    why = "the recipe's" if opened.recipe and settings == api.default_calibration(opened.recipe) else "as asked"
-    if not opened.recipe and said.calibration is None:
-        why = "the default, no recipe names another"
     free = default_settings(opened.model, settings)
     settings = replace(
         settings,
@@ -80,8 +75,17 @@ def _material(opened: LoadedModel, request: Request, progress: Progress) -> Cali
     if not takes_pictures(opened.model):
         check_length(read_config(opened.path), settings.length, opened.ref.name)
     data = calibration_data(opened.model, opened.tokenizer, opened.path, settings)
-    progress.say(f"calibration: {wording(data, opened)} ({why})")
+    progress.say(f"calibration: {wording(data, opened)} ({_origin(said, opened)})")
     return data
+
+
+def _origin(said: Overrides, opened: LoadedModel) -> str:
+    """Where the calibration settings come from: the recipe's or the default ones, and which options changed them."""
+    options = [f"--{name.replace('_', '-')}" for name, value in vars(said).items() if value is not None]
+    base = "the recipe's" if opened.recipe else "the default"
+    if said.calibration is not None:
+        return "as given"
+    return f"{base} text; {', '.join(options)} as given" if options else base
 
 
 def wording(data: CalibrationData, opened: LoadedModel) -> str:

@@ -11,9 +11,8 @@ from torch import nn
 
 from dropformer import api
 from dropformer.eval.cost.latency import layer_latency
-from dropformer.metrics.calibration.context import check_length
 from dropformer.metrics.calibration.data import default_settings
-from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.calibration.settings import Calibration, check_length
 from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.metrics.repair.base import Repair
 from dropformer.metrics.search.budget import Latency

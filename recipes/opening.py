@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import ModelError
 from dropformer.prune.formats.export import reference
-from dropformer.prune.loading.load import load, quiet_transformers, usable_device
+from dropformer.prune.loading.load import load, usable_device
+from dropformer.prune.loading.quiet import quiet_transformers
 from dropformer.recipes import Recipe, open_source
 
 Tell = Callable[[str], None]

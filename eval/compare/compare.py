@@ -16,8 +16,7 @@ from dropformer.eval.compare.downloads import Downloads
 from dropformer.metrics.analysis.analyze import analyze_model, calibrated
 from dropformer.metrics.analysis.score_cache import score_file
 from dropformer.metrics.analysis.scores import Scores
-from dropformer.metrics.calibration.context import check_length
-from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.calibration.settings import Calibration, check_length
 from dropformer.progress import Progress, Silent
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import DropformerError, ModelError

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from transformers.models.auto import modeling_auto
 from dropformer.prune.errors import CheckpointError, ModelError
 from dropformer.prune.loading import modeling
 from dropformer.prune.loading.deci_families import DECI
+from dropformer.prune.loading.quiet import quiet_transformers
 
 HEADS = (
     "AutoModelForCausalLM",
@@ -145,19 +143,3 @@ def check_whole(path: Path, info: dict[str, Any]) -> None:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no advice on stderr: what matters is raised as an error."""
-    from transformers.utils import logging as hf_logging
-
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(logging.ERROR)
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()
