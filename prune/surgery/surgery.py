@@ -36,7 +36,7 @@ def plan_surgery(
     map behind (`BlockMap.mapped`).
     """
     block_map = map_blocks(outline, layers, isinstance(model, PreTrainedModel), mapped)
-    note = ""
+    note = _held(outline, block_map)
     if isinstance(model, PreTrainedModel) and not block_map.in_place(outline):
         try:
             fields = pruned_config(model.config.to_dict(), outline, block_map)
@@ -44,6 +44,14 @@ def plan_surgery(
         except ArchitectureError as error:
             block_map, note = map_blocks(outline, layers, False, mapped), str(error)
     return Surgery(outline, tuple(layers), block_map, note)
+
+
+def _held(outline: Outline, block_map: BlockMap) -> str:
+    """Why blocks that lost everything stay among the first, where they do."""
+    for stack in outline.stacks:
+        if stack.fixed and any(block.empty for block in block_map.stacks[stack.name][: stack.fixed]):
+            return f"the model acts on the residual stream between the first {stack.fixed} blocks of {stack.path}"
+    return ""
 
 
 def apply_surgery(model: nn.Module, surgery: Surgery) -> nn.Module:
