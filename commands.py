@@ -106,7 +106,7 @@ def sweep(
 ) -> None:
     """Quality for every number of drops, the speed-up, and where the cliff is."""
     from dropformer import request as asked
-    from dropformer.eval.cost.drops import parse_range
+    from dropformer.eval.quality.drop_range import parse_range
     from dropformer.prune.files.output_paths import check_out
     from dropformer.prune.plan import parse_keep
     from dropformer.validate import validate
@@ -142,17 +142,18 @@ def estimate(
     as_json: options.Json = False,
 ) -> None:
     """Predict from the config alone what a drop saves: bytes, FLOPs, roofline times, speed-up."""
-    from dropformer.eval.cost.drops import drops_of
     from dropformer.prune.plan import parse_spec
 
-    drops = drops_of(parse_spec(drop))
+    parse_spec(drop)
     from dropformer import console
     from dropformer.eval.cost import estimate as costs
     from dropformer.eval.cost.hardware import hardware as named_hardware
+    from dropformer.eval.cost.roofline import Workload
 
-    workload = costs.Workload(context, batch, new_tokens)
-    found = costs.estimate(costs.named_config(model), drops, named_hardware(hardware), workload)
-    console.show_estimate(found, costs.published_speedup(_recipe(model), drop), as_json)
+    workload, device, recipe = Workload(context, batch, new_tokens), named_hardware(hardware), _recipe(model)
+    lists = recipe.published if recipe else None
+    found = costs.estimate(costs.cost_of_name(model), drop, device, workload, lists)
+    console.show_estimate(found, costs.published_speedup(recipe, drop), as_json)
 
 
 def evaluate(

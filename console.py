@@ -124,7 +124,7 @@ def show_sweep(found: Sweep, folder: Path, as_json: bool) -> None:
 
 
 def show_estimate(found: Estimate, published: float | None, as_json: bool) -> None:
-    from dropformer.eval.cost.estimate_table import estimate_lines
+    from dropformer.eval.cost.estimate import estimate_lines
 
     figures = {**found.as_dict(), "published_speedup": published}
     show(json.dumps(figures, indent=1) if as_json else None, *estimate_lines(found, published))

@@ -13,8 +13,9 @@ from dropformer.metrics.calibration.images import PIXELS, image_files
 from dropformer.metrics.calibration.text import check_name
 from dropformer.prune.errors import DropformerError, EvaluationError, OutputError, PlanError
 from dropformer.prune.files import open_checkpoint
+from dropformer.prune.files.config_json import read_config
 from dropformer.prune.files.output_paths import check_out, check_place
-from dropformer.prune.formats.record import need_dense, read_config
+from dropformer.prune.formats.record import need_dense
 from dropformer.prune.formats.registry import FORMATS, ExportFacts
 from dropformer.prune.plan import Plan, parse_spec
 from dropformer.prune.spec_limits import check_drop, check_keep

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dropformer.progress import Tell
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import ModelError
 from dropformer.prune.formats.export import reference
 from dropformer.prune.loading.load import load
-from dropformer.prune.loading.quiet import quiet_transformers
+from dropformer.prune.loading.tokenizer import bound_tokens, open_tokenizer
 from dropformer.recipes import Recipe, open_source
 from dropformer.recipes.placement import Placement
 
@@ -55,16 +55,8 @@ def open_model(
     if weights:
         model = load(source.path, torch_dtype(place.dtype), place.device, place.device_map, place.trust_remote_code)
     tokenizer = open_tokenizer(source.path, place.trust_remote_code)
+    bound_tokens(tokenizer, model)
     return LoadedModel(model, tokenizer, source.path, ref, source.recipe, source.file)
-
-
-def open_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a folder, or None where there is none (a vision model)."""
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
 
 
 def torch_dtype(name: str | None) -> torch.dtype | str | None:

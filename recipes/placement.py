@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -17,14 +18,15 @@ class Placement:
     device_map: str | None = None
     trust_remote_code: bool = False
 
-    def computes_in(self, streamed: bool = False) -> str:
-        """The dtype that `load` computes in: the one asked for, float32 on a CPU, else auto, the checkpoint's own.
+    def computes_in(self, folder: Path | None = None, streamed: bool = False) -> str:
+        """The dtype that `load` computes a folder's model in: the one asked for, else `default_dtype`.
 
         `streamed` weights are computed with on the CPU.
         """
-        from dropformer.prune.loading.load import usable_device
-
         if self.dtype:
             return self.dtype
+        from dropformer.prune.files.config_json import read_config
+        from dropformer.prune.loading.load import default_dtype, usable_device
+
         on_cpu = streamed or (self.device_map is None and usable_device(self.device).type == "cpu")
-        return "float32" if on_cpu else "auto"
+        return str(default_dtype(read_config(folder) if folder else {}, on_cpu)).removeprefix("torch.")
