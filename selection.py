@@ -22,7 +22,7 @@ from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named
 from dropformer.prune.discovery.inputs import writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
-from dropformer.prune.formats.record import read_config
+from dropformer.prune.files.config_json import read_config
 from dropformer.prune.plan import Plan, make_plan
 from dropformer.recipes.opening import LoadedModel, open_model
 

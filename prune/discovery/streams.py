@@ -15,9 +15,9 @@ def reversible_flows(trace: Trace, call: Call) -> list[Flow]:
     where the path between them is shortest.
     """
     found = stream_ends(trace, call)
-    shape = trace.tensors[found[1]].shape if found else None
-    given = [(k, v) for k, v in call.inputs.items() if trace.tensors[v].shape == shape]
-    made = [(k, v) for k, v in call.outputs.items() if trace.tensors[v].shape == shape and k not in call.passed]
+    shape = trace.values[found[1]].shape if found else None
+    given = [(k, v) for k, v in call.inputs.items() if trace.values[v].shape == shape]
+    made = [(k, v) for k, v in call.outputs.items() if trace.values[v].shape == shape and k not in call.passed]
     if len(given) != 2 or len(made) != 2:
         return []
     try:
