@@ -14,8 +14,7 @@ from importlib import import_module
 from typing import Any
 
 from dropformer.prune.loading.registration import register_when_transformers_loads
-
-__version__ = "0.1.0"
+from dropformer.version import __version__
 
 _API = dict.fromkeys(("Calibration", "analyze", "drop", "load", "open_model", "plan", "save"), "dropformer.api")
 _API |= dict.fromkeys(("describe", "discover"), "dropformer.prune.discovery.discover")

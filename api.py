@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dropformer.metrics.analysis.analyze import analyze_model, calibrated
 from dropformer.metrics.analysis.planning import plan_from as plan
@@ -21,91 +20,24 @@ from dropformer.prune.architecture import Architecture, of_images
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.block_map import Surgery
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.inputs import with_images
+from dropformer.prune.discovery.modalities import with_images
 from dropformer.prune.discovery.proof import prove
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ModelError, OutputError, PlanError
-from dropformer.prune.formats.export import export, reference, save_in_memory
-from dropformer.prune.formats.record import need_dense, read_config
+from dropformer.prune.files.config_json import read_config
+from dropformer.prune.formats.export import export, save_in_memory
+from dropformer.prune.formats.record import need_dense
 from dropformer.prune.formats.stored_tensors import stored_dtype
 from dropformer.prune.formats.writing import ExportOptions
-from dropformer.prune.loading.load import load, quiet_transformers
+from dropformer.prune.loading.load import load
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, choose, make_plan, parse_spec
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
-from dropformer.prune.surgery.views import sharing_copy
-from dropformer.recipes import Recipe, open_source
+from dropformer.prune.surgery.views import proven, sharing_copy
+from dropformer.recipes import Recipe
+from dropformer.recipes.opening import LoadedModel, Placement, open_model
 
-__all__ = ["Calibration", "LoadedModel", "analyze", "drop", "load", "open_model", "plan", "save"]
-
-Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where and how a model computes.  None: float32 on a CPU, the checkpoint's dtype on the first GPU."""
-
-    dtype: str | None = None
-    device: str | None = None
-    device_map: str | None = None
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in memory, its tokenizer (None where it has none), and where its files lie.
-
-    `file` is the .gguf file from which the folder at `path` was made, if it was.
-    """
-
-    model: PreTrainedModel
-    tokenizer: Any
-    path: Path
-    ref: ModelRef
-    recipe: Recipe | None
-    file: Path | None = None
-
-
-def open_model(
-    name: str | Path,
-    revision: str | None = None,
-    placement: Placement | None = None,
-    tell: Tell | None = None,
-    weights: bool = True,
-) -> LoadedModel:
-    """Fetch, convert and load whatever `--model` takes.  Raises ModelError or CheckpointError.
-
-    Without `weights` nothing is loaded and the `model` is None: they are to be read from `path` in pieces.
-    """
-    place = placement or Placement()
-    source = open_source(str(name), revision, tell)
-    licence = source.recipe.licence if source.recipe else None
-    ref = reference(str(source.name), source.path, source.revision, licence, source.hub)
-    if tell:
-        tell(f"loading {source}")
-    model: Any = None
-    if weights:
-        model = load(source.path, torch_dtype(place.dtype), place.device, place.device_map, place.trust_remote_code)
-    tokenizer = open_tokenizer(source.path, place.trust_remote_code)
-    return LoadedModel(model, tokenizer, source.path, ref, source.recipe, source.file)
-
-
-def open_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a folder, or None where there is none (a vision model)."""
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
-
-
-def torch_dtype(name: str | None) -> torch.dtype | str | None:
-    if name in (None, "auto"):
-        return name
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ModelError(f"dtype `{name}` is unknown; expected float32, bfloat16, float16 or auto")
-    return dtype
+__all__ = ["Calibration", "LoadedModel", "Placement", "analyze", "drop", "load", "open_model", "plan", "save"]
 
 
 def analyze(
@@ -181,6 +113,7 @@ def drop(model: str | Path | LoadedModel | nn.Module, plan: Plan, repair: Repair
         need_dense(read_config(opened.path), opened.ref.name)
     pruned = sharing_copy(dense)
     surgery = plan_surgery(plan.outline, plan.layers, dense, repair.mapped if repair else None)
+    surgery = proven(dense, surgery)
     if repair:
         named = repair.named(plan.outline, surgery.block_map)
         dtype = stored_dtype(opened.path) if opened else next(dense.parameters()).dtype

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dropformer import __version__, clashes
-from dropformer.eval.commands import estimate, evaluate, sweep
-from dropformer.eval.compare_command import compare
+from dropformer.commands import estimate, evaluate, sweep
+from dropformer.compare_command import compare
 from dropformer.prune.errors import DropformerError, PlanError
 from dropformer.prune.files.output_paths import given_path
 
@@ -199,12 +199,12 @@ def prune(
         _placement(dtype, device, device_map, trust_remote_code), text, seconds,
         improvement=Improvement(better, budget, gate) if better else None, how=how, measure=measure is not False,
     )  # fmt: skip
-    watcher = console.Terminal(quiet)
+    progress = console.Terminal(quiet)
     if dry_run:
-        made = job.plan_only(request, watcher)
+        made = job.plan_only(request, progress)
         _print(made.to_json() if as_json else None, console.plan_table(made), console.savings_line(made))
         return
-    outcome = job.run(request, watcher)
+    outcome = job.run(request, progress)
     exported = outcome.exported
     notes = [*console.report_notes(outcome.report), console.done(outcome.out, exported.record, exported.max_difference)]
     _print(outcome.report.to_json() if as_json else None, console.report_table(outcome.report), *notes)
@@ -246,12 +246,12 @@ def _by_plan(
     from dropformer.recipes import open_source
 
     made = Plan.read(plan)
-    watcher = console.Terminal(quiet)
-    source = open_source(model, revision, watcher.say)
+    progress = console.Terminal(quiet)
+    source = open_source(model, revision, progress.say)
     if made.repairs:
-        watcher.say(made.lost_repairs(plan))
-    with watcher.stage("copying", 100) as progress:
-        how = replace(how, gguf=source.file, progress=lambda done, total: progress(100 * done // max(1, total), 0))
+        progress.say(made.lost_repairs(plan))
+    with progress.stage("copying", 100) as tick:
+        how = replace(how, gguf=source.file, progress=lambda done, total: tick(100 * done // max(1, total), 0))
         written = write_by_plan(made, source.path, out, how)
     record = json.dumps(written.record, indent=1)
     notes = [console.done(out, written.record)]
@@ -371,7 +371,7 @@ def _overrides(calibration: Text, samples: Any, length: Any, seed: Any, skip_fir
 
 
 def _placement(dtype: Text, device: Text, device_map: Text, trust_remote_code: bool) -> Any:
-    from dropformer.api import Placement
+    from dropformer.recipes.opening import Placement
 
     return Placement(dtype, device, device_map, trust_remote_code)
 

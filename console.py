@@ -20,7 +20,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from dropformer.progress import Watcher
+from dropformer.progress import Tick
 from dropformer.prune.formats.registry import known_format
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-class Terminal(Watcher):
+class Terminal:
     """Shows a line for each thing said and a bar for long work; silent if quiet."""
 
     def __init__(self, quiet: bool) -> None:
@@ -44,7 +44,7 @@ class Terminal(Watcher):
             err.print(text, markup=False)
 
     @contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
+    def stage(self, name: str, total: int | None = None) -> Iterator[Tick]:
         columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn()]
         columns += [TextColumn("{task.fields[note]}"), TimeLeftColumn()]
         short = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]

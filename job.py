@@ -24,13 +24,12 @@ from dropformer.eval.report.report import (
 from dropformer.metrics.analysis.distributed import rank
 from dropformer.metrics.analysis.plots import similarity_by_depth
 from dropformer.metrics.analysis.scores import Scores
-from dropformer.metrics.calibration.context import check_length, context_of
 from dropformer.metrics.calibration.data import calibration_data, default_settings
 from dropformer.metrics.calibration.images import PIXELS
-from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
 from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.preflight import check_out, default_out
-from dropformer.progress import Watcher
+from dropformer.progress import Progress, Silent
 from dropformer.prune.architecture import of_images
 from dropformer.prune.discovery.inputs import takes_pictures, writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
@@ -42,6 +41,7 @@ from dropformer.prune.formats.registry import known_format
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.plan import Plan, parse_spec
 from dropformer.recipes import Recipe
+from dropformer.recipes.opening import LoadedModel, Placement, open_model
 from dropformer.recipes.source import short_name
 from dropformer.scoring import get_scores, open_to_score
 from dropformer.selection import Improvement, given_plan, improved
@@ -82,7 +82,7 @@ class Request:
     revision: str | None = None
     batch_size: int = 1
     calibration: Overrides = field(default_factory=Overrides)
-    placement: api.Placement = field(default_factory=api.Placement)
+    placement: Placement = field(default_factory=Placement)
     text: str = HELD_OUT.name
     seconds: float = 18.0
     until_stable: str | None = None
@@ -102,12 +102,12 @@ class Outcome:
     exported: Exported
 
 
-def make_plan(opened: api.LoadedModel, request: Request, watcher: Watcher) -> tuple[Plan, Scores | None]:
+def make_plan(opened: LoadedModel, request: Request, progress: Progress) -> tuple[Plan, Scores | None]:
     """The plan from a file, from lists (no calibration needed), or from scores."""
     if request.plan:
         plan = given_plan(opened, request)
         if plan.repairs:
-            watcher.say(plan.lost_repairs(request.plan))
+            progress.say(plan.lost_repairs(request.plan))
         return plan.unrepaired(), None
     spec = request.drop or ""
     published = opened.recipe.published if opened.recipe else None  # type: ignore[union-attr]
@@ -119,42 +119,42 @@ def make_plan(opened: api.LoadedModel, request: Request, watcher: Watcher) -> tu
             f"`{seen}` needs scores on images with their texts; name the layers, as in {seen.stack}.{seen.kind}=1,2, "
             "or use dropformer.analyze(model, batches) in Python"
         )
-    scores = get_scores(opened, request, watcher)
+    scores = get_scores(opened, request, progress)
     return api.plan(scores, spec, request.keep, published), scores  # type: ignore[arg-type]
 
 
-def plan_only(request: Request, watcher: Watcher | None = None) -> Plan:
+def plan_only(request: Request, progress: Progress | None = None) -> Plan:
     """The plan that `run` would follow."""
-    watcher = watcher or Watcher()
-    with watcher.stage("opening the model"):
-        opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
+    progress = progress or Silent()
+    with progress.stage("opening the model"):
+        opened = open_model(request.model, request.revision, request.placement, progress.say)
     if request.improvement:
-        return improved(opened, request, watcher)[0]
-    return make_plan(opened, request, watcher)[0]
+        return improved(opened, request, progress)[0]
+    return make_plan(opened, request, progress)[0]
 
 
-def run(request: Request, watcher: Watcher | None = None) -> Outcome:
+def run(request: Request, progress: Progress | None = None) -> Outcome:
     """Do the whole job.  Raises a DropformerError, and then nothing is left of the output."""
-    watcher = watcher or Watcher()
+    progress = progress or Silent()
     budget = request.improvement.budget if request.improvement else None
     out = request.out or default_out(request.model, request.drop or budget, request.plan)
     check_out(out)
-    with watcher.stage("opening the model"):
-        opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
+    with progress.stage("opening the model"):
+        opened = open_model(request.model, request.revision, request.placement, progress.say)
     held_out = _held_out(opened, request)  # a text that is too short is said before anything is measured
     scores, repair = None, None
     if request.improvement:
-        plan, repair = improved(opened, request, watcher)
+        plan, repair = improved(opened, request, progress)
     else:
-        plan, scores = make_plan(opened, request, watcher)
-    watcher.say(f"dropping {', '.join(map(str, plan.layers))}")
+        plan, scores = make_plan(opened, request, progress)
+    progress.say(f"dropping {', '.join(map(str, plan.layers))}")
     if any(layer.kind == "attn" and layer.index == 0 for layer in plan.layers):
-        watcher.say("warning: the attention of block 0 goes; vLLM and llama.cpp cannot load a model without it")
+        progress.say("warning: the attention of block 0 goes; vLLM and llama.cpp cannot load a model without it")
     pruned = api.drop(opened, plan, repair)
     surgery = api.drop_record(pruned).surgery
     if surgery.note:
-        watcher.say(f"dropped blocks stay as empty ones: {surgery.note}")
-    quality, speed = _measure(opened, pruned, plan, request, held_out, watcher)
+        progress.say(f"dropped blocks stay as empty ones: {surgery.note}")
+    quality, speed = _measure(opened, pruned, plan, request, held_out, progress)
     made: list[Report] = []
 
     def finish(folder: Path, copied: CopyReport) -> list[str]:
@@ -163,38 +163,38 @@ def run(request: Request, watcher: Watcher | None = None) -> Outcome:
         _write_artifacts(folder, made[0], plan, scores)
         return card_lines(made[0])
 
-    with watcher.stage("exporting, reloading and verifying") as progress:
-        how = replace(request.how, gguf=opened.file, progress=progress)
+    with progress.stage("exporting, reloading and verifying") as tick:
+        how = replace(request.how, gguf=opened.file, progress=tick)
         exported = export(pruned, surgery, plan, opened.path, out, how, finish)
     return Outcome(out, plan, made[0], exported)
 
 
 def _measure(
-    opened: api.LoadedModel, pruned: Any, plan: Plan, request: Request, held_out: Windows | None, watcher: Watcher
+    opened: LoadedModel, pruned: Any, plan: Plan, request: Request, held_out: Windows | None, progress: Progress
 ) -> tuple[Measured, Measured]:
     nothing = Measured({}, {}, {})
     quality = speed = nothing
     if not request.measure:
         return quality, speed
     if not writes_text(pruned):
-        return Measured({}, {}, {"outputs": _likeness(opened, pruned, request, watcher)}), nothing
+        return Measured({}, {}, {"outputs": _likeness(opened, pruned, request, progress)}), nothing
     if held_out is not None:
         ids = held_out.ids
         seen = any(same_text(request.text, name) for name in _calibrated_on(opened, plan, request))
         text = TextRef(
             name=request.text, windows=len(ids), length=ids.shape[1], hash=held_out.ref.hash, calibrated_on=seen
         )
-        with watcher.stage(f"perplexity on {request.text}"):
+        with progress.stage(f"perplexity on {request.text}"):
             quality = measure_quality(opened.model, pruned, ids, text)
-        with watcher.stage("trend of the first drops alone"):
+        with progress.stage("trend of the first drops alone"):
             quality.fields["trend"] = trend(opened.model, plan, ids)
         if request.seconds > 0 and known_format(request.how.format).saves:
-            with watcher.stage("speed, dense and pruned interleaved"):
+            with progress.stage("speed, dense and pruned interleaved"):
                 speed = measure_speed(opened.model, pruned, request.seconds)
     return quality, speed
 
 
-def _held_out(opened: api.LoadedModel, request: Request) -> Windows | None:
+def _held_out(opened: LoadedModel, request: Request) -> Windows | None:
     """The report's text, None where perplexity is not measured.  Raises CalibrationError where there is too little."""
     if not request.measure or opened.tokenizer is None or not writes_text(opened.model):
         return None
@@ -205,21 +205,21 @@ def _held_out(opened: api.LoadedModel, request: Request) -> Windows | None:
         raise CalibrationError(f"--text: {error}") from None
 
 
-def _calibrated_on(opened: api.LoadedModel, plan: Plan, request: Request) -> list[str]:
+def _calibrated_on(opened: LoadedModel, plan: Plan, request: Request) -> list[str]:
     """The texts that layers were chosen on, or repaired; none where a list names the layers."""
     chosen = [str(plan.calibration["name"])] if plan.calibration else []
     repaired = request.calibration.of(opened.recipe).name.split(",") if request.improvement else []
     return chosen + repaired
 
 
-def _likeness(opened: api.LoadedModel, pruned: Any, request: Request, watcher: Watcher) -> OutputSimilarity | None:
+def _likeness(opened: LoadedModel, pruned: Any, request: Request, progress: Progress) -> OutputSimilarity | None:
     """How like the outputs are on held-out text, or on images like those calibrated on; None without either."""
     name = (request.calibration.calibration or PIXELS) if takes_pictures(pruned) else request.text
     if opened.tokenizer is None and not takes_pictures(pruned):
         return None
     length = min(HELD_OUT.length, request.calibration.length or HELD_OUT.length)
     chosen = replace(default_settings(pruned, replace(HELD_OUT, length=length)), name=name)
-    with watcher.stage(f"outputs on {name}"):
+    with progress.stage(f"outputs on {name}"):
         data = calibration_data(pruned, opened.tokenizer, opened.path, chosen)
         return output_similarity(opened.model, pruned, data.batches(1), name)
 
@@ -240,23 +240,24 @@ def _report(dense: Any, pruned: Any, plan: Plan, copied: CopyReport, quality: Me
 
 
 def _write_artifacts(folder: Path, report: Report, plan: Plan, scores: Scores | None) -> None:
-    report.write(folder / "report.json")
-    plan.write(folder / "plan.json")
+    report.portable().write(folder / "report.json")
+    plan.portable().write(folder / "plan.json")
     if scores:
+        scores = scores.portable()
         scores.write(folder / "scores.json")
         similarity_by_depth(scores, folder / "similarity.png", plan.outline.branch_layers(plan.layers))
 
 
-def analyze(request: Request, watcher: Watcher | None = None) -> tuple[Scores, Path]:
+def analyze(request: Request, progress: Progress | None = None) -> tuple[Scores, Path]:
     """Score a model and write scores.json and similarity.png into a folder; the folder too.
 
     Of several processes launched together only the first writes.
     """
-    watcher = watcher or Watcher()
+    progress = progress or Silent()
     out = request.out or Path(f"{short_name(request.model)}-scores")
     check_place(out)
-    opened = open_to_score(request, watcher)
-    scores = get_scores(opened, request, watcher)
+    opened = open_to_score(request, progress)
+    scores = get_scores(opened, request, progress)
     if rank() == 0:
         scores.write(out / "scores.json")
         similarity_by_depth(scores, out / "similarity.png")
@@ -264,29 +265,29 @@ def analyze(request: Request, watcher: Watcher | None = None) -> tuple[Scores, P
 
 
 def sweep(
-    request: Request, kind: str, counts: list[int], shape: tuple[int, int], watcher: Watcher, speed: bool = False
+    request: Request, kind: str, counts: list[int], shape: tuple[int, int], progress: Progress, speed: bool = False
 ) -> Sweep:
     """Measure every number of drops of a kind, most redundant first, on windows of the shape (N, T); dense first.
 
     With `speed` all of them are timed too, interleaved.
     """
-    with watcher.stage("opening the model"):
-        opened = api.open_model(request.model, request.revision, request.placement, watcher.say)
+    with progress.stage("opening the model"):
+        opened = open_model(request.model, request.revision, request.placement, progress.say)
     if not writes_text(opened.model):
         raise ModelError(f"a sweep measures perplexity, and {request.model} is no causal language model; prune it")
     check_length(opened.model.config, max(shape[1], SWEEP.prompt + SWEEP.new if speed else 0), opened.ref.name)
-    scores = get_scores(opened, request, watcher)
+    scores = get_scores(opened, request, progress)
     plans = [api.plan(scores, f"{kind}:{count}", request.keep) for count in counts if count]
     data = windows(Calibration(request.text, *shape, seed=HELD_OUT.seed), opened.tokenizer)
     models = [opened.model, *(api.drop(opened, plan) for plan in plans)]
     setting = SWEEP if speed else AT
     points = []
-    with watcher.stage(f"perplexity on {request.text}", len(models)) as progress:
+    with progress.stage(f"perplexity on {request.text}", len(models)) as tick:
         for model, layers in zip(models, [[], *(plan.layers for plan in plans)], strict=True):
             points.append(point(opened.model, model, layers, data.ids, setting))
-            progress(len(points), len(points) * data.ids.numel())
+            tick(len(points), len(points) * data.ids.numel())
     if speed:
-        with watcher.stage(f"speed, {len(models)} models interleaved"):
+        with progress.stage(f"speed, {len(models)} models interleaved"):
             points = with_speed(points, models, setting)
     return Sweep(
         model=opened.ref, of=kind, text=data.ref.model_dump(), setting=str(setting), points=points,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,16 @@ from dropformer.metrics.calibration.images import PIXELS, image_files
 from dropformer.metrics.calibration.text import check_name
 from dropformer.prune.errors import CalibrationError, OutputError, PlanError
 from dropformer.prune.files import open_checkpoint
+from dropformer.prune.files.config_json import read_config
 from dropformer.prune.files.output_paths import check_place
 from dropformer.prune.formats.onnx import check_installed
-from dropformer.prune.formats.record import need_dense, read_config
+from dropformer.prune.formats.record import need_dense
 from dropformer.prune.formats.registry import known_format
 from dropformer.prune.loading.deci_families import check_family
 from dropformer.prune.plan import Plan, parse_spec
+from dropformer.prune.spec_limits import check_drop, check_keep
 from dropformer.recipes.source import is_gguf, locate, short_name
 
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 UNEVEN = ("hybrid_override_pattern", "layers_block_type")  # configs of models whose blocks hold one branch each
 
 
@@ -62,8 +62,8 @@ def check_job(job: Job) -> None:
             "(llama.cpp's convert_hf_to_gguf.py makes it)"
         )
     if folder:
-        check_keep(job.keep, job.drop, folder)
         config = read_config(folder)
+        check_keep(job.keep, job.drop, config)
         if job.format == "deci" and not _may_pack(kinds) and not any(key in config for key in UNEVEN):
             check_family(config)
 
@@ -86,7 +86,7 @@ def check(model: str, drop: str | None = None, texts: Sequence[str] = (), dense:
         open_checkpoint(folder)
         if dense:
             need_dense(read_config(folder), model)
-        check_drop(drop, folder, model)
+        check_drop(drop, read_config(folder), model)
     return folder
 
 
@@ -107,30 +107,6 @@ def texts(calibration: str | None, several: bool = False) -> tuple[str, ...]:
             "name one"
         )
     return names
-
-
-def check_drop(drop: str | None, folder: Path, name: str) -> None:
-    """Raises PlanError where a spec asks for more layers than the config in a folder has."""
-    blocks = _blocks(folder)
-    for selector in parse_spec(drop) if drop else ():
-        limit = blocks and blocks * len(selector.kinds)
-        if limit and not selector.percent and selector.count > limit:
-            raise PlanError(
-                f"`{selector}` drops {selector.count} layers, but {name} has {limit} of that kind; ask for fewer"
-            )
-
-
-def check_keep(keep: Sequence[int], drop: str | None, folder: Path) -> None:
-    """Raises PlanError where --keep names blocks that the config in a folder does not have.
-
-    A spec that names stacks is left alone: each stack has a number of blocks of its own.
-    """
-    blocks = _blocks(folder)
-    if not blocks or any(selector.stack for selector in (parse_spec(drop) if drop else ())):
-        return
-    for index in keep:
-        if not -blocks <= index < blocks:
-            raise PlanError(f"--keep names block {index}, but the blocks are 0 to {blocks - 1}")
 
 
 def check_out(out: Path) -> None:
@@ -171,10 +147,3 @@ def _check_format(job: Job, kinds: set[str] | None) -> None:
             f"--format {job.format} has no place for linear maps; repair another way than --repair linear or "
             "--quality linear, or leave out --format"
         )
-
-
-def _blocks(folder: Path) -> int | None:
-    """The number of blocks that config.json states, if it does so in a usual field of its top level."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    found = [config[key] for key in LAYER_COUNTS if isinstance(config.get(key), int) and config[key] > 0]
-    return found[0] if found else None

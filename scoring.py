@@ -6,29 +6,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dropformer import api
 from dropformer.metrics.analysis import distributed
 from dropformer.metrics.analysis.measure import Measuring, measure
+from dropformer.metrics.analysis.score_cache import keep, kept_scores, score_file
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.analysis.stability import check_spec
-from dropformer.metrics.calibration.context import check_length
-from dropformer.metrics.calibration.data import calibration_data, default_settings
-from dropformer.metrics.calibration.images import PIXELS
-from dropformer.metrics.calibration.pictures import CalibrationData, Pictures
-from dropformer.metrics.calibration.settings import CalibrationRef
+from dropformer.metrics.calibration.data import CalibrationData, calibration_data, default_settings
+from dropformer.metrics.calibration.images import PIXELS, Pictures
+from dropformer.metrics.calibration.settings import check_length
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.prune.discovery.inputs import takes_pictures
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
-from dropformer.prune.formats.record import read_config
-from dropformer.prune.loading.load import usable_device
-from dropformer.recipes.cache import cache_folder
+from dropformer.prune.files.config_json import read_config
+from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 
 if TYPE_CHECKING:
-    from dropformer.job import Request
-    from dropformer.progress import Watcher
+    from dropformer.job import Overrides, Request
+    from dropformer.progress import Progress
 
 
-def open_to_score(request: Request, watcher: Watcher) -> api.LoadedModel:
+def open_to_score(request: Request, progress: Progress) -> LoadedModel:
     """Open a model for analysis: on this process's own device, without its weights where they are to be streamed."""
     if request.until_stable:
         check_spec(request.until_stable)
@@ -38,14 +35,14 @@ def open_to_score(request: Request, watcher: Watcher) -> api.LoadedModel:
     if place.device_map and distributed.world() > 1:
         raise ModelError("--device-map spreads one model over the GPUs, but each launched process has its own; use one")
     place = replace(place, device=distributed.own_device(place.device)) if not place.device_map else place
-    with watcher.stage("opening the model"):
+    with progress.stage("opening the model"):
         weights = request.memory is None
-        opened = api.open_model(request.model, request.revision, place, watcher.say, weights)
+        opened = open_model(request.model, request.revision, place, progress.say, weights)
     distributed.join(opened.model.device if weights else "cpu")
     return opened
 
 
-def get_scores(opened: api.LoadedModel, request: Request, watcher: Watcher) -> Scores:
+def get_scores(opened: LoadedModel, request: Request, progress: Progress) -> Scores:
     """The scores of a model: those of the same weights on the same tokens if any are kept, else new ones."""
     if request.scores:
         scores = Scores.read(request.scores)
@@ -54,24 +51,21 @@ def get_scores(opened: api.LoadedModel, request: Request, watcher: Watcher) -> S
                 f"{request.scores} was measured on other weights than {opened.ref.name}; analyze this model"
             )
         return scores.model_copy(update={"model": opened.ref})
-    data = _material(opened, request, watcher)
-    dtype = computed_in(request.placement, streamed=request.memory is not None)
-    kept = scores_cache(opened.ref.fingerprint or "", data.ref, dtype)
+    data = _material(opened, request, progress)
+    dtype = request.placement.computes_in(opened.path, streamed=request.memory is not None)
+    kept = score_file(opened.ref.fingerprint or "", data.ref, dtype)
     if scores := _reused(kept, opened, data):  # type: ignore[assignment]
-        watcher.say(f"scores: reused, same weights and same tokens ({kept})")
+        progress.say(f"scores: reused, same weights and same tokens ({kept})")
         return scores
-    scores = _measured(opened, data, request, kept.with_suffix(".rows.jsonl"), watcher)
-    if scores.settled is None and distributed.rank() == 0:
-        scores.write(kept)
+    scores = _measured(opened, data, request, kept.with_suffix(".rows.jsonl"), progress)
+    if scores.settled is None and distributed.rank() == 0 and (refused := keep(scores, kept)):
+        progress.say(refused)
     return scores
 
 
-def _material(opened: api.LoadedModel, request: Request, watcher: Watcher) -> CalibrationData:
+def _material(opened: LoadedModel, request: Request, progress: Progress) -> CalibrationData:
     said = request.calibration
     settings = said.of(opened.recipe)
-    why = "the recipe's" if opened.recipe and settings == api.default_calibration(opened.recipe) else "as asked"
-    if not opened.recipe and said.calibration is None:
-        why = "the default, no recipe names another"
     free = default_settings(opened.model, settings)
     settings = replace(
         settings,
@@ -81,11 +75,20 @@ def _material(opened: api.LoadedModel, request: Request, watcher: Watcher) -> Ca
     if not takes_pictures(opened.model):
         check_length(read_config(opened.path), settings.length, opened.ref.name)
     data = calibration_data(opened.model, opened.tokenizer, opened.path, settings)
-    watcher.say(f"calibration: {wording(data, opened)} ({why})")
+    progress.say(f"calibration: {wording(data, opened)} ({_origin(said, opened)})")
     return data
 
 
-def wording(data: CalibrationData, opened: api.LoadedModel) -> str:
+def _origin(said: Overrides, opened: LoadedModel) -> str:
+    """Where the calibration settings come from: the recipe's or the default ones, and which options changed them."""
+    options = [f"--{name.replace('_', '-')}" for name, value in vars(said).items() if value is not None]
+    base = "the recipe's" if opened.recipe else "the default"
+    if said.calibration is not None:
+        return "as given"
+    return f"{base} text; {', '.join(options)} as given" if options else base
+
+
+def wording(data: CalibrationData, opened: LoadedModel) -> str:
     """What a model is calibrated on, in words, and what its decoder reads where it has one beside an encoder."""
     if isinstance(data, Pictures):
         random = "random pixels, no images: " if data.ref.name == PIXELS else ""
@@ -95,41 +98,29 @@ def wording(data: CalibrationData, opened: api.LoadedModel) -> str:
     return f"{data.ref.name}, {len(data)} windows of {data.ref.length} tokens{shifted}"
 
 
-def scores_cache(fingerprint: str, calibration: CalibrationRef, dtype: str) -> Path:
-    """Where the scores of these weights on these tokens, computed in a type, are kept."""
-    kind = "" if dtype == "float32" else f"-{dtype}"
-    return cache_folder() / "scores" / f"{fingerprint[:16]}-{calibration.hash[:16]}{kind}.json"
-
-
-def computed_in(place: api.Placement, streamed: bool = False) -> str:
-    """The type that `load` computes in there: the one asked for, float32 on a CPU, else auto, the checkpoint's own."""
-    if place.dtype:
-        return place.dtype
-    on_cpu = streamed or (place.device_map is None and usable_device(place.device).type == "cpu")
-    return "float32" if on_cpu else "auto"
-
-
-def _reused(kept: Path, opened: api.LoadedModel, data: CalibrationData) -> Scores | None:
+def _reused(kept: Path, opened: LoadedModel, data: CalibrationData) -> Scores | None:
     """What process 0 finds in its cache, in every process: they all measure, or none does."""
     found = ""
-    if distributed.rank() == 0 and kept.exists() and (scores := Scores.read(kept)).matches(opened.ref, data.ref):
+    if distributed.rank() == 0 and (scores := kept_scores(kept)) and scores.matches(opened.ref, data.ref):
         found = scores.to_json()
     found = distributed.first_says(found)
     return Scores.model_validate_json(found).model_copy(update={"model": opened.ref}) if found else None
 
 
-def _measured(opened: api.LoadedModel, data: CalibrationData, request: Request, rows: Path, watcher: Watcher) -> Scores:
+def _measured(opened: LoadedModel, data: CalibrationData, request: Request, rows: Path, progress: Progress) -> Scores:
     if request.memory is not None:
-        return _streamed(opened, data, request, watcher)
+        return _streamed(opened, data, request, progress)
     how = Measuring(request.batch_size, request.until_stable, request.keep, rows)
-    with watcher.stage("scoring windows", len(data)) as progress:
-        scores = measure(opened.model, data, opened.ref, how, progress)
+    with progress.stage("scoring windows", len(data)) as tick:
+        scores = measure(opened.model, data, opened.ref, how, tick)
     if request.until_stable:
-        watcher.say(str(scores.settled or f"{request.until_stable} was not settled: all {len(data)} windows were used"))
+        progress.say(
+            str(scores.settled or f"{request.until_stable} was not settled: all {len(data)} windows were used")
+        )
     return scores
 
 
-def _streamed(opened: api.LoadedModel, data: CalibrationData, request: Request, watcher: Watcher) -> Scores:
+def _streamed(opened: LoadedModel, data: CalibrationData, request: Request, progress: Progress) -> Scores:
     from dropformer.metrics.offload.streaming import open_streamed, stream_scores
 
     if request.until_stable:
@@ -139,7 +130,7 @@ def _streamed(opened: api.LoadedModel, data: CalibrationData, request: Request, 
     place = request.placement
     if place.device_map or place.device not in (None, "cpu"):
         raise ModelError("--memory computes on the CPU; leave out --device and --device-map, or --memory")
-    dtype = api.torch_dtype(place.dtype or "float32")
+    dtype = torch_dtype(place.dtype or "float32")
     streamed = open_streamed(opened.path, dtype, place.trust_remote_code)  # type: ignore[arg-type]
-    with watcher.stage("scoring windows, block by block", len(data)) as progress:
-        return stream_scores(streamed, data, opened.ref, parse_bytes(request.memory), request.batch_size, progress)  # type: ignore[arg-type]
+    with progress.stage("scoring windows, block by block", len(data)) as tick:
+        return stream_scores(streamed, data, opened.ref, parse_bytes(request.memory), request.batch_size, tick)  # type: ignore[arg-type]

@@ -11,9 +11,8 @@ from torch import nn
 
 from dropformer import api
 from dropformer.eval.cost.latency import layer_latency
-from dropformer.metrics.calibration.context import check_length
 from dropformer.metrics.calibration.data import default_settings
-from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.calibration.settings import Calibration, check_length
 from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.metrics.repair.base import Repair, reasons
 from dropformer.metrics.search.budget import Latency
@@ -23,12 +22,13 @@ from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named
 from dropformer.prune.discovery.inputs import writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
-from dropformer.prune.formats.record import read_config
+from dropformer.prune.files.config_json import read_config
 from dropformer.prune.plan import Plan, make_plan
+from dropformer.recipes.opening import LoadedModel, open_model
 
 if TYPE_CHECKING:
     from dropformer.job import Request
-    from dropformer.progress import Watcher
+    from dropformer.progress import Progress
 
 GATE = Calibration("docstrings", samples=4, length=512, seed=1)
 SAMPLES = 64  # windows to fit on where nobody said how many: repairs need more of them than rankings do
@@ -44,14 +44,14 @@ class Improvement:
 
 
 def improve(
-    model: str | Path | api.LoadedModel, spec: str, quality: str | Strategy = "best", texts: Sequence[Calibration] = ()
+    model: str | Path | LoadedModel, spec: str, quality: str | Strategy = "best", texts: Sequence[Calibration] = ()
 ) -> tuple[Plan, Repair]:
     """Choose what `spec` names and repair what stays, for `drop(model, plan, repair)`.
 
     `quality` is a named one (`paper`, `best`, `linear`) or one's own; `texts` to calibrate on, by default the
     recipe's, else builtin.  Repairs are gated on torch's docstrings.  Raises a DropformerError.
     """
-    opened = model if isinstance(model, api.LoadedModel) else api.open_model(model)
+    opened = model if isinstance(model, LoadedModel) else open_model(model)
     how = quality if isinstance(quality, Strategy) else named(quality)
     texts = texts or [default_settings(opened.model, _plenty(api.default_calibration(opened.recipe), how))]
     data = [windows(text, need_tokenizer(opened)) for text in texts]
@@ -60,7 +60,7 @@ def improve(
     return noted(plan, repair, opened.model), repair
 
 
-def need_tokenizer(opened: api.LoadedModel) -> Any:
+def need_tokenizer(opened: LoadedModel) -> Any:
     """Raises ModelError for a model without one, and for one whose text has no next token to predict."""
     if not writes_text(opened.model):
         raise ModelError(
@@ -72,7 +72,7 @@ def need_tokenizer(opened: api.LoadedModel) -> Any:
     return opened.tokenizer
 
 
-def improved(opened: api.LoadedModel, request: Request, watcher: Watcher) -> tuple[Plan, Repair]:
+def improved(opened: LoadedModel, request: Request, progress: Progress) -> tuple[Plan, Repair]:
     """The plan and the repair that a request's improvement gives.
 
     `--calibration` may name several texts by commas, of which the windows are then shared out; a plan that is
@@ -82,32 +82,32 @@ def improved(opened: api.LoadedModel, request: Request, watcher: Watcher) -> tup
     assert how is not None
     need_tokenizer(opened)
     calibration = calibrated_on(opened, request)
-    watcher.say("calibration: " + "; ".join(f"{w.ref.name}, {len(w)} windows of {w.ref.length}" for w in calibration))
+    progress.say("calibration: " + "; ".join(f"{w.ref.name}, {len(w)} windows of {w.ref.length}" for w in calibration))
     other = gate_windows(opened, how.gate) if how.quality.repair else None
-    with watcher.stage(f"choosing and repairing by {wording(how.quality)}"):
-        improver = Improver(opened.model, calibration, how.quality, watcher.say)
+    with progress.stage(f"choosing and repairing by {wording(how.quality)}"):
+        improver = Improver(opened.model, calibration, how.quality, progress.say)
         if request.plan:
             given = given_plan(opened, request)
             if given.repairs and not how.quality.repair:
-                watcher.say(given.lost_repairs(request.plan))
+                progress.say(given.lost_repairs(request.plan))
             plan = refined(given.unrepaired(), improver)
             repair, _ = improver.repair(plan.layers, other)
         else:
-            latency = measured(opened.model, improver, watcher) if (how.budget or "").startswith("measured") else None
+            latency = measured(opened.model, improver, progress) if (how.budget or "").startswith("measured") else None
             published = opened.recipe.published if opened.recipe else None
             target = Target(request.drop or "", request.keep, how.budget, latency=latency, published=published)
             plan, repair, _ = improved_plan(improver, opened.ref, target, other)
     return noted(plan, repair, opened.model), repair
 
 
-def measured(model: nn.Module, improver: Improver, watcher: Watcher) -> Latency:
+def measured(model: nn.Module, improver: Improver, progress: Progress) -> Latency:
     """What each layer takes in a decoded token, and a line that says so."""
     found = layer_latency(model, improver.architecture)
     shares = {
         kind: sum(seconds for layer, seconds in found.seconds.items() if layer.kind == kind) / found.total
         for kind in ("attn", "mlp")
     }
-    watcher.say(
+    progress.say(
         f"measured: a decoded token takes {1000 * found.total:.3g} ms, "
         f"{shares['attn']:.0%} of it in attention layers and {shares['mlp']:.0%} in MLP layers"
     )
@@ -133,7 +133,7 @@ def wording(quality: Strategy) -> str:
     return ", ".join([chosen, *(["refined"] if quality.refine else []), *quality.repair])
 
 
-def calibrated_on(opened: api.LoadedModel, request: Request) -> list[Windows]:
+def calibrated_on(opened: LoadedModel, request: Request) -> list[Windows]:
     """The calibration windows, one entry a text."""
     settings = request.calibration.of(opened.recipe)
     if request.calibration.length is None:
@@ -148,7 +148,7 @@ def calibrated_on(opened: api.LoadedModel, request: Request) -> list[Windows]:
     return [windows(replace(settings, name=name, samples=each), opened.tokenizer) for name in names]
 
 
-def gate_windows(opened: api.LoadedModel, name: str = GATE.name) -> Windows:
+def gate_windows(opened: LoadedModel, name: str = GATE.name) -> Windows:
     """Windows of the text that repairs are gated on, no longer than the model reads.  Raises CalibrationError."""
     try:
         return windows(default_settings(opened.model, replace(GATE, name=name)), opened.tokenizer)
@@ -161,7 +161,7 @@ def _plenty(text: Calibration, quality: Strategy) -> Calibration:
     return replace(text, samples=max(text.samples, SAMPLES)) if quality.repair else text
 
 
-def given_plan(opened: api.LoadedModel, request: Request) -> Plan:
+def given_plan(opened: LoadedModel, request: Request) -> Plan:
     """The plan in the request's file.  Raises PlanError where it was made for other weights."""
     assert request.plan is not None
     plan = Plan.read(request.plan)

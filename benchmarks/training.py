@@ -45,7 +45,8 @@ from dropformer.eval.compare.comparison import Comparison
 from dropformer.eval.compare.output import listed, write
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.text import documents
-from dropformer.prune.loading.load import quiet_transformers
+from dropformer.prune.loading.quiet import quiet_transformers
+from dropformer.prune.loading.tokenizer import open_tokenizer
 
 VOCABULARY = 2048
 LENGTH = 128
@@ -145,7 +146,7 @@ def train(run: Path, size: Size, texts: list[str]) -> None:
 
 def held_out_rows(run: Path, size: Size) -> torch.Tensor:
     """Rows of text that was not trained on, about `size.held_out` of them, evenly spread."""
-    rows = Windows(documents("heldout"), api.open_tokenizer(run / "checkpoint-0")).rows
+    rows = Windows(documents("heldout"), open_tokenizer(run / "checkpoint-0")).rows
     return rows[:: max(1, len(rows) // size.held_out)]
 
 

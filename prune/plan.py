@@ -228,6 +228,8 @@ def _named(
     for index in indices:
         layer = known.get(index + blocks if index < 0 else index)
         if layer is None:
+            if why := _why_kept(outline, selector, index + blocks if index < 0 else index):
+                raise PlanError(f"`{selector}` names {KIND_NAMES[selector.kind]} layer {index}, which must stay: {why}")
             raise PlanError(
                 f"`{selector}` names {KIND_NAMES[selector.kind]} layer {index}, but the model has "
                 f"{len(layers)} of them in blocks 0 to {blocks - 1}"
@@ -238,6 +240,14 @@ def _named(
             raise PlanError(f"`{selector}` names {layer} twice")
         picked.append(layer)
     return picked
+
+
+def _why_kept(outline: Outline, selector: Selector, index: int) -> str | None:
+    """Why a layer that a block has cannot be dropped; None where the block has no such layer."""
+    kept = outline.stack(selector.stack).block(index).kept
+    if selector.kind == "block":
+        return next((f"{KIND_NAMES.get(kind, kind)}: {reason}" for kind, reason in kept.items()), None)
+    return kept.get(selector.kind) or kept.get("block")
 
 
 def _count(outline: Outline, selector: Selector, free: Sequence[Layer]) -> int:

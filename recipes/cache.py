@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
-from platformdirs import user_cache_dir
 
 from dropformer.prune.errors import OutputError
 
@@ -22,12 +21,6 @@ Progress = Callable[[str], None]
 
 def silent(_: str) -> None:
     """The progress callback of those who want none."""
-
-
-def cache_folder() -> Path:
-    """`$DROPFORMER_CACHE`, or the user's cache folder for dropformer.  It need not exist yet."""
-    chosen = os.environ.get("DROPFORMER_CACHE")
-    return Path(chosen).expanduser() if chosen else Path(user_cache_dir("dropformer", appauthor=False))
 
 
 @contextmanager

@@ -7,20 +7,20 @@ A file whose values all fit bfloat16 or float16 is kept in that.  A folder is ma
 """
 
 import hashlib
-import io
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
-from transformers.utils import logging
 
 from dropformer.prune.errors import CheckpointError
+from dropformer.prune.files.output_paths import cache_folder
 from dropformer.prune.formats.gguf.header import GgufHeader, read_gguf_header
-from dropformer.recipes.cache import Progress, building, cache_folder, place, silent
+from dropformer.prune.loading.quiet import quiet_streams, quiet_transformers
+from dropformer.recipes.cache import Progress, building, place, silent
 from dropformer.recipes.gguf_tokenizer import gguf_tokenizer
 
 LAYOUT = 1
@@ -65,7 +65,7 @@ def fingerprint(path: Path) -> str:
 
 def write_folder(path: Path, folder: Path) -> Path:
     """Convert the GGUF file at `path` into the new `folder`.  Raises CheckpointError."""
-    with _quiet():
+    with quiet_transformers(), quiet_streams():
         header = read_gguf_header(path)
         with _one_line_errors(path):
             tokenizer = gguf_tokenizer(path, header)
@@ -145,18 +145,3 @@ def _one_line_errors(path: Path) -> Iterator[None]:
         raise CheckpointError(
             f"{path.name} cannot be read as a GGUF model ({type(error).__name__}: {reason}); get it again"
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars or warnings of transformers meanwhile; one bar heeds no switch, only stderr."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

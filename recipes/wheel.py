@@ -15,7 +15,8 @@ import zipfile
 from pathlib import Path
 
 from dropformer.prune.errors import CheckpointError, ModelError
-from dropformer.recipes.cache import Progress, building, cache_folder, place, silent
+from dropformer.prune.files.output_paths import cache_folder
+from dropformer.recipes.cache import Progress, building, place, silent
 from dropformer.recipes.recipe import Wheel
 
 MB = 1_000_000

@@ -19,8 +19,7 @@ def unopened(llama_folder, here, monkeypatch):
     def opened(*args, **kwargs):
         raise AssertionError("the model was opened")
 
-    monkeypatch.setattr("dropformer.api.open_model", opened)
-    monkeypatch.setattr("dropformer.recipes.open_source", opened)
+    monkeypatch.setattr("dropformer.recipes.opening.open_source", opened)
     return llama_folder
 
 

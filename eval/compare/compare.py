@@ -8,26 +8,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dropformer import api
 from dropformer.eval.compare.alignment import Origin, aligned, read_origin
 from dropformer.eval.compare.checkpoints import Checkpoint, find_checkpoints
 from dropformer.eval.compare.comparison import Comparison, Entry, check_counts, chosen_layers, compare_scores
 from dropformer.eval.compare.compatibility import Comparable, SharedTokens
 from dropformer.eval.compare.downloads import Downloads
+from dropformer.metrics.analysis.analyze import analyze_model, calibrated
+from dropformer.metrics.analysis.score_cache import keep, kept_scores, score_file
 from dropformer.metrics.analysis.scores import Scores
-from dropformer.metrics.calibration.context import check_length
-from dropformer.metrics.calibration.settings import Calibration
-from dropformer.preflight import check_drop
-from dropformer.progress import Watcher
+from dropformer.metrics.calibration.settings import Calibration, check_length
+from dropformer.progress import Progress, Silent
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.errors import DropformerError, ModelError
+from dropformer.prune.errors import ModelError
 from dropformer.prune.files import open_checkpoint
+from dropformer.prune.files.config_json import read_config
 from dropformer.prune.formats.export import reference
-from dropformer.prune.formats.record import read_config
+from dropformer.prune.loading.tokenizer import open_tokenizer
+from dropformer.prune.spec_limits import check_drop
 from dropformer.recipes import open_source
 from dropformer.recipes.gguf import fingerprint as gguf_fingerprint
 from dropformer.recipes.hub import fetch_side_files
-from dropformer.scoring import computed_in, scores_cache
+from dropformer.recipes.opening import Placement, open_model, torch_dtype
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -54,7 +55,7 @@ class CompareRequest:
     tokenizer: str | None = None
     calibration: Calibration = field(default_factory=Calibration)
     batch_size: int = 1
-    placement: api.Placement = field(default_factory=api.Placement)
+    placement: Placement = field(default_factory=Placement)
     keep_downloads: bool = False
 
 
@@ -71,7 +72,7 @@ class Side:
     commit: str | None = None
 
 
-def compare(request: CompareRequest, watcher: Watcher | None = None) -> Comparison:
+def compare(request: CompareRequest, progress: Progress | None = None) -> Comparison:
     """Score and compare checkpoints, using kept scores where weights and tokens are the same.
 
     Raises ModelError where checkpoints cannot be compared, naming the difference, before any is scored as far
@@ -79,16 +80,16 @@ def compare(request: CompareRequest, watcher: Watcher | None = None) -> Comparis
     """
     if request.drop:
         check_counts(request.drop)
-    api.torch_dtype(request.placement.dtype)
+    torch_dtype(request.placement.dtype)
     checkpoints = find_checkpoints(request.names, request.revisions)
-    return Run(request, watcher or Watcher()).compare(checkpoints)
+    return Run(request, progress or Silent()).compare(checkpoints)
 
 
 class Run:
     """One comparison: what all of its checkpoints share."""
 
-    def __init__(self, request: CompareRequest, watcher: Watcher) -> None:
-        self.request, self.watcher = request, watcher
+    def __init__(self, request: CompareRequest, progress: Progress) -> None:
+        self.request, self.progress = request, progress
         self.comparable = Comparable()
 
     def compare(self, checkpoints: Sequence[Checkpoint]) -> Comparison:
@@ -100,7 +101,7 @@ class Run:
                 check_length(config, self.request.calibration.length, checkpoint.label)
                 self.comparable.config(checkpoint.label, config, origin)
                 if origin is None:
-                    check_drop(self.request.drop, side.folder, checkpoint.label)
+                    check_drop(self.request.drop, config, checkpoint.label)
         self.tokens = self.shared_tokens(checkpoints, sides)
         for checkpoint, side in zip(checkpoints, sides, strict=True):
             if side.folder and (own := self.tokenizer(side.folder)) is not None:
@@ -121,7 +122,7 @@ class Run:
         if path.exists():
             return Side(None, gguf_fingerprint(path))
         if checkpoint.hub_id is None:
-            source = open_source(checkpoint.name, None, self.watcher.say)
+            source = open_source(checkpoint.name, None, self.progress.say)
             return Side(source.path, open_checkpoint(source.path).fingerprint)
         found = fetch_side_files(checkpoint.hub_id, checkpoint.revision)
         return Side(found.path, found.revision, found.revision)
@@ -135,7 +136,7 @@ class Run:
                 raise ModelError(f"--tokenizer {self.request.tokenizer} has no tokenizer files; give what has")
             return SharedTokens(calibration, f"--tokenizer {self.request.tokenizer}", found)
         for checkpoint, side in zip(checkpoints, sides, strict=True):
-            folder = side.folder or open_source(checkpoint.name, checkpoint.revision, self.watcher.say).path
+            folder = side.folder or open_source(checkpoint.name, checkpoint.revision, self.progress.say).path
             if (found := self.tokenizer(folder)) is not None:
                 return SharedTokens(calibration, checkpoint.label, found)
         raise ModelError(f"none of the checkpoints has a tokenizer (the first is {checkpoints[0]}); give --tokenizer")
@@ -143,7 +144,7 @@ class Run:
     def tokenizer(self, folder: Path) -> Any:
         if not any(next(folder.glob(pattern), None) for pattern in TOKENIZER_FILES):
             return None
-        return api.open_tokenizer(folder, self.request.placement.trust_remote_code)
+        return open_tokenizer(folder, self.request.placement.trust_remote_code)
 
     def tokenizer_folder(self, name: str) -> Path:
         path = Path(name).expanduser()
@@ -152,7 +153,7 @@ class Run:
             return path
         if hub_id:
             return fetch_side_files(hub_id, name.partition("@")[2] or None).path
-        return open_source(name, None, self.watcher.say).path
+        return open_source(name, None, self.progress.say).path
 
     def entry(self, checkpoint: Checkpoint, side: Side, title: str) -> Entry:
         """The scores of a checkpoint, kept or measured now, in the original model's numbering."""
@@ -161,7 +162,7 @@ class Run:
             if scores is None:
                 scores = self.measure(checkpoint, side, title)
             else:
-                self.watcher.say(f"scores of {title}: reused, same weights and same tokens")
+                self.progress.say(f"scores of {title}: reused, same weights and same tokens")
             origin = read_origin(side.folder) if side.folder else None
         finally:
             self.downloads.remove(checkpoint.hub_id, side.commit)
@@ -170,7 +171,7 @@ class Run:
         return Entry(checkpoint.label, checkpoint.step, found, _gone(origin))
 
     def measure(self, checkpoint: Checkpoint, side: Side, title: str) -> Scores:
-        tell = None if side.folder and not side.commit else self.watcher.say
+        tell = None if side.folder and not side.commit else self.progress.say
         path = open_source(checkpoint.name, checkpoint.revision, tell).path
         if side.folder is None:
             self.comparable.config(checkpoint.label, read_config(path), None)
@@ -178,37 +179,32 @@ class Run:
                 self.tokens.check(checkpoint.label, own)
         scores = self.kept(reference(checkpoint.name, path).fingerprint or "") or self.score(checkpoint, title)
         for key in {side.key, scores.model.fingerprint or side.key}:
-            scores.write(self.cache(key))
+            if refused := keep(scores, self.cache(key)):
+                self.progress.say(refused)
         return scores
 
     def score(self, checkpoint: Checkpoint, title: str) -> Scores:
         """Load one checkpoint, run the windows through it, and let it go."""
         data = self.tokens.windows
-        opened = api.open_model(checkpoint.name, checkpoint.revision, self.request.placement)
+        opened = open_model(checkpoint.name, checkpoint.revision, self.request.placement)
         embedding = getattr(opened.model.get_input_embeddings(), "weight", None)
         if embedding is not None:
             self.tokens.check_vocabulary(checkpoint.label, embedding.shape[0])
-        with self.watcher.stage(f"scoring {title}", len(data)) as progress:
+        with self.progress.stage(f"scoring {title}", len(data)) as tick:
             batches = data.batches(self.request.batch_size)
-            scores = api.analyze_model(opened.model, batches, ref=opened.ref, progress=progress)
+            scores = analyze_model(opened.model, batches, ref=opened.ref, progress=tick)
         del opened, embedding
         gc.collect()
-        return api.calibrated(scores, data)
+        return calibrated(scores, data)
 
     def cache(self, key: str) -> Path:
         """Where the scores of the weights that a key identifies are kept, for the type that they are computed in."""
-        return scores_cache(key, self.tokens.windows.ref, computed_in(self.request.placement))
+        return score_file(key, self.tokens.windows.ref, self.request.placement.computes_in())
 
     def kept(self, key: str) -> Scores | None:
         """The scores of the weights that a key identifies, on these tokens, if they were measured before."""
-        path = self.cache(key)
-        if not path.exists():
-            return None
-        try:
-            scores = Scores.read(path)
-        except DropformerError:  # of another version, or damaged: it is only a cache
-            return None
-        return scores if scores.calibration == self.tokens.windows.ref else None
+        scores = kept_scores(self.cache(key))
+        return scores if scores and scores.calibration == self.tokens.windows.ref else None
 
 
 def _named(scores: Scores, checkpoint: Checkpoint) -> Scores:

@@ -10,9 +10,9 @@ from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.text import documents
 from dropformer.metrics.calibration.windows import Windows, bos, windows
 from dropformer.prune.errors import CalibrationError, ModelError
+from dropformer.prune.files.config_json import block_count
 from dropformer.prune.outline import Outline
 
-COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 WIDTHS = (
     "hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "num_attention_heads", "n_head",
     "num_key_value_heads", "head_dim", "num_experts", "num_local_experts",
@@ -30,7 +30,7 @@ class Comparable:
         text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
         facts = {"family": config.get("base_model_type") or config.get("model_type")}
         facts |= {name: text[name] for name in WIDTHS if isinstance(text.get(name), int)}  # type: ignore[union-attr, index]
-        counted = next((text[name] for name in COUNTS if isinstance(text.get(name), int)), None)  # type: ignore[union-attr, index]
+        counted = block_count(text)  # type: ignore[arg-type]
         facts["number of blocks"] = origin[""].count if origin and "" in origin else None if origin else counted
         for name, value in facts.items():
             if value is not None:

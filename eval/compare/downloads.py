@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import CacheNotFound
 
-from dropformer.recipes.cache import cache_folder
+from dropformer.prune.files.output_paths import cache_folder
 
 
 class Downloads:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from dropformer.eval.cost.memory import kv_bytes_per_token, parameter_bytes, parameter_count
 from dropformer.eval.cost.speed import measure, quick
 from dropformer.eval.cost.streaming import stream, streaming_speed
-from dropformer.eval.cost.timing import device_of
 from dropformer.eval.quality.perplexity import side_by_side
 from dropformer.eval.quality.probes import run_probes
 from dropformer.eval.quality.trend import Trend, trend
@@ -20,8 +19,9 @@ from dropformer.eval.tasks.paired import Paired
 from dropformer.eval.tasks.tasks import TaskResults, compare_tasks, evaluate_tasks
 from dropformer.metrics.analysis.distributed import rank
 from dropformer.metrics.calibration.windows import Windows
-from dropformer.progress import Watcher
+from dropformer.progress import Progress, Silent
 from dropformer.prune.artifact import Artifact, FrozenRecord
+from dropformer.prune.loading.device import input_device
 
 __all__ = ["Candidate", "Evaluation", "EvaluationOptions", "ModelResult", "evaluate"]
 
@@ -61,22 +61,22 @@ class Evaluation(Artifact):
     warnings: list[str] = []
 
 
-def evaluate(models: Sequence[Candidate], options: EvaluationOptions, watcher: Watcher | None = None) -> Evaluation:
+def evaluate(models: Sequence[Candidate], options: EvaluationOptions, progress: Progress | None = None) -> Evaluation:
     """Evaluate models side by side; the first is the dense one.
 
     Everything sees the same questions, windows and prompts; speeds are interleaved.  Of several processes
     launched together all answer questions and only the first measures the rest.  Raises EvaluationError.
     """
-    watcher = watcher or Watcher()
+    progress = progress or Silent()
     inputs = prepare(models, options)
     results = [_sizes(candidate) for candidate in models]
-    results = _with_tasks(results, models, options, watcher)
+    results = _with_tasks(results, models, options, progress)
     if rank() > 0:
         return Evaluation(models=results)
-    results = _with_perplexity(results, models, inputs.text, watcher)
-    results = _with_probes(results, models, options, watcher)
-    results, device, said = _with_speed(results, models, options, watcher)
-    results = _with_stream(results, models, inputs, watcher)
+    results = _with_perplexity(results, models, inputs.text, progress)
+    results = _with_probes(results, models, options, progress)
+    results, device, said = _with_speed(results, models, options, progress)
+    results = _with_stream(results, models, inputs, progress)
     text = inputs.text.ref.model_dump() if inputs.text else None
     return Evaluation(text=text, device=device, models=results, warnings=[*warnings(results), *said])
 
@@ -97,13 +97,13 @@ def _update(result: ModelResult, **fields: Any) -> ModelResult:
 
 
 def _with_tasks(
-    results: list[ModelResult], models: Sequence[Candidate], options: EvaluationOptions, watcher: Watcher
+    results: list[ModelResult], models: Sequence[Candidate], options: EvaluationOptions, progress: Progress
 ) -> list[ModelResult]:
     if not options.tasks:
         return results
     found = []
     for candidate in models:
-        with watcher.stage(f"{', '.join(options.tasks)}, in %: {candidate.name}", 100) as show:
+        with progress.stage(f"{', '.join(options.tasks)}, in %: {candidate.name}", 100) as show:
             told = partial(_percent, show)
             found.append(
                 evaluate_tasks(candidate.model, candidate.tokenizer, options.tasks, options.task_options, told)
@@ -121,48 +121,48 @@ def _tokens(show: Callable[[int, int], None], done: int) -> None:
 
 
 def _with_perplexity(
-    results: list[ModelResult], models: Sequence[Candidate], data: Windows | None, watcher: Watcher
+    results: list[ModelResult], models: Sequence[Candidate], data: Windows | None, progress: Progress
 ) -> list[ModelResult]:
     if data is None:
         return results
     dense, out = models[0], list(results)
     for i, candidate in enumerate(models[1:] or models, start=1 if models[1:] else 0):
-        with watcher.stage(f"perplexity and KL: {candidate.name}"):
+        with progress.stage(f"perplexity and KL: {candidate.name}"):
             both = side_by_side(dense.model, candidate.model, data.ids)
         out[0] = _update(out[0], perplexity=asdict(both.dense))
         out[i] = _update(out[i], perplexity=asdict(both.pruned), kl=asdict(both.divergence) if i else None)
         if candidate.plan:
-            with watcher.stage(f"trend of the first drops alone: {candidate.name}"):
+            with progress.stage(f"trend of the first drops alone: {candidate.name}"):
                 out[i] = _update(out[i], trend=trend(dense.model, candidate.plan, data.ids))
     return out
 
 
 def _with_probes(
-    results: list[ModelResult], models: Sequence[Candidate], options: EvaluationOptions, watcher: Watcher
+    results: list[ModelResult], models: Sequence[Candidate], options: EvaluationOptions, progress: Progress
 ) -> list[ModelResult]:
     if not options.probes:
         return results
     out = []
     for result, candidate in zip(results, models, strict=True):
-        with watcher.stage(f"probes: {candidate.name}"):
+        with progress.stage(f"probes: {candidate.name}"):
             found = run_probes(candidate.model, candidate.tokenizer)
         out.append(_update(result, probes=[asdict(probe) for probe in found]))
     return out
 
 
 def _with_speed(
-    results: list[ModelResult], models: Sequence[Candidate], options: EvaluationOptions, watcher: Watcher
+    results: list[ModelResult], models: Sequence[Candidate], options: EvaluationOptions, progress: Progress
 ) -> tuple[list[ModelResult], str | None, list[str]]:
     """Speeds, on what they were measured, and what went wrong with torch.compile, if anything did."""
     if not options.speed and not options.seconds:
         return results, None, []
     named = {candidate.name: candidate.model for candidate in models}
-    with watcher.stage("speed, interleaved"):
+    with progress.stage("speed, interleaved"):
         found = measure(named, options.speed, options.repeats) if options.speed else quick(named, options.seconds)
     tables, said = [found], []
-    on_gpu = device_of(models[0].model).type == "cuda"
+    on_gpu = input_device(models[0].model).type == "cuda"
     if options.speed and (on_gpu if options.compile is None else options.compile):
-        with watcher.stage("speed, decoding through torch.compile"):
+        with progress.stage("speed, decoding through torch.compile"):
             try:
                 tables.append(measure(named, options.speed, options.repeats, compile=True))
             except Exception as error:  # compilers fail in many ways, and the eager figures are good without them
@@ -178,19 +178,19 @@ def _with_speed(
 
 
 def _with_stream(
-    results: list[ModelResult], models: Sequence[Candidate], inputs: Inputs, watcher: Watcher
+    results: list[ModelResult], models: Sequence[Candidate], inputs: Inputs, progress: Progress
 ) -> list[ModelResult]:
     ids, shape = inputs.stream, inputs.shape
     if ids is None or shape is None:
         return results
     out = []
     for result, candidate in zip(results, models, strict=True):
-        with watcher.stage(f"streaming {len(ids)} tokens: {candidate.name}", len(ids)) as progress:
-            told = partial(_tokens, progress)
+        with progress.stage(f"streaming {len(ids)} tokens: {candidate.name}", len(ids)) as tick:
+            told = partial(_tokens, tick)
             read = stream(candidate.model, ids, shape, progress=told)
         found = {**asdict(read), "perplexity": read.perplexity, "tokens_per_second": read.tokens_per_second}
         if len(ids) > shape.size + TIMED:
-            with watcher.stage(f"streaming against recomputing the window: {candidate.name}"):
+            with progress.stage(f"streaming against recomputing the window: {candidate.name}"):
                 one = streaming_speed(candidate.model, ids, shape, TIMED - 1)
             found |= {"seconds_per_token": asdict(one), "speedup_over_recompute": one.speedup}
         out.append(_update(result, stream=found))

@@ -19,7 +19,7 @@ from dropformer.metrics.analysis.capture import WindowScores
 from dropformer.metrics.analysis.resume import Header, RowsFile
 from dropformer.metrics.analysis.scores import Scores, Settled
 from dropformer.metrics.analysis.stability import Stopper, first
-from dropformer.metrics.calibration.pictures import CalibrationData
+from dropformer.metrics.calibration.data import CalibrationData
 from dropformer.prune.architecture import Architecture
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.summarize import summarize

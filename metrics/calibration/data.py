@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from dropformer.metrics.calibration.images import PIXELS
-from dropformer.metrics.calibration.pictures import CalibrationData, pictures
-from dropformer.metrics.calibration.settings import Calibration
+from torch import Tensor
+
+from dropformer.metrics.calibration.images import PIXELS, pictures
+from dropformer.metrics.calibration.settings import Calibration, CalibrationRef
 from dropformer.metrics.calibration.windows import windows
 from dropformer.prune.discovery.inputs import longest_text, takes_pictures
 from dropformer.prune.errors import CalibrationError, ModelError
+from dropformer.prune.loading.tokenizer import why_no_tokenizer
+
+
+class CalibrationData(Protocol):
+    """Samples as a model takes them, one per row: text windows or images."""
+
+    @property
+    def ref(self) -> CalibrationRef:
+        """What they are, for an artifact."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, size: int, start: int = 0) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
+        """(model inputs, scored positions [B, T] bool or None for all) for `size` samples at a time, in order."""
+
+    def batch(self, which: Sequence[int]) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The same for these samples."""
 
 
 def default_settings(model: Any, default: Calibration) -> Calibration:
-    """A calibration that nobody asked for, as the model can take it.
-
-    A model of images gets random pixels in place of text, one with learned positions no more tokens than it has.
-    """
+    """Default calibration settings, clamped to the model's maximum length; random pixels for a model of images."""
     if takes_pictures(model):
         return replace(default, name=PIXELS)
     limit = longest_text(model) if model is not None else None
@@ -28,13 +44,14 @@ def default_settings(model: Any, default: Calibration) -> Calibration:
 def calibration_data(model: Any, tokenizer: Any, folder: Path, calibration: Calibration) -> CalibrationData:
     """The windows or images of a calibration for a model (None: not loaded) whose files are in `folder`.
 
-    Raises ModelError for a model of text without a tokenizer, CalibrationError for what it cannot take.
+    Raises ModelError for a text model without a tokenizer, CalibrationError for data that the model cannot read.
     """
     if takes_pictures(model):
         return pictures(calibration, model.config, folder)
     if tokenizer is None:
         raise ModelError(
-            f"{folder} has no tokenizer, so text cannot calibrate it; use dropformer.analyze(model, batches) in Python"
+            f"{folder} {why_no_tokenizer(folder)}, so text cannot calibrate it; use dropformer.analyze(model, batches) "
+            "in Python"
         )
     limit = longest_text(model) if model is not None else None
     if limit is not None and calibration.length > limit:

@@ -1,13 +1,44 @@
-"""Names of images to calibrate on, checked without reading any."""
+"""Calibration on images: a folder of them through the model's image processor, or random pixels.
+
+Names are checked without torch, which only reading and drawing need.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from dropformer.metrics.calibration.settings import Calibration, CalibrationRef
 from dropformer.prune.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PIXELS = "pixels"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images as the model takes them, [N, ...], of which every patch is scored: `CalibrationData`."""
+
+    pixels: Tensor
+    ref: CalibrationRef
+
+    def __len__(self) -> int:
+        return self.pixels.shape[0]
+
+    def batches(self, size: int, start: int = 0) -> Iterator[tuple[dict[str, Tensor], None]]:
+        """(model inputs, None) for `size` images at a time."""
+        for first in range(start, len(self), size):
+            yield self.batch(range(first, min(first + size, len(self))))
+
+    def batch(self, which: Sequence[int]) -> tuple[dict[str, Tensor], None]:
+        """(model inputs, None: every token counts) of these images."""
+        return {"pixel_values": self.pixels[list(which)]}, None
 
 
 def image_files(name: str) -> list[Path]:
@@ -19,3 +50,55 @@ def image_files(name: str) -> list[Path]:
             f"or `{PIXELS}` for random ones"
         )
     return found
+
+
+def pictures(calibration: Calibration, config: Any, folder: Path) -> Pictures:
+    """The images that a calibration names: a folder, or `pixels`, uniform random ones, which need no files.
+
+    `folder` holds the model and its image processor.  Of a folder with fewer images than asked for all are
+    used.  Raises CalibrationError for a text, for a folder without images, and where there is no processor.
+    """
+    from dropformer.prune.discovery.inputs import random_pixels
+
+    if calibration.name == PIXELS:
+        pixels = random_pixels(config, calibration.samples, calibration.seed)
+    else:
+        pixels = _read(calibration, folder)
+    digest = hashlib.sha256(pixels.numpy().tobytes()).hexdigest()
+    fields = {"length": pixels.shape[-1], "seed": calibration.seed, "packed": False, "skip_first": 0}
+    return Pictures(pixels, CalibrationRef(name=calibration.name, samples=len(pixels), hash=digest, **fields))
+
+
+def _read(calibration: Calibration, folder: Path) -> Tensor:
+    import torch
+
+    files = image_files(calibration.name)
+    process = _processor(folder)
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(calibration.seed))
+    return torch.cat([_one(process, files[i]) for i in order[: calibration.samples].tolist()])
+
+
+def _processor(folder: Path) -> Any:
+    from transformers import AutoImageProcessor
+
+    from dropformer.prune.loading.quiet import quiet_transformers
+
+    try:
+        with quiet_transformers():
+            return AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError):
+        raise CalibrationError(
+            f"{folder} has no image processor (preprocessor_config.json) to read images with; "
+            f"add it, or calibrate on `{PIXELS}`"
+        ) from None
+
+
+def _one(process: Any, path: Path) -> Tensor:
+    """One image, [1, C, H, W] float32."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return process(images=[image.convert("RGB")], return_tensors="pt")["pixel_values"].float()
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"image {path} cannot be read: {str(error).splitlines()[0]}") from None

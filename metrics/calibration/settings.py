@@ -1,10 +1,15 @@
-"""What to calibrate on, as the user says it and as an artifact records it."""
+"""Calibration settings as the user gives them and as an artifact records them, and how many tokens a model reads."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dropformer.prune.artifact import FrozenRecord
+from dropformer.prune.errors import CalibrationError
+
+CONTEXT_FIELDS = ("max_position_embeddings", "n_positions")
 
 
 @dataclass(frozen=True)
@@ -35,3 +40,28 @@ class CalibrationRef(FrozenRecord):
     packed: bool
     skip_first: int
     hash: str
+
+
+def context_of(config: Any) -> int | None:
+    """The longest text, in tokens, that a config (or its dictionary) names; None where it names none.
+
+    Learned positions end there, and rotary ones lose their meaning beyond.  Of a config with several parts the
+    text part counts.
+    """
+    if not isinstance(config, Mapping):
+        config = config.to_dict()
+    inner = config.get("text_config")
+    for part in (inner, config) if isinstance(inner, Mapping) else (config,):
+        found = [part[name] for name in CONTEXT_FIELDS if isinstance(part.get(name), int) and part[name] > 0]
+        if found:
+            return found[0]
+    return None
+
+
+def check_length(config: Any, tokens: int, name: str) -> None:
+    """Raises CalibrationError for windows longer than the context."""
+    context = context_of(config)
+    if context and tokens > context:
+        raise CalibrationError(
+            f"windows of {tokens} tokens are longer than the context of {name}, {context}; give a smaller --length"
+        )

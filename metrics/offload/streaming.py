@@ -39,7 +39,8 @@ from dropformer.prune.discovery.proof import prove_block
 from dropformer.prune.discovery.replay import Replay
 from dropformer.prune.errors import ModelError
 from dropformer.prune.files import open_checkpoint
-from dropformer.prune.loading.load import auto_class, quiet_transformers, read_model_config
+from dropformer.prune.loading.load import auto_class, read_model_config
+from dropformer.prune.loading.quiet import quiet_transformers
 
 LARGE_EMBEDDING = 32 << 20  # bytes from which an embedding is read row by row
 SAMPLE = -1  # the number of the small batch on which each block is proven

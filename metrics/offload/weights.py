@@ -21,7 +21,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from dropformer.prune.errors import CheckpointError
 from dropformer.prune.files import Checkpoint, TensorSpan
-from dropformer.prune.loading.load import quiet_transformers
+from dropformer.prune.loading.quiet import quiet_transformers
 from dropformer.prune.loading.tensor_names import renamed_on_load
 
 DTYPES = {

@@ -1,9 +1,11 @@
-"""Where a command may write: told before its work is done, not after."""
+"""Where a command may write, told before its work is done, and where caches are kept."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from platformdirs import user_cache_dir
 
 from dropformer.prune.errors import OutputError
 
@@ -44,3 +46,9 @@ def _nearest(out: Path) -> Path:
             raise OutputError(f"{out} cannot be written ({error.strerror}); choose another --out") from None
         return path
     return whole
+
+
+def cache_folder() -> Path:
+    """`$DROPFORMER_CACHE`, or the user's cache folder for dropformer.  It need not exist yet."""
+    chosen = os.environ.get("DROPFORMER_CACHE")
+    return Path(chosen).expanduser() if chosen else Path(user_cache_dir("dropformer", appauthor=False))

@@ -7,10 +7,6 @@ attention layers have no such inputs.  It has no attention mask: a batch must no
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +15,7 @@ from typing import Any
 from dropformer.prune.errors import OutputError, VerificationError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.formats.writing import ExportJob
+from dropformer.prune.loading.quiet import quiet_logger, quiet_streams, quiet_transformers
 
 NEEDS = ("onnx", "onnxscript", "onnxruntime")
 FILE = "model.onnx"
@@ -42,7 +39,7 @@ def write_onnx(writing: ExportJob, folder: Path) -> CopyReport:
     if model is None or not hasattr(model, "generate") or model.config.is_encoder_decoder:
         raise OutputError("--format onnx takes a decoder that generates text; use --format dropformer")
     try:
-        with quiet():
+        with quiet_logger("torch.onnx"), quiet_transformers(), quiet_streams():
             _export(model, folder)
     except Exception as error:  # whatever the exporter's many stages raise
         reason = next(iter(str(error).splitlines()), "")[:300]
@@ -121,18 +118,3 @@ def run_in_parts(path: Path, ids: Any, start: dict[str, Any], cuts: tuple[int, .
         found.append(torch.from_numpy(named["logits"]).float())
         cache = {name: named.get(name.replace("input.", "output.", 1), old) for name, old in cache.items()}
     return found
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """None of the exporter's progress on stdout, none of its advice on stderr."""
-    from dropformer.prune.loading.load import quiet_transformers
-
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with quiet_transformers(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)

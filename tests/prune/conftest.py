@@ -8,11 +8,12 @@ import torch
 from transformers import PreTrainedModel
 
 from dropformer import api
+from dropformer.prune.formats.export import reference
 from dropformer.prune.loading.load import load
 
 
 def drop(source: Path, spec: str) -> PreTrainedModel:
-    dense = api.LoadedModel(load(source), None, source, api.reference(source.name, source), None)
+    dense = api.LoadedModel(load(source), None, source, reference(source.name, source), None)
     return api.drop(dense, api.plan_unscored(dense.ref, api.outline(dense.model), spec, (), None))
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from dropformer.prune.errors import ModelError, OutputError
-from dropformer.recipes.cache import building, cache_folder, place
+from dropformer.prune.files.output_paths import cache_folder
+from dropformer.recipes.cache import building, place
 
 
 def test_the_cache_is_where_the_environment_says(tmp_path, monkeypatch):

@@ -16,13 +16,13 @@ from dropformer import api
 from dropformer.eval.compare.compare import CompareRequest, compare
 from dropformer.eval.compare.comparison import Comparison
 from dropformer.metrics.calibration.settings import Calibration
-from dropformer.progress import Watcher
+from dropformer.progress import Progress, Silent
 from dropformer.prune.errors import CheckpointError, ModelError, PlanError
 
 BLOCKS = 5
 
 
-class Listener(Watcher):
+class Listener(Silent):
     """Keeps what it hears: what was said, and which stages of work there were."""
 
     def __init__(self) -> None:
@@ -81,8 +81,8 @@ def checkpoint(tmp_path: Path, tiny: SimpleNamespace, tokenizer: PreTrainedToken
     return write
 
 
-def run(*names: Path | str, drop: str | None = "attn:2", watcher: Watcher | None = None, **fields) -> Comparison:
-    return compare(CompareRequest([str(name) for name in names], drop, calibration=TEXT, **fields), watcher)
+def run(*names: Path | str, drop: str | None = "attn:2", progress: Progress | None = None, **fields) -> Comparison:
+    return compare(CompareRequest([str(name) for name in names], drop, calibration=TEXT, **fields), progress)
 
 
 def test_each_checkpoint_has_the_scores_that_analyze_gives_it(checkpoint) -> None:
@@ -122,8 +122,8 @@ def test_without_a_drop_spec_only_the_scores_are_compared(checkpoint) -> None:
 def test_scores_are_reused_by_weights_and_tokens(checkpoint) -> None:
     names = checkpoint("a"), checkpoint("b", 0.1)
     first, again = Listener(), Listener()
-    found = run(*names, watcher=first)
-    assert run(*names, watcher=again) == found
+    found = run(*names, progress=first)
+    assert run(*names, progress=again) == found
     assert len(first.stages) == 2 and not again.stages
     assert all("reused" in line for line in again.said)
 
@@ -131,11 +131,11 @@ def test_scores_are_reused_by_weights_and_tokens(checkpoint) -> None:
 def test_an_interrupted_comparison_goes_on_where_it_stopped(checkpoint) -> None:
     names = [checkpoint("a"), checkpoint("b", 0.1), checkpoint("c", 0.2)]
     heard = Listener()
-    heard.stage = lambda name, total=None: _stop() if "2 of 3" in name else Watcher.stage(heard, name, total)
+    heard.stage = lambda name, total=None: _stop() if "2 of 3" in name else Silent.stage(heard, name, total)
     with pytest.raises(KeyboardInterrupt):
-        run(*names, watcher=heard)
+        run(*names, progress=heard)
     again = Listener()
-    run(*names, watcher=again)
+    run(*names, progress=again)
     assert again.stages == ["scoring b (2 of 3)", "scoring c (3 of 3)"]
 
 
@@ -167,7 +167,7 @@ def test_equal_weights_under_two_names_are_pointed_out(checkpoint) -> None:
 def test_another_architecture_is_refused_with_the_difference_before_any_scoring(checkpoint, shape, difference) -> None:
     heard = Listener()
     with pytest.raises(ModelError, match=f"^b cannot be compared with a: its {difference}"):
-        run(checkpoint("a"), checkpoint("b", **shape), watcher=heard)
+        run(checkpoint("a"), checkpoint("b", **shape), progress=heard)
     assert not heard.stages
 
 
@@ -182,7 +182,7 @@ def test_another_family_is_refused(checkpoint) -> None:
 def test_another_tokenizer_is_refused_with_the_first_difference(checkpoint, tiny) -> None:
     heard = Listener()
     with pytest.raises(ModelError, match=r"texts begin with \[0\] instead of \[\]"):
-        run(checkpoint("a"), checkpoint("b", tokens=tiny.tokenizer(bos=True)), watcher=heard)
+        run(checkpoint("a"), checkpoint("b", tokens=tiny.tokenizer(bos=True)), progress=heard)
     assert not heard.stages
 
 
@@ -227,7 +227,7 @@ def test_ids_that_a_checkpoint_does_not_know_are_refused(checkpoint) -> None:
 def test_a_spec_that_asks_for_too_much_is_refused_before_any_is_scored(checkpoint) -> None:
     heard = Listener()
     with pytest.raises(PlanError, match="`attn:6` drops 6 layers, but a has 5 of that kind"):
-        run(checkpoint("a"), checkpoint("b", 0.1), drop="attn:6", watcher=heard)
+        run(checkpoint("a"), checkpoint("b", 0.1), drop="attn:6", progress=heard)
     assert heard.stages == []
 
 

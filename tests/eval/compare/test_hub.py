@@ -20,13 +20,13 @@ from pathlib import Path
 from dropformer.eval.compare.compare import CompareRequest, compare
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.prune.errors import DropformerError
-from dropformer.recipes.cache import cache_folder
-from dropformer.progress import Watcher
+from dropformer.prune.files.output_paths import cache_folder
+from dropformer.progress import Progress, Silent
 
 def weights():
     return sorted(path.parent.name[0] for path in Path(sys.argv[1]).rglob("model.safetensors"))
 
-class Spy(Watcher):
+class Spy(Silent):
     def __init__(self):
         self.seen = []
     def stage(self, name, total=None):

@@ -1,10 +1,10 @@
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from dropformer.eval.cost.model_cost import work_of
-from dropformer.eval.cost.speed import PAPER, Quartiles, Setting, bounds, grid, largest_batch, measure, quick
+from dropformer.eval.cost.counting import cost_of
+from dropformer.eval.cost.speed import PAPER, Quartiles, Setting, bounds, grid, measure, quick
 from dropformer.prune.errors import EvaluationError
 
 
@@ -44,10 +44,16 @@ def test_a_batch_of_max_is_refused_without_a_gpu():
         measure({"dense": llama()}, [PAPER])
 
 
-def test_the_largest_batch_is_the_last_power_of_two_that_fits():
-    assert largest_batch(lambda batch: batch <= 11) == 8
-    assert largest_batch(lambda batch: batch <= 1) == 1
-    assert largest_batch(lambda batch: False) == 0
+def test_a_compiled_model_decodes_into_one_static_cache_reset_before_each_run(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "dropformer.eval.cost.timing.StaticCache", lambda **kw: made.append(StaticCache(**kw)) or made[-1]
+    )
+    monkeypatch.setattr("dropformer.eval.cost.speed.decoder", lambda model, compile: model)  # eager: no compiler needed
+    table = measure({"dense": llama(), "pruned": llama(1)}, [Setting(8, 3)], repeats=3, compile=True)
+    assert len(made) == 2  # one a model, for a warm-up and three repeats
+    assert all(cache.get_seq_length() == 8 + 3 for cache in made)  # of the last run alone
+    assert [row.repeats for row in table.rows] == [3, 3]
 
 
 def test_an_empty_grid_is_refused():
@@ -153,7 +159,7 @@ def test_quick_stops_early_on_a_machine_that_slowed_down(clock):
 
 
 def test_the_bound_of_decode_is_the_ratio_of_bytes_read():
-    dense, pruned = work_of(llama()), work_of(llama(1, 2))
+    dense, pruned = cost_of(llama()), cost_of(llama(1, 2))
     attention = 32 * 32 * 2 + 2 * 32 * 16 + 32
     read = dense.parameters - 64 * 32  # untied: the embedding is only looked up
     _, decode = bounds(dense, pruned, Setting(prompt=96, new=8, batch=3))
@@ -161,7 +167,7 @@ def test_the_bound_of_decode_is_the_ratio_of_bytes_read():
 
 
 def test_the_bound_of_prefill_grows_with_the_context():
-    dense, pruned = work_of(llama()), work_of(llama(1, 2))
+    dense, pruned = cost_of(llama()), cost_of(llama(1, 2))
     short, long = (bounds(dense, pruned, Setting(prompt, 1))[0] for prompt in (16, 4096))
     assert 1 < short < long < 2
 

@@ -5,10 +5,10 @@ import math
 import pytest
 
 from dropformer import job
-from dropformer.eval.cost.drops import parse_range
 from dropformer.eval.cost.timing import Setting
+from dropformer.eval.quality.drop_range import parse_range
 from dropformer.eval.quality.sweep import Sweep, draw, find_cliff, table
-from dropformer.progress import Watcher
+from dropformer.progress import Silent
 from dropformer.prune.errors import PlanError
 
 
@@ -26,7 +26,7 @@ def found(folder, tmp_path_factory):
         patch.setenv("DROPFORMER_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(job, "SWEEP", Setting(prompt=16, new=2))
         request = job.Request(str(folder), "attn:3", calibration=job.Overrides("builtin", 3, 32))
-        return job.sweep(request, "attn", [2, 3], (2, 32), Watcher(), speed=True)
+        return job.sweep(request, "attn", [2, 3], (2, 32), Silent(), speed=True)
 
 
 def test_the_dense_model_comes_first_even_if_the_range_begins_later(found):

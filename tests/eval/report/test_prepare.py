@@ -7,13 +7,13 @@ from dropformer.eval.cost.timing import Setting
 from dropformer.eval.report.evaluation import Candidate, EvaluationOptions, evaluate
 from dropformer.eval.report.prepare import labels
 from dropformer.metrics.calibration.settings import Calibration
-from dropformer.progress import Watcher
+from dropformer.progress import Silent
 from dropformer.prune.errors import ArchitectureError, CalibrationError, EvaluationError, ModelError
 
 TEXT = Calibration("heldout", 2, 32)
 
 
-class Silent(Watcher):
+class Heard(Silent):
     """Fails the test if any work begins."""
 
     def stage(self, name, total=None):
@@ -22,7 +22,7 @@ class Silent(Watcher):
 
 def refused(candidates, options, error, said):
     with pytest.raises(error, match=said):
-        evaluate(candidates, options, Silent())
+        evaluate(candidates, options, Heard())
 
 
 def test_filling_a_gpu_is_refused_without_one(llama, tokenizer):

@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from dropformer.api import drop, outline, plan_unscored
+from dropformer.eval.tasks import backend
 from dropformer.eval.tasks.backend import FastLM
 from dropformer.eval.tasks.mmlu import mmlu_group
 from dropformer.eval.tasks.packing import Limits
-from dropformer.eval.tasks import backend
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import EvaluationError
 from dropformer.recipes import open_source

@@ -17,6 +17,7 @@ from dropformer.prune.discovery.discover import discover
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.discovery.trace import tracing
 from dropformer.prune.errors import PlanError
+from dropformer.prune.formats.export import reference
 from dropformer.prune.plan import choose
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 
@@ -37,7 +38,7 @@ def through_disk(family, spec, tmp_path):
     """The pruned model in memory and after export and reload."""
     folder = tmp_path / "dense"
     tiny_model(family).save_pretrained(folder)
-    opened = api.LoadedModel(dropformer.load(folder), None, folder, api.reference("m", folder), None)
+    opened = api.LoadedModel(dropformer.load(folder), None, folder, reference("m", folder), None)
     small = api.drop(opened, api.plan_unscored(opened.ref, api.outline(opened.model), spec, (), None))
     api.save(small, tmp_path / "out")
     return small, dropformer.load(tmp_path / "out")
@@ -127,7 +128,7 @@ def test_a_numbered_prediction_head_goes_with_the_numbers(ids, tmp_path, monkeyp
     model.save_pretrained(folder)
     head = {"model.layers.4.eh_proj.weight": torch.ones(3, 3), "model.layers.4.mlp.gate.weight": torch.ones(2)}
     save_file({**load_file(folder / "model.safetensors"), **head}, folder / "model.safetensors", {"format": "pt"})
-    opened = api.LoadedModel(dropformer.load(folder), None, folder, api.reference("m", folder), None)
+    opened = api.LoadedModel(dropformer.load(folder), None, folder, reference("m", folder), None)
     small = api.drop(opened, api.plan_unscored(opened.ref, api.outline(opened.model), spec, (), None))
     out = api.save(small, tmp_path / "out").path
     assert bool(head.keys() & load_file(out / "model.safetensors").keys()) == kept

@@ -15,13 +15,14 @@ import dropformer
 from dropformer import api
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import CheckpointError, OutputError, PlanError, VerificationError
+from dropformer.prune.formats.export import reference
 from dropformer.prune.loading.load import load
 
 FAMILIES = ["llama", "qwen2", "gemma2", "gpt2", "mixtral", "qwen3_moe", "falcon", "phi3"]
 
 
 def opened(folder: Path) -> api.LoadedModel:
-    return api.LoadedModel(load(folder), None, folder, api.reference(folder.name, folder), None)
+    return api.LoadedModel(load(folder), None, folder, reference(folder.name, folder), None)
 
 
 def drop_and_save(source: Path, spec: str, out: Path):

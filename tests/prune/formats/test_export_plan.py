@@ -13,6 +13,7 @@ import dropformer
 from dropformer import api
 from dropformer.prune.errors import OutputError, PlanError
 from dropformer.prune.files import open_checkpoint
+from dropformer.prune.formats.export import reference
 from dropformer.prune.formats.export_plan import plain_writing, write_by_plan
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.loading.load import load
@@ -37,7 +38,7 @@ def planned(tiny, tmp_path):
     def make(family, spec, **changes):
         folder = tmp_path / family
         tiny(family, **changes).save_pretrained(folder, max_shard_size="20KB")
-        opened = api.LoadedModel(load(folder), None, folder, api.reference(family, folder), None)
+        opened = api.LoadedModel(load(folder), None, folder, reference(family, folder), None)
         return opened, api.plan_unscored(opened.ref, api.outline(opened.model), spec, (), None)
 
     return make

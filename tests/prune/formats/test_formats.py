@@ -15,6 +15,7 @@ from dropformer import api
 from dropformer.metrics.repair.base import Repair
 from dropformer.prune.architecture import Layer
 from dropformer.prune.errors import OutputError, PlanError
+from dropformer.prune.formats.export import reference
 from dropformer.prune.loading.load import load
 
 
@@ -23,7 +24,7 @@ def opened(tiny, tmp_path):
     def make(family, **changes):
         folder = tmp_path / family
         tiny(family, **changes).save_pretrained(folder)
-        return api.LoadedModel(load(folder), None, folder, api.reference(family, folder), None)
+        return api.LoadedModel(load(folder), None, folder, reference(family, folder), None)
 
     return make
 

@@ -10,6 +10,7 @@ from dropformer import api
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import map_blocks
 from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.formats.export import reference
 from dropformer.prune.outline import BranchOutline, Outline, StackOutline
 from dropformer.prune.surgery.config import pruned_config
 
@@ -38,7 +39,7 @@ class TestExportOfAConfigWithoutItsDerivedLists:
 
     def test_windows_stay_with_their_blocks(self, folder, ids):
         model = dropformer.load(folder)
-        opened = api.LoadedModel(model, None, folder, api.reference("m", folder), None)
+        opened = api.LoadedModel(model, None, folder, reference("m", folder), None)
         plan = api.plan_unscored(opened.ref, api.outline(model), "block=0", (), None)
         pruned = api.drop(opened, plan)
         api.save(pruned, folder.parent / "out")

@@ -6,6 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import dropformer
 from dropformer import api
+from dropformer.prune.formats.export import reference
 from dropformer.prune.loading.load import load
 
 
@@ -13,7 +14,7 @@ from dropformer.prune.loading.load import load
 def checkpoint(tiny, tmp_path):
     tiny("llama").save_pretrained(tmp_path / "dense")
     opened = api.LoadedModel(
-        load(tmp_path / "dense"), None, tmp_path / "dense", api.reference("m", tmp_path / "dense"), None
+        load(tmp_path / "dense"), None, tmp_path / "dense", reference("m", tmp_path / "dense"), None
     )
     plan = api.plan_unscored(opened.ref, api.outline(opened.model), "attn=1,mlp=2", (), None)
     dropformer.save(api.drop(opened, plan), tmp_path / "small")

@@ -56,11 +56,11 @@ def compare(
     folder = out or Path(f"{short_name(checkpoints[0])}-compare")
     check_out(folder, "compare.json")
     from dropformer import console
-    from dropformer.api import Placement
     from dropformer.eval.compare import output
     from dropformer.eval.compare.compare import CompareRequest
     from dropformer.eval.compare.compare import compare as run
     from dropformer.job import Overrides
+    from dropformer.recipes.opening import Placement
     from dropformer.recipes.recipe import recipe_of, recipes
 
     known = recipes().get(checkpoints[0]) or recipe_of(checkpoints[0].partition("@")[0])

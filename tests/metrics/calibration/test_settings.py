@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoConfig
 
-from dropformer.metrics.calibration.context import check_length, context_of
+from dropformer.metrics.calibration.settings import check_length, context_of
 from dropformer.prune.errors import CalibrationError
 
 

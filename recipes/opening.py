@@ -1,0 +1,88 @@
+"""Open whatever `--model` takes: fetch, convert, load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dropformer.prune.artifact import ModelRef
+from dropformer.prune.errors import ModelError
+from dropformer.prune.files.config_json import read_config
+from dropformer.prune.formats.export import reference
+from dropformer.prune.loading.load import default_dtype, load, usable_device
+from dropformer.prune.loading.tokenizer import bound_tokens, open_tokenizer
+from dropformer.recipes import Recipe, open_source
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a model computes.  None: float32 on a CPU, the checkpoint's dtype on the first GPU."""
+
+    dtype: str | None = None
+    device: str | None = None
+    device_map: str | None = None
+    trust_remote_code: bool = False
+
+    def computes_in(self, folder: Path | None = None, streamed: bool = False) -> str:
+        """The dtype that `load` computes a folder's model in: the one asked for, else `default_dtype`."""
+        if self.dtype:
+            return self.dtype
+        on_cpu = streamed or (self.device_map is None and usable_device(self.device).type == "cpu")
+        return str(default_dtype(read_config(folder) if folder else {}, on_cpu)).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory, its tokenizer (None where it has none), and where its files lie.
+
+    `file` is the .gguf file from which the folder at `path` was made, if it was.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any
+    path: Path
+    ref: ModelRef
+    recipe: Recipe | None
+    file: Path | None = None
+
+
+def open_model(
+    name: str | Path,
+    revision: str | None = None,
+    placement: Placement | None = None,
+    tell: Tell | None = None,
+    weights: bool = True,
+) -> LoadedModel:
+    """Fetch, convert and load whatever `--model` takes.  Raises ModelError or CheckpointError.
+
+    Without `weights` nothing is loaded and the `model` is None: they are to be read from `path` in pieces.
+    """
+    place = placement or Placement()
+    source = open_source(str(name), revision, tell)
+    licence = source.recipe.licence if source.recipe else None
+    ref = reference(str(source.name), source.path, source.revision, licence, source.hub)
+    if tell:
+        tell(f"loading {source}")
+    model: Any = None
+    if weights:
+        model = load(source.path, torch_dtype(place.dtype), place.device, place.device_map, place.trust_remote_code)
+    tokenizer = open_tokenizer(source.path, place.trust_remote_code)
+    bound_tokens(tokenizer, model)
+    return LoadedModel(model, tokenizer, source.path, ref, source.recipe, source.file)
+
+
+def torch_dtype(name: str | None) -> torch.dtype | str | None:
+    """The dtype of a name, as `load` takes it.  Raises ModelError for an unknown one."""
+    if name in (None, "auto"):
+        return name
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ModelError(f"dtype `{name}` is unknown; expected float32, bfloat16, float16 or auto")
+    return dtype
