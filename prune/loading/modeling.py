@@ -122,7 +122,9 @@ def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
     for path, form in modules.items():
         parent, _, name = path.rpartition(".")
         owner, new = model.get_submodule(parent), replacement(form)
-        keep_settings(getattr(owner, name), new)
+        old = getattr(owner, name)
+        new.to(next((parameter.device for parameter in old.parameters()), "cpu"))
+        keep_settings(old, new)
         setattr(owner, name, new)
         for setter in setters(type(owner)):
             if _assigns(getattr(type(owner), setter), name):
