@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from dropformer.metrics.search.strategy import METRIC_NAMES, QUALITIES, REPAIRS, SELECTS
+from dropformer.metrics.repair.registry import REPAIRS
+from dropformer.metrics.search.registry import METRICS, SELECTIONS
+from dropformer.metrics.search.strategy import QUALITIES
 from dropformer.prune.errors import OutputError
 from dropformer.prune.formats.registry import FORMATS
 from dropformer.version import __version__
@@ -87,10 +89,10 @@ Quality = Annotated[
         rich_help_panel=CHOICE,
     ),
 ]
-Metric = Annotated[Text, typer.Option(help=f"What ranks: {', '.join(METRIC_NAMES)}.", rich_help_panel=CHOICE)]
+Metric = Annotated[Text, typer.Option(help=f"What ranks: {', '.join(METRICS)}.", rich_help_panel=CHOICE)]
 Select = Annotated[
     Text,
-    typer.Option(help=f"{', '.join(SELECTS)}; greedy minimizes the KL to the dense model.", rich_help_panel=CHOICE),
+    typer.Option(help=f"{', '.join(SELECTIONS)}; greedy minimizes the KL to the dense model.", rich_help_panel=CHOICE),
 ]
 Refine = Annotated[
     int | None,

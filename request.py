@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 
 from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.repair.registry import REPAIRS
 from dropformer.metrics.search.budget import parse_budget
-from dropformer.metrics.search.strategy import REPAIRS, Strategy, Target
+from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named_strategy
-from dropformer.prune.errors import CalibrationError, PlanError
+from dropformer.prune.errors import CalibrationError
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.recipes import Recipe
 from dropformer.recipes.placement import Placement
@@ -56,7 +57,7 @@ def chosen_strategy(
     if not refine and all(said is None for said in (quality, metric, select, repair, budget)):
         return None
     if repair is not None and not repair.strip(" ,"):
-        raise PlanError(f"--repair `{repair}` is unknown; expected one of {', '.join(REPAIRS)}")
+        REPAIRS[repair]  # raises
     if budget is not None:
         parse_budget(budget)
     return named_strategy(quality, metric, select, repair, refine).under(budget)

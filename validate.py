@@ -11,6 +11,8 @@ from dropformer.metrics.analysis.distributed import world
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.images import PIXELS, image_files
 from dropformer.metrics.calibration.text import check_name
+from dropformer.metrics.repair.registry import REPAIRS
+from dropformer.metrics.search.registry import SELECTIONS
 from dropformer.prune.errors import DropformerError, EvaluationError, OutputError, PlanError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.files.config_json import read_config
@@ -71,7 +73,7 @@ RULES = (
     Rule(lambda r: not r.repairs, ("gate",), "where nothing is repaired", "add --repair"),
     Rule(lambda r: r.target.budget, ("metric", "select"), "with --budget, which searches by the KL it costs"),
     Rule(
-        lambda r: r.selection.strategy and r.selection.strategy.select == "greedy", ("metric",),
+        lambda r: r.selection.strategy and SELECTIONS[r.selection.strategy.select].measures, ("metric",),
         "where a greedy search chooses, by the KL that it costs", "add --select one-shot or iterative",
     ),
     Rule(lambda r: not FORMATS[r.export.format].links, ("link",), "with --format {format}, which writes anew"),
@@ -248,10 +250,11 @@ def _check_format(request: Request, kinds: set[str] | None) -> None:
     form = FORMATS[name]
     if form.runs and request.on_files:
         raise OutputError(f"--format {name} runs the model, which a plan alone does not load; add --measure")
-    if not form.maps and "linear" in request.repairs and (kinds is None or "attn" in kinds):
+    mapping = [repair for repair in request.repairs if REPAIRS[repair].maps]
+    if mapping and not form.maps and (kinds is None or "attn" in kinds):
         raise PlanError(
-            f"--format {name} has no place for linear maps; repair another way than --repair linear or "
-            "--quality linear, or leave out --format"
+            f"--format {name} has no place for linear maps; repair another way than --repair {mapping[0]}, or leave "
+            "out --format"
         )
 
 
