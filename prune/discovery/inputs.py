@@ -33,6 +33,7 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str
         return features | ({"decoder_input_ids": ids, "use_cache": False} if config.is_encoder_decoder else {})
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     vocab = int(getattr(text, "vocab_size", 0) or 32)
+    batch = 1 if reads_one_text(model) else batch
     batch *= getattr(config, "num_codebooks", 1) if getattr(config, "audio_channels", None) else 1  # MusicGen
     ids = torch.randint(0, vocab, (batch, length), generator=generator).to(device)
     inputs: dict[str, Any] = {"input_ids": ids}
@@ -51,6 +52,14 @@ def random_pixels(config: object, batch: int, seed: int = 0) -> Tensor:
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(batch, getattr(config, "num_channels", 3), height, width, generator=generator)
+
+
+def reads_one_text(model: Any) -> bool:
+    """Does a decoder with a classification head refuse batches, because its config names no padding token?"""
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if config is not None and hasattr(config, "get_text_config") else config
+    pads = [getattr(part, "pad_token_id", None) for part in (config, text)]
+    return "ForSequenceClassification" in type(model).__name__ and None in pads
 
 
 def takes_pictures(model: object) -> bool:

@@ -17,9 +17,11 @@ from dropformer.prune.block_map import Surgery
 from dropformer.prune.discovery.modalities import sample_batches
 from dropformer.prune.errors import VerificationError
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
-from dropformer.prune.formats.record import licence_of, read_config, write_record
+from dropformer.prune.files.config_json import read_config
+from dropformer.prune.files.side_files import copy_side_files
+from dropformer.prune.formats.record import licence_of, write_record
 from dropformer.prune.formats.registry import known_format
-from dropformer.prune.formats.writing import ExportJob, ExportOptions, copy_side_files, write_config
+from dropformer.prune.formats.writing import ExportJob, ExportOptions, write_config
 from dropformer.prune.loading.load import load
 from dropformer.prune.loading.tensor_names import auto_names, meta_model, native_class, parameter_names
 from dropformer.prune.plan import Plan
@@ -66,7 +68,7 @@ def export(
     with new_folder(out) as folder:
         copied = kind.write(writing, folder)
         if kind.sides:
-            copy_side_files(source, folder)
+            copied = copied.noted(copy_side_files(source, folder).note)
         if kind.saves:
             follow_files(folder, surgery.outline, surgery.block_map)
         results = finish(folder, copied) if finish else None

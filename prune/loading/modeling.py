@@ -21,8 +21,11 @@ that do attend.
 from __future__ import annotations
 
 import re
+import shutil
 from collections import namedtuple
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +38,7 @@ from transformers.conversion_mapping import (
 from transformers.models.auto import modeling_auto
 
 MODEL_TYPE = "dropformer"
+CODE_FILE = "modeling_dropformer.py"  # what a copy of this file is called beside a checkpoint's weights
 
 
 class Skipped(nn.Module):
@@ -116,7 +120,9 @@ def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
     for path, form in modules.items():
         parent, _, name = path.rpartition(".")
         owner, new = model.get_submodule(parent), replacement(form)
-        keep_settings(getattr(owner, name), new)
+        old = getattr(owner, name)
+        new.to(next((parameter.device for parameter in old.parameters()), "cpu"))
+        keep_settings(old, new)
         setattr(owner, name, new)
 
 
@@ -187,11 +193,30 @@ def pruned_config_class(base: Any) -> type[PreTrainedConfig]:
                 layers[index] = {**layers.get(index, {}), "skip": names}
             if layers:
                 fields["per_layer_config"] = layers
+            fields["auto_map"] = auto_map(base)
             return {key: value for key, value in fields.items() if key != "dropformer_skips"}
+
+        def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+            """As transformers does for custom code: this file goes beside the config, wherever it is saved."""
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            with suppress(shutil.SameFileError):
+                shutil.copyfile(__file__, Path(save_directory) / CODE_FILE)
+            super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     PrunedConfig.__name__ = PrunedConfig.__qualname__ = f"Dropformer{base.__name__}"
     _register(base, PrunedConfig)
     return PrunedConfig
+
+
+def auto_map(base: Any) -> dict[str, str]:
+    """What config.json calls the classes of this file, for every Auto class that knows a family's config."""
+    stem = CODE_FILE.removesuffix(".py")
+    autos = [
+        name
+        for name, auto in vars(modeling_auto).items()
+        if name.startswith("AutoModel") and base in (getattr(auto, "_model_mapping", None) or ())
+    ]
+    return {"AutoConfig": f"{stem}.DropformerConfig"} | {name: f"{stem}.Pruned{name}" for name in autos}
 
 
 def _register(base: type[PreTrainedConfig], pruned: type[PreTrainedConfig]) -> None:
