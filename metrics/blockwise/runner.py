@@ -26,6 +26,8 @@ from dropformer.prune.discovery.trace import outputs_of
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.loading.modeling import Skipped
 
+SIMILARITY = "use --metric similarity with --select one-shot and no --repair"
+
 
 @contextmanager
 def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -83,6 +85,8 @@ class BlockRunner:
         self._passing = {block.path: Skipped(block.form) for block in self.blocks}
         with torch.inference_mode():
             self._calls = [self._record(batch) for batch in self.batches]
+        if any(len(calls) != len(self.blocks) for calls in self._calls):
+            raise ArchitectureError(f"{self.stack.path} runs its blocks once for each segment of a text; {SIMILARITY}")
 
     def like(self, batches: Sequence[Mapping[str, Tensor]], architecture: Architecture) -> BlockRunner:
         """A runner of the same model on other batches, with the same provider, work and keeper."""
@@ -159,7 +163,8 @@ def only_stack(architecture: Architecture) -> Stack:
     """The one stack of a model.  Raises ArchitectureError where there are several."""
     if len(architecture.stacks) != 1:
         raise ArchitectureError(
-            f"this needs a model with one stack of blocks, and this one has {len(architecture.stacks)}; "
-            "use --metric similarity with --select one-shot and no --repair"
+            f"this needs a model with one stack of blocks, and this one has {len(architecture.stacks)}; {SIMILARITY}"
         )
+    if any(isinstance(block.input.key, tuple) for block in architecture.stacks[0].blocks):
+        raise ArchitectureError(f"this model's blocks are reversible, with two streams; {SIMILARITY}")
     return architecture.stacks[0]

@@ -152,7 +152,7 @@ class _Reader:
             if isinstance(module, (nn.Linear, Conv1D)) and _floating(module):
                 yield OutputProjection(layer, call.path, None, scale)
                 return
-            if _is_norm(module, self.flow.trace.tensors[value].shape[-1]):
+            if _is_norm(module, self.flow.trace.values[value].shape[-1]):
                 yield OutputProjection(layer, call.path, None, scale, "norm")
                 return
         for source, factor in self._sources(value, scale):
@@ -172,7 +172,7 @@ class _Reader:
         return [] if times is None else [(from_stream[0], scale * times)]
 
     def _same_rows(self, one: int, other: int) -> bool:
-        a, b = (self.flow.trace.tensors[v].shape for v in (one, other))
+        a, b = (self.flow.trace.values[v].shape for v in (one, other))
         return bool(a) and bool(b) and a[-1] == b[-1] and a.numel() == b.numel()
 
     def _makers(self, terms: list[Term]) -> str:
