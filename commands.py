@@ -201,13 +201,14 @@ def evaluate(
     from dropformer.eval.cost.speed import PAPER, grid
     from dropformer.eval.report.evaluation import EvaluationOptions
     from dropformer.eval.report.run import evaluate_models
-    from dropformer.eval.tasks.registry import find_tasks
-    from dropformer.eval.tasks.tasks import TaskOptions
+    from dropformer.eval.tasks.results import TaskOptions
     from dropformer.metrics.analysis import distributed
     from dropformer.metrics.calibration.settings import Calibration
     from dropformer.recipes.placement import Placement
 
     if names:
+        from dropformer.eval.tasks.registry import find_tasks  # imports lm-eval, which takes seconds
+
         find_tasks(names, mmlu_data, include)  # a missing task or data is reported before a model is loaded
     settings = [] if not speed else [PAPER] if batches is None else grid(batches, prompts, new_tokens)
     wanted = EvaluationOptions(
