@@ -165,9 +165,10 @@ class SequentialRefit:
             self.fits.append(SequentialFit(slot, one.penalty, one.left_over))
             return self._apply(slot, module, one, constant, ends if len(ends) == len(streams) else None)
 
-    def _near(self, slot: OutputProjection) -> float | None:
-        """The penalty of the last slot of the same kind of branch."""
-        return next((f.penalty for f in reversed(self.fits) if f.slot.layer.kind == slot.layer.kind), None)
+    def _near(self, slot: OutputProjection) -> tuple[float, int] | None:
+        """The penalty of the last slot of the same kind of branch, and the side on which to look for a better one."""
+        before = [fit.penalty for fit in self.fits if fit.slot.layer.kind == slot.layer.kind]
+        return (before[-1], (-1) ** len(before)) if before else None
 
     def _apply(
         self,
