@@ -20,7 +20,7 @@ from dropformer.prune.architecture import Architecture, of_images
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.block_map import Surgery
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.inputs import with_images
+from dropformer.prune.discovery.modalities import with_images
 from dropformer.prune.discovery.proof import prove
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ModelError, OutputError, PlanError
@@ -32,7 +32,7 @@ from dropformer.prune.loading.load import load
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, choose, make_plan, parse_spec
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
-from dropformer.prune.surgery.views import sharing_copy
+from dropformer.prune.surgery.views import proven, sharing_copy
 from dropformer.recipes import Recipe
 from dropformer.recipes.opening import LoadedModel, Placement, open_model
 
@@ -112,6 +112,7 @@ def drop(model: str | Path | LoadedModel | nn.Module, plan: Plan, repair: Repair
         need_dense(read_config(opened.path), opened.ref.name)
     pruned = sharing_copy(dense)
     surgery = plan_surgery(plan.outline, plan.layers, dense, repair.mapped if repair else None)
+    surgery = proven(dense, surgery)
     if repair:
         named = repair.named(plan.outline, surgery.block_map)
         dtype = stored_dtype(opened.path) if opened else next(dense.parameters()).dtype

@@ -22,7 +22,8 @@ from dropformer import api
 from dropformer.metrics.analysis.analyze import analyze_model
 from dropformer.prune.architecture import Architecture, Layer, Stack
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.inputs import sample_inputs, with_images
+from dropformer.prune.discovery.inputs import sample_inputs
+from dropformer.prune.discovery.modalities import with_images
 from dropformer.prune.discovery.proof import prove
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ArchitectureError, PlanError

@@ -27,7 +27,7 @@ def of_images(stack: str) -> bool:
 class Layer:
     """One droppable thing, in the original model's numbering.  Prints as people write it: `attn:12`."""
 
-    kind: LayerKind
+    kind: str  # a LayerKind
     index: int
     stack: str = ""  # "" for a model with one stack, else e.g. "encoder", "decoder"
 
@@ -41,7 +41,7 @@ class Layer:
         stack, _, kind = name.rpartition(".")
         if kind not in KIND_NAMES or not index.isdecimal():
             raise PlanError(f"`{text}` is not a layer; expected for example attn:12 or encoder.mlp:3")
-        return cls(kind, int(index), stack)  # type: ignore[arg-type]
+        return cls(kind, int(index), stack)
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Stack:
-    """A run of blocks through which one residual stream flows."""
+    """A run of blocks through which one residual stream flows.
+
+    The first `fixed` blocks cannot get another number: the model acts on the stream between them, or reads it there.
+    """
 
     name: str
     path: str
     blocks: tuple[Block, ...]
+    fixed: int = 0
 
     def layers(self) -> Iterator[Layer]:
         for block in self.blocks:

@@ -71,21 +71,25 @@ def map_blocks(
     shorten: bool = True,
     mapped: dict[Layer, dict[str, Any]] | None = None,
 ) -> BlockMap:
-    """The arrangement that drops these layers; with `shorten=False` every block stays, skipped or not."""
+    """The blocks that remain without these layers.
+
+    Blocks that must keep their numbers (`StackOutline.fixed`) stay, skipped or not; with `shorten=False` all do.
+    """
     dropped = set(dropped)
     gone = set(outline.branch_layers(dropped)) - set(mapped or {})
     stacks = {}
     for stack in outline.stacks:
         kept = [_block(stack, i, gone, Layer("block", i, stack.name) in dropped) for i in range(stack.blocks)]
-        short = _paired(stack, kept) or tuple(b for b in kept if not b.empty)
-        stacks[stack.name] = short if shorten else tuple(kept)
+        fixed = stack.fixed if shorten else stack.blocks
+        rest = kept[fixed:]
+        stacks[stack.name] = (*kept[:fixed], *(_paired(stack, rest) or (b for b in rest if not b.empty)))
     return BlockMap(stacks, mapped or {})
 
 
 def _block(stack: StackOutline, index: int, gone: set[Layer], whole: bool) -> MappedBlock:
     """A block less its branches that go.  A plain one is empty without them, any other where it goes as a whole."""
     branches, rest = stack.of_block(index), stack.block(index)
-    skipped = tuple(b.kind for b in branches if Layer(b.kind, index, stack.name) in gone)  # type: ignore[arg-type]
+    skipped = tuple(b.kind for b in branches if Layer(b.kind, index, stack.name) in gone)
     bare = bool(branches) and len(skipped) == len(branches) and not rest.kept
     return MappedBlock(index, index, skipped, bare and (whole or rest.plain))
 
@@ -161,7 +165,7 @@ def new_name(outline: Outline, block_map: BlockMap, name: str) -> str | None:
             if (block.mlp if kind == "mlp" else block.source) == index:
                 if block.empty and stack.block(index).form is not None:
                     return None
-                forms = block_map.mapped.get(Layer(kind, index, stack.name), {}) if kind else {}  # type: ignore[arg-type]
+                forms = block_map.mapped.get(Layer(kind, index, stack.name), {}) if kind else {}
                 return None if kind in block.skipped or _owns(forms, rest) else f"{prefix}{new}.{rest}"
         return None
     return name

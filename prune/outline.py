@@ -45,7 +45,8 @@ class StackOutline(FrozenRecord):
 
     `rest` tells what blocks are beyond their branches; a block that it does not name is plain and keeps nothing.
     `caches`: how many entries of the cache a block has, block i those from i * caches on.  `alike`: any block could
-    stand in any other's place.
+    stand in any other's place.  `fixed`: how many leading blocks must keep their numbers, because the model acts on
+    the stream between them by position (image features that Qwen3-VL adds after its first blocks).
     """
 
     name: str = ""
@@ -54,6 +55,7 @@ class StackOutline(FrozenRecord):
     parallel: bool = False
     caches: int = 1
     alike: bool = False
+    fixed: int = 0
     branches: list[BranchOutline]
     rest: list[BlockOutline] = []
 
@@ -90,7 +92,7 @@ class Outline(FrozenRecord):
         part = self.stack(stack)
         if kind == "block":
             return [Layer("block", i, stack) for i in range(part.blocks) if not part.block(i).kept]
-        return [Layer(kind, i, stack) for i in range(part.blocks) if part.branch(kind, i)]  # type: ignore[arg-type]
+        return [Layer(kind, i, stack) for i in range(part.blocks) if part.branch(kind, i)]
 
     def branch_layers(self, layers: Iterable[Layer]) -> list[Layer]:
         """The layers with every block replaced by its branches, sorted, each once."""
@@ -102,7 +104,7 @@ class Outline(FrozenRecord):
                 yield layer
                 continue
             for branch in self.stack(layer.stack).of_block(layer.index):
-                yield Layer(branch.kind, layer.index, layer.stack)  # type: ignore[arg-type]
+                yield Layer(branch.kind, layer.index, layer.stack)
 
     def branch(self, layer: Layer) -> BranchOutline:
         branch = self.stack(layer.stack).branch(layer.kind, layer.index)

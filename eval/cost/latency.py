@@ -1,9 +1,9 @@
-"""How long each layer takes in one decoded token, with its cache, on the machine at hand."""
+"""Measured time of each layer in one decode step."""
 
 from __future__ import annotations
 
+import inspect
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dropformer.eval.cost.timing import Setting, device_of, prompt_of
+from dropformer.eval.cost.timing import Clock, Setting, prompt_of
 from dropformer.metrics.calibration.settings import context_of
 from dropformer.metrics.search.budget import Latency
 from dropformer.prune.architecture import Architecture, Layer
+from dropformer.prune.loading.device import gpus_of
 
 STEPS, WARM = 16, 3
 
@@ -24,14 +25,15 @@ STEPS, WARM = 16, 3
 def layer_latency(model: nn.Module, architecture: Architecture, context: int = 2048, steps: int = STEPS) -> Latency:
     """Median seconds of every attention and MLP layer, and of a whole step, over decode steps at batch 1.
 
-    `context` tokens (fewer where the model reads fewer) are in the cache.  A layer's time is that of its own
-    modules, norms included; adding to the stream belongs to none.  By CUDA events on a GPU, by the clock elsewhere.
+    The cache holds `context` tokens (at most the model's maximum length).  A layer's time is that of its own
+    modules, norms included; additions to the residual stream are in no layer's time.  Clocks: `timing.Clock`.
     """
     room = (context_of(model.config) or context + WARM + steps) - WARM - steps
     setting = Setting(prompt=max(1, min(context, room)), new=WARM + steps)
-    output = model(input_ids=prompt_of(model, setting), use_cache=True)
+    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    output = model(input_ids=prompt_of(model, setting), use_cache=True, **keep)
     past, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
-    clock = _Clock(device_of(model).type == "cuda")
+    clock = Clock(gpus_of(model))
     layers: dict[Layer, list[float]] = defaultdict(list)
     whole = []
     for _ in range(setting.new):
@@ -46,29 +48,9 @@ def layer_latency(model: nn.Module, architecture: Architecture, context: int = 2
     )
 
 
-class _Clock:
-    """Moments, and the seconds between two of them."""
-
-    def __init__(self, cuda: bool) -> None:
-        self.cuda = cuda
-
-    def now(self) -> Any:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, begin: Any, end: Any) -> float:
-        if not self.cuda:
-            return end - begin
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000
-
-
 @contextmanager
-def _timing(model: nn.Module, architecture: Architecture, clock: _Clock) -> Iterator[dict[Layer, list[tuple]]]:
-    """Inside the `with`, when each layer's modules begin and end."""
+def _timing(model: nn.Module, architecture: Architecture, clock: Clock) -> Iterator[dict[Layer, list[tuple]]]:
+    """Begin and end of each layer's modules in the forward passes inside the `with`."""
     spans: dict[Layer, list[tuple]] = defaultdict(list)
     with ExitStack() as hooks:
         for layer in (found for found in architecture.layers() if found.kind != "block"):
@@ -79,7 +61,7 @@ def _timing(model: nn.Module, architecture: Architecture, clock: _Clock) -> Iter
         yield spans
 
 
-def _watch(module: nn.Module, spans: list[tuple], clock: _Clock) -> list[Any]:
+def _watch(module: nn.Module, spans: list[tuple], clock: Clock) -> list[Any]:
     begun: list[Any] = []
     return [
         module.register_forward_pre_hook(lambda *_: begun.append(clock.now())),

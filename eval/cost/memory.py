@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dropformer.prune.errors import EvaluationError
+from dropformer.prune.loading.device import input_device
 
 T = TypeVar("T")
 
@@ -124,7 +125,7 @@ def _prefill(model: nn.Module, length: int) -> Any:
     """The cache after reading `length` tokens; None for a model that keeps none."""
     if "input_ids" not in inspect.signature(model.forward).parameters:
         return None
-    ids = torch.ones((1, length), dtype=torch.long, device=next(model.parameters()).device)
+    ids = torch.ones((1, length), dtype=torch.long, device=input_device(model))
     inputs = {"input_ids": ids, "use_cache": True}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids

@@ -21,6 +21,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from dropformer.prune.errors import ArchitectureError, EvaluationError
+from dropformer.prune.loading.device import input_device
 
 _POSITIONS = (0, 37)  # where the probe token is computed
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative; 16-bit keys get the default
@@ -243,12 +244,12 @@ def _frequencies(model: nn.Module) -> Iterator[Tensor]:
             yield frequencies
     rotated = getattr(model.config, "rotary_dim", None)
     if rotated:
-        yield 10000.0 ** (-torch.arange(0, rotated, 2, device=next(model.parameters()).device) / rotated)
+        yield 10000.0 ** (-torch.arange(0, rotated, 2, device=input_device(model)) / rotated)
 
 
 def _probe_ids(model: nn.Module) -> Tensor:
     """Three sequences of one token.  [3, 1]"""
-    return torch.arange(1, 4, device=next(model.parameters()).device)[:, None]
+    return torch.arange(1, 4, device=input_device(model))[:, None]
 
 
 def _probe(model: nn.Module, position: int) -> list[_Cached | None]:

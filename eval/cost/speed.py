@@ -11,16 +11,19 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import torch
 from torch import nn
 
+from dropformer.eval.cost.largest_batch import with_batch
 from dropformer.eval.cost.memory import Peak, peak_of
 from dropformer.eval.cost.model_cost import ModelCost, work_of
-from dropformer.eval.cost.timing import Run, Setting, Step, decoder, device_name, device_of, fits_in_memory, time_run
+from dropformer.eval.cost.timing import Run, Setting, Step, decoder, device_name, static_cache, time_run
 from dropformer.metrics.calibration.settings import context_of
 from dropformer.prune.errors import EvaluationError
+from dropformer.prune.loading.device import input_device
 
 __all__ = [
     "PAPER",
@@ -30,7 +33,6 @@ __all__ = [
     "SpeedTable",
     "bounds",
     "grid",
-    "largest_batch",
     "measure",
     "quick",
 ]
@@ -128,11 +130,11 @@ def measure(
 ) -> SpeedTable:
     """Measure every model at every setting; the first model is what the others are compared with.
 
-    In each repeat every model runs once, and the order rotates from repeat to repeat, so that a
-    machine that slows down slows all of them.  `compile`: decode through torch.compile with a
-    StaticCache.  `seconds`: start no further repeat of a setting once it has taken so long (each
-    is repeated once at least).  `warm`: run every model briefly first.  Raises EvaluationError for an
-    empty grid, or batch "max" without a GPU.
+    In each repeat every model runs once, and the order rotates from repeat to repeat, so that a machine that slows
+    down slows all of them.  `compile`: decode through torch.compile with one StaticCache a model, reset before each
+    run, so that its CUDA graphs are recorded once, in the warm-up.  `seconds`: start no further repeat of a setting
+    once it has taken so long (each is repeated at least once).  `warm`: run every model briefly first.  Raises
+    EvaluationError for an empty grid, or batch "max" without a GPU.
     """
     if not models or not settings or repeats < 1:
         raise EvaluationError("nothing to measure; expected at least one model, one setting and one repeat")
@@ -140,12 +142,12 @@ def measure(
     works = {name: work_of(model) for name, model in models.items()}
     rows: list[Speed] = []
     for setting in settings:
-        setting = _with_batch(models, setting)
+        setting = with_batch(models, setting, static=compile)
         rows += _measure_one(models, steps, works, setting, _Plan(repeats, compile, seconds, warm))
     first = next(iter(models.values()))
     return SpeedTable(
         tuple(rows),
-        device_name(device_of(first)),
+        device_name(input_device(first)),
         torch.get_num_threads(),
         str(next(first.parameters()).dtype).removeprefix("torch."),
         compile,
@@ -160,8 +162,8 @@ def quick(models: Mapping[str, nn.Module], seconds: float = 18.0, repeats: int =
     start = time.perf_counter()
     trial = Setting(prompt=32, new=4)
     for model in models.values():
-        time_run(model, model, Setting(prompt=8, new=1), False)
-    runs = [time_run(model, model, trial, False) for model in models.values()]
+        time_run(model, Setting(prompt=8, new=1))
+    runs = [time_run(model, trial) for model in models.values()]
     left = max(0.0, seconds - (time.perf_counter() - start)) / repeats
     prompt = 0.4 * left / sum(run.prefill.wall for run in runs) * trial.prompt
     new = 0.6 * left / sum(run.decode.wall for run in runs) * trial.new
@@ -197,10 +199,11 @@ def _measure_one(
     plan: _Plan,
 ) -> list[Speed]:
     names = list(models)
-    # A compiled step is specialised to the cache's length, so its warm-up must be as long as the run.
+    caches = {name: static_cache(models[name], setting) if plan.compile else None for name in names}
+    # A compiled step is specialised to its cache and to the cache's length, so it is warmed up on a whole run.
     warm_up = setting if plan.compile else Setting(min(setting.prompt, 64), 2, setting.batch)
     for name in names if plan.warm else ():
-        time_run(models[name], steps[name], warm_up, plan.compile)
+        time_run(models[name], warm_up, steps[name], caches[name])
     runs: dict[str, list[Run]] = {name: [] for name in names}
     peaks: dict[str, Peak] = {}
     start = time.perf_counter()
@@ -209,7 +212,9 @@ def _measure_one(
             break
         turn = repeat % len(names)
         for name in names[turn:] + names[:turn]:
-            run, peak = _run_peak(models[name], steps[name], setting, plan.compile, repeat == 0)
+            run, peak = _run_peak(
+                models[name], partial(time_run, models[name], setting, steps[name], caches[name]), repeat == 0
+            )
             runs[name].append(run)
             peaks.setdefault(name, peak)
     return [_speed(name, setting, runs, peaks[name], works) for name in names]
@@ -244,31 +249,9 @@ def _speed(
     )
 
 
-def _run_peak(model: nn.Module, step: Step, setting: Setting, static: bool, watch: bool) -> tuple[Run, Peak]:
+def _run_peak(model: nn.Module, run: Callable[[], Run], watch: bool) -> tuple[Run, Peak]:
     """A run, with its peak memory if `watch` (reading the resident set's peak costs a little time)."""
-    if not watch:
-        return time_run(model, step, setting, static), Peak(0, "")
-    return peak_of(lambda: time_run(model, step, setting, static), device_of(model))
-
-
-def _with_batch(models: Mapping[str, nn.Module], setting: Setting) -> Setting:
-    """Replace batch "max" by the largest power of two at which every model still fits, so that all run alike."""
-    if setting.batch != "max":
-        return setting
-    if any(device_of(model).type != "cuda" for model in models.values()):
-        raise EvaluationError("batch `max` fills a GPU's memory, and the model is not on one; give a number")
-    batch = largest_batch(lambda batch: all(fits_in_memory(model, setting, batch) for model in models.values()))
-    if not batch:
-        raise EvaluationError(f"{setting} does not fit in this GPU's memory even at batch 1; use fewer tokens")
-    return Setting(setting.prompt, setting.new, batch)
-
-
-def largest_batch(fits_in_memory: Callable[[int], bool]) -> int:
-    """The largest power of two that fits, by doubling; 0 if 1 does not."""
-    batch = 0
-    while fits_in_memory(max(1, 2 * batch)):
-        batch = max(1, 2 * batch)
-    return batch
+    return peak_of(run, input_device(model)) if watch else (run(), Peak(0, ""))
 
 
 def _clamp(value: float, low: int, high: int) -> int:

@@ -23,6 +23,7 @@ from transformers import Cache, DynamicCache
 from dropformer.eval.cost.memory import kv_bytes, state_bytes
 from dropformer.eval.cost.sinks import Sinks, sink_cache
 from dropformer.prune.errors import EvaluationError
+from dropformer.prune.loading.device import input_device
 
 Progress = Callable[[int], None]  # called with the number of tokens read so far
 _Reader = Callable[[int, int], Tensor]  # logits [end - start, V] of the tokens from start to end
@@ -185,4 +186,4 @@ def _seconds(function: Callable[[], Any]) -> float:
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return input_device(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import StaticCache
 
-from dropformer.eval.cost.memory import kv_bytes, kv_bytes_per_token
+from dropformer.eval.cost.memory import kv_bytes
+from dropformer.prune.loading.device import gpus_of, input_device
 
 Step = Callable[..., Any]
 
@@ -31,7 +32,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Took:
-    """Seconds on the clock, and seconds of all of this process's threads (of no meaning on a GPU)."""
+    """Wall-clock seconds, and processor seconds of all threads of this process (meaningless on a GPU)."""
 
     wall: float
     cpu: float
@@ -39,61 +40,89 @@ class Took:
 
 @dataclass(frozen=True)
 class Run:
-    """A prefill, and all of the decode steps behind it."""
+    """One prefill and all decode steps after it."""
 
     prefill: Took
     decode: Took
     kv_bytes: int
 
 
+class Clock:
+    """Moments on the devices that compute, and the seconds between two of them.
+
+    On one GPU, CUDA events on that GPU's current stream, for which nothing waits.  On several, whose events cannot
+    be compared, all are synchronized and the host's clock is read.  Without a GPU, the host's clock.
+    """
+
+    def __init__(self, gpus: Sequence[torch.device] = ()) -> None:
+        self.gpus = list(gpus)
+
+    def now(self) -> Any:
+        if len(self.gpus) == 1:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record(torch.cuda.current_stream(self.gpus[0]))
+            return event
+        self.settle()
+        return time.perf_counter()
+
+    def seconds(self, begin: Any, end: Any) -> float:
+        if len(self.gpus) == 1:
+            end.synchronize()
+            return begin.elapsed_time(end) / 1000
+        return end - begin
+
+    def settle(self) -> None:
+        """Wait until every GPU has done what it was given."""
+        for gpu in self.gpus:
+            torch.cuda.synchronize(gpu)
+
+    def timed(self, function: Callable[[], Any]) -> tuple[Any, Took]:
+        """The function's result, and the seconds it took."""
+        self.settle()
+        cpu, begin = time.process_time(), self.now()
+        result = function()
+        end = self.now()
+        self.settle()
+        return result, Took(self.seconds(begin, end), time.process_time() - cpu)
+
+
 @torch.inference_mode()
-def time_run(model: nn.Module, step: Step, setting: Setting, static: bool) -> Run:
-    """One prefill and `setting.new` greedy decode steps, each timed as a whole."""
-    device = device_of(model)
+def time_run(model: nn.Module, setting: Setting, step: Step | None = None, cache: StaticCache | None = None) -> Run:
+    """One prefill and `setting.new` greedy decode steps, each timed as a whole.
+
+    Decode goes through `step` (default: the model's forward).  A static `cache` is reset first and used again: a
+    compiled step recorded its CUDA graphs over that cache's own memory.
+    """
+    clock, step = Clock(gpus_of(model)), step or model
     ids = prompt_of(model, setting)
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    cache = _static_cache(model, setting) if static else None
+    if cache is not None:
+        cache.reset()
 
     def prefill() -> Any:
         return model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
 
-    output, prefill_took = _timed(prefill, device)
+    output, prefill_took = clock.timed(prefill)
     past, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+    del output
 
     def decode() -> None:
         nonlocal token
         for _ in range(setting.new):
-            if static and device.type == "cuda":
+            if cache is not None and clock.gpus:
                 torch.compiler.cudagraph_mark_step_begin()
             token = step(input_ids=token, past_key_values=past, use_cache=True).logits[:, -1:].argmax(-1)
 
-    _, decode_took = _timed(decode, device)
+    _, decode_took = clock.timed(decode)
     return Run(prefill_took, decode_took, kv_bytes(past))
 
 
-def _timed(function: Callable[[], Any], device: torch.device) -> tuple[Any, Took]:
-    """Its result and its seconds: CUDA events on a GPU, the clock and processor time elsewhere."""
-    if device.type != "cuda":
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = function()
-        return result, Took(time.perf_counter() - wall, time.process_time() - cpu)
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    cpu = time.process_time()
-    begin.record()
-    result = function()
-    end.record()
-    torch.cuda.synchronize(device)
-    return result, Took(begin.elapsed_time(end) / 1000, time.process_time() - cpu)
-
-
-def fits_in_memory(model: nn.Module, setting: Setting, batch: int) -> bool:
-    """Whether a GPU holds a run at this batch: its prompt is run beside as many bytes as the cache will grow."""
+def fits_in_memory(model: nn.Module, setting: Setting, ballast: int) -> bool:
+    """Whether the GPU holds a prefill at this setting, whose batch is a number, beside `ballast` more bytes."""
     try:
-        growth = batch * setting.new * kv_bytes_per_token(model)
-        ballast = torch.empty(growth, dtype=torch.uint8, device=device_of(model))
-        time_run(model, model, Setting(setting.prompt, 2, batch), static=False)
-        del ballast
+        held = torch.empty(ballast, dtype=torch.uint8, device=input_device(model))
+        time_run(model, Setting(setting.prompt, 2, setting.batch))
+        del held
         return True
     except torch.cuda.OutOfMemoryError:
         return False
@@ -106,20 +135,19 @@ def decoder(model: nn.Module, compile: bool) -> Step:
     return torch.compile(model, mode="reduce-overhead") if compile else model
 
 
-def _static_cache(model: nn.Module, setting: Setting) -> StaticCache:
-    return StaticCache(config=model.config, max_cache_len=setting.prompt + setting.new)  # type: ignore[arg-type]
+def static_cache(model: nn.Module, setting: Setting) -> StaticCache:
+    """A cache of fixed size for one setting, which allocates its memory in its first prefill."""
+    config: Any = model.config
+    return StaticCache(config=config, max_cache_len=setting.prompt + setting.new)
 
 
 def prompt_of(model: nn.Module, setting: Setting) -> Tensor:
     """Random token ids, the same for every model of one vocabulary.  [batch, prompt]"""
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size  # type: ignore[union-attr, operator]
+    config: Any = model.config
     generator = torch.Generator().manual_seed(0)
     shape = (int(setting.batch), setting.prompt)
-    return torch.randint(vocabulary, shape, generator=generator).to(device_of(model))
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    ids = torch.randint(config.get_text_config(decoder=True).vocab_size, shape, generator=generator)
+    return ids.to(input_device(model))
 
 
 def device_name(device: torch.device) -> str:

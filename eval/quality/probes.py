@@ -25,6 +25,7 @@ from transformers import DynamicCache
 
 from dropformer.metrics.calibration.settings import context_of
 from dropformer.prune.errors import EvaluationError
+from dropformer.prune.loading.device import input_device
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def _answer_scores(model: nn.Module, tokenizer: Any, cache: Any, question: Quest
 
 def _ids(tokenizer: Any, text: str, model: nn.Module, special: bool) -> Tensor:
     ids = tokenizer(text, add_special_tokens=special)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long, device=next(model.parameters()).device)
+    return torch.tensor(ids, dtype=torch.long, device=input_device(model))
 
 
 def _others(draw: random.Random, codes: Sequence[int], place: int) -> list[int]:

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 from dropformer.eval.cost.memory import kv_bytes_per_token, parameter_bytes, parameter_count
 from dropformer.eval.cost.speed import measure, quick
 from dropformer.eval.cost.streaming import stream, streaming_speed
-from dropformer.eval.cost.timing import device_of
 from dropformer.eval.quality.perplexity import side_by_side
 from dropformer.eval.quality.probes import run_probes
 from dropformer.eval.quality.trend import Trend, trend
@@ -22,6 +21,7 @@ from dropformer.metrics.analysis.distributed import rank
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.progress import Progress, Silent
 from dropformer.prune.artifact import Artifact, FrozenRecord
+from dropformer.prune.loading.device import input_device
 
 __all__ = ["Candidate", "Evaluation", "EvaluationOptions", "ModelResult", "evaluate"]
 
@@ -160,7 +160,7 @@ def _with_speed(
     with progress.stage("speed, interleaved"):
         found = measure(named, options.speed, options.repeats) if options.speed else quick(named, options.seconds)
     tables, said = [found], []
-    on_gpu = device_of(models[0].model).type == "cuda"
+    on_gpu = input_device(models[0].model).type == "cuda"
     if options.speed and (on_gpu if options.compile is None else options.compile):
         with progress.stage("speed, decoding through torch.compile"):
             try:

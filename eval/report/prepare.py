@@ -12,11 +12,12 @@ from transformers import PreTrainedModel
 
 from dropformer.eval.compare.compatibility import SharedTokens
 from dropformer.eval.cost.sinks import Sinks, fitting, sink_cache
-from dropformer.eval.cost.timing import Setting, device_of
+from dropformer.eval.cost.timing import Setting
 from dropformer.eval.tasks.tasks import TaskOptions
 from dropformer.metrics.calibration.settings import Calibration, context_of
 from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.prune.errors import EvaluationError
+from dropformer.prune.loading.device import input_device
 from dropformer.prune.plan import Plan
 from dropformer.recipes.source import short_name
 
@@ -95,7 +96,7 @@ def _shared_windows(models: Sequence[Candidate], text: Calibration) -> Windows:
 def _check(candidate: Candidate, dense: Candidate, options: EvaluationOptions) -> None:
     if candidate.tokenizer is None and (candidate is dense or options.tasks or options.probes):
         raise EvaluationError(f"{candidate.name} has no tokenizer, so it can read no text; put one beside its weights")
-    if any(setting.batch == "max" for setting in options.speed) and device_of(candidate.model).type != "cuda":
+    if any(setting.batch == "max" for setting in options.speed) and input_device(candidate.model).type != "cuda":
         raise EvaluationError("batch `paper` fills a GPU's memory, and the model is not on one; give a number")
     longest = max([setting.prompt + setting.new for setting in options.speed], default=0)
     _check_context(candidate, longest, "give a shorter --context or fewer --new-tokens")

@@ -20,6 +20,7 @@ from dropformer.prune.discovery.discover import discover
 from dropformer.prune.discovery.proof import prove
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import CalibrationError
+from dropformer.prune.loading.device import input_device
 
 Progress = Callable[[int, int], None]  # windows done, tokens done
 Batch = Mapping[str, Tensor] | Tensor
@@ -158,7 +159,8 @@ def as_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
     """Forward arguments on the model's device; a lone tensor goes to the first parameter of forward."""
     names = inspect.signature(model.forward).parameters
     fields = {next(iter(names)): batch} if isinstance(batch, Tensor) else dict(batch)
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    device = input_device(model)
+    device = torch.device("cpu") if device.type == "meta" else device  # streamed weights come later
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in fields.items()}
     two = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" in names
     if two and "input_ids" in moved and "decoder_input_ids" not in moved:

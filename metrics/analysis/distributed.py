@@ -1,13 +1,14 @@
-"""Many processes, one result: who this process is among those of an `accelerate launch` or `torchrun`.
+"""One analysis by several processes of an `accelerate launch` or `torchrun`, each on its own device.
 
-accelerate starts the processes and joins them; here each takes its share of the windows and gives the
-others what it found.
+Every process measures its share of the windows; results are gathered in all of them.
 """
 
 from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING, Any
+
+from dropformer.prune.errors import ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -25,20 +26,31 @@ def world() -> int:
 
 
 def own_device(device: str | None) -> str | None:
-    """The device for this process's model: its own GPU where several processes share a machine."""
-    if device is not None or world() == 1:
+    """The device for this process's model: under a launch its own GPU, by its number on the machine.
+
+    Alone, or on the CPU, the device that was asked for.  Raises ModelError for one numbered GPU asked for by all.
+    """
+    if world() == 1 or device not in (None, "cuda"):
+        if world() > 1 and str(device).startswith("cuda"):
+            raise ModelError(
+                f"--device {device} would put {world()} launched processes on one GPU; give --device cuda, by which "
+                "each takes its own"
+            )
         return device
     import torch
 
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else None
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device or torch.cuda.is_available() else None
 
 
 def join(device: Any) -> None:
     """Meet the other processes, if there are any; `device` decides how they talk."""
+    import torch
     import torch.distributed as dist
     from accelerate import PartialState
 
     if world() > 1 and not dist.is_initialized():
+        if getattr(device, "type", None) == "cuda":
+            torch.cuda.set_device(device)  # NCCL talks through the current device
         PartialState(cpu=getattr(device, "type", str(device)) == "cpu")
 
 

@@ -221,8 +221,8 @@ class BranchReader:
 
     def _word(self, call: Call, value: int, word: str) -> str:
         """ "zeros" or "input", qualified where the output is not shaped like the module's hidden states."""
-        shape = self.flow.trace.tensors[value].shape
-        shapes: dict[int | str, Any] = {key: self.flow.trace.tensors[v].shape for key, v in call.inputs.items()}
+        shape = self.flow.trace.values[value].shape
+        shapes: dict[int | str, Any] = {key: self.flow.trace.values[v].shape for key, v in call.inputs.items()}
         hidden = "hidden_states" if "hidden_states" in shapes else next(iter(shapes), None)
         if hidden is not None and _alike(shapes[hidden], shape):
             return word
@@ -262,8 +262,8 @@ class BranchReader:
         return None
 
     def _in_shape(self, tap: Tap, value: int) -> Tap:
-        tensors, flow = self.flow.trace.tensors, self.flow
-        if tensors[value].shape == tensors[flow.x].shape:
+        values, flow = self.flow.trace.values, self.flow
+        if values[value].shape == values[flow.x].shape:
             return tap
         return replace(tap, like=Tap(self.path, "input", flow.in_key))
 

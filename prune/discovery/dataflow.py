@@ -119,7 +119,7 @@ class Flow:
     def _step(self, stream: set[int], index: int, before: int, after: int) -> Step:
         op = self.ops[index]
         others = [v for v in op.inputs if v != before and v in self.reach and v not in stream]
-        if op.name in ADDS and others and self.trace.tensors[others[0]].ndim >= 2:
+        if op.name in ADDS and others and self.trace.values[others[0]].ndim >= 2:
             return Step(index, "merge", before, after, others[0])
         if op.name in CARRIES:
             return Step(index, "carry", before, after)
@@ -211,7 +211,7 @@ class Flow:
         return seen
 
     def _alike(self, a: int, b: int) -> bool:
-        one, other = self.trace.tensors[a].shape, self.trace.tensors[b].shape
+        one, other = self.trace.values[a].shape, self.trace.values[b].shape
         return one.numel() == other.numel() and bool(one) and bool(other) and one[-1] == other[-1]
 
     def reaches(self, value: int, goals: set[int]) -> bool:
@@ -254,11 +254,11 @@ class Flow:
 def stream_ends(trace: Trace, call: Call) -> tuple[int | str, int, int | str | None, int] | None:
     """(input key, value, output key, value) of the stream: the first input whose shape an output keeps."""
     for in_key, x in call.inputs.items():
-        tensor = trace.tensors[x]
-        if not tensor.is_floating_point() or tensor.ndim < 2:
+        given = trace.values[x]
+        if not given.floating or given.ndim < 2:
             continue
         for out_key, y in call.outputs.items():
-            if trace.tensors[y].shape == tensor.shape and y != x and out_key not in call.passed:
+            if trace.values[y].shape == given.shape and y != x and out_key not in call.passed:
                 return in_key, x, out_key, y
     return None
 

@@ -21,6 +21,7 @@ from dropformer.prune.architecture import Architecture, Block, Branch, BranchKin
 from dropformer.prune.discovery.branches import BranchCandidate, BranchReader, BranchRemoval, kind_by_name
 from dropformer.prune.discovery.dataflow import Flow, Term, stream_ends
 from dropformer.prune.discovery.inputs import sample_inputs
+from dropformer.prune.discovery.positions import fixed_blocks
 from dropformer.prune.discovery.replay import Replay, evaluating
 from dropformer.prune.discovery.trace import Call, Trace, tracing
 from dropformer.prune.errors import ArchitectureError
@@ -173,7 +174,8 @@ class _StackReader:
     def read(self, path: str, name: str, stacks: list[str]) -> Stack:
         paths = _block_paths(self.model, path)
         self.memory = self._made_by([other for other in stacks if other != path], paths)
-        return Stack(name, path, tuple(self._block(index, block) for index, block in enumerate(paths)))
+        blocks = tuple(self._block(index, block) for index, block in enumerate(paths))
+        return Stack(name, path, blocks, fixed_blocks(self.trace, paths))
 
     def _made_by(self, stacks: list[str], blocks: list[str]) -> set[int]:
         """Values that come from other stacks: what a decoder's cross-attention reads of its encoder."""
@@ -204,7 +206,7 @@ class _StackReader:
                 f"how often it runs is for the config to say{self._counting(len(calls))}"
             )
         flow = Flow(self.trace, calls[0])
-        if self.trace.tensors[flow.x].ndim > 3 and "input_ids" in self.inputs:
+        if self.trace.values[flow.x].ndim > 3 and "input_ids" in self.inputs:
             raise ValueError("its residual stream is several streams side by side (hyper-connections, AltUp)")
         if not flow.terms:
             raise ValueError("nothing is added to its input inside it: its branches are joined elsewhere")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.loading.device import input_device
 
 # Tables of absolute positions of a text: not of distances, and not of a vision tower's patches.
 POSITIONS = re.compile(r"^(?!.*(rel|dist|vision|visual|image|patch)).*(position|\bwpe\b)", re.I)
@@ -20,8 +20,8 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str
 
     Token ids [batch, length] for text, random pixels for images, both sides for an encoder-decoder.
     """
-    config = getattr(model, "config", None)
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    config: Any = getattr(model, "config", None)
+    device = input_device(model)
     name = getattr(model, "main_input_name", "input_ids")
     if name == "pixel_values":
         return {"pixel_values": random_pixels(config, batch).to(device)}
@@ -30,8 +30,8 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str
         shape = (batch, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 1500))
         features = {"input_features": torch.randn(shape, generator=generator).to(device)}
         ids = torch.zeros(batch, length, dtype=torch.long, device=device)
-        return features | ({"decoder_input_ids": ids, "use_cache": False} if config.is_encoder_decoder else {})  # type: ignore[union-attr]
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config  # type: ignore[union-attr]
+        return features | ({"decoder_input_ids": ids, "use_cache": False} if config.is_encoder_decoder else {})
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     vocab = int(getattr(text, "vocab_size", 0) or 32)
     batch *= getattr(config, "num_codebooks", 1) if getattr(config, "audio_channels", None) else 1  # MusicGen
     ids = torch.randint(0, vocab, (batch, length), generator=generator).to(device)
@@ -41,30 +41,6 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids.clone()
     return inputs
-
-
-def with_images(model: Any, batch: int = 2, length: int = 8) -> dict[str, Any]:
-    """The same for a vision-language model with an image before each text.
-
-    Raises ArchitectureError for a model whose images are more than pixels of one size.
-    """
-    device = next(model.parameters()).device
-    given = sample_inputs(model, batch, length)
-    try:
-        pixels = random_pixels(model.config, batch).to(device)
-        with torch.no_grad():
-            features = model.get_image_features(pixel_values=pixels).pooler_output
-        token = getattr(model.config, "image_token_id", None)
-        token = model.config.image_token_index if token is None else token
-        text = given["input_ids"].masked_fill(given["input_ids"] == token, (token + 1) % 2)
-        ids = torch.cat([torch.full((batch, features[0].shape[-2]), token, device=device), text], dim=1)
-        model(**{**given, "input_ids": ids, "pixel_values": pixels})
-    except Exception as error:  # whatever the model's own code raises: Qwen2-VL asks for a grid of patches
-        raise ArchitectureError(
-            f"the images of {type(model).__name__} are not plain pixels ({type(error).__name__}), so its vision tower "
-            "cannot be read here; use dropformer.analyze(model, batches) with its processor's batches"
-        ) from error
-    return {**given, "input_ids": ids, "pixel_values": pixels}
 
 
 def random_pixels(config: object, batch: int, seed: int = 0) -> Tensor:

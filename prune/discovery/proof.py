@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from dropformer.prune.architecture import Architecture, Block, Branch
-from dropformer.prune.discovery.inputs import sample_inputs
+from dropformer.prune.discovery.modalities import sample_batches
 from dropformer.prune.discovery.replay import Replay, evaluating, on_tap, reading, skipped
 from dropformer.prune.errors import ArchitectureError
 
@@ -15,7 +15,8 @@ __all__ = ["on_tap", "prove", "prove_block"]
 
 
 def prove(model: nn.Module, architecture: Architecture, inputs: Mapping[str, Tensor] | None = None) -> None:
-    """Check every block on a tiny forward pass; nothing of the model is changed afterwards.
+    """Check every block on tiny forward passes, one for each modality that the model takes unless `inputs` are given;
+    nothing of the model is changed afterwards.
 
     A branch is proven when, with its modules skipped, (1) the block still runs and (2) the stream after
     the branch equals the stream before it, up to constants by which the block scales its own stream.
@@ -25,9 +26,10 @@ def prove(model: nn.Module, architecture: Architecture, inputs: Mapping[str, Ten
     """
     with evaluating(model):
         blocks = [block for stack in architecture.stacks for block in stack.blocks if block.branches]
-        replay = Replay(model, [b.path for b in blocks], sample_inputs(model) if inputs is None else inputs)
-        for block in blocks:
-            prove_block(replay, block)
+        for batch in sample_batches(model) if inputs is None else [inputs]:
+            replay = Replay(model, [b.path for b in blocks], batch)
+            for block in blocks:
+                prove_block(replay, block)
 
 
 def prove_block(replay: Replay, block: Block) -> None:

@@ -16,6 +16,7 @@ from transformers import Cache
 from dropformer.prune.architecture import Tap
 from dropformer.prune.discovery.dataflow import Flow, Term
 from dropformer.prune.discovery.trace import outputs_of
+from dropformer.prune.loading.device import is_offloaded
 from dropformer.prune.loading.modeling import Skipped
 
 
@@ -175,7 +176,7 @@ def _one_token(tensor: Tensor) -> tuple[int, ...]:
 
 
 def _on_meta(model: nn.Module) -> bool:
-    return any(p.is_meta for p in model.parameters())
+    return any(p.is_meta for p in model.parameters()) and not is_offloaded(model)
 
 
 def _copied(tree: Any) -> Any:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from dropformer.prune.architecture import Architecture, Block, Branch, Stack
 from dropformer.prune.discovery.inputs import sample_inputs
+from dropformer.prune.discovery.positions import fixed_by_modality
 from dropformer.prune.discovery.signature import signature
 from dropformer.prune.loading.tensor_names import auto_names, native_class
 from dropformer.prune.outline import BlockOutline, BranchOutline, Outline, StackOutline
@@ -20,12 +21,13 @@ def summarize(model: nn.Module, architecture: Architecture) -> Outline:
     """The architecture as data, with what each branch weighs.  Meta models will do."""
     kv = _cache_elements(model, architecture)
     writes = next((s for s in architecture.stacks if s.name in ("", "decoder")), architecture.stacks[0])
-    stacks = [_stack(model, stack, kv if stack is writes else {}) for stack in architecture.stacks]
+    fixed = fixed_by_modality(model, architecture.stacks)
+    stacks = [_stack(model, stack, kv if stack is writes else {}, fixed[stack.path]) for stack in architecture.stacks]
     autos = auto_names(native_class(type(model))) if isinstance(model, PreTrainedModel) else []
     return Outline(stacks=stacks, parameters=sum(p.numel() for p in model.parameters()), autos=autos)
 
 
-def _stack(model: nn.Module, stack: Stack, kv: dict[int, int]) -> StackOutline:
+def _stack(model: nn.Module, stack: Stack, kv: dict[int, int], fixed: int) -> StackOutline:
     caches = _caches(model, stack)
     groups: dict[tuple, list[int]] = defaultdict(list)
     samples: dict[tuple, dict[str, Any]] = {}
@@ -51,6 +53,7 @@ def _stack(model: nn.Module, stack: Stack, kv: dict[int, int]) -> StackOutline:
         parallel=parallel,
         caches=caches,
         alike=_alike(model, stack),
+        fixed=max(stack.fixed, fixed),
         branches=branches,
         rest=_rest(model, stack),
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -49,13 +50,25 @@ class Call:
     state: int | str | None = None  # the input that takes such a state, by the name of the parameter
 
 
+@dataclass(frozen=True)
+class Value:
+    """What is known of a tensor that flowed; the tensor itself may be freed, as offloaded weights must be."""
+
+    shape: torch.Size
+    floating: bool
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
 @dataclass
 class Trace:
     """The operations and the module calls of one forward pass."""
 
     ops: list[Op] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
-    tensors: list[Tensor] = field(default_factory=list)  # value -> tensor, kept alive so that ids stay unique
+    values: list[Value] = field(default_factory=list)
 
     @cached_property
     def last_reader(self) -> dict[int, int]:
@@ -73,18 +86,19 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.trace = Trace()
         self.scopes: list[str] = []
-        self._value: dict[int, int] = {}
+        self._value: dict[int, tuple[weakref.ref[Tensor], int]] = {}  # id -> its tensor, since ids are used again
         self._written: dict[int, int] = {}  # storage -> the last value written into it in place
+        self._held: list[Tensor] = []  # tensors that were written to, so that their storages stay unique
 
     def value(self, tensor: Tensor) -> int:
-        if id(tensor) not in self._value:
-            self._new(tensor)
-        return self._value[id(tensor)]
+        known = self._value.get(id(tensor))
+        return known[1] if known and known[0]() is tensor else self._new(tensor)
 
     def _new(self, tensor: Tensor) -> int:
-        self.trace.tensors.append(tensor)
-        self._value[id(tensor)] = len(self.trace.tensors) - 1
-        return self._value[id(tensor)]
+        number = len(self.trace.values)
+        self.trace.values.append(Value(tensor.shape, tensor.is_floating_point()))
+        self._value[id(tensor)] = weakref.ref(tensor), number
+        return number
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
@@ -99,6 +113,7 @@ class _Recorder(TorchDispatchMode):
             outputs.append(self._new(tensor) if id(tensor) not in known or in_place else self.value(tensor))
             if in_place and id(tensor) in known:
                 self._written[_storage(tensor)] = outputs[-1]
+                self._held.append(tensor)
         scope = self.scopes[-1] if self.scopes else ""
         self.trace.ops.append(Op(func._schema.name, scope, tuple(dict.fromkeys(inputs)), tuple(outputs)))
         return out

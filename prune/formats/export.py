@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dropformer.prune.architecture import of_images
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.block_map import Surgery
-from dropformer.prune.discovery.inputs import sample_inputs, with_images
+from dropformer.prune.discovery.modalities import sample_batches
 from dropformer.prune.errors import VerificationError
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
 from dropformer.prune.formats.record import licence_of, read_config, write_record
@@ -23,7 +22,6 @@ from dropformer.prune.formats.registry import known_format
 from dropformer.prune.formats.writing import ExportJob, ExportOptions, copy_side_files, write_config
 from dropformer.prune.loading.load import load
 from dropformer.prune.loading.tensor_names import auto_names, meta_model, native_class, parameter_names
-from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan
 from dropformer.prune.surgery.config import completed
 from dropformer.prune.surgery.surgery import config_from
@@ -70,7 +68,7 @@ def export(
             copy_side_files(source, folder)
         results = finish(folder, copied) if finish else None
         record = write_record(folder, plan, surgery.block_map, copied, how.format, results)
-        difference = verify(folder, model, surgery.outline) if kind.reloads else None
+        difference = verify(folder, model) if kind.reloads else None
     return Exported(out, copied, record, difference)
 
 
@@ -86,26 +84,27 @@ def writing_of(native: type[PreTrainedModel], surgery: Surgery, source: Checkpoi
     )  # fmt: skip
 
 
-def verify(folder: Path, model: PreTrainedModel, outline: Outline) -> float:
+def verify(folder: Path, model: PreTrainedModel) -> float:
     """Reload a checkpoint and compare its logits with the model in memory; the largest difference.
 
-    The batch holds images where the outline has the vision tower of a vision-language model.
+    Text alone, and text with each modality that the model takes beside it (images, audio), are run.
 
     Raises VerificationError when a tensor is missing or unexpected or the difference exceeds 1e-4 of
     the largest logit.
     """
     again = load(folder, dtype=model.dtype, device=model.device)
-    images = any(of_images(stack.name) for stack in outline.stacks)
-    inputs = with_images(model) if images else sample_inputs(model)
+    largest = 0.0
     with torch.inference_mode(), quiet_eval(model), quiet_eval(again):
-        mine, theirs = model(**inputs)[0].float(), again(**inputs)[0].float()
-    difference = float((mine - theirs).abs().max())
-    if not difference <= 1e-4 * max(1.0, float(mine.abs().max())):
-        raise VerificationError(
-            "the written checkpoint gives other logits than the model in memory (largest difference "
-            f"{difference:.3g}); nothing was kept"
-        )
-    return difference
+        for inputs in sample_batches(model):
+            mine, theirs = model(**inputs)[0].float(), again(**inputs)[0].float()
+            difference = float((mine - theirs).abs().max())
+            if not difference <= 1e-4 * max(1.0, float(mine.abs().max())):
+                raise VerificationError(
+                    "the written checkpoint gives other logits than the model in memory (largest difference "
+                    f"{difference:.3g}); nothing was kept"
+                )
+            largest = max(largest, difference)
+    return largest
 
 
 @contextmanager
@@ -145,5 +144,5 @@ def save_in_memory(model: PreTrainedModel, surgery: Surgery, plan: Plan, out: Pa
         share = plan.savings.parameters / max(1, plan.savings.parameters_after)
         report = CopyReport(len(written.tensors), 0, written.nbytes, round(written.nbytes * (share - 1)))
         record = write_record(folder, plan, surgery.block_map, report)
-        difference = verify(folder, model, surgery.outline)
+        difference = verify(folder, model)
     return Exported(out, report, record, difference)

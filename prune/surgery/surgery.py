@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import BlockMap, Surgery, map_blocks, skipped_modules
 from dropformer.prune.discovery.signature import settings
-from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.errors import ArchitectureError, ModelError
+from dropformer.prune.loading.device import ON_DEVICE, hooks_of
 from dropformer.prune.loading.modeling import (
     DropformerConfig,
     empty_cache_entries,
@@ -35,7 +36,7 @@ def plan_surgery(
     map behind (`BlockMap.mapped`).
     """
     block_map = map_blocks(outline, layers, isinstance(model, PreTrainedModel), mapped)
-    note = ""
+    note = _held(outline, block_map)
     if isinstance(model, PreTrainedModel) and not block_map.in_place(outline):
         try:
             fields = pruned_config(model.config.to_dict(), outline, block_map)
@@ -43,6 +44,14 @@ def plan_surgery(
         except ArchitectureError as error:
             block_map, note = map_blocks(outline, layers, False, mapped), str(error)
     return Surgery(outline, tuple(layers), block_map, note)
+
+
+def _held(outline: Outline, block_map: BlockMap) -> str:
+    """Why blocks that lost everything stay among the first, where they do."""
+    for stack in outline.stacks:
+        if stack.fixed and any(block.empty for block in block_map.stacks[stack.name][: stack.fixed]):
+            return f"the model acts on the residual stream between the first {stack.fixed} blocks of {stack.path}"
+    return ""
 
 
 def apply_surgery(model: nn.Module, surgery: Surgery) -> nn.Module:
@@ -74,6 +83,8 @@ def _install(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         old = getattr(model.get_submodule(owner), leaf)
+        if old.is_meta and next(hooks_of(model.get_submodule(owner)), None) is not None:
+            raise ModelError(f"{name} is offloaded, and its hook would put the old weights back; {ON_DEVICE}")
         device = like.device if old.is_meta else old.device
         new = nn.Parameter(tensor.to(device, like.dtype, copy=True), requires_grad=old.requires_grad)
         setattr(model.get_submodule(owner), leaf, new)

@@ -4,21 +4,64 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dropformer.prune.architecture import Layer
+from dropformer.prune.block_map import Surgery, map_blocks
+from dropformer.prune.discovery.modalities import sample_batches
+from dropformer.prune.discovery.replay import evaluating
+from dropformer.prune.loading.device import hooks_of
 from dropformer.prune.outline import Outline
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 
+OFFLOADED = ("weights_map", "tied_params_map")  # what a hook of accelerate holds tensors in
+
 
 def sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy of the module tree whose parameters and buffers are the same tensors, so it takes no memory."""
-    shared: dict[int, Any] = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    """A copy of the module tree whose parameters and buffers are the same tensors, so it takes no memory.
+
+    Offloaded weights, which accelerate's hooks hold in maps, are shared as well.
+    """
+    held = [getattr(hook, name, None) for m in model.modules() for hook in hooks_of(m) for name in OFFLOADED]
+    shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers(), *held) if x is not None}
     return copy.deepcopy(model, shared)
 
 
 def without(model: nn.Module, outline: Outline, layers: Sequence[Layer]) -> Any:
     """The model without these layers, for as long as it is needed; it shares the dense model's weights."""
     return apply_surgery(sharing_copy(model), plan_surgery(outline, layers, model)) if layers else model
+
+
+def proven(model: nn.Module, surgery: Surgery) -> Surgery:
+    """The surgery, or one that leaves every block at its place where blocks at their new places give other outputs.
+
+    Both are run on a tiny batch of each modality that the model takes.  Time: two forward passes a batch; memory:
+    none for weights.
+    """
+    if not isinstance(model, PreTrainedModel) or surgery.block_map.in_place(surgery.outline):
+        return surgery
+    if any(p.is_meta for p in model.parameters()):
+        return surgery
+    still = map_blocks(surgery.outline, surgery.layers, False, surgery.block_map.mapped)
+    fixed = replace(surgery, block_map=still, note="a block at another place gives other outputs")
+    moved, unmoved = (apply_surgery(sharing_copy(model), each) for each in (surgery, fixed))
+    for inputs in sample_batches(model):
+        if not _alike(_output(moved, inputs), _output(unmoved, inputs)):
+            return fixed
+    return surgery
+
+
+def _output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    with evaluating(model):
+        return model(**inputs)[0].float()
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Equal up to the order of sums."""
+    close = 1e-4 * other.abs().max().clamp_min(1.0)
+    return one.shape == other.shape and bool(torch.equal(one, other) or (one - other).abs().max() <= close)

@@ -1,10 +1,10 @@
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from dropformer.eval.cost.model_cost import work_of
-from dropformer.eval.cost.speed import PAPER, Quartiles, Setting, bounds, grid, largest_batch, measure, quick
+from dropformer.eval.cost.speed import PAPER, Quartiles, Setting, bounds, grid, measure, quick
 from dropformer.prune.errors import EvaluationError
 
 
@@ -44,10 +44,16 @@ def test_a_batch_of_max_is_refused_without_a_gpu():
         measure({"dense": llama()}, [PAPER])
 
 
-def test_the_largest_batch_is_the_last_power_of_two_that_fits():
-    assert largest_batch(lambda batch: batch <= 11) == 8
-    assert largest_batch(lambda batch: batch <= 1) == 1
-    assert largest_batch(lambda batch: False) == 0
+def test_a_compiled_model_decodes_into_one_static_cache_reset_before_each_run(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "dropformer.eval.cost.timing.StaticCache", lambda **kw: made.append(StaticCache(**kw)) or made[-1]
+    )
+    monkeypatch.setattr("dropformer.eval.cost.speed.decoder", lambda model, compile: model)  # eager: no compiler needed
+    table = measure({"dense": llama(), "pruned": llama(1)}, [Setting(8, 3)], repeats=3, compile=True)
+    assert len(made) == 2  # one a model, for a warm-up and three repeats
+    assert all(cache.get_seq_length() == 8 + 3 for cache in made)  # of the last run alone
+    assert [row.repeats for row in table.rows] == [3, 3]
 
 
 def test_an_empty_grid_is_refused():

@@ -13,7 +13,8 @@ import transformers
 import dropformer
 from dropformer import api
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.inputs import longest_text, sample_inputs, with_images
+from dropformer.prune.discovery.inputs import longest_text, sample_inputs
+from dropformer.prune.discovery.modalities import with_images
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.surgery.config import pruned_config
 

@@ -52,7 +52,7 @@ def test_writing_in_place_makes_a_new_value_of_the_same_tensor(trace):
     add = next(op for op in trace.ops if op.name == "aten::add_")
     (inner,), (norm,) = trace.calls_of("inner"), trace.calls_of("norm")
     assert add.outputs[0] != inner.inputs[0]
-    assert trace.tensors[add.outputs[0]] is trace.tensors[inner.inputs[0]]
+    assert trace.values[add.outputs[0]] == trace.values[inner.inputs[0]]
     assert norm.inputs[0] == add.outputs[0]
 
 
