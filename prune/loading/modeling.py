@@ -15,7 +15,7 @@ The checkpoint's config.json says what is missing:
 Each named module is replaced by `Skipped`, which has no weights and does no work; an attention layer may
 become `LinearReplacement` instead, {"linear": [576, 576], "of": ["zeros", null]}, whose weight and bias are in
 the files, or keep its module and weights and see a window, {"window": [1024, 4]}: the last 1,024 tokens and the
-first 4 (`dropformer_windows.py`).  The cache entry of a block without attention holds nothing, so lengths and
+first 4 (`window_attention.py`).  The cache entry of a block without attention holds nothing, so lengths and
 masks come from blocks that do attend.
 """
 
@@ -35,7 +35,8 @@ from transformers.conversion_mapping import (
 )
 from transformers.models.auto import modeling_auto
 
-from .dropformer_windows import Window, prepare_windows, window_attention
+from .window_attention import prepare_windows, window_attention
+from .window_cache import Window
 
 MODEL_TYPE = "dropformer"
 
