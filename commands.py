@@ -181,7 +181,7 @@ def estimate(
 ) -> None:
     """Predict from the config alone what a drop saves: bytes, FLOPs, roofline times, speed-up."""
     from dropformer.eval.cost.drops import drops_of
-    from dropformer.prune.plan import parse_spec
+    from dropformer.prune.spec import parse_spec
 
     drops = drops_of(parse_spec(drop))
     from dropformer import console
@@ -223,8 +223,7 @@ def sweep(
     from dropformer.eval.cost.drops import parse_range
     from dropformer.metrics.calibration.text import check_name
     from dropformer.prune.formats.record import read_config
-    from dropformer.prune.plan import parse_keep, parse_spec
-    from dropformer.prune.spec_limits import check_keep
+    from dropformer.prune.spec import check_keep, parse_keep, parse_spec
     from dropformer.recipes.source import short_name
 
     kind, counts = parse_range(drop)

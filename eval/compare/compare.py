@@ -23,7 +23,7 @@ from dropformer.prune.errors import DropformerError, ModelError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.formats.export import reference
 from dropformer.prune.formats.record import read_config
-from dropformer.prune.spec_limits import check_drop
+from dropformer.prune.spec import check_drop
 from dropformer.recipes import open_source
 from dropformer.recipes.gguf import fingerprint as gguf_fingerprint
 from dropformer.recipes.hub import fetch_side_files

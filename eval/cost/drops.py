@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dropformer.prune.errors import PlanError
-from dropformer.prune.plan import Selector
+from dropformer.prune.spec import Selector
 
 
 def drops_of(selectors: Sequence[Selector]) -> dict[str, Any]:

@@ -29,7 +29,8 @@ from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import Plan, check_attention_left, choose, make_plan, parse_spec, unprotected
+from dropformer.prune.plan import Plan, check_attention_left, choose, make_plan, unprotected
+from dropformer.prune.spec import parse_spec
 
 Tell = Callable[[str], None]
 BUSY_CPU, BUSY_GPU = 256, 8192  # tokens in a pass beyond which more candidates at once gain nothing

@@ -48,6 +48,7 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
     need_dense(read_config(source), plan.model.name)
     plan = plan.unrepaired()
     writing = plain_writing(plan, checkpoint, how) or asked_writing(plan, checkpoint, how)
+    kind.check(how.format, writing.block_map)
     with new_folder(out) as folder:
         copied = kind.write(writing, folder)
         if kind.sides:
@@ -65,7 +66,9 @@ def plain_writing(plan: Plan, source: Checkpoint, how: ExportOptions) -> ExportJ
     """
     outline = plan.outline
     block_map = map_blocks(outline, plan.layers)
-    if not outline.autos or not (block_map.in_place(outline) or all(stack.alike for stack in outline.stacks)):
+    if plan.windows or not outline.autos:
+        return None
+    if not (block_map.in_place(outline) or all(stack.alike for stack in outline.stacks)):
         return None
     surgery = Surgery(outline, tuple(plan.layers), block_map)
     names = {name: name for name in source.tensors}
@@ -82,4 +85,4 @@ def asked_writing(plan: Plan, source: Checkpoint, how: ExportOptions) -> ExportJ
     from dropformer.prune.surgery.surgery import plan_surgery
 
     model = weightless(source.folder, how.trust_remote_code)
-    return writing_of(type(model), plan_surgery(plan.outline, plan.layers, model), source, how)
+    return writing_of(type(model), plan_surgery(plan.outline, plan.layers, model, windows=plan.windowed), source, how)

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .window_cache import Slots, StaticWindowLayer, Window, WindowLayer, sink_slots, window_entry
 
-ATTENTION = "dropformer_windows"
+ATTENTION = f"windows of {__name__}"  # a copy beside a checkpoint has a name of its own
 BAND = 256  # queries computed at once where a window is narrower than that
 
 

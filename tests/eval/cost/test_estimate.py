@@ -17,7 +17,7 @@ from dropformer.eval.cost.estimate_table import estimate_lines
 from dropformer.eval.cost.hardware import HARDWARE, hardware, measure_cpu
 from dropformer.eval.cost.memory import kv_bytes, parameter_bytes
 from dropformer.prune.errors import EvaluationError, ModelError, PlanError
-from dropformer.prune.plan import parse_spec
+from dropformer.prune.spec import parse_spec
 from dropformer.recipes import recipe
 
 SMALL = {
