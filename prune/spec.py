@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dropformer.prune.errors import PlanError
+from dropformer.prune.files.config_json import block_count
 from dropformer.prune.window import Window
 
 EXPECTED = (
@@ -99,15 +100,6 @@ def parse_keep(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise PlanError(f"--keep `{text}` cannot be read; expected block indices such as 0,1,-1") from None
-
-
-BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-
-
-def block_count(config: Mapping[str, Any]) -> int | None:
-    """The number of blocks that a config states in a usual field of its top level, None where it does not."""
-    found = [config[key] for key in BLOCK_COUNTS if isinstance(config.get(key), int) and config[key] > 0]
-    return found[0] if found else None
 
 
 def check_drop(drop: str | None, config: Mapping[str, Any], name: str) -> None:
