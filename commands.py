@@ -91,14 +91,15 @@ def evaluate(
     from dropformer.eval.report import page as output
     from dropformer.eval.report.prepare import labels
     from dropformer.eval.report.tables import summary
-    from dropformer.eval.tasks.registry import find_tasks
-    from dropformer.eval.tasks.tasks import TaskOptions
+    from dropformer.eval.tasks.results import TaskOptions
     from dropformer.metrics.analysis import distributed
     from dropformer.metrics.calibration.settings import Calibration
     from dropformer.recipes.opening import Placement, open_model
 
     swept = _swept(sweep)
     if names:
+        from dropformer.eval.tasks.registry import find_tasks  # imports lm-eval, which takes seconds
+
         find_tasks(names, mmlu_data, include)  # a name or data that is not there is said before a model is loaded
     first = distributed.rank() == 0
     progress = console.Terminal(quiet or not first)

@@ -16,7 +16,7 @@ from dropformer.eval.quality.trend import Trend, trend
 from dropformer.eval.report.prepare import Candidate, EvaluationOptions, Inputs, prepare
 from dropformer.eval.report.warnings import warnings
 from dropformer.eval.tasks.paired import Paired
-from dropformer.eval.tasks.tasks import TaskResults, compare_tasks, evaluate_tasks
+from dropformer.eval.tasks.results import TaskResults, compare_tasks
 from dropformer.metrics.analysis.distributed import rank
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.progress import Progress, Silent
@@ -101,6 +101,8 @@ def _with_tasks(
 ) -> list[ModelResult]:
     if not options.tasks:
         return results
+    from dropformer.eval.tasks.tasks import evaluate_tasks  # imports lm-eval, which takes seconds
+
     found = []
     for candidate in models:
         with progress.stage(f"{', '.join(options.tasks)}, in %: {candidate.name}", 100) as show:

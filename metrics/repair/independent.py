@@ -68,7 +68,7 @@ class IndependentRefit:
     groups: Sequence[Group]
     penalties: Sequence[float] = PENALTIES
     fits: dict[tuple[str, frozenset[Layer]], SlotFit] = field(default_factory=dict)
-    _near: dict[str, float] = field(default_factory=dict)
+    _near: dict[str, tuple[float, int]] = field(default_factory=dict)  # kind -> the last penalty, the side to try
 
     def run(self, targets: Iterable[RefitTarget]) -> None:
         """Fit these targets, which share the pass."""
@@ -107,7 +107,7 @@ class IndependentRefit:
         sums = done.sums(self.groups)
         found = fit(sums, done.target.wanted, self.penalties, self._near.get(slot.layer.kind))
         sums.clear()
-        self._near[slot.layer.kind] = found[0].penalty
+        self._near[slot.layer.kind] = found[0].penalty, -self._near.get(slot.layer.kind, (0.0, 1))[1]
         for chosen, one in zip(done.target.wanted, found, strict=True):
             lost = frozenset(layer for i in chosen for layer in done.target.units[i])
             tensors = changed(slot, done.module, one, done.constant) if one.helps else {}

@@ -11,7 +11,7 @@ from torch import nn
 from dropformer.metrics.analysis.analyze import evaluating, proven
 from dropformer.metrics.blockwise.divergence import DenseReference
 from dropformer.metrics.blockwise.layer_metrics import MetricContext, Ranking
-from dropformer.metrics.blockwise.provider import InMemory, Provider, provider_for
+from dropformer.metrics.blockwise.provider import InMemory, Source, provider_for
 from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import Changes, Variant, variant
 from dropformer.metrics.blockwise.work import Work
@@ -37,16 +37,6 @@ from dropformer.prune.spec import parse_spec
 
 Tell = Callable[[str], None]
 GATE_SHARE = 8  # a gate measures on at most this share of the calibration windows, though on two at least
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model whose weights are not in memory: its proven architecture, a blueprint on the meta device to trace, and
-    what brings each block."""
-
-    architecture: Architecture
-    blueprint: nn.Module
-    provider: Provider
 
 
 @dataclass

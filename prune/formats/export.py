@@ -26,6 +26,7 @@ from dropformer.prune.loading.load import load
 from dropformer.prune.loading.tensor_names import auto_names, meta_model, native_class, parameter_names
 from dropformer.prune.plan import Plan
 from dropformer.prune.surgery.config import completed
+from dropformer.prune.surgery.side_files import follow_files
 from dropformer.prune.surgery.surgery import config_from
 
 
@@ -69,6 +70,8 @@ def export(
         copied = kind.write(writing, folder)
         if kind.sides:
             copied = copied.noted(copy_side_files(source, folder).note)
+        if kind.saves:
+            follow_files(folder, surgery.outline, surgery.block_map)
         results = finish(folder, copied) if finish else None
         record = write_record(folder, plan, surgery.block_map, copied, how.format, results)
         difference = verify(folder, model) if kind.reloads else None
