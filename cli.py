@@ -52,7 +52,7 @@ Out = Annotated[
     typer.Option(help="Where to write; must not exist or be empty.", parser=given_path, metavar="PATH"),
 ]
 Revision = Annotated[Text, typer.Option(help="Branch, tag or commit of a Hub model.")]
-TEXTS = "builtin, c4, wikitext, or a .txt, .jsonl or .parquet file"
+TEXTS = "builtin, c4, wikitext, or a .txt, .jsonl (texts, prompts with completions, or messages) or .parquet file"
 CalibrationText = Annotated[Text, typer.Option("--calibration", help=f"{TEXTS}.", rich_help_panel=TEXT)]
 CalibrationTexts = Annotated[
     Text,

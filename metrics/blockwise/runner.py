@@ -80,6 +80,8 @@ class BlockRunner:
         self.batches = [as_inputs(model, batch) for batch in batches]
         self.provider = provider or provider_for(model)
         self.keeper = keeper or Keeper()
+        self.counted: Sequence[Tensor | None] = [None] * len(self.batches)
+        """Which tokens of each batch a fit counts, [B, T] bool (None: all)."""
         self.work = work or Work(len(self.blocks), self.tokens)
         self.work.measure(model, [block.path for block in self.blocks])
         self._passing = {block.path: Skipped(block.form) for block in self.blocks}

@@ -168,7 +168,8 @@ class Lesson:
     def loss(self, batch: int) -> Tensor:
         """The squared error of the block's output relative to the target, tokens weighted as in a refit."""
         given = run_block(self.runner, self.block, self.module, batch, self.streams[batch]).float()
-        return relative_error(given, self.goals[batch].to(given.device), padding(self.runner.batches[batch]))
+        masks = padding(self.runner.batches[batch]), self.runner.counted[batch]
+        return relative_error(given, self.goals[batch].to(given.device), *masks)
 
     def error(self, batches: Sequence[int]) -> float:
         with torch.no_grad():
@@ -200,9 +201,9 @@ def scaled_adam(parameters: Iterable[nn.Parameter], rate: float, floor: float) -
     return torch.optim.Adam(groups, betas=(0.9, 0.95))
 
 
-def relative_error(given: Tensor, goal: Tensor, real: Tensor | None = None) -> Tensor:
+def relative_error(given: Tensor, goal: Tensor, real: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
     """E w|x - y|^2 / E w|y|^2 for streams x, y [B, T, D], w: `token_weights` of y, 0 for padding."""
-    weight = token_weights(goal)
+    weight = token_weights(goal, counted)
     if real is not None:
         weight = weight * real.to(weight)
     goal = goal.float()

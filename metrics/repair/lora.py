@@ -136,7 +136,7 @@ def train(
     optimizer = torch.optim.AdamW(learned, lr=how.rate, betas=(0.9, 0.95), weight_decay=0.0)
     for step, batch in enumerate(steps):
         inputs = runner.batches[batch]
-        positions = torch.arange(step % how.stride, inputs["input_ids"].shape[1], how.stride)
+        positions = _positions(inputs["input_ids"], runner.counted[batch], step % how.stride, how.stride)
         for group in optimizer.param_groups:
             group["lr"] = how.rate * how.factor(step, len(steps))
         with torch.no_grad(), streams(runner.model, runner.blocks[first:]) as dense:
@@ -144,7 +144,8 @@ def train(
         with torch.enable_grad(), streams(student, runner.blocks[first:]) as given:
             found = log_probabilities(student, inputs, positions)
             loss = nn.functional.kl_div(found, goal, log_target=True, reduction="sum") / goal.shape[:-1].numel()
-            errors = [relative_error(x, y.to(x.device), padding(inputs)) for x, y in zip(given, dense, strict=True)]
+            masks = padding(inputs), runner.counted[batch]
+            errors = [relative_error(x, y.to(x.device), *masks) for x, y in zip(given, dense, strict=True)]
             (loss + how.streams * sum(errors) / max(len(errors), 1)).backward()
         del dense, given, errors
         nn.utils.clip_grad_norm_(learned, 1.0)
@@ -152,6 +153,14 @@ def train(
         optimizer.zero_grad()
         if progress:
             progress(step + 1, len(steps))
+
+
+def _positions(ids: Tensor, counted: Tensor | None, first: int, stride: int) -> Tensor:
+    """Every `stride`-th of the positions whose next token counts in any of the batch's windows, from `first` on."""
+    if counted is None:
+        return torch.arange(first, ids.shape[1], stride)
+    found = counted[:, 1:].any(0).nonzero()[:, 0].cpu()
+    return found[min(first, len(found) - 1) :: stride]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from dropformer.prune.errors import ArchitectureError, OutputError, PlanError
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.files.side_files import copy_side_files
+from dropformer.prune.formats.fitting import check_fits
 from dropformer.prune.formats.record import need_dense, write_record
 from dropformer.prune.formats.registry import known_format
 from dropformer.prune.formats.writing import ExportJob, ExportOptions
@@ -40,7 +41,7 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
 
     Every tensor's bytes are compared with the source; nothing is run.  Memory: a copy's buffer, whatever the size.
     Raises PlanError where the plan was made for other weights or the format cannot carry it, OutputError where `out`
-    exists and is not empty, CheckpointError for a bad source.
+    exists and is not empty, CheckpointError for a bad source or a config.json that does not fit it.
     """
     how = how or ExportOptions()
     kind = known_format(how.format)
@@ -50,6 +51,7 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
     if plan.model.fingerprint != checkpoint.fingerprint:
         raise PlanError(f"the plan was made for other weights than those in {source}; plan this model")
     need_dense(read_config(source), plan.model.name)
+    check_fits(plan, checkpoint, how.trust_remote_code)
     plan = plan.unrepaired()
     writing = plain_writing(plan, checkpoint, how) or asked_writing(plan, checkpoint, how)
     kind.check(how.format, writing.block_map)
