@@ -69,7 +69,7 @@ def prune(
     """The main job: score, plan, drop, export, reload, verify, report."""
     from dropformer import request as asked
     from dropformer import validate
-    from dropformer.prune.plan import parse_keep
+    from dropformer.prune.spec import parse_keep
 
     given = commands.given(context)
     if context.invoked_subcommand:

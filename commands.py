@@ -77,7 +77,7 @@ def plan(
     from dropformer import console
     from dropformer.metrics.analysis.planning import plan_from
     from dropformer.metrics.analysis.scores import Scores
-    from dropformer.prune.plan import parse_keep
+    from dropformer.prune.spec import parse_keep
 
     read = Scores.read(scores)
     recipe = _recipe(read.model.name, read.model.hub or read.model.name)
@@ -108,7 +108,7 @@ def sweep(
     from dropformer import request as asked
     from dropformer.eval.quality.drop_range import parse_range
     from dropformer.prune.files.output_paths import check_out
-    from dropformer.prune.plan import parse_keep
+    from dropformer.prune.spec import parse_keep
     from dropformer.validate import validate
 
     kind, counts = parse_range(drop)
@@ -142,7 +142,7 @@ def estimate(
     as_json: options.Json = False,
 ) -> None:
     """Predict from the config alone what a drop saves: bytes, FLOPs, roofline times, speed-up."""
-    from dropformer.prune.plan import parse_spec
+    from dropformer.prune.spec import parse_spec
 
     parse_spec(drop)
     from dropformer import console
@@ -248,7 +248,7 @@ def compare(
 ) -> None:
     """How redundancy and the layers to drop change over training, or between pruned variants."""
     from dropformer import request as asked
-    from dropformer.prune.plan import parse_keep
+    from dropformer.prune.spec import parse_keep
     from dropformer.validate import validate_comparison
 
     texts = asked.calibration_texts(calibration)

@@ -38,7 +38,8 @@ from dropformer.prune.formats.export import Exported, export
 from dropformer.prune.formats.export_plan import Written, write_by_plan
 from dropformer.prune.formats.record import kv_width
 from dropformer.prune.formats.registry import FORMATS
-from dropformer.prune.plan import Plan, parse_spec
+from dropformer.prune.plan import Plan
+from dropformer.prune.spec import parse_spec
 from dropformer.recipes import open_source
 from dropformer.recipes.opening import LoadedModel, open_model
 from dropformer.request import HELD_OUT, Request
@@ -142,9 +143,9 @@ def _measure(
             name=request.report.text, windows=len(ids), length=ids.shape[1], hash=held_out.ref.hash, calibrated_on=seen
         )
         with progress.stage(f"perplexity on {request.report.text}"):
-            quality = measure_quality(opened.model, pruned, ids, text)
+            quality = measure_quality(opened.model, pruned, ids, text, held_out.partly_scored)
         with progress.stage("trend of the first drops alone"):
-            quality.fields["trend"] = trend(opened.model, plan, ids)
+            quality.fields["trend"] = trend(opened.model, plan, ids, scored=held_out.partly_scored)
         if request.report.seconds > 0 and FORMATS[request.export.format].saves:
             with progress.stage("speed, dense and pruned interleaved"):
                 speed = measure_speed(opened.model, pruned, request.report.seconds)
@@ -256,7 +257,7 @@ def sweep(
     points = []
     with progress.stage(f"perplexity on {request.report.text}", len(models)) as tick:
         for model, layers in zip(models, [[], *(plan.layers for plan in plans)], strict=True):
-            points.append(point(opened.model, model, layers, data.ids, setting))
+            points.append(point(opened.model, model, layers, data.ids, setting, data.partly_scored))
             tick(len(points), len(points) * data.ids.numel())
     if speed:
         with progress.stage(f"speed, {len(models)} models interleaved"):

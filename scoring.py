@@ -13,6 +13,7 @@ from dropformer.metrics.analysis.stability import check_spec
 from dropformer.metrics.calibration.data import CalibrationData, calibration_data, default_settings
 from dropformer.metrics.calibration.images import PIXELS, Pictures
 from dropformer.metrics.calibration.settings import check_length
+from dropformer.metrics.calibration.windows import computed_tokens
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.progress import Progress
 from dropformer.prune.discovery.inputs import takes_pictures
@@ -108,6 +109,10 @@ def _measured(opened: LoadedModel, data: CalibrationData, request: Request, rows
     if request.scoring.memory is not None:
         return _streamed(opened, data, request, progress)
     how = Measuring(request.scoring.batch_size, request.scoring.until_stable, tuple(request.target.keep), rows)
+    size = request.scoring.batch_size
+    needed, computed = sum(data.lengths()), computed_tokens(data.lengths(), size)
+    if len(set(data.lengths())) > 1 and not request.scoring.until_stable:
+        progress.say(f"tokens: {computed:,} computed for {needed:,} needed, {size} windows at a time")
     with progress.stage("scoring windows", len(data)) as tick:
         scores = measure(opened.model, data, opened.ref, how, tick)
     if request.scoring.until_stable:

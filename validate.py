@@ -19,8 +19,8 @@ from dropformer.prune.files.config_json import read_config
 from dropformer.prune.files.output_paths import check_out, check_place
 from dropformer.prune.formats.record import need_dense
 from dropformer.prune.formats.registry import FORMATS, ExportFacts
-from dropformer.prune.plan import Plan, parse_spec
-from dropformer.prune.spec_limits import check_drop, check_keep
+from dropformer.prune.plan import Plan
+from dropformer.prune.spec import check_drop, check_keep, parse_spec
 from dropformer.recipes.source import is_gguf, locate
 from dropformer.request import Request
 

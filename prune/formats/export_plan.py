@@ -18,6 +18,7 @@ from dropformer.prune.errors import ArchitectureError, OutputError, PlanError
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.files.side_files import copy_side_files
+from dropformer.prune.formats.fitting import check_fits
 from dropformer.prune.formats.record import need_dense, write_record
 from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.formats.writing import ExportJob, ExportOptions
@@ -40,7 +41,7 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
 
     Every tensor's bytes are compared with the source; nothing is run.  Memory: a copy's buffer, whatever the size.
     Raises PlanError where the plan was made for other weights or the format cannot carry it, OutputError where `out`
-    exists and is not empty, CheckpointError for a bad source.
+    exists and is not empty, CheckpointError for a bad source or a config.json that does not fit it.
     """
     how = how or ExportOptions()
     kind = FORMATS[how.format]
@@ -50,8 +51,10 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
     if plan.model.fingerprint != checkpoint.fingerprint:
         raise PlanError(f"the plan was made for other weights than those in {source}; plan this model")
     need_dense(read_config(source), plan.model.name)
+    check_fits(plan, checkpoint, how.trust_remote_code)
     plan = plan.unrepaired()
     writing = plain_writing(plan, checkpoint, how) or asked_writing(plan, checkpoint, how)
+    kind.check_windows(how.format, writing.block_map)
     with new_folder(out) as folder:
         copied = kind.writer()(writing, folder)
         if kind.sides:
@@ -71,7 +74,9 @@ def plain_writing(plan: Plan, source: Checkpoint, how: ExportOptions) -> ExportJ
     """
     outline = plan.outline
     block_map = map_blocks(outline, plan.layers)
-    if not outline.autos or not (block_map.in_place(outline) or all(stack.alike for stack in outline.stacks)):
+    if plan.windows or not outline.autos:
+        return None
+    if not (block_map.in_place(outline) or all(stack.alike for stack in outline.stacks)):
         return None
     surgery = Surgery(outline, tuple(plan.layers), block_map)
     try:
@@ -93,4 +98,5 @@ def asked_writing(plan: Plan, source: Checkpoint, how: ExportOptions) -> ExportJ
     from dropformer.prune.surgery.surgery import plan_surgery
 
     model = weightless(source.folder, how.trust_remote_code)
-    return writing_of(type(model), plan_surgery(plan.outline, plan.layers, model, folder=source.folder), source, how)
+    surgery = plan_surgery(plan.outline, plan.layers, model, windows=plan.windowed, folder=source.folder)
+    return writing_of(type(model), surgery, source, how)

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dropformer.prune.errors import OutputError
+from dropformer.prune.errors import OutputError, PlanError
 from dropformer.prune.registry import Registry, imported
 
 if TYPE_CHECKING:
+    from dropformer.prune.block_map import BlockMap
     from dropformer.prune.files import CopyReport
     from dropformer.prune.formats.writing import ExportJob
 
@@ -49,7 +50,7 @@ class Format:
     `reloads`: dropformer loads it, so its logits are compared with the model in memory; `packs`: a plan that packs
     gives a stock model; `saves`: dropped layers take no bytes; `sides`: the tokenizer and other files are copied too;
     `runs`: it needs the model in memory, not its files; `links`: unchanged shards can be hard links; `copies`: bytes
-    come from the source; `maps`: it can hold linear maps.
+    come from the source; `maps`, `windows`: it can hold linear maps, attention layers that see a window.
     """
 
     write: str | Write
@@ -65,6 +66,7 @@ class Format:
     links: bool = True
     copies: bool = True
     maps: bool = True
+    windows: bool = False
     checked: str = "every tensor's bytes are the source's"
 
     def writer(self) -> Write:
@@ -72,6 +74,12 @@ class Format:
 
     def checker(self) -> Check:
         return imported(self.check)
+
+    def check_windows(self, name: str, block_map: BlockMap) -> None:
+        """Raises PlanError for a plan with attention windows that the format, of this name, cannot hold."""
+        if block_map.windows and not self.windows:
+            able = ", ".join(other for other, kind in FORMATS.items() if kind.windows)
+            raise PlanError(f"--format {name} holds no attention windows, which this plan has; give --format {able}")
 
     def loading(self, packed: bool) -> str:
         return PACKED if packed and self.packs else self.loads
@@ -90,6 +98,7 @@ FORMATS: Registry[Format] = Registry(
             "`trust_remote_code=True`, which runs the small `modeling_dropformer.py` in this folder.",
             reloads=True,
             packs=True,
+            windows=True,
         ),
         "dense": Format(
             f"{_HERE}.dense:write_dense",
