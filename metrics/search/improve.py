@@ -35,7 +35,7 @@ from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, check_attention_left, choose, make_plan, parse_spec, unprotected
 
 Tell = Callable[[str], None]
-GATE_SHARE = 8  # a gate measures on at most this share of the calibration windows, though on two at least
+GATE_SHARE = 8  # a gate measures on at most this share of the calibration's tokens, on two windows at least
 
 
 @dataclass
@@ -156,6 +156,13 @@ class Improver:
             before or Changes(), self.tell, memory,
         )  # fmt: skip
 
+    def steps(self, chooses: bool = True, budget: bool = False) -> int:
+        """About how many block-steps choosing and repairing takes, for a bar: blocks times forward passes."""
+        how = self.quality.under("kv:-1%" if budget else None)
+        passes = (how.search_passes if how.searches else 1.0) if chooses else 0.0
+        passes += sum(REPAIRS[name].passes for name in how.repair) + 3 / GATE_SHARE * bool(how.repair)
+        return max(1, round(self.work.blocks * passes))
+
     def prepare(self, candidates: Sequence[Layer], count: int) -> None:
         """Fit what a search is to see: the repairs of any `count` of the candidates."""
         self._foreseen = {}
@@ -249,9 +256,12 @@ class Improver:
 
     def _gating(self, other: Windows, gone: Sequence[Layer]) -> Gating:
         """The gate, on no more windows than make it cheap beside the calibration."""
-        count = min(len(other), max(2, sum(part.windows for part in self.parts) // GATE_SHARE))
-        size = 1 if _device(self.model).type == "cpu" else max(1, BATCH_GPU // other.ids.shape[1])
-        inputs = [other.batch(range(i, min(i + size, count)))[0] for i in range(0, count, size)]
+        length, most = other.ids.shape[1], self.bench.runner.tokens // GATE_SHARE
+        count = min(len(other), max(2, most // length))
+        size = 1 if _device(self.model).type == "cpu" else max(1, BATCH_GPU // length)
+        batches = [other.batch(range(i, min(i + size, count)))[0] for i in range(0, count, size)]
+        short = min(length, max(64, most // count))
+        inputs = [{name: tensor[:, :short] for name, tensor in batch.items()} for batch in batches]
         with evaluating(self.model):
             dense = DenseReference(self.bench.runner.like(inputs, self.architecture), self.quality.stride)
         return Gating(dense, lambda changes: variant(self.model, self.architecture, gone, changes))
