@@ -130,12 +130,12 @@ def _with_perplexity(
     dense, out = models[0], list(results)
     for i, candidate in enumerate(models[1:] or models, start=1 if models[1:] else 0):
         with progress.stage(f"perplexity and KL: {candidate.name}"):
-            both = side_by_side(dense.model, candidate.model, data.ids)
+            both = side_by_side(dense.model, candidate.model, data.ids, data.partly_scored)
         out[0] = _update(out[0], perplexity=asdict(both.dense))
         out[i] = _update(out[i], perplexity=asdict(both.pruned), kl=asdict(both.divergence) if i else None)
         if candidate.plan:
             with progress.stage(f"trend of the first drops alone: {candidate.name}"):
-                out[i] = _update(out[i], trend=trend(dense.model, candidate.plan, data.ids))
+                out[i] = _update(out[i], trend=trend(dense.model, candidate.plan, data.ids, scored=data.partly_scored))
     return out
 
 

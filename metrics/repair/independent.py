@@ -99,7 +99,7 @@ class IndependentRefit:
         outputs = {layer: self.outputs[layer] for layer in lost}
         found = observe(self.runner, block, batch, stream, slots, outputs)
         for one in opened:
-            one.note(found, self.runner.keeper.keep)
+            one.note(found, self.runner.keeper.keep, self.runner.counted[batch])
         return found.stream
 
     def _close(self, done: _Open) -> None:
@@ -126,14 +126,14 @@ class _Open:
         self._added: list[dict[int, Tensor]] = []
         self._at: dict[Layer, int] = {}
 
-    def note(self, found: Observation, keep: Callable[[Tensor], Tensor]) -> None:
-        """Take what one batch showed; batches come in the same order in every block."""
+    def note(self, found: Observation, keep: Callable[[Tensor], Tensor], counted: Tensor | None = None) -> None:
+        """Take what one batch showed, of which these tokens count; batches come in the same order in every block."""
         slot = self.target.slot
         if slot.path in found.features:
             z = found.features[slot.path]
             self.constant = self.constant or float(z.float().square().mean().sqrt())
             self._z.append(keep(z))
-            self._weights.append(token_weights(found.after[slot.layer]))
+            self._weights.append(token_weights(found.after[slot.layer], counted))
             self._added.append({})
         for layer in [layer for unit in self.target.units for layer in unit if layer in found.added]:
             batch = self._at.get(layer, 0)

@@ -70,6 +70,10 @@ REPAIRS: Registry[RepairEntry] = Registry(
             f"{_HERE}.sequential:fit_all",
             passes=1.8,
         ),
+        "distill": RepairEntry(
+            "blocks around each gap trained one by one to give the dense stream, in whatever form they have",
+            f"{_HERE}.distill:fit_blocks",
+        ),
         "lora": RepairEntry(
             "adapters distilled from the dense model and merged (needs peft)",
             f"{_HERE}.lora:fit_adapters",

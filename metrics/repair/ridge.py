@@ -243,8 +243,11 @@ def _validated(
     return found
 
 
-def token_weights(stream: Tensor, share: float = 0.1) -> Tensor:
+def token_weights(stream: Tensor, counted: Tensor | None = None, share: float = 0.1) -> Tensor:
     """The weight of each token in a fit, [B, T] from the stream [B, T, D]; those of a window sum to its tokens.
+
+    Where only some tokens count, `counted` [B, T] bool, the others weigh nothing but for the sinks among them, to
+    which the completions attend; a window's weights sum to the tokens that count.
 
     The inverse square of the stream's norm, as a norm follows it, so that errors are relative.  Attention sinks
     (the first token, and any with 4 times the window's median norm) have huge norms and are few, but every later
@@ -258,7 +261,9 @@ def token_weights(stream: Tensor, share: float = 0.1) -> Tensor:
     least = (1e-3 * median).clamp_min(1e-15)  # a token without an embedding of its own may begin at zero
     inverse = size.maximum(least).square().reciprocal()
     weights = torch.zeros_like(size)
-    for chosen, part in ((~sink, 1 - share), (sink, share)):
+    usual = ~sink if counted is None else ~sink & counted.to(sink.device)
+    total = size.shape[-1] if counted is None else counted.to(size).sum(-1, keepdim=True)
+    for chosen, part in ((usual, 1 - share), (sink, share)):
         inside = torch.where(chosen, inverse, 0.0)
-        weights += part * size.shape[-1] * inside / inside.sum(-1, keepdim=True).clamp_min(1e-30)
+        weights += part * total * inside / inside.sum(-1, keepdim=True).clamp_min(1e-30)
     return weights

@@ -66,7 +66,7 @@ class Improver:
         inputs = [part.inputs for part in self.parts]
         runner = BlockRunner(self.model, self.architecture, inputs, self.provider, None, self.keeper)
         self.work: Work = runner.work
-        scored = [part.scored for part in self.parts]
+        scored = runner.counted = [part.scored for part in self.parts]
         self.bench = MetricContext(runner, self.architecture, scored, self.quality.stride)
         self._evaluations = len(self.architecture.layers()) / 2
         self._dense: DenseReference | None = None
@@ -259,11 +259,13 @@ class Improver:
         length, most = other.ids.shape[1], self.bench.runner.tokens // GATE_SHARE
         count = min(len(other), max(2, most // length))
         size = 1 if _device(self.model).type == "cpu" else max(1, BATCH_GPU // length)
-        batches = [other.batch(range(i, min(i + size, count)))[0] for i in range(0, count, size)]
-        short = min(length, max(64, most // count))
-        inputs = [{name: tensor[:, :short] for name, tensor in batch.items()} for batch in batches]
+        whole = [other.batch(range(i, min(i + size, count))) for i in range(0, count, size)]
+        short = length if not other.scored.all() else min(length, max(64, most // count))
+        inputs = [{name: tensor[:, :short] for name, tensor in batch.items()} for batch, _ in whole]
+        scored = [counts[:, :short] for _, counts in whole]
         with evaluating(self.model):
-            dense = DenseReference(self.bench.runner.like(inputs, self.architecture), self.quality.stride)
+            runner = self.bench.runner.like(inputs, self.architecture)
+            dense = DenseReference(runner, self.quality.stride, [None if s.all() else s for s in scored])
         return Gating(dense, lambda changes: variant(self.model, self.architecture, gone, changes))
 
     @property
