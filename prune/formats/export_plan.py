@@ -18,6 +18,7 @@ from dropformer.prune.errors import ArchitectureError, OutputError, PlanError
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.files.side_files import copy_side_files
+from dropformer.prune.formats.fitting import check_fits
 from dropformer.prune.formats.record import need_dense, write_record
 from dropformer.prune.formats.registry import known_format
 from dropformer.prune.formats.writing import ExportJob, ExportOptions
@@ -42,7 +43,7 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
     `repair` (`metrics.repair.base.Repair`) gives some of the kept layers new weights; without one, those that the
     plan was made with are not repeated.
     Raises PlanError where the plan was made for other weights or the format cannot carry it, OutputError where `out`
-    exists and is not empty, CheckpointError for a bad source.
+    exists and is not empty, CheckpointError for a bad source or a config.json that does not fit it.
     """
     how = how or ExportOptions()
     kind = known_format(how.format)
@@ -52,9 +53,11 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
     if plan.model.fingerprint != checkpoint.fingerprint:
         raise PlanError(f"the plan was made for other weights than those in {source}; plan this model")
     need_dense(read_config(source), plan.model.name)
+    check_fits(plan, checkpoint, how.trust_remote_code)
     plan = plan if repair else plan.unrepaired()
     plain = None if repair else plain_writing(plan, checkpoint, how)
     writing = plain or asked_writing(plan, checkpoint, how, repair)
+    kind.check(how.format, writing.block_map)
     with new_folder(out) as folder:
         copied = kind.write(writing, folder)
         if kind.sides:
@@ -74,7 +77,9 @@ def plain_writing(plan: Plan, source: Checkpoint, how: ExportOptions) -> ExportJ
     """
     outline = plan.outline
     block_map = map_blocks(outline, plan.layers)
-    if not outline.autos or not (block_map.in_place(outline) or all(stack.alike for stack in outline.stacks)):
+    if plan.windows or not outline.autos:
+        return None
+    if not (block_map.in_place(outline) or all(stack.alike for stack in outline.stacks)):
         return None
     surgery = Surgery(outline, tuple(plan.layers), block_map)
     try:
@@ -97,7 +102,7 @@ def asked_writing(plan: Plan, source: Checkpoint, how: ExportOptions, repair: An
 
     model = weightless(source.folder, how.trust_remote_code)
     mapped = repair.mapped if repair else None
-    surgery = plan_surgery(plan.outline, plan.layers, model, mapped, source.folder)
+    surgery = plan_surgery(plan.outline, plan.layers, model, mapped, plan.windowed, source.folder)
     if repair:
         from dropformer.prune.formats.stored_tensors import stored_dtype
 

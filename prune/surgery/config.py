@@ -124,6 +124,16 @@ def _shorten(whole: dict[str, Any], stack: StackOutline, blocks: tuple[MappedBlo
             section[key] = kept or section[key]
 
 
+def stated_counts(config: dict[str, Any], stack: StackOutline) -> dict[str, int]:
+    """What a config says of the number of a stack's blocks, by field, right or wrong."""
+    names = [stack.name] if stack.name in BLOCK_COUNTS else []
+    if not stack.name:
+        names = [n for n in ("decoder", "encoder") if n in stack.path.split(".")] or [""]
+    section = _section(config, stack)
+    found = {k: section[k] for name in names for k in BLOCK_COUNTS[name] if isinstance(section.get(k), int)}
+    return found if not stack.name or stack.blocks in found.values() or len(found) == 1 else {}
+
+
 def _counts(config: dict[str, Any], stack: StackOutline) -> list[str]:
     """The fields that count the stack's blocks.  The only stack may be half of an encoder-decoder, and says so in
     its path."""
