@@ -56,6 +56,7 @@ def prune(
     dtype: options.Dtype = None,
     device: options.Device = None,
     device_map: options.DeviceMap = None,
+    memory: options.Memory = None,
     trust_remote_code: options.TrustRemoteCode = False,
     measure: options.Measure = None,
     format: options.Format = "dropformer",
@@ -83,7 +84,7 @@ def prune(
         asked.Target(drop or "", parse_keep(keep), budget),
         asked.SelectionOptions(strategy, plan, scores, gate),
         asked.CalibrationOptions(texts, samples, length, seed, skip_first),
-        asked.ScoringOptions(batch_size),
+        asked.ScoringOptions(batch_size, memory=memory),
         asked.Placement(dtype, device, device_map, trust_remote_code),
         asked.ReportOptions(measure, text, seconds),
         asked.ExportOptions(format, link, verify, trust_remote_code=trust_remote_code),
@@ -95,6 +96,8 @@ def prune(
     progress = console.Terminal(quiet)
     if request.on_files:
         console.show_export(job.follow(request, progress), request.model, as_json)
+    elif memory is not None:
+        console.show_export(job.run_from_disk(request, progress), request.model, as_json)
     elif dry_run:
         console.show_plan(job.plan_only(request, progress), as_json)
     else:

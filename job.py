@@ -28,7 +28,7 @@ from dropformer.metrics.calibration.data import calibration_data, default_settin
 from dropformer.metrics.calibration.images import PIXELS
 from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
 from dropformer.metrics.calibration.windows import Windows, windows
-from dropformer.progress import Progress, Silent
+from dropformer.progress import Progress, Silent, Tick
 from dropformer.prune.architecture import of_images
 from dropformer.prune.discovery.inputs import takes_pictures, writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
@@ -38,10 +38,11 @@ from dropformer.prune.formats.export import Exported, export
 from dropformer.prune.formats.export_plan import Written, write_by_plan
 from dropformer.prune.formats.record import kv_width
 from dropformer.prune.formats.registry import FORMATS
+from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.plan import Plan
 from dropformer.prune.spec import parse_spec
 from dropformer.recipes import open_source
-from dropformer.recipes.opening import LoadedModel, open_model
+from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import HELD_OUT, Request
 from dropformer.scoring import get_scores, open_to_score
 from dropformer.selection import given_plan, improved
@@ -125,6 +126,34 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
         how = replace(request.export, gguf=opened.file, progress=tick)
         exported = export(pruned, surgery, plan, opened.path, out, how, finish)
     return Outcome(out, plan, made[0], exported)
+
+
+def run_from_disk(request: Request, progress: Progress | None = None) -> Written:
+    """Choose, repair and write with the blocks' weights read from the files, for a model that exceeds memory.
+
+    Nothing is measured on the result, and nothing of it is loaded again.  Raises a DropformerError.
+    """
+    from dropformer.metrics.offload.from_disk import open_source_of_blocks
+    from dropformer.metrics.offload.process_memory import parse_bytes
+
+    progress, place = progress or Silent(), request.placement
+    if place.device_map or place.device not in (None, "cpu"):
+        raise ModelError("--memory computes on the CPU; leave out --device and --device-map, or --memory")
+    budget = request.target.budget
+    if budget and budget.startswith("measured"):
+        raise ModelError(
+            "--budget measured times the model, which must be in memory; use decode, or leave out --memory"
+        )
+    check_empty(request.folder)
+    with progress.stage("opening the model"):
+        opened = open_model(request.model, request.revision, place, progress.say, False)
+        dtype = torch_dtype(place.dtype or "float32")
+        allowed = parse_bytes(request.scoring.memory or "")
+        blocks = open_source_of_blocks(opened.path, allowed, dtype or "float32", place.trust_remote_code)
+    plan, repair = improved(replace(opened, model=blocks.model), request, progress, blocks)
+    progress.say(f"dropping {', '.join(map(str, plan.layers))}")
+    with progress.stage("copying", 100) as tick:
+        return write_by_plan(plan, opened.path, request.folder, _copying(request, opened.file, tick), repair)
 
 
 def _measure(
@@ -216,10 +245,12 @@ def follow(request: Request, progress: Progress | None = None) -> Written:
     if plan.repairs:
         progress.say(plan.lost_repairs(path))
     with progress.stage("copying", 100) as tick:
-        how = replace(
-            request.export, gguf=source.file, progress=lambda done, total: tick(100 * done // max(1, total), 0)
-        )
-        return write_by_plan(plan, source.path, request.folder, how)
+        return write_by_plan(plan, source.path, request.folder, _copying(request, source.file, tick))
+
+
+def _copying(request: Request, gguf: Path | None, tick: Tick) -> ExportOptions:
+    """The export options, with progress in percent."""
+    return replace(request.export, gguf=gguf, progress=lambda done, total: tick(100 * done // max(1, total), 0))
 
 
 def analyze(request: Request, progress: Progress | None = None) -> Scores:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from dropformer.eval.cost.latency import layer_latency
 from dropformer.metrics.calibration.data import default_settings
 from dropformer.metrics.calibration.settings import Calibration, check_length
 from dropformer.metrics.calibration.windows import Windows, windows
+from dropformer.metrics.offload.process_memory import PeakMemory
 from dropformer.metrics.repair.base import Repair, reasons
 from dropformer.metrics.search.budget import Latency
 from dropformer.metrics.search.improve import Improver
@@ -26,6 +27,9 @@ from dropformer.prune.files.config_json import read_config
 from dropformer.prune.plan import Plan, make_plan
 from dropformer.recipes.opening import LoadedModel, open_model
 from dropformer.request import GATE, Request, recipe_calibration
+
+if TYPE_CHECKING:
+    from dropformer.metrics.offload.from_disk import BlockSource
 
 SAMPLES = 64  # windows to fit on where no number is given: repairs need more than rankings do
 
@@ -59,11 +63,14 @@ def need_tokenizer(opened: LoadedModel) -> Any:
     return opened.tokenizer
 
 
-def improved(opened: LoadedModel, request: Request, progress: Progress) -> tuple[Plan, Repair]:
+def improved(
+    opened: LoadedModel, request: Request, progress: Progress, blocks: BlockSource | None = None
+) -> tuple[Plan, Repair]:
     """The plan and the repair that a request's improvement gives.
 
     `--calibration` may name several texts by commas, of which the windows are then shared out; a plan that is
-    given is only refined and repaired.  Raises PlanError, CalibrationError, ArchitectureError or ModelError.
+    given is only refined and repaired.  `blocks` brings the weights of a model that is not in memory.
+    Raises PlanError, CalibrationError, ArchitectureError or ModelError.
     """
     strategy, chosen, target = request.selection.strategy, request.selection, request.target
     assert strategy is not None
@@ -71,21 +78,32 @@ def improved(opened: LoadedModel, request: Request, progress: Progress) -> tuple
     calibration = calibrated_on(opened, request)
     progress.say("calibration: " + "; ".join(f"{w.ref.name}, {len(w)} windows of {w.ref.length}" for w in calibration))
     other = gate_windows(opened, chosen.gate) if strategy.repair else None
-    with progress.stage(f"choosing and repairing by {wording(strategy)}"):
-        improver = Improver(opened.model, calibration, strategy, progress.say)
+    memory = PeakMemory(_device_type(opened.model))
+    improver = Improver(opened.model, calibration, strategy, progress.say, **(blocks.given() if blocks else {}))
+    total = improver.steps(chooses=chosen.plan is None, budget=target.budget is not None)
+    with progress.stage(f"choosing and repairing by {wording(strategy)}", total) as tick:
+        improver.work.progress = lambda done, tokens: tick(min(done, total), tokens)
         if chosen.plan:
             given = given_plan(opened, chosen.plan)
             if given.repairs and not strategy.repair:
                 progress.say(given.lost_repairs(chosen.plan))
             plan = refined(given.unrepaired(), improver)
             repair, _ = improver.repair(plan.layers, other)
+            if strategy.repair:  # what it was fitted on counts, not what the plan was scored on
+                plan = plan.model_copy(update={"calibration": improver.calibration})
         else:
             timed = (target.budget or "").startswith("measured")
             latency = measured(opened.model, improver, progress) if timed else None
             published = opened.recipe.published if opened.recipe else None
             target = replace(target, latency=latency, published=published)
             plan, repair, _ = improved_plan(improver, opened.ref, target, other)
+    repair = replace(repair, extra_bytes=memory.extra)
+    progress.say(repair.cost)
     return noted(plan, repair, opened.model), repair
+
+
+def _device_type(model: nn.Module) -> str:
+    return next((p.device.type for p in model.parameters() if not p.is_meta), "cpu")
 
 
 def measured(model: nn.Module, improver: Improver, progress: Progress) -> Latency:

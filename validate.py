@@ -46,6 +46,14 @@ class Rule:
 
 RULES = (
     Rule(
+        lambda r: r.scoring.memory, ("text", "seconds", "measure", "dry_run"),
+        "with --memory, which writes a checkpoint and measures nothing",
+    ),
+    Rule(
+        lambda r: r.drops and not r.selection.strategy, ("memory",), "where one-shot similarity chooses",
+        "add --quality, or give the scores of `prune analyze --memory` with --scores",
+    ),
+    Rule(
         lambda r: r.selection.plan, ("keep", "scores", "metric", "select"), "with --plan, which names the layers"
     ),
     Rule(

@@ -36,7 +36,7 @@ from dropformer.prune.plan import Plan, check_attention_left, choose, make_plan,
 from dropformer.prune.spec import parse_spec
 
 Tell = Callable[[str], None]
-GATE_SHARE = 8  # a gate measures on at most this share of the calibration windows, though on two at least
+GATE_SHARE = 8  # a gate measures on at most this share of the calibration's tokens, on two windows at least
 
 
 @dataclass
@@ -157,6 +157,13 @@ class Improver:
             before or Changes(), self.tell, memory,
         )  # fmt: skip
 
+    def steps(self, chooses: bool = True, budget: bool = False) -> int:
+        """About how many block-steps choosing and repairing takes, for a bar: blocks times forward passes."""
+        how = self.quality.under("kv:-1%" if budget else None)
+        passes = (how.search_passes if how.searches else 1.0) if chooses else 0.0
+        passes += sum(REPAIRS[name].passes for name in how.repair) + 3 / GATE_SHARE * bool(how.repair)
+        return max(1, round(self.work.blocks * passes))
+
     def prepare(self, candidates: Sequence[Layer], count: int) -> None:
         """Fit what a search is to see: the repairs of any `count` of the candidates."""
         self._foreseen = {}
@@ -250,9 +257,13 @@ class Improver:
 
     def _gating(self, other: Windows, gone: Sequence[Layer]) -> Gating:
         """The gate, on no more windows than make it cheap beside the calibration."""
-        count = min(len(other), max(2, sum(part.windows for part in self.parts) // GATE_SHARE))
-        size = 1 if _device(self.model).type == "cpu" else max(1, BATCH_GPU // other.ids.shape[1])
-        inputs, scored = zip(*(other.batch(range(i, min(i + size, count))) for i in range(0, count, size)), strict=True)
+        length, most = other.ids.shape[1], self.bench.runner.tokens // GATE_SHARE
+        count = min(len(other), max(2, most // length))
+        size = 1 if _device(self.model).type == "cpu" else max(1, BATCH_GPU // length)
+        whole = [other.batch(range(i, min(i + size, count))) for i in range(0, count, size)]
+        short = length if not other.scored.all() else min(length, max(64, most // count))
+        inputs = [{name: tensor[:, :short] for name, tensor in batch.items()} for batch, _ in whole]
+        scored = [counts[:, :short] for _, counts in whole]
         with evaluating(self.model):
             runner = self.bench.runner.like(inputs, self.architecture)
             dense = DenseReference(runner, self.quality.stride, [None if s.all() else s for s in scored])
