@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dropformer import api
 from dropformer.eval.cost.timing import Setting
@@ -194,7 +194,7 @@ def run_from_disk(request: Request, progress: Progress | None = None) -> Written
         dtype = torch_dtype(place.dtype or "float32")
         allowed = parse_bytes(request.memory or "")
         blocks = open_source_of_blocks(opened.path, allowed, dtype or "float32", place.trust_remote_code)
-    plan, repair = improved(replace(opened, model=blocks.model), request, progress, blocks)
+    plan, repair = improved(replace(opened, model=cast(Any, blocks.model)), request, progress, blocks)
     progress.say(f"dropping {', '.join(map(str, plan.layers))}")
     with progress.stage("copying", 100) as tick:
         how = replace(request.how, gguf=opened.file, progress=lambda done, total: tick(100 * done // max(1, total), 0))
