@@ -291,10 +291,6 @@ def improve(
     """
     layers, scores = improver.choose(request)
     repair, variant = improver.repair(layers, other)
-    fields: dict[str, Any] = {
-        "keep": list(request.keep),
-        "metric": wording(improver.quality),
-        "calibration": improver.calibration,
-    }
+    fields: dict[str, Any] = {"metric": improver.quality.wording, "calibration": improver.calibration}
     spec = request.spec or str(parse_budget(request.budget or ""))
     return make_plan(improver.outline, ref, spec, layers, scores, keep=list(request.keep), **fields), repair, variant
