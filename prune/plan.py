@@ -113,6 +113,7 @@ class Savings(FrozenRecord):
 class Plan(Artifact):
     """Which layers go, why, and what that saves.  Indices are those of the original model.
 
+    `repairs`: the gates that repairs passed; `not_repaired`: what they could not mend, and why.
     `packing_cost`: the mean similarity given up so that what is left packs into a stock model.
     """
 
@@ -123,6 +124,7 @@ class Plan(Artifact):
     metric: str | None = None
     calibration: dict[str, Any] | None = None
     repairs: list[str] = []
+    not_repaired: list[str] = []
     packing_cost: float | None = None
     drops: list[Drop]
     outline: Outline
@@ -146,7 +148,7 @@ class Plan(Artifact):
         """The same drops without the repairs, whose weights a plan does not hold."""
         gone = self.outline.dropped_parameters(self.layers)
         savings = self.savings.model_copy(update={"parameters_after": self.savings.parameters - gone})
-        return self.model_copy(update={"repairs": [], "savings": savings})
+        return self.model_copy(update={"repairs": [], "not_repaired": [], "savings": savings})
 
 
 def _by_kind(layers: Sequence[Layer], stack: str) -> dict[str, list[int]]:

@@ -18,9 +18,11 @@ POSITIONS = re.compile(r"^(?!.*(rel|dist|vision|visual|image|patch)).*(position|
 def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str, Any]:
     """Keyword arguments for one small forward pass of a transformers model, on its device.
 
-    Token ids [batch, length] for text, random pixels for images, both sides for an encoder-decoder.
+    Token ids [batch, length] for text, random pixels for images, both sides for an encoder-decoder.  Texts are longer
+    where a shorter one would change the model.
     """
     config: Any = getattr(model, "config", None)
+    length = max(length, _sparse_length(config))
     device = input_device(model)
     name = getattr(model, "main_input_name", "input_ids")
     if name == "pixel_values":
@@ -42,6 +44,18 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids.clone()
     return inputs
+
+
+def _sparse_length(config: Any) -> int:
+    """The fewest tokens, in whole blocks, that BigBird attends to sparsely; 0 for other models.
+
+    On fewer it exchanges its sparse attention for a full one, for good.  Where its positions do not reach as far it
+    is never sparse.
+    """
+    if getattr(config, "attention_type", None) != "block_sparse":
+        return 0
+    tokens = (6 + 2 * config.num_random_blocks) * config.block_size
+    return tokens if tokens <= config.max_position_embeddings else 0
 
 
 def random_pixels(config: object, batch: int, seed: int = 0) -> Tensor:
