@@ -17,7 +17,7 @@ from dropformer.prune.block_map import Surgery
 from dropformer.prune.discovery.modalities import sample_batches
 from dropformer.prune.errors import VerificationError
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
-from dropformer.prune.files.config_json import read_config
+from dropformer.prune.files.config_json import config_fingerprint, read_config
 from dropformer.prune.files.side_files import copy_side_files
 from dropformer.prune.formats.record import licence_of, write_record
 from dropformer.prune.formats.registry import known_format
@@ -137,6 +137,7 @@ def reference(
         hub=hub,
         revision=revision,
         fingerprint=checkpoint.fingerprint,
+        config=config_fingerprint(source),
         model_type=config["model_type"],
         license=license or licence_of(source),
     )

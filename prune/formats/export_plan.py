@@ -16,7 +16,7 @@ from typing import Any
 from dropformer.prune.block_map import Surgery, map_blocks
 from dropformer.prune.errors import OutputError, PlanError
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
-from dropformer.prune.files.config_json import read_config
+from dropformer.prune.files.config_json import config_fingerprint, read_config
 from dropformer.prune.files.side_files import copy_side_files
 from dropformer.prune.formats.record import need_dense, write_record
 from dropformer.prune.formats.registry import known_format
@@ -48,6 +48,10 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
     if plan.model.fingerprint != checkpoint.fingerprint:
         raise PlanError(f"the plan was made for other weights than those in {source}; plan this model")
     need_dense(read_config(source), plan.model.name)
+    if plan.model.config != config_fingerprint(source):
+        from dropformer.prune.loading.fits import check_fits  # imports transformers: only for another config
+
+        check_fits(source, how.trust_remote_code)
     plan = plan.unrepaired()
     writing = plain_writing(plan, checkpoint, how) or asked_writing(plan, checkpoint, how)
     with new_folder(out) as folder:
