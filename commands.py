@@ -91,14 +91,15 @@ def evaluate(
     from dropformer.eval.report import page as output
     from dropformer.eval.report.prepare import labels
     from dropformer.eval.report.tables import summary
-    from dropformer.eval.tasks.registry import find_tasks
-    from dropformer.eval.tasks.tasks import TaskOptions
+    from dropformer.eval.tasks.results import TaskOptions
     from dropformer.metrics.analysis import distributed
     from dropformer.metrics.calibration.settings import Calibration
     from dropformer.recipes.opening import Placement, open_model
 
     swept = _swept(sweep)
     if names:
+        from dropformer.eval.tasks.registry import find_tasks  # imports lm-eval, which takes seconds
+
         find_tasks(names, mmlu_data, include)  # a name or data that is not there is said before a model is loaded
     first = distributed.rank() == 0
     progress = console.Terminal(quiet or not first)
@@ -180,7 +181,7 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Predict from the config alone what a drop saves: bytes, FLOPs, roofline times, speed-up."""
-    from dropformer.prune.plan import parse_spec
+    from dropformer.prune.spec import parse_spec
 
     parse_spec(drop)
     from dropformer import console
@@ -222,8 +223,7 @@ def sweep(
     from dropformer.eval.quality.drop_range import parse_range
     from dropformer.metrics.calibration.text import check_name
     from dropformer.prune.files.config_json import read_config
-    from dropformer.prune.plan import parse_keep, parse_spec
-    from dropformer.prune.spec_limits import check_keep
+    from dropformer.prune.spec import check_keep, parse_keep, parse_spec
     from dropformer.recipes.source import short_name
 
     kind, counts = parse_range(drop)

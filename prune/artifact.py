@@ -43,7 +43,7 @@ class ModelRef(FrozenRecord):
     """Which model an artifact speaks of.
 
     `name` is what it was called, `hub` its id on the Hugging Face Hub where it has one; `fingerprint` is that of
-    the weights' headers and a sample of bytes, `config` that of config.json and generation_config.json.
+    the weights' headers and a sample of bytes, `config` a hash of what config.json builds.
     """
 
     name: str

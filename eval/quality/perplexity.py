@@ -7,6 +7,7 @@ so the first token of a window is context and T - 1 tokens are scored. Sums are 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +65,8 @@ class SideBySide:
     divergence: Divergence
 
 
-def perplexity(model: PreTrainedModel, windows: Tensor) -> Perplexity:
-    """Perplexity of a causal LM over windows [N, T] of token ids.
+def perplexity(model: PreTrainedModel, windows: Tensor, scored: Tensor | None = None) -> Perplexity:
+    """Perplexity of a causal LM over windows [N, T] of token ids; of tokens [N, T] that are scored (None: all).
 
     Raises EvaluationError when there is no window, or when windows hold fewer than two tokens.
     """
@@ -73,12 +74,11 @@ def perplexity(model: PreTrainedModel, windows: Tensor) -> Perplexity:
     split = SplitModel(model)
     sums = torch.zeros(len(windows), dtype=torch.float64)
     with torch.inference_mode():
-        for i, window in enumerate(windows):
-            hidden, targets = _hidden(split, window), window[1:]
-            for piece in split.pieces(hidden[:-1]):
-                logits = split.logits(hidden[:-1][piece])
-                sums[i] += _nll(logits, targets[piece])
-    return _perplexity(sums, windows.shape[1] - 1)
+        for i, (window, counts) in enumerate(_rows(windows, scored)):
+            hidden, targets = _hidden(split, window)[:-1][counts], window[1:][counts]
+            for piece in split.pieces(hidden):
+                sums[i] += _nll(split.logits(hidden[piece]), targets[piece])
+    return _perplexity(sums, _counted(windows, scored))
 
 
 def kl_to(dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tensor) -> Divergence:
@@ -89,9 +89,12 @@ def kl_to(dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tensor) -> D
     return side_by_side(dense, pruned, windows).divergence
 
 
-def side_by_side(dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tensor) -> SideBySide:
+def side_by_side(
+    dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tensor, scored: Tensor | None = None
+) -> SideBySide:
     """Both perplexities and the divergence between them, in one pass over windows [N, T].
 
+    With `scored` [N, T] only the predictions of these tokens count, for the divergence too.
     Raises EvaluationError as `kl_to` does.
     """
     windows = _checked(windows)
@@ -103,27 +106,51 @@ def side_by_side(dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tenso
         )
     rows = torch.zeros(len(windows), 4, dtype=torch.float64)
     with torch.inference_mode():
-        for i, window in enumerate(windows):
-            rows[i] = _compare(one, two, window)
+        for i, (window, counts) in enumerate(_rows(windows, scored)):
+            rows[i] = _compare(one, two, window, None if scored is None else counts)
     nll_dense, nll_pruned, kl, agree = rows.T
-    length = windows.shape[1]
+    counted = _counted(windows, scored)
+    compared = counted if scored is not None else counted + 1  # the last position's choice is compared, not scored
     return SideBySide(
-        dense=_perplexity(nll_dense, length - 1),
-        pruned=_perplexity(nll_pruned, length - 1),
+        dense=_perplexity(nll_dense, counted),
+        pruned=_perplexity(nll_pruned, counted),
         divergence=Divergence(
-            value=float(kl.mean() / length),
-            stderr=_stderr(kl / length),
-            agreement=float(agree.mean() / length),
-            tokens=rows.shape[0] * length,
+            value=float(kl.sum() / compared.sum()),
+            stderr=_stderr(kl, compared),
+            agreement=float(agree.sum() / compared.sum()),
+            tokens=int(compared.sum()),
         ),
     )
 
 
-def _compare(one: SplitModel, two: SplitModel, window: Tensor) -> Tensor:
-    """Sums over one window [T]: nll dense, nll pruned, KL(dense || pruned), equal first choices."""
+def _rows(windows: Tensor, scored: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each window [t] up to its last scored token, and which of its tokens but the first are scored, [t - 1]."""
+    for i, window in enumerate(windows):
+        if scored is None:
+            yield window, torch.ones(len(window) - 1, dtype=torch.bool)
+        else:
+            end = int(scored[i].nonzero().max()) + 1
+            yield window[:end], scored[i, 1:end]
+
+
+def _counted(windows: Tensor, scored: Tensor | None) -> Tensor:
+    """How many predictions each window scores, [N] float64."""
+    if scored is None:
+        return torch.full((len(windows),), windows.shape[1] - 1, dtype=torch.float64)
+    return scored[:, 1:].sum(1).double()
+
+
+def _compare(one: SplitModel, two: SplitModel, window: Tensor, counts: Tensor | None) -> Tensor:
+    """Sums over one window [T]: nll dense, nll pruned, KL(dense || pruned), equal first choices.
+
+    `counts` [T - 1]: which tokens but the first are scored; None: all, and KL at the last position too.
+    """
     left, right = _hidden(one, window), _hidden(two, window)
     targets = torch.cat([window[1:], window[:1]])
     scored = torch.arange(len(window)) < len(window) - 1
+    if counts is not None:
+        left, right, targets = left[:-1][counts], right[:-1][counts], window[1:][counts]
+        scored = torch.ones(len(targets), dtype=torch.bool)
     sums = torch.zeros(4, dtype=torch.float64)
     for piece in one.pieces(left):
         p = F.log_softmax(one.logits(left[piece]), dim=-1)
@@ -146,18 +173,25 @@ def _nll(logits: Tensor, targets: Tensor) -> float:
     return float(F.cross_entropy(logits, targets.to(logits.device), reduction="none").double().sum())
 
 
-def _perplexity(sums: Tensor, scored: int) -> Perplexity:
-    """From each window's summed nll [N] and the tokens scored in each."""
-    nll = float(sums.mean() / scored)
+def _perplexity(sums: Tensor, scored: Tensor) -> Perplexity:
+    """From each window's summed nll [N] and the tokens scored in each, [N] float64."""
+    nll = float(sums.sum() / scored.sum())
     if not math.isfinite(nll):
         raise EvaluationError("the log-likelihoods are not finite: hidden states overflow; try --dtype float32")
     value = math.exp(nll) if nll < 700 else math.inf
-    return Perplexity(value=value, nll=nll, stderr=_stderr(sums / scored), tokens=len(sums) * scored)
+    return Perplexity(value=value, nll=nll, stderr=_stderr(sums, scored), tokens=int(scored.sum()))
 
 
-def _stderr(values: Tensor) -> float | None:
-    """Standard error of the mean of [N] window means; None for one window, which has no spread."""
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
+def _stderr(sums: Tensor, counts: Tensor) -> float | None:
+    """Standard error of sum(sums) / sum(counts) over windows, [N] each; None for one window, which has no spread.
+
+    Windows may differ in length: a ratio of totals (Cochran, Sampling Techniques, 1977, chapter 6).
+    """
+    n = len(sums)
+    if n < 2:
+        return None
+    apart = sums - counts * (sums.sum() / counts.sum())
+    return float((apart.square().sum() / (n - 1) / n).sqrt() / counts.mean())
 
 
 def _checked(windows: Tensor) -> Tensor:

@@ -54,9 +54,9 @@ class Sweep(Artifact):
     cliff: int | None
 
 
-def point(dense: Any, pruned: Any, layers: Sequence[Any], ids: Any, setting: Setting = AT) -> Point:
-    """Measure one pruned model's quality against the dense one on windows [N, T]."""
-    both = side_by_side(dense, pruned, ids)
+def point(dense: Any, pruned: Any, layers: Sequence[Any], ids: Any, setting: Setting = AT, scored: Any = None) -> Point:
+    """Measure one pruned model's quality against the dense one on windows [N, T], at scored tokens (None: all)."""
+    both = side_by_side(dense, pruned, ids, scored)
     return Point(
         drops=len(layers),
         layers=[str(layer) for layer in layers],

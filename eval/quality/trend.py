@@ -35,7 +35,9 @@ class Trend(FrozenRecord):
         return max(drops for drops, _ in self.points if self.cliff is None or drops < self.cliff)
 
 
-def trend(dense: Any, plan: Plan, ids: Tensor, tick: Callable[[int, int], None] | None = None) -> Trend | None:
+def trend(
+    dense: Any, plan: Plan, ids: Tensor, tick: Callable[[int, int], None] | None = None, scored: Tensor | None = None
+) -> Trend | None:
     """How log-perplexity rises as the plan's layers go, a quarter at a time, on the first windows of ids [N, T].
 
     None for a plan of fewer than 4 drops, and for one with repairs, whose first drops alone say little.
@@ -45,8 +47,9 @@ def trend(dense: Any, plan: Plan, ids: Tensor, tick: Callable[[int, int], None] 
     if len(layers) < AT_LEAST or plan.repairs:
         return None
     few, points = ids[:WINDOWS], []
+    counts = None if scored is None else scored[:WINDOWS]
     for count in quarters(len(layers)):
-        points.append((count, perplexity(without(dense, plan.outline, layers[:count]), few).nll))
+        points.append((count, perplexity(without(dense, plan.outline, layers[:count]), few, counts).nll))
         if tick:
             tick(len(points), len(points) * few.numel())
     return Trend(points=points, drops=len(layers), cliff=cliff(points))

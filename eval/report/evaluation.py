@@ -16,7 +16,7 @@ from dropformer.eval.quality.trend import Trend, trend
 from dropformer.eval.report.prepare import Candidate, EvaluationOptions, Inputs, prepare
 from dropformer.eval.report.warnings import warnings
 from dropformer.eval.tasks.paired import Paired
-from dropformer.eval.tasks.tasks import TaskResults, compare_tasks, evaluate_tasks
+from dropformer.eval.tasks.results import TaskResults, compare_tasks
 from dropformer.metrics.analysis.distributed import rank
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.progress import Progress, Silent
@@ -101,6 +101,8 @@ def _with_tasks(
 ) -> list[ModelResult]:
     if not options.tasks:
         return results
+    from dropformer.eval.tasks.tasks import evaluate_tasks  # imports lm-eval, which takes seconds
+
     found = []
     for candidate in models:
         with progress.stage(f"{', '.join(options.tasks)}, in %: {candidate.name}", 100) as show:
@@ -128,12 +130,12 @@ def _with_perplexity(
     dense, out = models[0], list(results)
     for i, candidate in enumerate(models[1:] or models, start=1 if models[1:] else 0):
         with progress.stage(f"perplexity and KL: {candidate.name}"):
-            both = side_by_side(dense.model, candidate.model, data.ids)
+            both = side_by_side(dense.model, candidate.model, data.ids, data.partly_scored)
         out[0] = _update(out[0], perplexity=asdict(both.dense))
         out[i] = _update(out[i], perplexity=asdict(both.pruned), kl=asdict(both.divergence) if i else None)
         if candidate.plan:
             with progress.stage(f"trend of the first drops alone: {candidate.name}"):
-                out[i] = _update(out[i], trend=trend(dense.model, candidate.plan, data.ids))
+                out[i] = _update(out[i], trend=trend(dense.model, candidate.plan, data.ids, scored=data.partly_scored))
     return out
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from dropformer.eval.compare.compatibility import SharedTokens
 from dropformer.eval.cost.sinks import Sinks, fitting, sink_cache
 from dropformer.eval.cost.timing import Setting
-from dropformer.eval.tasks.tasks import TaskOptions
+from dropformer.eval.tasks.results import TaskOptions
 from dropformer.metrics.calibration.settings import Calibration, context_of
 from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.prune.errors import EvaluationError

@@ -83,9 +83,11 @@ class Measured:
     fields: dict[str, Any]
 
 
-def measure_quality(dense: PreTrainedModel, pruned: PreTrainedModel, ids: Tensor, text: TextRef) -> Measured:
-    """Perplexity of both and KL(dense || pruned) over windows [N, T], in one pass."""
-    found = side_by_side(dense, pruned, ids)
+def measure_quality(
+    dense: PreTrainedModel, pruned: PreTrainedModel, ids: Tensor, text: TextRef, scored: Tensor | None = None
+) -> Measured:
+    """Perplexity of both and KL(dense || pruned) over windows [N, T], in one pass, on the tokens that are scored."""
+    found = side_by_side(dense, pruned, ids, scored)
     one, two = ({"perplexity": p.value, "perplexity_stderr": p.value_stderr} for p in (found.dense, found.pruned))
     return Measured(one, two, {"text": text, "kl": found.divergence.value, "kl_stderr": found.divergence.stderr})
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dropformer.prune.errors import CheckpointError, shown
-from dropformer.prune.files.regular import opened
 from dropformer.prune.files.safetensors_header import TensorSpan
-from dropformer.prune.files.strict_json import CONFIG_BYTES, read_object
+from dropformer.prune.files.strict_json import read_object
 
 CONFIG = "config.json"
 
@@ -46,16 +44,6 @@ def read_config(folder: Path, name: object = None) -> dict[str, Any]:
         raise CheckpointError(f"{shown(path, 1000)}: architectures is not a list of class names; get the model again")
     _check_redirects(config, shown(path, 1000))
     return config
-
-
-def config_fingerprint(folder: Path) -> str:
-    """A SHA-256 of config.json and generation_config.json, 16 digits of it."""
-    digest = hashlib.sha256()
-    for name in (CONFIG, "generation_config.json"):
-        if (folder / name).is_file():
-            with opened(folder / name) as file:
-                digest.update(name.encode() + file.read(CONFIG_BYTES))
-    return digest.hexdigest()[:16]
 
 
 def _check_redirects(config: Mapping[str, Any], where: str) -> None:

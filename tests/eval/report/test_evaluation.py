@@ -15,7 +15,8 @@ from dropformer.eval.report.page import html
 from dropformer.eval.report.pictures import kept_by_test, quality_by_drop, speed_against_bound
 from dropformer.eval.report.tables import summary
 from dropformer.eval.report.warnings import warnings
-from dropformer.eval.tasks.tasks import TaskOptions, TaskResults, evaluate_tasks
+from dropformer.eval.tasks.results import TaskOptions, TaskResults
+from dropformer.eval.tasks.tasks import evaluate_tasks
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.windows import windows
 from dropformer.prune.artifact import ModelRef
