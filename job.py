@@ -34,6 +34,7 @@ from dropformer.prune.architecture import of_images
 from dropformer.prune.discovery.inputs import takes_pictures, writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files import CopyReport
+from dropformer.prune.files.folder import new_files
 from dropformer.prune.files.output_paths import check_place
 from dropformer.prune.formats.export import Exported, export
 from dropformer.prune.formats.export_plan import Written, write_by_plan
@@ -291,8 +292,9 @@ def analyze(request: Request, progress: Progress | None = None) -> tuple[Scores,
     opened = open_to_score(request, progress)
     scores = get_scores(opened, request, progress)
     if rank() == 0:
-        scores.write(out / "scores.json")
-        similarity_by_depth(scores, out / "similarity.png")
+        with new_files(out) as folder:
+            scores.write(folder / "scores.json")
+            similarity_by_depth(scores, folder / "similarity.png")
     return scores, out
 
 
