@@ -35,18 +35,22 @@ def load(
 ) -> PreTrainedModel:
     """The model in a checkpoint folder, as a subclass of its native class where layers are missing.
 
-    `dtype` None means float32 on a CPU and the checkpoint's own elsewhere.  Raises CheckpointError when
-    tensors are missing, unexpected or of another shape: a model is never filled with random weights.
+    `dtype` None means float32 on a CPU and the checkpoint's own elsewhere.  Tensors are read one by one onto their
+    device, so host memory does not hold the model on its way to a GPU; on the device "meta" nothing is read, and
+    names and shapes alone are checked.  Raises CheckpointError when tensors are missing, unexpected or of another
+    shape: a model is never filled with random weights.
     """
     path = Path(path)
     device = usable_device(device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" and device_map is None else "auto"
-    place = {"device_map": device_map} if device_map is not None else {}
+    if device_map is None and device.type != "cpu":
+        device_map = {"": device}
+    place = {} if device_map is None else {"device_map": device_map}
     if _model_type(path) == DECI:
         from dropformer.prune.loading.deci import load_deci
 
-        return load_deci(path, dtype, device)
+        return load_deci(path, dtype, place)
     config = read_model_config(path, trust_remote_code)
     auto = auto_class(config)
     try:
@@ -57,7 +61,7 @@ def load(
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise CheckpointError(f"{path} cannot be loaded: {_first_line(error)}") from error
     check_whole(path, info)
-    return model if place else model.to(device)
+    return model
 
 
 def _model_type(path: Path) -> str | None:
@@ -72,7 +76,17 @@ def weightless(path: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a checkpoint folder on the meta device, to ask it about names and shapes."""
     config = read_model_config(path, trust_remote_code)
     with quiet_transformers(), torch.device("meta"):
-        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+        return build(config, trust_remote_code=trust_remote_code)
+
+
+def build(
+    config: transformers.PreTrainedConfig, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A model with the head that its config names, without the weights of any checkpoint."""
+    loader = auto_class(config)
+    if hasattr(loader, "from_config"):
+        return loader.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    return loader._from_config(config, dtype=dtype)
 
 
 def usable_device(name: torch.device | str | None) -> torch.device:
