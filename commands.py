@@ -170,7 +170,7 @@ def _settings(batch: str, context: str, new: int) -> list[Any]:
 
 def estimate(
     model: Annotated[str, typer.Argument(help="A recipe, folder or Hub id; only its config is read.")],
-    drop: Annotated[str, typer.Option("--drop", "-d", help="attn:40, mlp:8, block:8, attn=20,21, ...")],
+    drop: Annotated[str, typer.Option("--drop", "-d", help="attn:40, mlp:25%, joint:12, attn=20,21, ...")],
     hardware: Annotated[
         str, typer.Option(help="cpu (this machine, measured), a6000, a100-80g, h100-sxm, ...")
     ] = "a6000",
@@ -180,23 +180,22 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Predict from the config alone what a drop saves: bytes, FLOPs, roofline times, speed-up."""
-    from dropformer.eval.cost.drops import drops_of
     from dropformer.prune.plan import parse_spec
 
-    drops = drops_of(parse_spec(drop))
+    parse_spec(drop)
     from dropformer import console
     from dropformer.eval.cost import estimate as es
-    from dropformer.eval.cost.estimate_table import estimate_lines
     from dropformer.eval.cost.hardware import hardware as find
+    from dropformer.eval.cost.roofline import Workload
     from dropformer.recipes import recipes
 
-    workload = es.Workload(context, batch, new_tokens)
-    found = es.estimate(es.named_config(model), drops, find(hardware), workload)
-    published = es.published_speedup(recipes().get(model), drop)
+    workload, device, recipe = Workload(context, batch, new_tokens), find(hardware), recipes().get(model)
+    found = es.estimate(es.cost_of_name(model), drop, device, workload, recipe.published if recipe else None)
+    published = es.published_speedup(recipe, drop)
     if as_json:
         sys.stdout.write(json.dumps({**found.as_dict(), "published_speedup": published}, indent=1) + "\n")
         return
-    for line in estimate_lines(found, published):
+    for line in es.estimate_lines(found, published):
         console.out.print(line, markup=False)
 
 
@@ -220,7 +219,7 @@ def sweep(
 ) -> None:
     """Quality for every number of drops, the speed-up, and where the cliff is."""
     from dropformer import preflight
-    from dropformer.eval.cost.drops import parse_range
+    from dropformer.eval.quality.drop_range import parse_range
     from dropformer.metrics.calibration.text import check_name
     from dropformer.prune.formats.record import read_config
     from dropformer.prune.plan import parse_keep, parse_spec

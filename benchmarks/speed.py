@@ -22,9 +22,10 @@ from torch import nn
 
 import dropformer
 from dropformer import api
-from dropformer.eval.cost.estimate import KERNELS, Estimate, Side, Times, Workload
+from dropformer.eval.cost.counting import cost_of
+from dropformer.eval.cost.estimate import Estimate
 from dropformer.eval.cost.hardware import Hardware, measure_cpu
-from dropformer.eval.cost.model_cost import work_of
+from dropformer.eval.cost.roofline import KERNELS, Side, Times, Workload
 from dropformer.eval.cost.speed import PAPER, Setting, Speed, SpeedTable, grid, measure
 
 # The most redundant attention layers of SmolLM2-135M on the builtin calibration, so that no analysis is needed.
@@ -51,7 +52,7 @@ def settings(quick: bool, gpu: bool) -> list[Setting]:
 def estimated(table: SpeedTable, models: dict[str, nn.Module], setting: Setting, here: Hardware) -> Estimate:
     """What the estimate says for this machine, in the dtype and at the lengths of a measured setting."""
     workload = Workload(setting.prompt + setting.new, int(setting.batch), setting.new, table.dtype)
-    dense, pruned = (Side(work_of(model), workload, here) for model in models.values())
+    dense, pruned = (Side(cost_of(model), workload, here) for model in models.values())
     return Estimate(dense, pruned)
 
 

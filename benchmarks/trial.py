@@ -2,6 +2,7 @@
 
 Each pruned model must equal the dense one whose branches are silenced by hooks, generate with its cache what
 it generates without, and be the same after export and reload, by dropformer and by transformers' Auto class.
+What `prune estimate` says from the config alone must be the parameters of the checkpoint written.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from torch import nn
 
 import dropformer
 from dropformer import api
+from dropformer.eval.cost.counting import cost_of_config
+from dropformer.eval.cost.model_cost import ModelCost
 from dropformer.metrics.analysis.analyze import analyze_model
 from dropformer.prune.architecture import Architecture, Layer, Stack
 from dropformer.prune.discovery.discover import discover
@@ -26,7 +29,7 @@ from dropformer.prune.discovery.inputs import sample_inputs
 from dropformer.prune.discovery.modalities import with_images
 from dropformer.prune.discovery.proof import prove
 from dropformer.prune.discovery.summarize import summarize
-from dropformer.prune.errors import ArchitectureError, PlanError
+from dropformer.prune.errors import ArchitectureError, ModelError, PlanError
 from dropformer.prune.formats.export import reference
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import choose
@@ -57,6 +60,7 @@ class Trial:
     folder: Path
     generates: bool
     auto: str
+    cost: ModelCost | None
 
 
 def through(dense: nn.Module, folder: Path, auto: str = "AutoModelForCausalLM") -> str:
@@ -74,7 +78,9 @@ def through(dense: nn.Module, folder: Path, auto: str = "AutoModelForCausalLM") 
     )
     _same(outputs(opened.model, given), outputs(dense, given), "transformers' own reload of the dense model")
     outline = summarize(opened.model, architecture)
-    trial = Trial(opened.model, architecture, outline, given, folder, _generates(dense, given), auto)
+    trial = Trial(
+        opened.model, architecture, outline, given, folder, _generates(dense, given), auto, _cost(opened.model, auto)
+    )
     tried, notes, refused = [], [note], []
     if dense.can_generate() and not trial.generates:
         notes.append("no cached generation to compare")
@@ -124,8 +130,20 @@ def _check(trial: Trial, layers: list[Layer], pruned: nn.Module) -> None:
     stock = getattr(transformers, trial.auto).from_pretrained(out).eval()
     if type(stock).__name__ == type(again).__name__:  # AutoModelForCausalLM may know a family by its text part
         _same(outputs(stock, given), got, f"{what}: {trial.auto} against memory")
+    if trial.cost and not layers[0].stack:
+        said, written = trial.cost.without(layers).parameters, sum(p.numel() for p in again.parameters())
+        if said != written:
+            raise Wrong(f"{what}: an estimate says {said} parameters, the checkpoint has {written}")
     if trial.generates and layers[0].kind in ("attn", "cross"):
         _same_generation(again, given, f"{what}, reloaded")
+
+
+def _cost(model: nn.Module, auto: str) -> ModelCost | None:
+    """The dense model's cost from its config; None for what `prune estimate` does not take."""
+    try:
+        return cost_of_config(model.config) if auto == "AutoModelForCausalLM" else None
+    except ModelError:  # a composite config that names a class built from its text part alone
+        return None
 
 
 @contextmanager

@@ -113,13 +113,17 @@ class Outline(FrozenRecord):
         return branch
 
     def dropped_parameters(self, layers: Iterable[Layer]) -> int:
-        """Parameters that go: those of the branches, and the rest of each block that loses all of them."""
+        """Parameters of the dropped branches, and all other parameters of each dropped block."""
+        layers = list(layers)
+        rest = sum(self.stack(stack).block(index).parameters for stack, index in self.dropped_blocks(layers))
+        return rest + sum(self.branch(layer).parameters for layer in self.branch_layers(layers))
+
+    def dropped_blocks(self, layers: Iterable[Layer]) -> set[tuple[str, int]]:
+        """(stack, index) of each block that is dropped as such, or that is the identity without its branches."""
         layers = list(layers)
         gone = self.branch_layers(layers)
         blocks = {(layer.stack, layer.index) for layer in layers if layer.kind == "block"}
-        blocks |= {place for place in {(layer.stack, layer.index) for layer in gone} if self._empty(*place, gone)}
-        rest = sum(self.stack(stack).block(index).parameters for stack, index in blocks)
-        return rest + sum(self.branch(layer).parameters for layer in gone)
+        return blocks | {place for place in {(layer.stack, layer.index) for layer in gone} if self._empty(*place, gone)}
 
     def _empty(self, stack: str, index: int, gone: Sequence[Layer]) -> bool:
         """Is a block nothing any more once these branches are gone?"""

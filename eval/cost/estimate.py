@@ -1,101 +1,33 @@
-"""What a drop would cost and save on a device, from the config alone: no weights are needed.
+"""What a drop costs and saves on a device, from the config alone: no weights are needed.
 
-The model is built on the meta device, so parameters, experts and KV bytes are exact; times are a
-roofline (Williams et al. 2009): linear layers and attention run one after the other, each takes
-max(FLOPs / peak, bytes / bandwidth).  Only what the kernels do with the KV cache differs between
-programs, and it decides most of what dropping attention saves:
-
-fused   the cache is written in place and read once by a fused kernel (FlashAttention, vLLM)
-sdpa    transformers' default: the cache is concatenated anew at every step, then read once
-eager   transformers' eager attention: also repeats key heads for grouped queries and writes the
-        scores to memory
+The model's blocks are traced on the meta device, so parameters, experts and KV bytes are exact and a branch owns what
+it owns in the exported checkpoint; times are a roofline (`roofline`).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from pydantic import TypeAdapter, ValidationError
 
 from dropformer.eval.cost.hardware import Hardware
-from dropformer.eval.cost.model_cost import BlockWork, Drops, ModelCost, work_of
-from dropformer.prune.errors import EvaluationError, ModelError, PlanError
-from dropformer.prune.loading.load import read_model_config
+from dropformer.eval.cost.model_cost import ModelCost
+from dropformer.eval.cost.roofline import KERNELS, Side, Workload
+from dropformer.prune.architecture import Layer
+from dropformer.prune.files.output_paths import cache_folder
+from dropformer.prune.plan import PublishedLists, choose
 from dropformer.recipes import Recipe, open_config, recipes
 
-LAUNCHES = {"attention": 45, "mlp": 20}  # small operations of a Llama branch in transformers, counted
-
-
-@dataclass(frozen=True)
-class Kernels:
-    """What an attention implementation does with keys and values: see the module's docstring."""
-
-    name: str
-    concatenates: bool
-    repeats: bool
-    writes_scores: bool
-
-
-KERNELS: dict[str, Kernels] = {
-    kernels.name: kernels
-    for kernels in (
-        Kernels("fused", False, False, False),
-        Kernels("sdpa", True, False, False),
-        Kernels("eager", True, True, True),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Workload:
-    """`batch` sequences that end at `context` tokens, the last `new_tokens` of them decoded.
-
-    new_tokens None: half of the context, as arXiv 2406.15786 measures (2048 in, 2048 out).
-    """
-
-    context: int = 4096
-    batch: int = 1
-    new_tokens: int | None = None
-    dtype: str = "bfloat16"
-
-    def __post_init__(self) -> None:
-        if self.context < 2 or self.batch < 1 or not 0 < self.new < self.context:
-            raise EvaluationError(
-                f"cannot estimate {self.new} new tokens in a context of {self.context} at batch {self.batch}; "
-                "expected a batch of 1 or more and new tokens fewer than the context"
-            )
-        if not hasattr(torch, self.dtype):
-            raise EvaluationError(f"unknown dtype `{self.dtype}`; expected bfloat16, float16 or float32")
-
-    @property
-    def new(self) -> int:
-        return self.context // 2 if self.new_tokens is None else self.new_tokens
-
-    @property
-    def prompt(self) -> int:
-        return self.context - self.new
-
-    @property
-    def size(self) -> int:
-        """Bytes of an element."""
-        return torch.empty((), dtype=getattr(torch, self.dtype)).element_size()
-
-
-@dataclass(frozen=True)
-class Times:
-    """Seconds of the prefill and of all decode steps together."""
-
-    prefill: float
-    decode: float
-
-    @property
-    def generation(self) -> float:
-        return self.prefill + self.decode
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -105,57 +37,6 @@ class Speedup:
     prefill: float
     decode: float
     generation: float
-
-
-@dataclass(frozen=True)
-class Side:
-    """The dense or the pruned model under a workload on a device.
-
-    kv_bytes: of all sequences at the full context.  prefill_flops: of the whole batch; decode_flops:
-    of one step half-way.  devices: how many are needed to hold weights and cache; they work one after
-    the other (`device_map="auto"`), so more of them do not make it faster.
-    """
-
-    work: ModelCost
-    workload: Workload
-    hardware: Hardware
-
-    @property
-    def parameters(self) -> int:
-        return self.work.parameters
-
-    @property
-    def active_parameters(self) -> int:
-        return self.work.active
-
-    @property
-    def checkpoint_bytes(self) -> int:
-        return self.work.parameters * self.workload.size
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        return self.work.kv_per_token * self.workload.size
-
-    @property
-    def kv_bytes(self) -> int:
-        return self.workload.batch * self.work.kv(self.workload.context) * self.workload.size
-
-    @property
-    def prefill_flops(self) -> float:
-        return self.work.prefill_flops(self.workload.batch, self.workload.prompt)
-
-    @property
-    def decode_flops(self) -> float:
-        return self.work.decode_flops(self.workload.batch, self.workload.prompt + self.workload.new // 2)
-
-    @property
-    def devices(self) -> int:
-        return max(1, math.ceil((self.checkpoint_bytes + self.kv_bytes) / self.hardware.memory))
-
-    @cached_property
-    def times(self) -> dict[str, Times]:
-        """Roofline times by kernels: "fused", "sdpa", "eager"."""
-        return {name: _times(self, kernels) for name, kernels in KERNELS.items()}
 
 
 @dataclass(frozen=True)
@@ -192,33 +73,73 @@ _FIGURES = (
 
 def estimate(
     config: PreTrainedConfig | Mapping[str, Any] | ModelCost,
-    drops: Drops,
+    spec: str,
     hardware: Hardware,
     workload: Workload | None = None,
+    published: PublishedLists | None = None,
 ) -> Estimate:
     """Estimate what dropping layers changes.
 
-    config: a transformers config, its keys and values (with `model_type`), or the work of a model.  drops: for example
-    {"attn": 40} or {"attn": {20, 21}, "mlp": {9}}: see `Work.drop`.  Raises ModelError for a config that
-    builds no causal language model, PlanError for layers that it does not have.
+    config: a transformers config, its keys and values (with `model_type`), or a cost already counted.  spec: a drop
+    spec, or "" for none.  A count takes the deepest layers but the last, where published lists lie; where layers
+    are alike, as in most models, the choice is free.  Raises ModelError for a config that builds no causal
+    language model, ArchitectureError for one of which nothing can be dropped, PlanError as a plan does.
     """
+    if not isinstance(config, ModelCost):
+        from dropformer.eval.cost.counting import cost_of_config
+
+        config = cost_of_config(config)
+    layers = choose(config.outline, spec, published=published, pick=_deepest) if spec else []
     workload = workload or Workload()
-    work = config if isinstance(config, ModelCost) else config_work(config)
-    left = work.drop(drops)
-    if not any(block.attention for block in left.blocks) and any(block.attention for block in work.blocks):
-        raise PlanError("no attention layer would be left, and a model without any mixes no tokens; drop fewer")
-    return Estimate(Side(work, workload, hardware), Side(left, workload, hardware))
+    return Estimate(Side(config, workload, hardware), Side(config.without(layers), workload, hardware))
 
 
-def named_config(name: str, revision: str | None = None) -> PreTrainedConfig | dict[str, Any]:
-    """The config of a model by recipe name, folder or Hub id; a recipe that holds one needs no network.
+def _deepest(free: Sequence[Layer], count: int, _: Sequence[Layer]) -> list[Layer]:
+    """The deepest of the free layers, the last block's only where no other is left."""
+    last = max(layer.index for layer in free)
+    return sorted(free, key=lambda layer: (layer.index == last, -layer.index, layer.kind))[:count]
 
+
+def cost_of_name(name: str, revision: str | None = None) -> ModelCost:
+    """The cost of a model by recipe name, folder or Hub id; a recipe that holds a config needs no network.
+
+    Kept in the cache folder, so that a second estimate of the same config imports neither torch nor transformers.
     Raises ModelError if the model cannot be found.
     """
     known = recipes().get(name)
     if known is not None and known.config and revision is None:
-        return dict(known.config)
-    return read_model_config(open_config(name, revision).path)
+        return _kept(json.dumps(dict(known.config), sort_keys=True), partial(_count, dict(known.config)))
+    path = open_config(name, revision).path
+    return _kept((path / "config.json").read_text(encoding="utf-8"), partial(_count, path))
+
+
+def _count(config: dict[str, Any] | Path) -> ModelCost:
+    from dropformer.eval.cost.counting import cost_of_config
+    from dropformer.prune.loading.load import read_model_config
+
+    return cost_of_config(read_model_config(config) if isinstance(config, Path) else config)
+
+
+def _kept(config: str, count: Callable[[], ModelCost]) -> ModelCost:
+    """The cost of a config from the cache folder, else counted and kept there where that can be written."""
+    sources = sorted(Path(__file__).parents[2].glob("prune/discovery/*.py")) + sorted(
+        Path(__file__).parent.glob("*.py")
+    )
+    parts = [config.encode(), version("transformers").encode(), *(path.read_bytes() for path in sources)]
+    path = cache_folder() / "costs" / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:32]}.json"
+    adapter = TypeAdapter(ModelCost)
+    try:
+        return adapter.validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        cost = count()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_bytes(adapter.dump_json(cost))
+        temporary.replace(path)
+    except OSError:
+        pass  # a cache that cannot be written costs time only
+    return cost
 
 
 def published_speedup(recipe: Recipe | None, spec: str) -> float | None:
@@ -229,68 +150,55 @@ def published_speedup(recipe: Recipe | None, spec: str) -> float | None:
     return None
 
 
-def config_work(config: PreTrainedConfig | Mapping[str, Any]) -> ModelCost:
-    """The work of the model that a config describes, built on the meta device: no memory, no weights."""
-    try:
-        if isinstance(config, Mapping):
-            config = AutoConfig.for_model(**config)
-        with torch.device("meta"):  # bfloat16: grouped experts accept nothing else there
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ModelError(f"the config builds no causal language model ({reason}); expected a decoder's") from error
-    return work_of(model.eval())
+KERNEL_TITLES = {
+    "fused": "fused kernels (FlashAttention, vLLM)",
+    "sdpa": "transformers, cache concatenated",
+    "eager": "transformers, eager attention",
+}
 
 
-def _times(side: Side, kernels: Kernels) -> Times:
-    workload = side.workload
-    steps = [_decode_step(side, kernels, context) for context in _samples(workload)]
-    return Times(_prefill(side, kernels), workload.new * sum(steps) / len(steps))
+def estimate_lines(estimate: Estimate, published: float | None = None) -> list[str]:
+    """Lines for the terminal.  published: the measured speed-up of the same drop, where one is known."""
+    dense, pruned = estimate.dense, estimate.pruned
+    place, load = dense.hardware, dense.workload
+    lines = [
+        f"{place.name}: {place.flops / 1e12:.4g} TFLOP/s, {place.bandwidth / 1e9:.4g} GB/s ({place.source})",
+        f"batch {load.batch}, {load.prompt} + {load.new} tokens, {load.dtype}",
+        _row("", "dense", "pruned"),
+        _row("parameters", *(f"{side.parameters / 1e9:.3f} G" for side in (dense, pruned))),
+    ]
+    if dense.active_parameters != dense.parameters:
+        lines.append(_row("active", *(f"{side.active_parameters / 1e9:.3f} G" for side in (dense, pruned))))
+    lines += [
+        _row("checkpoint", *(_bytes(side.checkpoint_bytes) for side in (dense, pruned))),
+        _row("KV cache", *(_bytes(side.kv_bytes) for side in (dense, pruned))),
+        _row("devices needed", str(dense.devices), str(pruned.devices)),
+        _row("prefill", *(f"{side.prefill_flops / 1e12:.4g} TFLOP" for side in (dense, pruned))),
+        _row("decode step", *(f"{side.decode_flops / 1e12:.4g} TFLOP" for side in (dense, pruned))),
+    ]
+    for name in KERNELS:
+        speedup = estimate.speedup(name)
+        lines.append(_row(f"time, {name}", *(_seconds(side, name) for side in (dense, pruned))))
+        lines.append(
+            f"  {KERNEL_TITLES[name]}: {speedup.generation:.2f}x in all "
+            f"(prefill {speedup.prefill:.2f}x, decode {speedup.decode:.2f}x)"
+        )
+    if published is not None:
+        lines.append(f"  published, measured: {published:.2f}x")
+    return lines
 
 
-def _samples(workload: Workload, count: int = 8) -> list[int]:
-    """Contexts spread evenly over the new tokens, at the middle of each of `count` parts."""
-    return [workload.prompt + int(workload.new * (part + 0.5) / count) for part in range(count)]
+def _row(name: str, dense: str, pruned: str) -> str:
+    return f"{name:<16}{dense:>24}{pruned:>24}".rstrip()
 
 
-def _prefill(side: Side, kernels: Kernels) -> float:
-    work, batch, tokens = side.work, side.workload.batch, side.workload.prompt
-    linear_only = ModelCost(tuple(_without_pairs(block) for block in work.blocks), work.head, work.lookup, work.other)
-    linear_flops = linear_only.prefill_flops(batch, tokens)
-    linear = side.hardware.seconds(linear_flops, work.read(batch * tokens) * side.workload.size)
-    kept = batch * work.kv(tokens)
-    scores = sum(block.heads * tokens * block.seen(tokens) for block in work.blocks) * batch
-    elements = kept + (_SCORE_PASSES * scores if kernels.writes_scores else 0)
-    pairs = work.prefill_flops(batch, tokens) - linear_flops
-    return linear + side.hardware.seconds(pairs, elements * side.workload.size) + _launches(side)
+def _seconds(side: Side, kernels: str) -> str:
+    times = side.times[kernels]
+    return f"{times.prefill:.3g} s + {times.decode:.4g} s"
 
 
-# Passes over the scores of eager attention in 16 bits: written (1), masked (2), softmax in 32 bits (1 + 2),
-# cast back (2 + 1), multiplied by the values (1).
-_SCORE_PASSES = 10
-
-
-def _decode_step(side: Side, kernels: Kernels, context: int) -> float:
-    work, batch, size = side.work, side.workload.batch, side.workload.size
-    linear_flops = 2 * batch * (sum(block.active for block in work.blocks) + work.head)
-    linear = side.hardware.seconds(linear_flops, work.read(batch) * size)
-    pairs = work.decode_flops(batch, context) - linear_flops
-    elements = sum(block.kv * block.seen(context) * _reads(block, kernels) for block in work.blocks)
-    attention = side.hardware.seconds(pairs, batch * elements * size)
-    copied = 2 * batch * work.kv(context) * size if kernels.concatenates else 0
-    return linear + attention + side.hardware.copy_seconds(copied) + _launches(side)
-
-
-def _reads(block: BlockWork, kernels: Kernels) -> int:
-    """Times each kept key and value crosses the memory bus in a step, the concatenation not counted."""
-    return 2 * block.groups + 1 if kernels.repeats and block.groups > 1 else 1
-
-
-def _launches(side: Side) -> float:
-    attention = sum(block.attention > 0 for block in side.work.blocks)
-    mlp = sum(block.mlp > 0 for block in side.work.blocks)
-    return side.hardware.launch * (attention * LAUNCHES["attention"] + mlp * LAUNCHES["mlp"])
-
-
-def _without_pairs(block: BlockWork) -> BlockWork:
-    return BlockWork(block.attention, block.mlp, block.shared, experts=block.experts)
+def _bytes(count: int) -> str:
+    for size, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
+        if count >= size:
+            return f"{count / size:.4g} {unit}"
+    return f"{count / 2**10:.4g} KiB"

@@ -10,10 +10,12 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from dropformer.prune.errors import EvaluationError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ HARDWARE: dict[str, Hardware] = {
 }
 
 
-def hardware(name: str, dtype: torch.dtype = torch.float32) -> Hardware:
+def hardware(name: str, dtype: torch.dtype | None = None) -> Hardware:
     """A device of the table, or `cpu`: this machine, measured now.  Raises EvaluationError for another."""
     if name == "cpu":
         return measure_cpu(dtype)
@@ -66,14 +68,16 @@ def hardware(name: str, dtype: torch.dtype = torch.float32) -> Hardware:
     return HARDWARE[name]
 
 
-@torch.inference_mode()
-def measure_cpu(dtype: torch.dtype = torch.float32) -> Hardware:
-    """This machine's speeds with torch's present number of threads; takes about two seconds.
+def measure_cpu(dtype: torch.dtype | None = None) -> Hardware:
+    """This machine's speeds with torch's present number of threads, by default in float32; takes about two seconds.
 
     flops: a 1024 x 1024 matrix product.  bandwidth: products of one vector with 1024 x 1024 matrices
     that together exceed the caches, as decoding reads weights.  copy: joining one row to a tensor of
     the size of a layer's keys.  launch: adding two tensors of four elements.
     """
+    import torch  # the table above is read without it
+
+    dtype = dtype or torch.float32
     size = torch.empty((), dtype=dtype).element_size()
     square = torch.randn(1024, 1024).to(dtype)
     matrices = [square.clone() for _ in range(48)]

@@ -17,9 +17,10 @@ from itertools import product
 import torch
 from torch import nn
 
+from dropformer.eval.cost.counting import cost_of
 from dropformer.eval.cost.largest_batch import with_batch
 from dropformer.eval.cost.memory import Peak, peak_of
-from dropformer.eval.cost.model_cost import ModelCost, work_of
+from dropformer.eval.cost.model_cost import ModelCost
 from dropformer.eval.cost.timing import Run, Setting, Step, decoder, device_name, static_cache, time_run
 from dropformer.metrics.calibration.settings import context_of
 from dropformer.prune.errors import EvaluationError
@@ -139,7 +140,7 @@ def measure(
     if not models or not settings or repeats < 1:
         raise EvaluationError("nothing to measure; expected at least one model, one setting and one repeat")
     steps = {name: decoder(model, compile) for name, model in models.items()}
-    works = {name: work_of(model) for name, model in models.items()}
+    works = {name: cost_of(model) for name, model in models.items()}
     rows: list[Speed] = []
     for setting in settings:
         setting = with_batch(models, setting, static=compile)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dropformer.eval.cost.model_cost import work_of
+from dropformer.eval.cost.counting import cost_of
 from dropformer.eval.cost.speed import Speed, bounds, measure
 from dropformer.eval.cost.timing import Setting
 from dropformer.eval.quality.cliff import cliff
@@ -64,7 +64,7 @@ def point(dense: Any, pruned: Any, layers: Sequence[Any], ids: Any, setting: Set
         kl=both.divergence.value,
         kl_stderr=both.divergence.stderr,
         parameters=sum(p.numel() for p in pruned.parameters()),
-        decode_bound=bounds(work_of(dense), work_of(pruned), setting)[1],
+        decode_bound=bounds(cost_of(dense), cost_of(pruned), setting)[1],
     )
 
 

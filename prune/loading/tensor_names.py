@@ -45,9 +45,10 @@ def native_class(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def auto_names(native: type[PreTrainedModel]) -> list[str]:
-    """The names of transformers' Auto classes that load models with this class's config, with one head or another."""
-    return [
-        name
-        for name, auto in vars(modeling_auto).items()
-        if name.startswith("AutoModel") and native.config_class in (getattr(auto, "_model_mapping", None) or ())
-    ]
+    """The names of transformers' Auto classes that load models with this class's config, with one head or another.
+
+    A mapping is only asked for a key: its length or its items would import the code of every family.
+    """
+    autos = {name: auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")}
+    mappings = {name: getattr(auto, "_model_mapping", None) for name, auto in autos.items()}
+    return [name for name, mapping in mappings.items() if mapping is not None and native.config_class in mapping]

@@ -6,8 +6,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import dropformer
 from dropformer import api
+from dropformer.eval.cost.counting import cost_of
 from dropformer.eval.cost.memory import parameter_count
-from dropformer.eval.cost.model_cost import Experts, branch_parameters, decoder_blocks, work_of
+from dropformer.eval.cost.model_cost import Experts
+from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import ArchitectureError, PlanError
 
@@ -31,25 +33,30 @@ def build(model_type, device="cpu", **more):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "olmo2", "phi", "gpt_neox", "mixtral", "gpt2"])
-def test_the_parts_of_the_work_add_up_to_the_parameters(model_type):
+def test_the_parts_of_the_cost_add_up_to_the_parameters(model_type):
     model = build(model_type)
-    assert work_of(model).parameters == parameter_count(model)
+    assert cost_of(model).parameters == parameter_count(model)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "olmo2", "qwen3"])
 def test_dropping_removes_exactly_the_branch_with_its_norms(model_type):
     model = build(model_type, "meta")
-    block = decoder_blocks(model)[1]
-    norms = [child for name, child in block.named_children() if "norm" in name]
+    block = model.model.layers[1]
     attention_norms = {"llama": 1, "qwen3": 1, "gemma2": 2, "olmo2": 1}[model_type]
-    expected = parameter_count(block.self_attn) + attention_norms * parameter_count(norms[0])
-    assert branch_parameters(model)[1]["attn"] == expected
-    work = work_of(model)
-    assert work.parameters - work.drop({"attn": {1}}).parameters == expected
+    cost = cost_of(model)
+    removed = cost.parameters - cost.without([Layer("attn", 1)]).parameters
+    assert removed == parameter_count(block.self_attn) + attention_norms * 64
 
 
 def test_a_norm_that_both_branches_read_stays_with_the_block():
-    assert branch_parameters(build("phi"))[0]["shared"] == 2 * 64
+    assert cost_of(build("phi")).blocks[0].shared == 2 * 64
+
+
+def test_a_mixer_without_keys_is_an_attention_layer_that_attends_to_nothing():
+    cost = cost_of(build("mamba2", "meta", num_heads=8, state_size=8, n_groups=1))
+    assert cost.blocks[0].attention > 0
+    assert cost.blocks[0].width == cost.blocks[0].kv == 0
+    assert cost.without([Layer("attn", 1)]).parameters < cost.parameters
 
 
 @pytest.mark.parametrize("tokens", [32, 128])
@@ -59,32 +66,32 @@ def test_flops_agree_with_the_operations_that_run(tokens):
     counter = FlopCounterMode(display=False)
     with counter, torch.inference_mode():
         model(torch.zeros(2, tokens, dtype=torch.long, device="meta"), logits_to_keep=1)
-    work = work_of(model)
+    cost = cost_of(model)
     upper_half = 2 * 4 * 256 * 4 * (tokens * (tokens - 1) // 2)  # eager attention computes it, then masks it
-    assert counter.get_total_flops() == pytest.approx(work.prefill_flops(2, tokens) + upper_half, rel=0.01)
+    assert counter.get_total_flops() == pytest.approx(cost.prefill_flops(2, tokens) + upper_half, rel=0.01)
 
 
 def test_a_decode_step_reads_weights_once_and_kept_keys_and_values():
-    work = work_of(build("llama", tie_word_embeddings=False))
+    cost = cost_of(build("llama", tie_word_embeddings=False))
     kv = 4 * 2 * 2 * 16
-    assert work.kv_per_token == kv
-    assert work.decode_elements(3, 10) == work.parameters - 128 * 64 + 3 * 10 * kv
-    assert work.drop({"attn": 3}).kv_per_token == kv // 4
+    assert cost.kv_per_token == kv
+    assert cost.decode_elements(3, 10) == cost.parameters - 128 * 64 + 3 * 10 * kv
+    assert cost.without([Layer("attn", i) for i in (0, 1, 2)]).kv_per_token == kv // 4
 
 
 def test_a_window_bounds_what_a_layer_keeps_and_sees():
-    work = work_of(build("gemma2", sliding_window=8))
-    assert [block.window for block in work.blocks] == [8, None, 8, None]
-    short, long = work.decode_flops(1, 8), work.decode_flops(1, 24)
+    cost = cost_of(build("gemma2", sliding_window=8))
+    assert [block.window for block in cost.blocks] == [8, None, 8, None]
+    short, long = cost.decode_flops(1, 8), cost.decode_flops(1, 24)
     assert long - short == 2 * 4 * 64 * 16
 
 
 def test_a_token_uses_its_experts_only():
-    work = work_of(build("mixtral", num_local_experts=8, num_experts_per_tok=2))
+    cost = cost_of(build("mixtral", num_local_experts=8, num_experts_per_tok=2))
     expert = 3 * 64 * 96
-    assert work.parameters - work.active == 4 * 6 * expert
-    assert work.read(1) == pytest.approx(work.active - work.lookup)
-    assert work.read(10_000) == pytest.approx(work.parameters - work.lookup)
+    assert cost.parameters - cost.active == 4 * 6 * expert
+    assert cost.read(1) == pytest.approx(cost.active - cost.lookup)
+    assert cost.read(10_000) == pytest.approx(cost.parameters - cost.lookup)
 
 
 def test_two_tokens_share_experts_by_chance():
@@ -100,36 +107,28 @@ def test_a_model_already_pruned_counts_what_is_left():
 
     block = model.model.layers[2]
     block.self_attn, block.input_layernorm = Nothing(), nn.Identity()
-    assert work_of(model) == work_of(build("llama")).drop({"attn": {2}})
+    assert cost_of(model) == cost_of(build("llama")).without([Layer("attn", 2)])
 
 
 def test_a_model_that_drop_returns_counts_what_is_left():
     model = build("llama")
     plan = api.plan_unscored(ModelRef(name="tiny"), api.outline(model), "attn=0,2,mlp=3", (), None)
     pruned = dropformer.drop(model, plan)
-    assert work_of(pruned) == work_of(build("llama")).drop({"attn": {0, 2}, "mlp": {3}})
+    assert cost_of(pruned) == cost_of(build("llama")).without(plan.layers)
 
 
-def test_a_bare_count_spares_the_last_block_until_nothing_else_is_left():
-    work = work_of(build("llama"))
-    assert [b.attention == 0 for b in work.drop({"attn": 2}).blocks] == [False, True, True, False]
-    assert all(b.attention == 0 for b in work.drop({"attn": 4}).blocks)
-    assert len(work.drop({"block": {0, 2}, "mlp": {1}}).blocks) == 2
+def test_a_block_without_its_branches_is_dropped_whole():
+    cost = cost_of(build("phi"))  # its blocks have a norm that belongs to neither branch
+    by_branches = cost.without([Layer("attn", 1), Layer("mlp", 1)])
+    assert by_branches == cost.without([Layer("block", 1)])
+    assert len(by_branches.blocks) == 3
 
 
-@pytest.mark.parametrize("drops", [{"attn": 5}, {"attn": {4}}, {"heads": {1}}])
-def test_a_drop_that_the_model_does_not_have_is_refused(drops):
+def test_a_drop_that_the_model_does_not_have_is_refused():
     with pytest.raises(PlanError):
-        work_of(build("llama", "meta")).drop(drops)
-
-
-def test_what_has_no_known_name_belongs_to_neither_branch():
-    model = build("mamba2", "meta", num_heads=8, state_size=8, n_groups=1)
-    counts = branch_parameters(model)[0]
-    assert counts["shared"] > 0
-    assert counts["attn"] == counts["mlp"] == 0
+        cost_of(build("llama", "meta")).without([Layer("attn", 4)])
 
 
 def test_a_model_without_blocks_is_refused():
-    with pytest.raises(ArchitectureError, match="no list of blocks"):
-        decoder_blocks(nn.Linear(2, 2))
+    with pytest.raises(ArchitectureError, match="does not run"):
+        cost_of(nn.Linear(2, 2))

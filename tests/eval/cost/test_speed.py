@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from dropformer.eval.cost.model_cost import work_of
+from dropformer.eval.cost.counting import cost_of
 from dropformer.eval.cost.speed import PAPER, Quartiles, Setting, bounds, grid, measure, quick
 from dropformer.prune.errors import EvaluationError
 
@@ -159,7 +159,7 @@ def test_quick_stops_early_on_a_machine_that_slowed_down(clock):
 
 
 def test_the_bound_of_decode_is_the_ratio_of_bytes_read():
-    dense, pruned = work_of(llama()), work_of(llama(1, 2))
+    dense, pruned = cost_of(llama()), cost_of(llama(1, 2))
     attention = 32 * 32 * 2 + 2 * 32 * 16 + 32
     read = dense.parameters - 64 * 32  # untied: the embedding is only looked up
     _, decode = bounds(dense, pruned, Setting(prompt=96, new=8, batch=3))
@@ -167,7 +167,7 @@ def test_the_bound_of_decode_is_the_ratio_of_bytes_read():
 
 
 def test_the_bound_of_prefill_grows_with_the_context():
-    dense, pruned = work_of(llama()), work_of(llama(1, 2))
+    dense, pruned = cost_of(llama()), cost_of(llama(1, 2))
     short, long = (bounds(dense, pruned, Setting(prompt, 1))[0] for prompt in (16, 4096))
     assert 1 < short < long < 2
 

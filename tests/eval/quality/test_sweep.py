@@ -5,8 +5,8 @@ import math
 import pytest
 
 from dropformer import job
-from dropformer.eval.cost.drops import parse_range
 from dropformer.eval.cost.timing import Setting
+from dropformer.eval.quality.drop_range import parse_range
 from dropformer.eval.quality.sweep import Sweep, draw, find_cliff, table
 from dropformer.progress import Silent
 from dropformer.prune.errors import PlanError

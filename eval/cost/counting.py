@@ -1,0 +1,138 @@
+"""Count a decoder's cost from its outline and config: a loaded model's, or a config's without building weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from dropformer.eval.cost.memory import parameter_count
+from dropformer.eval.cost.model_cost import BlockCost, Experts, ModelCost
+from dropformer.prune.discovery.weightless import outline_without_weights
+from dropformer.prune.errors import ModelError
+from dropformer.prune.outline import StackOutline
+
+EXPERTS_USED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+
+
+def cost_of_config(config: PreTrainedConfig | Mapping[str, Any]) -> ModelCost:
+    """The cost of the causal language model that a config describes, built on the meta device.
+
+    Raises ModelError for a config that builds none, ArchitectureError where no layer can be dropped.
+    """
+    try:
+        if isinstance(config, Mapping):
+            config = AutoConfig.for_model(**config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ModelError(f"the config builds no causal language model ({reason}); expected a decoder's") from error
+    return _counted(model.eval())
+
+
+def cost_of(model: nn.Module) -> ModelCost:
+    """The cost of a decoder, dense or pruned.
+
+    Its structure is read off a twin without weights, so that nothing is computed; a model that its config alone
+    does not describe is traced itself.  Raises ArchitectureError where no layer can be dropped.
+    """
+    twin = _twin(model)
+    return _counted(model if twin is None else twin)
+
+
+def _twin(model: nn.Module) -> nn.Module | None:
+    """The same model on the meta device; None where its config does not build one with the same parameters."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    try:
+        with torch.device("meta"):
+            twin = type(model)(copy.deepcopy(model.config)).eval()
+    except Exception:  # whatever the model's own code raises
+        return None
+    shapes = [{name: p.shape for name, p in one.named_parameters()} for one in (model, twin)]
+    return twin if shapes[0] == shapes[1] else None
+
+
+def _counted(model: nn.Module) -> ModelCost:
+    outline = outline_without_weights(model)
+    stack = next((s for s in outline.stacks if s.name in ("", "decoder")), outline.stacks[0])
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    modules = model.get_submodule(stack.path).children()
+    experts = [_experts(block, config) for block in modules]
+    blocks = tuple(_block(config, stack, index, found) for index, found in enumerate(experts))
+    head, lookup = _head_and_lookup(model)
+    inside = sum(block.attention + block.mlp + block.shared for block in blocks)
+    return ModelCost(blocks, head, lookup, outline.parameters - inside - head - lookup, outline)
+
+
+def _block(config: Any, stack: StackOutline, index: int, experts: Experts | None) -> BlockCost:
+    owned = {branch.kind: branch for branch in stack.of_block(index)}
+    own = {kind: branch.parameters for kind, branch in owned.items()}
+    attention, mlp = own.pop("attn", 0), own.pop("mlp", 0)
+    shared = stack.block(index).parameters + sum(own.values())
+    experts = experts if mlp else None
+    layer = _layer_config(config, index)
+    heads = getattr(layer, "num_attention_heads", 0)
+    if not attention or not heads or not _reads_keys(config, stack, index):
+        return BlockCost(attention, mlp, shared, experts=experts)
+    size = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+    key_size = getattr(layer, "qk_head_dim", None) or size
+    value_size = getattr(layer, "v_head_dim", None) or size
+    return BlockCost(
+        attention,
+        mlp,
+        shared,
+        width=stack.caches * heads * (key_size + value_size) // 2,
+        kv=owned["attn"].kv,
+        heads=stack.caches * heads,
+        groups=heads // (getattr(layer, "num_key_value_heads", None) or heads),
+        window=_window(config, index),
+        experts=experts,
+    )
+
+
+def _reads_keys(config: Any, stack: StackOutline, index: int) -> bool:
+    """Does the block attend over keys, its own or an earlier block's?  A state-space mixer does not."""
+    branch = stack.branch("attn", index)
+    shared = getattr(config, "num_kv_shared_layers", 0) or 0
+    return branch is not None and (branch.kv > 0 or index >= stack.blocks - shared)
+
+
+def _layer_config(config: Any, index: int) -> Any:
+    """The config of one layer, where layers differ (Gemma 4)."""
+    layers = getattr(config, "per_layer_config", None)
+    return layers[index] if layers is not None and index < len(layers) else config
+
+
+def _window(config: Any, index: int) -> int | None:
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return getattr(config, "sliding_window", None)
+    if index < len(kinds) and "sliding" in kinds[index]:
+        return getattr(config, "sliding_window", None)
+    if index < len(kinds) and "chunked" in kinds[index]:
+        return getattr(config, "attention_chunk_size", None)
+    return None
+
+
+def _experts(block: nn.Module, config: Any) -> Experts | None:
+    used = next((getattr(config, name) for name in EXPERTS_USED if getattr(config, name, None)), None)
+    experts = next((module for name, module in block.named_modules() if name.endswith("experts")), None)
+    if experts is None or not used or not parameter_count(experts):
+        return None
+    count = len(experts) if isinstance(experts, nn.ModuleList) else int(next(experts.parameters()).shape[0])
+    return Experts(count, int(used), parameter_count(experts) // count)
+
+
+def _head_and_lookup(model: Any) -> tuple[int, int]:
+    """Parameters of the output head, and of embedding tables that are only looked up."""
+    head = model.get_output_embeddings()
+    multiplied = {id(p): p.numel() for p in head.parameters()} if head is not None else {}
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    looked_up = {id(table.weight): table.weight.numel() for table in tables if id(table.weight) not in multiplied}
+    return sum(multiplied.values()), sum(looked_up.values())
