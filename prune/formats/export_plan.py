@@ -9,12 +9,14 @@ tensors as the model does, which the plan's own counts prove; else transformers 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dropformer.prune.block_map import Surgery, map_blocks
-from dropformer.prune.errors import OutputError, PlanError
+from dropformer.prune.errors import DropformerError, ModelError, OutputError, PlanError, VerificationError
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
 from dropformer.prune.formats.record import need_dense, read_config, write_record
 from dropformer.prune.formats.registry import known_format
@@ -83,3 +85,27 @@ def asked_writing(plan: Plan, source: Checkpoint, how: ExportOptions) -> ExportJ
 
     model = weightless(source.folder, how.trust_remote_code)
     return writing_of(type(model), plan_surgery(plan.outline, plan.layers, model), source, how)
+
+
+@contextmanager
+def plan_kept(plan: Plan, out: Path, always: bool) -> Iterator[None]:
+    """Inside the `with`, an error that would lose the plan leaves it beside `out`, and says how to follow it.
+
+    `always`: for every DropformerError, as where choosing took long; else where a check failed.  Memory that ran out
+    becomes a ModelError.
+    """
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+        if not full and not isinstance(error, DropformerError if always else VerificationError):
+            raise
+        path = out.parent / f"{out.name}-plan.json"
+        try:
+            plan.write(path)
+        except (OSError, DropformerError):
+            raise error from None
+        kind = ModelError if full else type(error)
+        again = ", and the same --quality or --repair" if plan.repairs else ""
+        said = "out of memory" if full else str(error)
+        raise kind(f"{said}; the plan was kept: follow it with --plan {path}{again}") from error

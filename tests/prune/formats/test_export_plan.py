@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 
 import dropformer
 from dropformer import api
-from dropformer.prune.errors import OutputError, PlanError
+from dropformer.prune.errors import ModelError, OutputError, PlanError, VerificationError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.formats.export import reference
-from dropformer.prune.formats.export_plan import plain_writing, write_by_plan
+from dropformer.prune.formats.export_plan import plain_writing, plan_kept, write_by_plan
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.loading.load import load
+from dropformer.prune.plan import Plan
 
 CLIENT = """
 import sys
@@ -121,3 +122,25 @@ def test_shards_in_which_nothing_changes_are_linked(planned, tmp_path):
     assert links
     assert all(".layers.3." not in name for path in links for name in load_file(path))
     assert not any("layers.3.self_attn" in name for name in index)
+
+
+@pytest.mark.parametrize(
+    ("error", "always", "kind"),
+    [
+        (VerificationError("logits differ"), False, VerificationError),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"), False, ModelError),
+        (OutputError("disk full"), True, OutputError),
+    ],
+)
+def test_a_check_that_fails_keeps_the_plan_and_says_how_to_follow_it(planned, tmp_path, error, always, kind):
+    plan = planned("llama", "attn=1")[1]
+    with pytest.raises(kind, match=r"--plan .*small-plan\.json"), plan_kept(plan, tmp_path / "small", always):
+        raise error
+    assert Plan.read(tmp_path / "small-plan.json") == plan
+
+
+def test_a_plan_that_is_quickly_made_again_is_not_kept(planned, tmp_path):
+    plan = planned("llama", "attn=1")[1]
+    with pytest.raises(OutputError, match=r"^disk full$"), plan_kept(plan, tmp_path / "small", always=False):
+        raise OutputError("disk full")
+    assert not (tmp_path / "small-plan.json").exists()
