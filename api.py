@@ -24,8 +24,9 @@ from dropformer.prune.discovery.modalities import with_images
 from dropformer.prune.discovery.proof import prove
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ModelError, OutputError, PlanError
+from dropformer.prune.files.config_json import read_config
 from dropformer.prune.formats.export import export, save_in_memory
-from dropformer.prune.formats.record import need_dense, read_config
+from dropformer.prune.formats.record import need_dense
 from dropformer.prune.formats.stored_tensors import stored_dtype
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.loading.load import load

@@ -221,7 +221,7 @@ def sweep(
     from dropformer import preflight
     from dropformer.eval.quality.drop_range import parse_range
     from dropformer.metrics.calibration.text import check_name
-    from dropformer.prune.formats.record import read_config
+    from dropformer.prune.files.config_json import read_config
     from dropformer.prune.plan import parse_keep, parse_spec
     from dropformer.prune.spec_limits import check_keep
     from dropformer.recipes.source import short_name

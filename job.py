@@ -265,9 +265,10 @@ def _report(dense: Any, pruned: Any, plan: Plan, copied: CopyReport, quality: Me
 
 
 def _write_artifacts(folder: Path, report: Report, plan: Plan, scores: Scores | None) -> None:
-    report.write(folder / "report.json")
-    plan.write(folder / "plan.json")
+    report.portable().write(folder / "report.json")
+    plan.portable().write(folder / "plan.json")
     if scores:
+        scores = scores.portable()
         scores.write(folder / "scores.json")
         similarity_by_depth(scores, folder / "similarity.png", plan.outline.branch_layers(plan.layers))
 

@@ -11,9 +11,10 @@ from dropformer.metrics.calibration.images import PIXELS, image_files
 from dropformer.metrics.calibration.text import check_name
 from dropformer.prune.errors import CalibrationError, OutputError, PlanError
 from dropformer.prune.files import open_checkpoint
+from dropformer.prune.files.config_json import read_config
 from dropformer.prune.files.output_paths import check_place
 from dropformer.prune.formats.onnx import check_installed
-from dropformer.prune.formats.record import need_dense, read_config
+from dropformer.prune.formats.record import need_dense
 from dropformer.prune.formats.registry import known_format
 from dropformer.prune.loading.deci_families import check_family
 from dropformer.prune.plan import Plan, parse_spec

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from dropformer.metrics.analysis import distributed
 from dropformer.metrics.analysis.measure import Measuring, measure
-from dropformer.metrics.analysis.score_cache import score_file
+from dropformer.metrics.analysis.score_cache import keep, kept_scores, score_file
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.analysis.stability import check_spec
 from dropformer.metrics.calibration.data import CalibrationData, calibration_data, default_settings
@@ -17,7 +17,7 @@ from dropformer.metrics.calibration.settings import check_length
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.prune.discovery.inputs import takes_pictures
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
-from dropformer.prune.formats.record import read_config
+from dropformer.prune.files.config_json import read_config
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 
 if TYPE_CHECKING:
@@ -52,14 +52,14 @@ def get_scores(opened: LoadedModel, request: Request, progress: Progress) -> Sco
             )
         return scores.model_copy(update={"model": opened.ref})
     data = _material(opened, request, progress)
-    dtype = request.placement.computes_in(streamed=request.memory is not None)
+    dtype = request.placement.computes_in(opened.path, streamed=request.memory is not None)
     kept = score_file(opened.ref.fingerprint or "", data.ref, dtype)
     if scores := _reused(kept, opened, data):  # type: ignore[assignment]
         progress.say(f"scores: reused, same weights and same tokens ({kept})")
         return scores
     scores = _measured(opened, data, request, kept.with_suffix(".rows.jsonl"), progress)
-    if scores.settled is None and distributed.rank() == 0:
-        scores.write(kept)
+    if scores.settled is None and distributed.rank() == 0 and (refused := keep(scores, kept)):
+        progress.say(refused)
     return scores
 
 
@@ -101,7 +101,7 @@ def wording(data: CalibrationData, opened: LoadedModel) -> str:
 def _reused(kept: Path, opened: LoadedModel, data: CalibrationData) -> Scores | None:
     """What process 0 finds in its cache, in every process: they all measure, or none does."""
     found = ""
-    if distributed.rank() == 0 and kept.exists() and (scores := Scores.read(kept)).matches(opened.ref, data.ref):
+    if distributed.rank() == 0 and (scores := kept_scores(kept)) and scores.matches(opened.ref, data.ref):
         found = scores.to_json()
     found = distributed.first_says(found)
     return Scores.model_validate_json(found).model_copy(update={"model": opened.ref}) if found else None

@@ -14,7 +14,7 @@ from dropformer.eval.cost.latency import layer_latency
 from dropformer.metrics.calibration.data import default_settings
 from dropformer.metrics.calibration.settings import Calibration, check_length
 from dropformer.metrics.calibration.windows import Windows, windows
-from dropformer.metrics.repair.base import Repair
+from dropformer.metrics.repair.base import Repair, reasons
 from dropformer.metrics.search.budget import Latency
 from dropformer.metrics.search.improve import Improver
 from dropformer.metrics.search.improve import improve as improved_plan
@@ -22,7 +22,7 @@ from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named
 from dropformer.prune.discovery.inputs import writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
-from dropformer.prune.formats.record import read_config
+from dropformer.prune.files.config_json import read_config
 from dropformer.prune.plan import Plan, make_plan
 from dropformer.recipes.opening import LoadedModel, open_model
 
@@ -181,4 +181,6 @@ def noted(plan: Plan, repair: Repair, model: nn.Module) -> Plan:
         norms = [path + name for name in (branch.modules if branch else ()) if name not in forms]
         stay += sum(p.numel() for name in norms for p in model.get_submodule(name).parameters())
     savings = plan.savings.model_copy(update={"parameters_after": plan.savings.parameters_after + stay})
-    return plan.model_copy(update={"repairs": [str(gate) for gate in repair.gates if gate.passed], "savings": savings})
+    kept = [str(gate) for gate in repair.gates if gate.passed]
+    fields = {"repairs": kept, "not_repaired": reasons(repair.unrepaired), "savings": savings}
+    return plan.model_copy(update=fields)

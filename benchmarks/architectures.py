@@ -28,8 +28,6 @@ from trial import Partly, Wrong, through
 from dropformer.prune.errors import DropformerError
 
 SETTLED = {
-    "big_bird": "with attention_type original_full",
-    "bigbird_pegasus": "with attention_type original_full",
     "rwkv": "with rescale_every 0",
     "albert": "with as many groups as layers",
 }

@@ -50,10 +50,9 @@ files while no block gets another number; else it goes, since transformers leave
 - Residual streams side by side (hyper-connections of DeepSeek V4 and HY V4, AltUp of Gemma 3n): a branch reads a
   mixture of the streams and writes to all of them, so there is no stream that a drop leaves unchanged.
 - Blocks that run several times with the same weights (HRM): none can go from one of the passes alone.
-- Reformer splits its stream in two reversible halves, and XLM keeps the parts of a block in lists apart:
-  their sums lie outside of any block.
-- RWKV divides its weights by block number on the first pass and BigBird exchanges its attention by the length
-  of the input; both can be switched off in the config, and the message says how.
+- XLM keeps the parts of a block in lists apart: their sums lie outside of any block.
+- RWKV divides its weights by block number on the first pass; it can be switched off in the config, and the message
+  says how.
 - The text parts of Emu3, Mllama and MusicGen have configs of their own that transformers' Auto classes do not
   know, so a checkpoint of such a part alone cannot be loaded by anybody.
 - Inkling keeps the states of its short convolutions, before and after attention and MLP, in the cache entry of the
@@ -70,8 +69,14 @@ files while no block gets another number; else it goes, since transformers leave
   cross-attention of block 0 stay; UMT5 has a bias in each block, and everything goes.
 - **ALBERT** runs one block many times with the same weights: no single pass of it can be dropped, but config.json says
   how often it runs (`num_hidden_layers`).  With as many groups as layers each has weights of its own and can go.
-- **BigBird** exchanges its sparse attention for full attention on short inputs, for good, while it runs: it is refused
-  until its config says `attention_type: original_full`.
+- **BigBird** exchanges its sparse attention for full attention on short inputs, for good, while it runs.  Its structure
+  is read on a text long enough to be sparse; each window is scored with the attention that its length gets, and pruned
+  models run at any length.
+- **Reformer** adds its branches to two streams in turn (y1 = x1 + A(x2), y2 = x2 + M(y1)).  A branch is scored on the
+  stream that it adds to, a block on both side by side.  It draws its hash functions anew at every pass unless the
+  config has a `hash_seed`.  Searches and repairs, which follow one stream, refuse it.
+- **Segments.** A model that reads a text segment by segment and keeps memories (Transformer-XL, as a module of your
+  own) runs its blocks once for each segment: a drop takes the branch from all, and every segment's tokens count.
 - **Stages.** Funnel counts its blocks by stage and Swin alternates shifted windows: their blocks stay in place, empty.
 - **Vision-language models.** The language stack is the main one, `attn:3`; the vision tower is left alone unless
   named, as in `vision.attn:3`.

@@ -23,10 +23,12 @@ from pathlib import Path
 import torch
 
 from dropformer import api
-from dropformer.metrics.blockwise.divergence import DenseReference, Divergence, with_parameters
-from dropformer.metrics.blockwise.runner import BlockRunner, replaced
+from dropformer.metrics.blockwise.divergence import DenseReference, Divergence
+from dropformer.metrics.blockwise.runner import BlockRunner
+from dropformer.metrics.blockwise.variant import Variant
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.windows import Windows, windows
+from dropformer.metrics.offload.keeper import Keeper
 from dropformer.metrics.search.improve import Improver, improve
 from dropformer.metrics.search.strategy import Strategy, Target, quality
 
@@ -57,12 +59,8 @@ METHODS: dict[str, Strategy] = {
     "relative-magnitude": quality(metric="relative-magnitude"),
     "loo-kl": quality(metric="loo-kl"),
     "loo-perplexity": quality(metric="loo-perplexity"),
-    "cca": quality(metric="cca"),
-    "scale": quality(repair="scale"),
     "refit-all": quality(repair="refit-all"),
     "lora": quality(repair="lora"),
-    "random": quality(metric="random"),
-    "reverse": quality(metric="reverse"),
 }
 
 
@@ -70,7 +68,8 @@ METHODS: dict[str, Strategy] = {
 class Row:
     """One method on one drop.  Ratios are perplexity over dense perplexity; stderr that of the geometric mean.
 
-    Seconds are of CPU time, those of choosing and repairing that an earlier row of the same run has not spent."""
+    Seconds are of CPU time, passes forward passes over the calibration, those of choosing and repairing that an
+    earlier row of the same run has not spent."""
 
     method: str
     drop: str
@@ -81,6 +80,7 @@ class Row:
     kl: float
     seconds: float
     gates: list[str]
+    passes: float = 0.0
 
 
 def rows_in(file: Path | None) -> list[Row]:
@@ -136,7 +136,7 @@ def _docstrings() -> str:
 
 
 class Judge:
-    """Damage of a changed model on the judged texts; what lost layers and was not repaired is judged once."""
+    """Damage of a variant of the model on the judged texts; what lost layers and was not repaired is judged once."""
 
     def __init__(self, improver: Improver, judged: dict[str, Windows]) -> None:
         self.names = list(judged)
@@ -144,16 +144,14 @@ class Judge:
         self.judged: dict[frozenset[str], dict[str, Divergence]] = {}
         for name, data in judged.items():
             batches = [inputs for inputs, _ in data.batches(1)]
-            self.dense[name] = DenseReference(BlockRunner(improver.model, improver.architecture, batches))
+            runner = BlockRunner(improver.model, improver.architecture, batches, keeper=Keeper(host=1 << 30))
+            self.dense[name] = DenseReference(runner)
 
-    def __call__(self, modules: dict[str, torch.nn.Module], first: int) -> dict[str, Divergence]:
-        gone: frozenset[str] = frozenset() if with_parameters(modules) else frozenset(modules)
+    def __call__(self, variant: Variant) -> dict[str, Divergence]:
+        gone: frozenset[str] = frozenset() if variant.tensors else frozenset(variant.dropped)
         if gone in self.judged:
             return self.judged[gone]
-        found = {}
-        for name, dense in self.dense.items():
-            with replaced(dense.runner.model, modules):
-                found[name] = dense.compare(first)
+        found = {name: dense.compare_each([variant])[0] for name, dense in self.dense.items()}
         if gone:
             self.judged[gone] = found
         return found
@@ -167,9 +165,11 @@ def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: 
         width=improver.quality.width,
     )
     start = time.process_time()
-    plan, repair, modules = improve(improver, ref, Target(drop), gate)  # type: ignore[arg-type]
+    spent = improver.work.spent
+    plan, repair, variant = improve(improver, ref, Target(drop), gate)  # type: ignore[arg-type]
     seconds = time.process_time() - start
-    damage = judge(dict(modules), _first(improver, modules))
+    passes = (improver.work.spent - spent) / (improver.work.blocks * improver.work.tokens)
+    damage = judge(variant)
     logs = {name: damage[name].nll - judge.dense[name].damage.nll for name in judge.names}
     means = {name: float(log.mean()) for name, log in logs.items()}
     variance = sum(float(log.var(correction=len(log) > 1)) / len(log) for log in logs.values()) / len(logs) ** 2
@@ -184,13 +184,8 @@ def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: 
         round(sum(d.mean_kl for d in damage.values()) / len(damage), 4),
         round(seconds, 1),
         [str(g) for g in repair.gates],
+        round(passes, 2),
     )
-
-
-def _first(improver: Improver, modules: dict[str, torch.nn.Module]) -> int:
-    """The first block in which a module changed."""
-    paths = [f"{block.path}." for block in improver.bench.runner.blocks]
-    return min(i for i, path in enumerate(paths) if any(name.startswith(path) for name in modules))
 
 
 def drops_in(text: str) -> list[str]:
@@ -208,7 +203,7 @@ def show(row: Row) -> None:
     ratios = "  ".join(f"{name} {value:.3f}" for name, value in row.ratios.items())
     print(
         f"{row.drop:9} {row.method:22} {ratios}  mean {row.mean:.3f} ± {row.stderr:.3f}  KL {row.kl:.3f}"
-        f"  {row.seconds:.0f} s  {','.join(row.layers)}",
+        f"  {row.seconds:.0f} s  {row.passes:.1f} passes  {','.join(row.layers)}",
         flush=True,
     )
     for line in row.gates:

@@ -58,9 +58,9 @@ _INDEXER = {
 _SWIN = {"embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 2, "patch_size": 4}
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1, 3]},
-    "big_bird": {"attention_type": "original_full"},
+    "big_bird": {"block_size": 4, "num_random_blocks": 1},
     "albert": {"num_hidden_groups": LAYERS},
-    "bigbird_pegasus": {"attention_type": "original_full"},
+    "bigbird_pegasus": {"block_size": 4, "num_random_blocks": 1},
     "blenderbot": {"encoder_layers": LAYERS},
     "blt": {"encoder_hash_byte_group_vocab": VOCAB, "encoder_config": {"num_hidden_layers": 2}},
     "cohere_compass_text": {
@@ -91,6 +91,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {**_INDEXER, "ngram_vocab_size_base": 64},
     "qwen4_exp": {"text_config": {**_INDEXER, "ngram_vocab_size_base": 64}},
     "reformer": {
+        "hash_seed": 0,  # else every forward pass hashes anew
         "axial_pos_shape": [8, 16],
         "axial_pos_embds_dim": [32, 32],
         "lsh_attn_chunk_length": 4,

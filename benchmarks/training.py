@@ -46,7 +46,7 @@ from dropformer.eval.compare.output import listed, write
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.text import documents
 from dropformer.prune.loading.quiet import quiet_transformers
-from dropformer.recipes.opening import open_tokenizer
+from dropformer.prune.loading.tokenizer import open_tokenizer
 
 VOCABULARY = 2048
 LENGTH = 128

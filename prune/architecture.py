@@ -50,12 +50,13 @@ class Tap:
 
     `key` is the position or the keyword of an input, the index or the field of an output, None for an
     output that is the tensor itself.  `like` is a tap whose shape the tensor gets where the module itself
-    sees it flattened (OPT's norms see [B * T, D]).
+    sees it flattened (OPT's norms see [B * T, D]).  A tuple of keys is their concatenation over channels: the two
+    streams of a reversible block.
     """
 
     module: str
     side: Literal["input", "output"]
-    key: int | str | None = None
+    key: int | str | tuple[int | str | None, ...] | None = None
     like: Tap | None = None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -14,6 +15,22 @@ from dropformer.prune.files.folder import cannot_write
 from dropformer.version import __version__
 
 A = TypeVar("A", bound="Artifact")
+
+
+_LOCAL = re.compile(r"(?<![\w.:/~-])(?:~[\w.-]*|[A-Za-z]:(?=\\))?[/\\](?:[^\s'\"`,;:/\\]+[/\\])+(?=[^\s'\"`,;/\\])")
+
+
+def without_paths(value: Any) -> Any:
+    """JSON with every absolute local path in it cut down to its last part; /home/me/models/tiny becomes tiny."""
+    if isinstance(value, dict):
+        return {name: without_paths(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("/", "~")) and "\n" not in value:
+        return Path(value).name or value
+    return _LOCAL.sub("", value)
 
 
 class FrozenRecord(BaseModel):
@@ -55,6 +72,10 @@ class Artifact(FrozenRecord):
                 raise ValueError(f"this is a {data['artifact']}, not a {cls.kind}")
             return {**data, "artifact": cls.kind}
         return data
+
+    def portable(self: A) -> A:
+        """The same with names in place of absolute local paths, for a folder that others may get."""
+        return type(self).model_validate(without_paths(self.model_dump(mode="json", by_alias=True)))
 
     def to_json(self) -> str:
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=1, allow_nan=False) + "\n"

@@ -48,3 +48,16 @@ class OutputError(DropformerError):
 
 class VerificationError(DropformerError):
     """What was written is not what is in memory; nothing is kept."""
+
+
+def shown(value: object, limit: int = 100) -> str:
+    """`value` for a message: printable, on one line, not longer than about `limit` characters."""
+    text = str(value)
+    text = text if len(text) <= limit else f"{text[:limit]}..."
+    return text if text.isprintable() else repr(text)
+
+
+def reason(error: BaseException, limit: int = 300) -> str:
+    """What a library's error says, on one line: all of its lines, because validators put the cause on the second."""
+    said = " ".join(str(error).split())
+    return shown(said or type(error).__name__, limit)

@@ -113,6 +113,7 @@ class Savings(FrozenRecord):
 class Plan(Artifact):
     """Which layers go, why, and what that saves.  Indices are those of the original model.
 
+    `repairs`: the gates that repairs passed; `not_repaired`: what they could not mend, and why.
     `packing_cost`: the mean similarity given up so that what is left packs into a stock model.
     """
 
@@ -123,6 +124,7 @@ class Plan(Artifact):
     metric: str | None = None
     calibration: dict[str, Any] | None = None
     repairs: list[str] = []
+    not_repaired: list[str] = []
     packing_cost: float | None = None
     drops: list[Drop]
     outline: Outline
@@ -146,7 +148,7 @@ class Plan(Artifact):
         """The same drops without the repairs, whose weights a plan does not hold."""
         gone = self.outline.dropped_parameters(self.layers)
         savings = self.savings.model_copy(update={"parameters_after": self.savings.parameters - gone})
-        return self.model_copy(update={"repairs": [], "savings": savings})
+        return self.model_copy(update={"repairs": [], "not_repaired": [], "savings": savings})
 
 
 def _by_kind(layers: Sequence[Layer], stack: str) -> dict[str, list[int]]:
@@ -226,6 +228,8 @@ def _named(
     for index in indices:
         layer = known.get(index + blocks if index < 0 else index)
         if layer is None:
+            if why := _why_kept(outline, selector, index + blocks if index < 0 else index):
+                raise PlanError(f"`{selector}` names {KIND_NAMES[selector.kind]} layer {index}, which must stay: {why}")
             raise PlanError(
                 f"`{selector}` names {KIND_NAMES[selector.kind]} layer {index}, but the model has "
                 f"{len(layers)} of them in blocks 0 to {blocks - 1}"
@@ -236,6 +240,14 @@ def _named(
             raise PlanError(f"`{selector}` names {layer} twice")
         picked.append(layer)
     return picked
+
+
+def _why_kept(outline: Outline, selector: Selector, index: int) -> str | None:
+    """Why a layer that a block has cannot be dropped; None where the block has no such layer."""
+    kept = outline.stack(selector.stack).block(index).kept
+    if selector.kind == "block":
+        return next((f"{KIND_NAMES.get(kind, kind)}: {reason}" for kind, reason in kept.items()), None)
+    return kept.get(selector.kind) or kept.get("block")
 
 
 def _count(outline: Outline, selector: Selector, free: Sequence[Layer]) -> int:

@@ -6,15 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dropformer.prune.errors import PlanError
+from dropformer.prune.files.config_json import block_count
 from dropformer.prune.plan import parse_spec
-
-BLOCK_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-
-
-def block_count(config: Mapping[str, Any]) -> int | None:
-    """The number of blocks that a config states in a usual field of its top level, None where it does not."""
-    found = [config[key] for key in BLOCK_COUNTS if isinstance(config.get(key), int) and config[key] > 0]
-    return found[0] if found else None
 
 
 def check_drop(drop: str | None, config: Mapping[str, Any], name: str) -> None:

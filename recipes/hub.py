@@ -1,8 +1,9 @@
 """Models of the Hugging Face Hub: only safetensors, JSON and tokenizer files, never a pickle."""
 
 import contextlib
+import glob
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +21,9 @@ from huggingface_hub.errors import (
 )
 
 from dropformer.prune.errors import CheckpointError, ModelError
+from dropformer.prune.files.side_files import REWRITTEN, sort_side_files, weights_of
 from dropformer.recipes.cache import Progress, silent
 
-# *.py is text that nobody runs unless remote code is trusted; without it, it could not even be trusted.
-WANTED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "*.py"]
-WANTED += ["README.md", "LICENSE*", "NOTICE*", "USE_POLICY*"]  # the licence is carried over
-# Subfolders hold other formats; consolidated*.safetensors is the same weights a second time.
-UNWANTED = ["*/*", "consolidated*.safetensors", "*.bin", "*.pt", "*.pth"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -38,8 +35,8 @@ class Snapshot:
     revision: str
 
 
-Fetch = Callable[[str, str | None, bool], Snapshot]
-"""(model, revision, from the cache only) -> what there is."""
+Fetch = Callable[[str, str | None, Sequence[str] | None], Snapshot]
+"""(model, revision, its files on the Hub; None: from the cache only) -> what there is."""
 
 
 def is_hub_id(name: str) -> bool:
@@ -70,36 +67,55 @@ def _online_or_cached(fetch: Fetch, model: str, revision: str | None, progress: 
     try:
         # Without network this fails at once, where the downloads below would try again for half a minute.
         info = huggingface_hub.model_info(model, revision=revision)
+        names = [file.rfilename for file in info.siblings or []]
         if fetch is not _config:
-            _refuse_pickles(model, [file.rfilename for file in info.siblings or []])
+            _refuse_pickles(model, names)
         progress(f"fetching {model} from the Hugging Face Hub")
-        return fetch(model, revision, False)
+        if fetch is _snapshot and (note := sort_side_files(names).note):
+            progress(note)
+        return fetch(model, revision, names)
     except Exception as error:
         if is_network(error):
             with contextlib.suppress(LocalEntryNotFoundError):
-                return fetch(model, revision, True)
+                return fetch(model, revision, None)
         raise _translated(error, model, revision) from error
 
 
-def _snapshot(model: str, revision: str | None, offline: bool) -> Snapshot:
-    folder = huggingface_hub.snapshot_download(
-        model, revision=revision, allow_patterns=WANTED, ignore_patterns=UNWANTED, local_files_only=offline
-    )
-    found = Snapshot(Path(folder), Path(folder).name)
-    if offline and not any(found.path.glob("*.safetensors")):  # only its config was fetched earlier
+def _snapshot(model: str, revision: str | None, names: Sequence[str] | None) -> Snapshot:
+    found = _downloaded(model, revision, names, weights=True)
+    if names is None and not any(found.path.glob("*.safetensors")):  # only its config was fetched earlier
         raise LocalEntryNotFoundError(f"{model} has no weights in the cache")
     return found
 
 
-def _side_files(model: str, revision: str | None, offline: bool) -> Snapshot:
+def _side_files(model: str, revision: str | None, names: Sequence[str] | None) -> Snapshot:
+    return _downloaded(model, revision, names, weights=False)
+
+
+def _downloaded(model: str, revision: str | None, names: Sequence[str] | None, weights: bool) -> Snapshot:
+    """The files that belong to the model, as `sort_side_files` tells them by their names, and its weights if wanted.
+
+    *.py is text that nobody runs unless remote code is trusted; without it, it could not even be trusted.
+    """
+    needed = ["config.json", *(["model*.safetensors"] if weights else ())]  # without network: whatever else was fetched
     folder = huggingface_hub.snapshot_download(
-        model, revision=revision, allow_patterns=WANTED[1:], ignore_patterns=UNWANTED, local_files_only=offline
+        model,
+        revision=revision,
+        allow_patterns=needed if names is None else wanted_files(names, weights),
+        ignore_patterns=["*/*"] if names is None else None,
+        local_files_only=names is None,
     )
     return Snapshot(Path(folder), Path(folder).name)
 
 
-def _config(model: str, revision: str | None, offline: bool) -> Snapshot:
-    path = huggingface_hub.hf_hub_download(model, "config.json", revision=revision, local_files_only=offline)
+def wanted_files(names: Sequence[str], weights: bool = True) -> list[str]:
+    """Which files of a repository are fetched, as patterns that match them alone."""
+    found = [*sort_side_files(names).carried, *(name for name in names if name in REWRITTEN)]
+    return [glob.escape(name) for name in [*found, *(weights_of(names) if weights else ())]]
+
+
+def _config(model: str, revision: str | None, names: Sequence[str] | None) -> Snapshot:
+    path = huggingface_hub.hf_hub_download(model, "config.json", revision=revision, local_files_only=names is None)
     return Snapshot(Path(path).parent, Path(path).parent.name)
 
 

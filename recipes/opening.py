@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import ModelError
+from dropformer.prune.files.config_json import read_config
 from dropformer.prune.formats.export import reference
-from dropformer.prune.loading.load import load, usable_device
-from dropformer.prune.loading.quiet import quiet_transformers
+from dropformer.prune.loading.load import default_dtype, load, usable_device
+from dropformer.prune.loading.tokenizer import bound_tokens, open_tokenizer
 from dropformer.recipes import Recipe, open_source
 
 Tell = Callable[[str], None]
@@ -29,12 +30,12 @@ class Placement:
     device_map: str | None = None
     trust_remote_code: bool = False
 
-    def computes_in(self, streamed: bool = False) -> str:
-        """The dtype that `load` computes in: the one asked for, float32 on a CPU, else auto, the checkpoint's own."""
+    def computes_in(self, folder: Path | None = None, streamed: bool = False) -> str:
+        """The dtype that `load` computes a folder's model in: the one asked for, else `default_dtype`."""
         if self.dtype:
             return self.dtype
         on_cpu = streamed or (self.device_map is None and usable_device(self.device).type == "cpu")
-        return "float32" if on_cpu else "auto"
+        return str(default_dtype(read_config(folder) if folder else {}, on_cpu)).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,8 @@ def open_model(
     if weights:
         model = load(source.path, torch_dtype(place.dtype), place.device, place.device_map, place.trust_remote_code)
     tokenizer = open_tokenizer(source.path, place.trust_remote_code)
+    bound_tokens(tokenizer, model)
     return LoadedModel(model, tokenizer, source.path, ref, source.recipe, source.file)
-
-
-def open_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a folder, or None where there is none (a vision model)."""
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
 
 
 def torch_dtype(name: str | None) -> torch.dtype | str | None:

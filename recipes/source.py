@@ -4,12 +4,12 @@
 a model on the Hugging Face Hub, with or without `@revision`.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from dropformer.prune.errors import CheckpointError, ModelError
+from dropformer.prune.files.config_json import read_config
 from dropformer.recipes.cache import Progress, silent
 from dropformer.recipes.hub import fetch_config, fetch_snapshot, is_hub_id
 from dropformer.recipes.recipe import Recipe, close_names, recipe_of, recipes
@@ -161,23 +161,18 @@ def _unknown(name: str) -> ModelError:
     return ModelError(f"{name!r} is no model that can be found; expected {ACCEPTED}; {close_names(name)}")
 
 
-def read_config(folder: Path, name: str) -> dict[str, object]:
-    """The content of `folder`/config.json.  Raises CheckpointError unless it is a JSON object."""
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{name} has no config.json{_hint(folder)}") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{name}: config.json cannot be read ({error}); get the model again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{name}: config.json is not a JSON object; get the model again")
-    return content
-
-
 def check_folder(folder: Path, name: str) -> Path:
     """`folder`, if it holds config.json and safetensors.  Raises CheckpointError otherwise."""
+    files = sorted(path.name for path in folder.iterdir())
+    if "adapter_config.json" in files and "config.json" not in files:
+        raise CheckpointError(
+            f"{name} is an adapter, not a model; merge it into its model first (peft: merge_and_unload(), then "
+            "save_pretrained)"
+        )
+    if "config.json" not in files:
+        raise CheckpointError(f"{name} has no config.json{_hint(folder)}")
     read_config(folder, name)
-    if any(folder.glob("*.safetensors")):
+    if any(file.endswith(".safetensors") for file in files):
         return folder
     pickles = sorted(path.name for suffix in ("bin", "pt", "pth") for path in folder.glob(f"*.{suffix}"))
     if pickles:

@@ -14,20 +14,21 @@ from dropformer.eval.compare.comparison import Comparison, Entry, check_counts, 
 from dropformer.eval.compare.compatibility import Comparable, SharedTokens
 from dropformer.eval.compare.downloads import Downloads
 from dropformer.metrics.analysis.analyze import analyze_model, calibrated
-from dropformer.metrics.analysis.score_cache import score_file
+from dropformer.metrics.analysis.score_cache import keep, kept_scores, score_file
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.settings import Calibration, check_length
 from dropformer.progress import Progress, Silent
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.errors import DropformerError, ModelError
+from dropformer.prune.errors import ModelError
 from dropformer.prune.files import open_checkpoint
+from dropformer.prune.files.config_json import read_config
 from dropformer.prune.formats.export import reference
-from dropformer.prune.formats.record import read_config
+from dropformer.prune.loading.tokenizer import open_tokenizer
 from dropformer.prune.spec_limits import check_drop
 from dropformer.recipes import open_source
 from dropformer.recipes.gguf import fingerprint as gguf_fingerprint
 from dropformer.recipes.hub import fetch_side_files
-from dropformer.recipes.opening import Placement, open_model, open_tokenizer, torch_dtype
+from dropformer.recipes.opening import Placement, open_model, torch_dtype
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -178,7 +179,8 @@ class Run:
                 self.tokens.check(checkpoint.label, own)
         scores = self.kept(reference(checkpoint.name, path).fingerprint or "") or self.score(checkpoint, title)
         for key in {side.key, scores.model.fingerprint or side.key}:
-            scores.write(self.cache(key))
+            if refused := keep(scores, self.cache(key)):
+                self.progress.say(refused)
         return scores
 
     def score(self, checkpoint: Checkpoint, title: str) -> Scores:
@@ -201,14 +203,8 @@ class Run:
 
     def kept(self, key: str) -> Scores | None:
         """The scores of the weights that a key identifies, on these tokens, if they were measured before."""
-        path = self.cache(key)
-        if not path.exists():
-            return None
-        try:
-            scores = Scores.read(path)
-        except DropformerError:  # of another version, or damaged: it is only a cache
-            return None
-        return scores if scores.calibration == self.tokens.windows.ref else None
+        scores = kept_scores(self.cache(key))
+        return scores if scores and scores.calibration == self.tokens.windows.ref else None
 
 
 def _named(scores: Scores, checkpoint: Checkpoint) -> Scores:

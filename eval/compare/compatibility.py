@@ -10,8 +10,8 @@ from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.text import documents
 from dropformer.metrics.calibration.windows import Windows, bos, windows
 from dropformer.prune.errors import CalibrationError, ModelError
+from dropformer.prune.files.config_json import block_count
 from dropformer.prune.outline import Outline
-from dropformer.prune.spec_limits import block_count
 
 WIDTHS = (
     "hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "num_attention_heads", "n_head",

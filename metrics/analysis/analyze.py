@@ -19,6 +19,7 @@ from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.discovery.proof import prove
 from dropformer.prune.discovery.summarize import summarize
+from dropformer.prune.discovery.trace import members_of, tensors_in
 from dropformer.prune.errors import CalibrationError
 from dropformer.prune.loading.device import input_device
 
@@ -63,7 +64,7 @@ def proven(model: nn.Module, batch: Batch | None = None, told: Architecture | No
     if isinstance(batch, Mapping) and {"input_ids", "pixel_values"} <= batch.keys():
         sample = as_inputs(model, batch)  # images and their places in the text belong together
     elif batch is not None and not hasattr(model, "config"):
-        sample = as_inputs(model, _few(batch))
+        sample = _sample(model, batch)
     architecture = told or discover(model, sample)
     prove(model, architecture, sample)
     return architecture
@@ -78,11 +79,22 @@ def measuring(model: nn.Module, architecture: Architecture) -> Iterator[Callable
         def run(batch: Batch, scored: Tensor | None) -> WindowScores:
             inputs = as_inputs(part, batch)
             capture.scored = scored
-            capture.batch = next((len(value) for value in inputs.values() if isinstance(value, Tensor)), None)
-            part(**inputs)
+            capture.batch = batch_size(inputs)
+            with _same_attention(part):
+                part(**inputs)
             return capture.take()
 
         yield run
+
+
+@contextmanager
+def _same_attention(model: nn.Module) -> Iterator[None]:
+    """After the `with`, BigBird's attention is sparse again, which a short text makes a full one."""
+    before = [(module, module.attention_type) for module in model.modules() if hasattr(module, "set_attention_type")]
+    yield
+    for module, kind in before:
+        if module.attention_type != kind:
+            module.set_attention_type(kind)  # type: ignore[operator]
 
 
 def scores_of(model: nn.Module, architecture: Architecture, rows: WindowScores, ref: ModelRef | None = None) -> Scores:
@@ -176,8 +188,31 @@ def shifted(ids: Tensor, model: nn.Module) -> Tensor:
     return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
 
 
-def _few(batch: Batch) -> Batch:
-    return batch[:1] if isinstance(batch, Tensor) else {k: v[:1] for k, v in batch.items()}
+def batch_size(inputs: Mapping[str, Any]) -> int | None:
+    """The number of samples in forward arguments: the length of their token ids, else of the first tensor.
+
+    Other tensors may have another first dimension, as memories [layers, B, ...] do.
+    """
+    found = [value for value in inputs.values() if isinstance(value, Tensor) and value.ndim]
+    ids = [value for value in found if value.ndim == 2 and not value.is_floating_point()]
+    return len((ids or found)[0]) if found else None
+
+
+def _sample(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The first sample of a batch, where the model gives for it alone what it gives in the batch; else all of it.
+
+    Tensors whose first dimension is not the batch's, such as memories [layers, B, ...], cannot be told by their shape.
+    Time: a forward pass of the batch.
+    """
+    whole = as_inputs(model, batch)
+    few = {key: value[:1] if isinstance(value, Tensor) and value.ndim else value for key, value in whole.items()}
+    try:
+        with torch.no_grad(), evaluating(model):
+            alone, among = (next(tensors_in(list(members_of(model(**each)).values()))) for each in (few, whole))
+        same = alone.shape[1:] == among.shape[1:] and torch.allclose(alone, among[: len(alone)], rtol=1e-2, atol=1e-3)
+    except Exception:  # whatever the model's own code raises for a part of its batch
+        return whole
+    return few if same and len(alone) < len(among) else whole
 
 
 def _peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:

@@ -7,7 +7,7 @@ layer begins to where its block ends, no longer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +58,7 @@ class Capture:
         self.batch: int | None = None
         self.listening = True  # False: forward passes are not looked at
         self._column = {layer: i for i, layer in enumerate(self.layers)}
-        self._similarity: dict[int, Tensor] = {}  # column -> per token, until `take`
+        self._similarity: dict[int, list[Tensor]] = {}  # column -> per token, a part for each segment, until `take`
         self._held: dict[Tap, Stream] = {}
         self._last: tuple[Tensor, Stream] | None = None
 
@@ -67,12 +67,12 @@ class Capture:
 
         The sum is NaN where a layer did not run.
         """
-        self._similarity = {column: self._batch_first(found) for column, found in self._similarity.items()}
-        batch = next(iter(self._similarity.values())).shape[0] if self._similarity else 0
+        found = {column: self._whole(parts) for column, parts in self._similarity.items()}
+        batch = next(iter(found.values())).shape[0] if found else 0
         sums = torch.full((batch, len(self.layers)), torch.nan, dtype=torch.float64)
         tokens = torch.zeros((batch, len(self.layers)), dtype=torch.int64)
-        for columns in self._alike():
-            total, counted = self._sum(torch.stack([self._similarity[i] for i in columns]))
+        for columns in _alike(found):
+            total, counted = self._sum(torch.stack([found[i] for i in columns]))
             sums[:, columns], tokens[:, columns] = total.T.cpu(), counted[:, None].cpu()
         self._similarity, self._held, self._last = {}, {}, None
         return WindowScores(sums, tokens)
@@ -109,20 +109,19 @@ class Capture:
         return self._last[1]
 
     def _add(self, layer: Layer, x: Stream, y: Stream) -> None:
-        self._similarity[self._column[layer]] = cosine(dot(x.values, y.values), x.norm, y.norm)
+        found = cosine(dot(x.values, y.values), x.norm, y.norm)
+        self._similarity.setdefault(self._column[layer], []).append(found)
+
+    def _whole(self, parts: list[Tensor]) -> Tensor:
+        """The segments of a text, in the order in which the model read them, as one.  [B, T]"""
+        first = [self._batch_first(part) for part in parts]
+        return first[0] if len(first) == 1 else torch.cat(first, dim=1)
 
     def _batch_first(self, similarity: Tensor) -> Tensor:
         """[B, T] of a stream that runs with its tokens first (XLNet, FSMT) too; others as they are."""
         batch = self.batch if self.scored is None else self.scored.shape[0]
         first = similarity.ndim != 2 or batch is None or similarity.shape[0] == batch or similarity.shape[1] != batch
         return similarity if first else similarity.T
-
-    def _alike(self) -> list[list[int]]:
-        """Columns whose similarities can be stacked: of one shape, on one device."""
-        groups: dict[tuple, list[int]] = {}
-        for column, similarity in self._similarity.items():
-            groups.setdefault((similarity.device, similarity.shape), []).append(column)
-        return list(groups.values())
 
     def _sum(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
         """[layers, B, T], or [layers, B, H, W] for images -> sums [layers, B] in float64 and tokens [B]."""
@@ -132,6 +131,14 @@ class Capture:
         scored = self.scored.to(flat.device).reshape(flat.shape[1:])
         kept = torch.where(scored, flat, 0.0)  # not a product: what padding gives may be NaN
         return kept.sum(2, dtype=torch.float64), scored.sum(1)
+
+
+def _alike(found: Mapping[int, Tensor]) -> list[list[int]]:
+    """Columns whose similarities can be stacked: of one shape, on one device."""
+    groups: dict[tuple[torch.device, torch.Size], list[int]] = {}
+    for column, similarity in found.items():
+        groups.setdefault((similarity.device, similarity.shape), []).append(column)
+    return list(groups.values())
 
 
 @contextmanager

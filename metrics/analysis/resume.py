@@ -49,10 +49,10 @@ class RowsFile:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
+            self.done = _read(self.path, self.header)
+            self._rewrite()
         except (Timeout, OSError):  # another run's, or a cache that cannot be written: measure without it
-            return self
-        self.done = _read(self.path, self.header)
-        self._rewrite()
+            self._file = None
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,8 +64,11 @@ class RowsFile:
     def add(self, rows: Mapping[int, WindowScores]) -> None:
         """Write the rows of these windows, and hand them to the system before returning."""
         if self._file:
-            self._file.writelines(_line(window, row) for window, row in sorted(rows.items()))
-            self._file.flush()
+            try:
+                self._file.writelines(_line(window, row) for window, row in sorted(rows.items()))
+                self._file.flush()
+            except OSError:  # the disk is full: measure on without it
+                self._file = None
 
     def text(self) -> str:
         """What `done` holds, as `parse` reads it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dropformer.metrics.blockwise.runner import BlockRunner, replaced
+from dropformer.metrics.blockwise.variant import Variant, dropped_forms
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.loading.modeling import Skipped
+
+BUSY_CPU, BUSY_GPU = 256, 8192  # tokens in a pass beyond which more variants at once gain nothing
 
 
 def kl_divergence(dense: Tensor, changed: Tensor) -> Tensor:
@@ -37,66 +40,77 @@ class Divergence:
 
 
 class DenseReference:
-    """The unchanged model on fixed windows: what every changed one is compared with.
+    """The dense model on fixed windows: what every changed one is compared with.
 
-    Time: one forward pass.  Memory: the stream at every block, (blocks + 1) N T D numbers, and
-    log-probabilities in half precision at every `stride`-th position that counts, N T/stride V.  `scored` [B, T]
-    a batch says which tokens count (None: all).
+    Time: one forward pass.  Memory: the stream at every block, (blocks + 1) N T D numbers, which the runner's keeper
+    moves out to files beyond its allowance, and log-probabilities in half precision at every `stride`-th position
+    that counts, N T/stride V.  `scored` [B, T] a batch says which tokens count (None: all).
     """
 
     def __init__(self, runner: BlockRunner, stride: int = 1, scored: list[Tensor | None] | None = None) -> None:
         self.runner, self.stride = runner, stride
         self.scored = scored or [None] * len(runner)
-        self.streams: list[list[Tensor]] = []  # batch -> stream that enters each block, and the last
-        self._log_probs: list[Tensor] = []
+        keep = runner.keeper.keep
         with torch.inference_mode():
-            for batch in range(len(runner)):
-                streams = [runner.start(batch)]
-                for block in range(len(runner.blocks)):
-                    streams.append(runner.step(block, batch, streams[-1]))
-                self.streams.append(streams)
-                self._log_probs.append(self._log_probabilities(batch, streams[-1]).half())
+            self.streams: list[list[Tensor]] = [[runner.start(batch)] for batch in range(len(runner))]
+            for block in runner.walk():  # batch -> stream that enters each block, and the last
+                for batch, streams in enumerate(self.streams):
+                    streams.append(keep(runner.step(block, batch, streams[-1])))
+            self._log_probs = [
+                keep(self._log_probabilities(batch, streams[-1]).half()) for batch, streams in enumerate(self.streams)
+            ]
             self.damage = self._summary(self._log_probs)
 
     def compare(self, first: int = 0) -> Divergence:
         """The damage of the model as it stands now, whose blocks before `first` are unchanged."""
         with torch.inference_mode():
-            found = []
-            for batch in range(len(self.runner)):
-                stream = self.runner.run(first, batch, self.streams[batch][first])
-                found.append(self._log_probabilities(batch, stream))
-            return self._summary(found)
+            streams = [self.streams[batch][first] for batch in range(len(self.runner))]
+            for block in self.runner.walk(first):
+                streams = [self.runner.step(block, batch, stream) for batch, stream in enumerate(streams)]
+            return self._summary([self._log_probabilities(batch, stream) for batch, stream in enumerate(streams)])
 
-    def compare_each(self, changes: Sequence[Mapping[str, nn.Module]]) -> list[Divergence]:
-        """The damage of each change by itself, a change being the modules that stand in at some paths.
+    def compare_each(self, variants: Sequence[Variant], batches: Sequence[int] | None = None) -> list[Divergence]:
+        """The damage of each variant by itself, on some of the batches (None: all).
 
-        Each starts from the dense stream before its first changed block, and changes that look alike in a block
-        run it as one batch.  Time: a forward pass of a change's blocks.  Memory: a window's stream and
-        log-probabilities for each change.
+        All of them pass a block before the next is entered.
+
+        Each starts from the dense stream before its first changed block, and those that look alike in a block run it
+        as one batch, up to what keeps the device busy.  Time: a forward pass of a variant's changed blocks.  Memory:
+        the windows' stream for each variant, one block's stand-ins, and one window's log-probabilities.
         """
-        if len(changes) > 1 and not self._stacks:
-            return [damage for change in changes for damage in self.compare_each([change])]
         with torch.inference_mode():
-            found = [self._side_by_side(batch, changes) for batch in range(len(self.runner))]
-            return [self._summary([parts[k] for parts in found]) for k in range(len(changes))]
+            firsts = [first_changed(self.runner, variant.paths) for variant in variants]
+            which = range(len(self.runner)) if batches is None else batches
+            streams = [{batch: self.streams[batch][first] for batch in which} for first in firsts]
+            for block in self.runner.walk(min(firsts, default=0)):
+                self._pass_block(block, variants, [k for k, first in enumerate(firsts) if first <= block], streams)
+            found = [[self._rows(b, self._log_probabilities(b, s)) for b, s in parts.items()] for parts in streams]
+        return [self._joined(parts) for parts in found]
 
-    def _side_by_side(self, batch: int, changes: Sequence[Mapping[str, nn.Module]]) -> list[Tensor]:
-        """Log-probabilities of one batch under each change."""
-        firsts = [first_changed(self.runner, change) for change in changes]
-        streams = [self.streams[batch][first] for first in firsts]
-        rows = len(streams[0])
-        for block in range(min(firsts), len(self.runner.blocks)):
-            groups: dict[frozenset[tuple[str, str | int]], list[int]] = defaultdict(list)
-            here = [_within(change, f"{self.runner.blocks[block].path}.") for change in changes]
-            for k, first in enumerate(firsts):
-                if first <= block:
-                    groups[_looks(here[k])].append(k)
-            for group in groups.values():
-                with replaced(self.runner.model, here[group[0]]):
-                    after = self.runner.step(block, batch, _together([streams[k] for k in group]))
-                for k, stream in zip(group, after.split(rows), strict=True):
-                    streams[k] = stream
-        return list(self._log_probabilities(batch, _together(streams)).split(rows))
+    def _pass_block(
+        self, block: int, variants: Sequence[Variant], which: Sequence[int], streams: list[dict[int, Tensor]]
+    ) -> None:
+        """Take the streams of some variants through a block."""
+        below = f"{self.runner.blocks[block].path}."
+        together = {batch: self._together(stream) for batch, stream in streams[which[0]].items()} if which else {}
+        groups: dict[Hashable, list[int]] = defaultdict(list)
+        for k in which:
+            groups[variants[k].looks(below)].append(k)
+        for group in groups.values():
+            self.runner.provider.enter(self.runner.blocks[block].path)
+            with replaced(self.runner.model, variants[group[0]].modules(below)):
+                for batch in streams[group[0]]:
+                    for some in _parts(group, together[batch]):
+                        rows = len(streams[some[0]][batch])
+                        after = self.runner.step(block, batch, _joint([streams[k][batch] for k in some]))
+                        for k, stream in zip(some, after.split(rows), strict=True):
+                            streams[k][batch] = self.runner.keeper.keep(stream)
+
+    def _together(self, stream: Tensor) -> int:
+        """How many variants run as one batch."""
+        busy = BUSY_CPU if self.runner.start(0).device.type == "cpu" else BUSY_GPU
+        most = max(1, busy // stream.shape[:2].numel())
+        return most if most == 1 or self._stacks else 1
 
     @cached_property
     def _stacks(self) -> bool:
@@ -106,11 +120,10 @@ class DenseReference:
         try:
             with torch.inference_mode():
                 twice = self.runner.run(0, 0, torch.cat([self.streams[0][0]] * 2))
-                logits = self._log_probabilities(0, twice)
         except (RuntimeError, ValueError):
             return False
-        apart = max(float((half - dense).norm() / dense.norm()) for half in twice.split(len(dense)))
-        return len(logits) == 2 * len(dense) and apart <= exact
+        dense = dense.to(twice.device)
+        return max(float((half - dense).norm() / dense.norm()) for half in twice.split(len(dense))) <= exact
 
     def _positions(self, batch: int) -> Tensor:
         """Every `stride`-th of the positions whose next token counts."""
@@ -123,16 +136,20 @@ class DenseReference:
         return torch.log_softmax(self.runner.logits(batch, stream, self._positions(batch)).float(), -1)
 
     def _summary(self, found: list[Tensor]) -> Divergence:
-        parts = [self._rows(batch, log_probs) for batch, log_probs in enumerate(found)]
-        kl, nll = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-        return Divergence(kl.cpu(), nll.cpu())
+        return self._joined([self._rows(batch, log_probs) for batch, log_probs in enumerate(found)])
+
+    def _joined(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Divergence:
+        kl, nll = (torch.cat([part[i].cpu() for part in parts]) for i in (0, 1))
+        return Divergence(kl, nll)
 
     def _rows(self, batch: int, log_probs: Tensor) -> tuple[Tensor, Tensor]:
         """Per-window means of KL and negative log-likelihood over scored positions, [B] float64."""
         positions, inputs = self._positions(batch), self.runner.batches[batch]
-        labels = inputs["input_ids"][:, positions + 1]
+        labels = inputs["input_ids"][:, positions + 1].to(log_probs.device)
+        log_probs = log_probs.float()
         nll = -log_probs.gather(-1, labels[..., None])[..., 0].double()
-        dense = torch.log_softmax(self._log_probs[batch].float(), -1)  # half precision left it off by a constant
+        dense = self._log_probs[batch].to(log_probs.device)
+        dense = torch.log_softmax(dense.float(), -1)  # half precision left it off by a constant
         kl = kl_divergence(dense, log_probs).double()
         scored = self.scored[batch]
         weight = torch.ones_like(nll) if scored is None else scored[:, positions.to(scored.device) + 1].to(nll)
@@ -142,12 +159,7 @@ class DenseReference:
 
 def dropped_modules(architecture: Architecture, layers: Iterable[Layer]) -> dict[str, nn.Module]:
     """Module path -> what stands there once these layers are dropped."""
-    return {
-        f"{architecture.block(layer).path}.{name}": Skipped(form)
-        for layer in layers
-        for branch in architecture.branches(layer)
-        for name, form in branch.modules.items()
-    }
+    return {path: Skipped(form) for path, form in dropped_forms(architecture, layers).items()}
 
 
 def first_block(layers: Iterable[Layer]) -> int:
@@ -161,21 +173,13 @@ def first_changed(runner: BlockRunner, paths: Iterable[str]) -> int:
     return min((i for i, block in enumerate(blocks) for path in paths if path.startswith(block)), default=0)
 
 
-def _together(streams: Sequence[Tensor]) -> Tensor:
+def _joint(streams: Sequence[Tensor]) -> Tensor:
     """Streams as one batch, where the first one is: a model may lie on several devices."""
-    return torch.cat([stream.to(streams[0].device) for stream in streams])
+    return streams[0] if len(streams) == 1 else torch.cat([stream.to(streams[0].device) for stream in streams])
 
 
-def _within(change: Mapping[str, nn.Module], prefix: str) -> dict[str, nn.Module]:
-    return {path: module for path, module in change.items() if path.startswith(prefix)}
-
-
-def _looks(modules: Mapping[str, nn.Module]) -> frozenset[tuple[str, str | int]]:
-    """What tells stand-ins apart: their form where they have no parameters, else which they are."""
-    own = with_parameters(modules)
-    return frozenset(
-        (path, repr(m) if isinstance(m, Skipped) and path not in own else id(m)) for path, m in modules.items()
-    )
+def _parts(items: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
 
 
 def with_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -12,23 +12,23 @@ from dropformer.prune.architecture import Block, Branch, Layer, Tap
 from dropformer.prune.discovery.proof import on_tap
 
 
-def residual_pairs(
-    runner: BlockRunner, batch: int, first: int = 0, stream: Tensor | None = None
-) -> Iterator[tuple[Layer, Tensor, Tensor]]:
-    """(layer, stream before, stream after) for every layer from block `first` on, the model as it stands now.
+def residual_pairs(runner: BlockRunner) -> Iterator[tuple[int, Layer, Tensor, Tensor]]:
+    """(batch, layer, stream before, stream after) for every layer, the model as it stands now, block after block.
 
-    Streams are [B, T, D]; `stream` is the one that enters block `first`.  Holds one block's streams at a time.
+    Streams are [B, T, D].  Holds one block's streams of one batch, and those of all batches that enter the next.
     """
-    stream = runner.start(batch) if stream is None else stream
-    for i in range(first, len(runner.blocks)):
+    streams = [runner.start(batch) for batch in range(len(runner))]
+    for i in runner.walk():
         block = runner.blocks[i]
-        with reading_block(runner.model, block) as seen:
-            after = runner.step(i, batch, stream)
-        for branch in block.branches:
-            yield Layer(branch.kind, block.index, runner.stack.name), seen[branch.before], after_branch(branch, seen)
-        if not block.kept:
-            yield Layer("block", block.index, runner.stack.name), stream, after
-        stream = after
+        for batch, stream in enumerate(streams):
+            with reading_block(runner.model, block) as seen:
+                after = runner.step(i, batch, stream)
+            for branch in block.branches:
+                layer = Layer(branch.kind, block.index, runner.stack.name)
+                yield batch, layer, seen[branch.before], after_branch(branch, seen)
+            if not block.kept:
+                yield batch, Layer("block", block.index, runner.stack.name), stream.to(after.device), after
+            streams[batch] = runner.keeper.keep(after)
 
 
 @contextmanager

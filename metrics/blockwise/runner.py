@@ -1,9 +1,9 @@
-"""Run a model block by block over calibration windows, starting anywhere.
+"""Run a model block by block over fixed batches: all of them pass a block before the next one is entered.
 
-Everything before the first changed block is the same for every candidate, so it is computed once: the
-streams between blocks are kept, and a forward pass resumes from them.  The model's own block modules are
-called with the arguments they had, and its own forward runs what comes after them, so that this knows no
-model family.
+The model's own block modules are called with the arguments that they had, and its own forward runs what comes
+before and after them, so that this knows no model family.  A pass may start at any block from a stream that was
+kept, several changed models share each block while it is there, and a block's weights may come from memory, from
+accelerate's offloading or from files (`provider`).
 """
 
 from __future__ import annotations
@@ -18,10 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from dropformer.metrics.analysis.analyze import as_inputs
+from dropformer.metrics.blockwise.provider import Provider, provider_for
+from dropformer.metrics.blockwise.work import Work
+from dropformer.metrics.offload.keeper import Keeper
 from dropformer.prune.architecture import Architecture, Stack
 from dropformer.prune.discovery.trace import outputs_of
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.loading.modeling import Skipped
+
+SIMILARITY = "use --metric similarity with --select one-shot and no --repair"
 
 
 @contextmanager
@@ -44,43 +49,79 @@ class Call:
     kwargs: dict[str, Any]
 
     def stream(self, key: int | str | None) -> Tensor:
-        return self.args[key] if isinstance(key, int) else self.kwargs[key]  # type: ignore[index]
+        return self.args[key] if isinstance(key, int) else self.kwargs[str(key)]
 
     def on(self, key: int | str | None, stream: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The same arguments with another stream."""
         if isinstance(key, int):
             return (*self.args[:key], stream, *self.args[key + 1 :]), self.kwargs
-        return self.args, {**self.kwargs, key: stream}  # type: ignore[dict-item]
+        return self.args, {**self.kwargs, str(key): stream}
 
 
 class BlockRunner:
     """A model taken apart into embedding, blocks and tail, on fixed batches.
 
-    `batches` are forward arguments with the batch first.  Construction costs one embedding of each batch and
-    holds it, [B, T, D] a batch; no block runs.  Raises ArchitectureError for a model of several stacks.
+    `batches` are forward arguments with the batch first.  `work` counts what is run, `keeper` holds streams; both
+    are shared by every runner of a job.  Time: construction embeds each batch, and no block runs.  Memory: [B, T, D]
+    a batch, beyond what the keeper moves out.  Raises ArchitectureError for a model of several stacks.
     """
 
-    def __init__(self, model: nn.Module, architecture: Architecture, batches: Sequence[Mapping[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        architecture: Architecture,
+        batches: Sequence[Mapping[str, Tensor]],
+        provider: Provider | None = None,
+        work: Work | None = None,
+        keeper: Keeper | None = None,
+    ) -> None:
         self.model, self.stack = model, only_stack(architecture)
         self.blocks = self.stack.blocks
         self.batches = [as_inputs(model, batch) for batch in batches]
+        self.provider = provider or provider_for(model)
+        self.keeper = keeper or Keeper()
+        self.work = work or Work(len(self.blocks), self.tokens)
+        self.work.measure(model, [block.path for block in self.blocks])
         self._passing = {block.path: Skipped(block.form) for block in self.blocks}
         with torch.inference_mode():
             self._calls = [self._record(batch) for batch in self.batches]
+        if any(len(calls) != len(self.blocks) for calls in self._calls):
+            raise ArchitectureError(f"{self.stack.path} runs its blocks once for each segment of a text; {SIMILARITY}")
+
+    def like(self, batches: Sequence[Mapping[str, Tensor]], architecture: Architecture) -> BlockRunner:
+        """A runner of the same model on other batches, with the same provider, work and keeper."""
+        return BlockRunner(self.model, architecture, batches, self.provider, self.work, self.keeper)
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    @property
+    def tokens(self) -> int:
+        return sum(batch["input_ids"].numel() for batch in self.batches if "input_ids" in batch) or 1
 
     def start(self, batch: int) -> Tensor:
         """The stream that enters the first block, [B, T, D]."""
         return self._calls[batch][0].stream(self.blocks[0].input.key)
 
+    def walk(self, first: int = 0, last: int | None = None) -> Iterator[int]:
+        """The blocks from `first` to before `last` in order, each with its weights there while it is dealt with."""
+        for block in range(first, len(self.blocks) if last is None else last):
+            self.provider.enter(self.blocks[block].path)
+            yield block
+
     def step(self, block: int, batch: int, stream: Tensor) -> Tensor:
         """The stream after a block, as the model stands now.  [B, T, D] -> [B, T, D]."""
         found = self.blocks[block]
-        args, kwargs = self._calls[batch][block].on(found.input.key, stream)
-        output = outputs_of(self.model.get_submodule(found.path)(*args, **kwargs))
-        return output[found.output.key]
+        self.provider.enter(found.path)
+        module = self.model.get_submodule(found.path)
+        args, kwargs = self._calls[batch][block].on(found.input.key, stream.to(self.device(block, stream)))
+        self.work.add(found.path, module, stream.shape[:2].numel())
+        return outputs_of(module(*args, **kwargs))[found.output.key]
+
+    def device(self, block: int, like: Tensor) -> torch.device:
+        """Where a block computes."""
+        module = self.model.get_submodule(self.blocks[block].path)
+        return next((p.device for p in module.parameters() if not p.is_meta), like.device)
 
     def run(self, first: int, batch: int, stream: Tensor) -> Tensor:
         """The stream after the last block, from the stream that enters block `first`."""
@@ -91,8 +132,9 @@ class BlockRunner:
     def logits(self, batch: int, stream: Tensor, positions: Tensor | None = None) -> Tensor:
         """What the model makes of the stream after its last block: logits [B, T, V], at `positions` only if given."""
         first = self.blocks[0]
+        stream = stream.to(self.start(batch).device)
 
-        def inject(_m: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        def inject(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
             return Call(args, kwargs).on(first.input.key, stream)
 
         few = positions is not None and "logits_to_keep" in inspect.signature(self.model.forward).parameters
@@ -121,7 +163,8 @@ def only_stack(architecture: Architecture) -> Stack:
     """The one stack of a model.  Raises ArchitectureError where there are several."""
     if len(architecture.stacks) != 1:
         raise ArchitectureError(
-            f"this needs a model with one stack of blocks, and this one has {len(architecture.stacks)}; "
-            "use --metric similarity with --select one-shot and no --repair"
+            f"this needs a model with one stack of blocks, and this one has {len(architecture.stacks)}; {SIMILARITY}"
         )
+    if any(isinstance(block.input.key, tuple) for block in architecture.stacks[0].blocks):
+        raise ArchitectureError(f"this model's blocks are reversible, with two streams; {SIMILARITY}")
     return architecture.stacks[0]

@@ -14,6 +14,7 @@ from dropformer.metrics.calibration.settings import Calibration, CalibrationRef
 from dropformer.metrics.calibration.windows import windows
 from dropformer.prune.discovery.inputs import longest_text, takes_pictures
 from dropformer.prune.errors import CalibrationError, ModelError
+from dropformer.prune.loading.tokenizer import why_no_tokenizer
 
 
 class CalibrationData(Protocol):
@@ -49,7 +50,8 @@ def calibration_data(model: Any, tokenizer: Any, folder: Path, calibration: Cali
         return pictures(calibration, model.config, folder)
     if tokenizer is None:
         raise ModelError(
-            f"{folder} has no tokenizer, so text cannot calibrate it; use dropformer.analyze(model, batches) in Python"
+            f"{folder} {why_no_tokenizer(folder)}, so text cannot calibrate it; use dropformer.analyze(model, batches) "
+            "in Python"
         )
     limit = longest_text(model) if model is not None else None
     if limit is not None and calibration.length > limit:

@@ -254,7 +254,7 @@ class _Run:
     def _prove(self, path: str, args: tuple, kwargs: dict) -> None:
         """Drop each branch of the block for a moment, on the small batch, now that its weights are there."""
         replay = _Seen(self.model)
-        replay.seen[path] = (args, kwargs)
+        replay.seen[path] = [(args, kwargs)]
         self.proving, self.capture.listening = True, False
         try:
             prove_block(replay, self.blocks[path])

@@ -1,48 +1,99 @@
-"""What a repair is, and how it gets into a pruned model and its checkpoint."""
+"""What a repair is: how a method is given its work, what it gives back, and how that gets into a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from dropformer.metrics.blockwise.divergence import DenseReference
-from dropformer.metrics.blockwise.runner import replaced
-from dropformer.prune.architecture import Layer
+from dropformer.metrics.blockwise.runner import BlockRunner
+from dropformer.metrics.blockwise.variant import Changes, Variant, variant
+from dropformer.metrics.offload.keeper import Keeper
+from dropformer.metrics.repair.gate import Gate
+from dropformer.metrics.repair.ridge import Group
+from dropformer.metrics.repair.slots import BranchOutput
+from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.block_map import BlockMap, new_index, new_name
 from dropformer.prune.outline import Outline
 
+__all__ = [
+    *("Changes", "Foresight", "ForesightMethod", "Gate", "Repair", "RepairContext", "RepairMethod", "Variant"),
+    "reasons",
+]
 
-@dataclass(frozen=True)
-class Gate:
-    """Perplexity on text of another kind than was fitted on, without and with a repair."""
 
-    method: str
-    before: float
-    after: float
+@dataclass
+class RepairContext:
+    """What a repair works on.  The model is dense and must be left as it is found.
+
+    `runner`: the calibration windows, one batch or more for each group; `groups`: what each batch is for, a domain to
+    fit on or None to validate on; `fitted_on`: batches that no search has measured on.  `gone`: dropped layers;
+    `before`: what earlier repairs changed.  `outputs`: how each branch writes into the residual stream.  Kept tensors
+    go through `keeper`, and long work tells of itself through `tell` or counts its steps in `runner.work`.
+    """
+
+    runner: BlockRunner
+    architecture: Architecture
+    outline: Outline
+    groups: Sequence[Group]
+    fitted_on: Sequence[int]
+    outputs: Mapping[Layer, BranchOutput]
+    gone: Sequence[Layer] = ()
+    before: Changes = field(default_factory=Changes)
+    tell: Callable[[str], None] = lambda text: None
+    memory: dict[str, Any] = field(default_factory=dict)  # what a repair keeps from a search for its own fit
 
     @property
-    def passed(self) -> bool:
-        return self.after < self.before
+    def model(self) -> nn.Module:
+        return self.runner.model
 
-    def __str__(self) -> str:
-        verdict = "kept" if self.passed else "not kept"
-        return f"{self.method}: perplexity {self.before:.2f} -> {self.after:.2f} on other text, {verdict}"
+    @property
+    def keeper(self) -> Keeper:
+        return self.runner.keeper
+
+    @property
+    def branches(self) -> list[Layer]:
+        """The dropped branches, a block's one by one, those that became maps left out."""
+        return [layer for layer in self.outline.branch_layers(self.gone) if layer not in self.before.maps]
+
+    def variant(self, changes: Changes | None = None) -> Variant:
+        """The model without the dropped layers, with what is changed `before` or with these changes instead."""
+        return variant(self.model, self.architecture, self.gone, self.before if changes is None else changes)
+
+
+RepairMethod = Callable[[RepairContext], Changes]
+"""Fits one repair.  The changes that it gives are added to those in `before`, if the gate lets them."""
+
+Foresight = Callable[[Sequence[Layer], Changes], Changes]
+"""Changes known for dropped layers, on top of earlier ones: fitted beforehand, for a search that asks for many sets."""
+
+ForesightMethod = Callable[[RepairContext, Sequence[Layer], int], Foresight]
+"""Fits a repair for any `count` of the candidates at once, one pass over the model for all of them."""
+
+
+def reasons(unrepaired: Sequence[tuple[str, str]]) -> list[str]:
+    """A line for each reason why layers were not repaired, with the layers."""
+    found: dict[str, list[str]] = {}
+    for layer, why in unrepaired:
+        found.setdefault(why, []).append(layer)
+    return [f"{', '.join(layers)} not repaired: {why}" for why, layers in found.items()]
 
 
 @dataclass(frozen=True)
 class Repair:
     """New values for some parameters of a pruned model, and the attention layers that became linear maps.
 
-    `tensors` go by the dense model's parameter names; a map's are those of the module in whose place it
-    stands, such as model.layers.5.self_attn.weight.  No tensor is shared with the dense model.
+    `tensors` and `mapped` as in `Changes`; `gates` and `unrepaired` say what was measured, and what could not be
+    repaired and why.  `passes`: forward passes over the calibration windows that choosing and repairing took.
     """
 
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    mapped: dict[Layer, dict[str, Any]] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    mapped: Mapping[Layer, Mapping[str, Any]] = field(default_factory=dict)
     gates: tuple[Gate, ...] = ()
+    unrepaired: tuple[tuple[str, str], ...] = ()
+    passes: float = 0.0
 
     def named(self, outline: Outline, block_map: BlockMap) -> dict[str, Tensor]:
         """The tensors by the pruned model's parameter names."""
@@ -62,22 +113,3 @@ class Repair:
             if new:
                 found[new] = tensor
         return found
-
-
-def tensors_of(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The parameters of modules that stand in for a model's own, by parameter name."""
-    found: dict[str, Any] = {}
-    for path, module in modules.items():
-        found |= {f"{path}.{name}": parameter.detach() for name, parameter in module.named_parameters()}
-    return found
-
-
-def gate(
-    dense: DenseReference, method: str, without: Mapping[str, nn.Module], with_it: Mapping[str, nn.Module]
-) -> Gate:
-    """Measure a repair on the windows of `dense`.  Time: two forward passes."""
-    found = []
-    for modules in (without, with_it):
-        with replaced(dense.runner.model, modules):
-            found.append(dense.compare(0).perplexity)
-    return Gate(method, *found)

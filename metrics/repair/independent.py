@@ -1,108 +1,190 @@
-"""Fit linear modules one by one on the dense model's own stream, whatever goes, all from a single forward pass.
+"""Independent ridge refits of slots from one dense forward pass.
 
-A slot is a linear module that writes into the stream.  Where the layers right behind it go, the stream lacks
-what they added, and the module changes by the ridge fit of that on its own dense inputs.  The moments of a
-slot's inputs with what each layer behind it adds are enough to fit any gap, so that a search may ask for one
-after the other.  Slots do not see each other's errors, as they do in `lockstep`.
+A slot is a module that writes into the residual stream.  Where the layers right behind it are dropped, the stream
+lacks what they added, and the slot changes by the ridge fit of that on its own dense inputs.  All windows pass a
+block before the next; a slot's inputs are held until the last of the layers behind it has run, then its moments are
+added up, solved and freed before the next slot's.  Slots do not see each other's errors, as in `sequential` they do.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from dropformer.metrics.blockwise.residuals import after_branch, reading_block
+from dropformer.metrics.blockwise.provider import InMemory
 from dropformer.metrics.blockwise.runner import BlockRunner
-from dropformer.metrics.repair.projection import OutputProjection, changed, with_constant
-from dropformer.metrics.repair.ridge import PENALTIES, Group, MomentSums, fit, token_weights
-from dropformer.metrics.repair.sequential import Refit
+from dropformer.metrics.blockwise.stand_ins import with_parameters_of
+from dropformer.metrics.repair.observe import Observation, observe
+from dropformer.metrics.repair.ridge import PENALTIES, ChannelSums, Fit, Group, MomentSums, fit, token_weights
+from dropformer.metrics.repair.slots import BranchOutput, OutputProjection
 from dropformer.prune.architecture import Layer
-from dropformer.prune.loading.modeling import hidden_states
 
-Unit = tuple[Layer, ...]  # branches that go together: one layer's
+Unit = tuple[Layer, ...]  # branches that are dropped together: one layer's
 
 
 @dataclass(frozen=True)
 class RefitTarget:
-    """A slot, the module in its place, and the units whose loss it can take over, nearest first."""
+    """A slot, the units whose loss it can take over, nearest first, and the sets of them to fit.
+
+    `wanted` are indices into `units`.  `module` stands in the slot's place where that is not the model's own.
+    """
 
     slot: OutputProjection
-    module: nn.Module
     units: tuple[Unit, ...]
+    wanted: tuple[tuple[int, ...], ...]
+    module: nn.Module | None = None
+
+    @property
+    def last(self) -> int:
+        """The block after which all of it has been seen."""
+        return max(self.slot.layer.index, *(layer.index for unit in self.units for layer in unit))
+
+
+@dataclass(frozen=True)
+class SlotFit:
+    """New parameters of a slot, in its dtype; none where no change helps on validation windows."""
+
+    tensors: Mapping[str, Tensor]
+    penalty: float
+    left_over: float
 
 
 @dataclass
 class IndependentRefit:
-    """Moments for every slot from one pass of the dense model over fixed windows.
+    """Fits every target from one pass of the dense model over some batches.
 
-    `batches`: which of the stepper's; `groups` says of each of these which kind of text it is, or
-    that it judges.
-    Time: one dense pass, K x (K + units x D) products a slot and token; a fit is a few K x K solves.
-    Memory: K x (K + units x D) numbers in float64 a slot and group, and one batch's branches.
+    `fits` by a slot's path and the set of layers lost.  Time: one dense forward pass up to the last target, K x (K +
+    units x D) products a slot and token, and `ridge.fit`.  Memory: streams and the inputs of the slots that are open
+    (at most three where units are blocks), which the keeper may move out, and the moments of one slot.
     """
 
     runner: BlockRunner
-    reaches: Sequence[RefitTarget]
+    outputs: Mapping[Layer, BranchOutput]
     batches: Sequence[int]
     groups: Sequence[Group]
     penalties: Sequence[float] = PENALTIES
-    fits: list[Refit] = field(default_factory=list)
+    fits: dict[tuple[str, frozenset[Layer]], SlotFit] = field(default_factory=dict)
+    _near: dict[str, float] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self._sums: dict[str, dict[Group, MomentSums]] = {
-            reach.slot.path: defaultdict(MomentSums) for reach in self.reaches
-        }
-        self._constants: dict[str, float] = {}
-        self._fitted: dict[tuple[str, tuple[Unit, ...]], nn.Module] = {}
-        with torch.inference_mode():
-            for batch, group in zip(self.batches, self.groups, strict=True):
-                self._add(batch, group)
+    def run(self, targets: Iterable[RefitTarget]) -> None:
+        """Fit these targets, which share the pass."""
+        waiting = sorted(targets, key=lambda target: target.slot.layer.index)
+        if not waiting:
+            return
+        opened: list[_Open] = []
+        streams = [self.runner.start(batch) for batch in self.batches]
+        with torch.no_grad():
+            for block in self.runner.walk(0, max(target.last for target in waiting) + 1):
+                opened += [_Open(t, self._own(t)) for t in waiting if t.slot.layer.index == block]
+                for n, batch in enumerate(self.batches):
+                    streams[n] = self.runner.keeper.keep(self._observe(block, batch, streams[n], opened))
+                for done in [o for o in opened if o.target.last == block]:
+                    self._close(done)
+                    opened.remove(done)
 
-    def module(self, reach: RefitTarget, lost: Sequence[Unit]) -> nn.Module:
-        """The slot's module once these units of its reach are gone: refitted where that carries over."""
-        key = reach.slot.path, tuple(lost)
-        if key not in self._fitted:
-            targets = [reach.units.index(unit) for unit in lost]
-            change, penalty, left_over = fit(self._sums[reach.slot.path], self.penalties, targets)
-            self.fits.append(Refit(reach.slot, penalty, left_over))
-            constant = self._constants[reach.slot.path]
-            self._fitted[key] = changed(reach.module, change, constant) if left_over < 1 else reach.module
-        return self._fitted[key]
+    def _own(self, target: RefitTarget) -> nn.Module:
+        """The module of a slot, with its weights safe from the next block's."""
+        module = target.module or self.runner.model.get_submodule(target.slot.path)
+        if target.module is None and not isinstance(self.runner.provider, InMemory):
+            return _detached(module, self.runner.keeper.keep)
+        return module
 
-    def _add(self, batch: int, group: Group) -> None:
-        inputs, added, streams = self._pass(batch)
-        for reach in self.reaches:
-            path, z = reach.slot.path, inputs[reach.slot.path]
-            constant = self._constants.setdefault(path, float(z.square().mean().sqrt()))
-            lost = [sum(added[layer] for layer in unit) for unit in reach.units]
-            weight = token_weights(streams[reach.slot.layer])
-            self._sums[path][group].add(with_constant(z, reach.module, constant), lost, weight)  # type: ignore[arg-type]
+    def _observe(self, block: int, batch: int, stream: Tensor, opened: Sequence[_Open]) -> Tensor:
+        slots = [o.target.slot for o in opened if o.target.slot.layer.index == block]
+        lost = {layer for o in opened for unit in o.target.units for layer in unit if layer.index == block}
+        outputs = {layer: self.outputs[layer] for layer in lost}
+        found = observe(self.runner, block, batch, stream, slots, outputs)
+        for one in opened:
+            one.note(found, self.runner.keeper.keep)
+        return found.stream
 
-    def _pass(self, batch: int) -> tuple[dict[str, Tensor], dict[Layer, Tensor], dict[Layer, Tensor]]:
-        """Each slot's input by path, what each branch adds to the dense stream, and the stream behind it."""
-        inputs: dict[str, Tensor] = {}
-        added: dict[Layer, Tensor] = {}
-        streams: dict[Layer, Tensor] = {}
+    def _close(self, done: _Open) -> None:
+        slot = done.target.slot
+        sums = done.sums(self.groups)
+        found = fit(sums, done.target.wanted, self.penalties, self._near.get(slot.layer.kind))
+        sums.clear()
+        self._near[slot.layer.kind] = found[0].penalty
+        for chosen, one in zip(done.target.wanted, found, strict=True):
+            lost = frozenset(layer for i in chosen for layer in done.target.units[i])
+            tensors = changed(slot, done.module, one, done.constant) if one.helps else {}
+            kept = {name: self.runner.keeper.keep(tensor) for name, tensor in tensors.items()}
+            self.fits[slot.path, lost] = SlotFit(kept, one.penalty, one.left_over)
 
-        def see(path: str, _m: nn.Module, args: tuple, kwargs: dict) -> None:
-            inputs[path] = hidden_states(args, kwargs).clone()
 
-        stream = self.runner.start(batch)
-        with ExitStack() as hooks:
-            for slot in (reach.slot for reach in self.reaches):
-                module = self.runner.model.get_submodule(slot.reads or slot.path)
-                hooks.callback(module.register_forward_pre_hook(partial(see, slot.path), with_kwargs=True).remove)
-            for i, block in enumerate(self.runner.blocks):
-                with reading_block(self.runner.model, block) as seen:
-                    stream = self.runner.step(i, batch, stream)
-                for branch in block.branches:
-                    layer = Layer(branch.kind, block.index, self.runner.stack.name)
-                    streams[layer] = after_branch(branch, seen)
-                    added[layer] = streams[layer] - seen[branch.before]
-        return inputs, added, streams
+class _Open:
+    """A target on its way through the pass: its inputs, and what its units add, batch by batch."""
+
+    def __init__(self, target: RefitTarget, module: nn.Module) -> None:
+        self.target, self.module = target, module
+        self.constant = 0.0
+        self._z: list[Tensor] = []
+        self._weights: list[Tensor] = []
+        self._added: list[dict[int, Tensor]] = []
+        self._at: dict[Layer, int] = {}
+
+    def note(self, found: Observation, keep: Callable[[Tensor], Tensor]) -> None:
+        """Take what one batch showed; batches come in the same order in every block."""
+        slot = self.target.slot
+        if slot.path in found.features:
+            z = found.features[slot.path]
+            self.constant = self.constant or float(z.float().square().mean().sqrt())
+            self._z.append(keep(z))
+            self._weights.append(token_weights(found.after[slot.layer]))
+            self._added.append({})
+        for layer in [layer for unit in self.target.units for layer in unit if layer in found.added]:
+            batch = self._at.get(layer, 0)
+            self._at[layer] = batch + 1
+            for i in [i for i, unit in enumerate(self.target.units) if layer in unit]:
+                so_far = self._added[batch].get(i)
+                added = found.added[layer]
+                self._added[batch][i] = keep(added if so_far is None else so_far.to(added.device) + added)
+
+    def sums(self, groups: Sequence[Group]) -> dict[Group, MomentSums]:
+        """The moments of each group; what was held is let go on the way."""
+        slot, found = self.target.slot, dict[Group, MomentSums]()
+        for group in groups:
+            weight, added = self._weights.pop(0), self._added.pop(0)
+            z = self._z.pop(0).to(weight.device)
+            targets = [added[i] / slot.scale for i in range(len(self.target.units))]
+            kind = MomentSums if slot.kind == "linear" else ChannelSums
+            found.setdefault(group, kind()).add(inputs_of(slot, self.module, z, self.constant), targets, weight)
+        return found
+
+
+def inputs_of(slot: OutputProjection, module: nn.Module, z: Tensor, constant: float) -> Tensor:
+    """A slot's features as a fit takes them, with a constant one where the module has a bias.
+
+    A linear module's: [..., K (+ 1)]; a norm's: [..., D, 1 (+ 1)].
+    """
+    biased = module.bias is not None if hasattr(module, "bias") else False
+    if slot.kind == "norm":
+        parts = [z, torch.full_like(z, constant)] if biased else [z]
+        return torch.stack(parts, -1)
+    return torch.cat([z, torch.full_like(z[..., :1], constant)], -1) if biased else z
+
+
+def changed(slot: OutputProjection, module: nn.Module, found: Fit, constant: float = 1.0) -> dict[str, Tensor]:
+    """Full parameter name -> the new value, in the module's dtype."""
+    steps, own = {}, dict(module.named_parameters(recurse=False))
+    change = found.change
+    if slot.kind == "norm":  # [D, 1 (+ 1), 1]
+        steps["weight"] = change[:, 0, 0]
+        if "bias" in own:
+            steps["bias"] = change[:, 1, 0] * constant
+    else:  # [K (+ 1), D]
+        rows = change[:-1] if "bias" in own else change
+        steps["weight"] = rows if isinstance(module, Conv1D) else rows.T
+        if "bias" in own:
+            steps["bias"] = change[-1] * constant
+    return {
+        f"{slot.path}.{name}": (own[name].detach().to(step.device).float() + step).to(own[name].dtype).contiguous()
+        for name, step in steps.items()
+    }
+
+
+def _detached(module: nn.Module, keep: Callable[[Tensor], Tensor]) -> nn.Module:
+    return with_parameters_of(module, {name: keep(p.clone()) for name, p in module.named_parameters(recurse=False)})

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from dropformer.metrics.blockwise.divergence import first_changed
 from dropformer.metrics.blockwise.runner import BlockRunner, replaced
-from dropformer.metrics.repair.projection import changed
+from dropformer.metrics.repair.base import Changes, RepairContext
 from dropformer.prune.discovery.trace import outputs_of
-from dropformer.prune.errors import PlanError
 from dropformer.prune.surgery.views import sharing_copy
 
 Progress = Callable[[int, int], None]
@@ -42,12 +44,22 @@ class Healing:
         return min(1.0, (step + 1) / self.warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def need_peft() -> None:
-    """Raises PlanError where peft is missing."""
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        raise PlanError("--repair lora needs peft, which is not installed; pip install 'dropformer[lora]'") from None
+def fit_adapters(context: RepairContext) -> Changes:
+    """Adapters around every linear module behind the first gap, on top of earlier repairs, merged."""
+    found = context.variant()
+    tenths = _Tenths(context.tell)
+    return Changes(heal(context.runner, found.modules(), first_changed(context.runner, found.paths), progress=tenths))
+
+
+class _Tenths:
+    """A line for each tenth of the training."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self.tell = tell
+
+    def __call__(self, step: int, steps: int) -> None:
+        if step * 10 // steps > (step - 1) * 10 // steps:
+            self.tell(f"lora: {step} of {steps} steps")
 
 
 def heal(
@@ -56,12 +68,13 @@ def heal(
     first: int,
     how: Healing | None = None,
     progress: Progress | None = None,
-) -> dict[str, nn.Module]:
-    """Path -> merged linear module, for every linear module of the blocks from `first` on; the model does not change.
+) -> dict[str, Tensor]:
+    """Parameter name -> merged weight, of every linear module in the blocks from `first` on; the model does not change.
 
-    `modules` stand in for the dense model's.  Time: a dense forward pass, and one forward and backward pass of
-    the pruned model, for each window and epoch.  Memory: the activations of a window behind block `first`, its
-    logits twice, and the adapters with two moments each.
+    `modules` stand in for the dense model's.  Time: a dense forward pass, and two forward passes and a backward pass
+    of the pruned model, for each batch and epoch.  Memory: the stream of a batch between blocks and one block's
+    activations, which are computed again for the backward pass, its logits twice, and the adapters with two moments
+    each; the merged weights go to the runner's keeper one by one.
     """
     how = how or Healing()
     student = sharing_copy(runner.model)
@@ -70,8 +83,10 @@ def heal(
         stack.enter_context(flags(runner.model, modules.values()))
         adapted = adapters(student, linear_paths(student, runner, first), how)
         steps = [batch for epoch in range(how.epochs) for batch in shuffled(len(runner), epoch)]
-        train(student, adapted.values(), runner, steps, how, progress)
-        return {path: merged(adapter) for path, adapter in adapted.items()}
+        with recomputing(student, [block.path for block in runner.blocks[first:]]):
+            train(student, adapted.values(), runner, steps, how, progress)
+        runner.work.spent += (len(runner.blocks) + 4 * (len(runner.blocks) - first)) * runner.tokens * how.epochs
+        return {f"{path}.weight": runner.keeper.keep(merged(adapted.pop(path))) for path in list(adapted)}
 
 
 def shuffled(count: int, seed: int) -> list[int]:
@@ -144,15 +159,28 @@ def log_probabilities(model: nn.Module, inputs: Mapping[str, Tensor], positions:
     return torch.log_softmax(logits.float(), -1)
 
 
-def merged(adapter: Any) -> nn.Module:
-    """The linear module with its adapter added to the weight; the module that it was stays."""
+def merged(adapter: Any) -> Tensor:
+    """The weight of the linear module with its adapter added, in its dtype."""
     base, delta = adapter.get_base_layer(), adapter.get_delta_weight("default").detach()
-    step = delta if isinstance(base, Conv1D) else delta.T
-    return changed(base, step if base.bias is None else torch.cat([step, torch.zeros_like(step[:1])]))
+    step = delta.T if isinstance(base, Conv1D) and delta.shape != base.weight.shape else delta
+    return (base.weight.detach().float() + step.float()).to(base.weight.dtype).contiguous()
 
 
 @contextmanager
-def flags(model: nn.Module, others: Iterable[nn.Module]) -> Any:
+def recomputing(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
+    """Inside the `with` these blocks keep only their inputs for the backward pass, and run again there."""
+    own = [model.get_submodule(path) for path in blocks]
+    for block in own:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for block in own:
+            del block.forward
+
+
+@contextmanager
+def flags(model: nn.Module, others: Iterable[nn.Module]) -> Iterator[None]:
     """Inside the `with` no parameter of these modules asks for a gradient; afterwards those that did do again."""
     parameters = [p for module in (model, *others) for p in module.parameters()]
     before = [p.requires_grad for p in parameters]

@@ -1,95 +1,76 @@
-"""Which projections to refit once layers are dropped; the change folds into their weights."""
+"""Refit what writes into the residual stream before each gap; the change folds into its weights."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from dropformer.metrics.repair.independent import Unit
-from dropformer.metrics.repair.projection import OutputProjection
-from dropformer.prune.architecture import Architecture, Layer
+from dropformer.metrics.repair.base import Changes, Foresight, RepairContext
+from dropformer.metrics.repair.gaps import gap_targets, gaps, reaches
+from dropformer.metrics.repair.independent import IndependentRefit, RefitTarget, SlotFit
+from dropformer.metrics.repair.slots import BranchOutput, projections
+from dropformer.prune.architecture import Layer
+
+DEPTH = 2  # how many candidates in a row a search can see refitted
+
+Fits = dict[tuple[str, frozenset[Layer]], SlotFit]
 
 
-def gaps(architecture: Architecture, gone: Sequence[Layer]) -> dict[Layer, list[Layer]]:
-    """The last branch that is left before each gap, and the dropped branches that it stands in for, by depth.
+def fit_gaps(context: RepairContext) -> Changes:
+    """A refit for each gap, independent of the others.  Time: a dense pass up to the last gap that no search fitted."""
+    slots = projections(context.outputs)
+    free = {layer: slot for layer, slot in slots.items() if layer not in context.before.maps}
+    wanted = gap_targets(context.architecture, context.branches, free)
+    return _changes(context, context.branches, _fitted(context, wanted))
 
-    In a parallel block that lost one branch that is the other branch.  Branches gone from the first block on
-    have none before them.
-    """
-    order, dropped = in_order(architecture, gone)
-    found: dict[Layer, list[Layer]] = defaultdict(list)
-    last: Layer | None = None
-    for layer in order:
-        if layer not in dropped:
-            last = layer
+
+def foresee_gaps(context: RepairContext, candidates: Sequence[Layer], count: int) -> Foresight:
+    """Refits for gaps of up to two candidates in a row, from one dense pass up to the last of them."""
+    wanted = reaches(context.architecture, candidates, projections(context.outputs), min(count, DEPTH))
+    known = _fitted(context, wanted)
+
+    def foresee(gone: Sequence[Layer], before: Changes) -> Changes:
+        left = [layer for layer in context.outline.branch_layers(gone) if layer not in before.maps]
+        return _changes(context, left, known, before)
+
+    return foresee
+
+
+def _fitted(context: RepairContext, wanted: Sequence[RefitTarget]) -> Fits:
+    """These fits, those that are known already left as they are."""
+    known: Fits = context.memory.setdefault("refit", {})
+    new = [target for target in wanted if any((target.slot.path, lost) not in known for lost in _sets(target))]
+    groups = [context.groups[batch] for batch in context.fitted_on]
+    IndependentRefit(context.runner, context.outputs, context.fitted_on, groups, fits=known).run(new)
+    return known
+
+
+def _sets(target: RefitTarget) -> list[frozenset[Layer]]:
+    return [frozenset(layer for i in chosen for layer in target.units[i]) for chosen in target.wanted]
+
+
+def _changes(context: RepairContext, gone: Sequence[Layer], known: Fits, before: Changes | None = None) -> Changes:
+    """What these fits change where layers are dropped.  A gap deeper than was fitted gets the deepest fit within it."""
+    mapped = (before or context.before).maps
+    found = Changes()
+    mended: set[Layer] = set()
+    for layer, lost in gaps(context.architecture, gone).items():
+        mended.update(lost)
+        output = context.outputs.get(layer)
+        if layer in mapped or output is None or output.slot is None:
+            found |= _missed(lost, "a linear map is what is left before" if layer in mapped else _why(layer, output))
             continue
-        where = _mate(architecture, layer, dropped) or last
-        if where is not None:
-            found[where].append(layer)
-    return dict(found)
+        sets = [key for key in known if key[0] == output.slot.path and key[1] <= set(lost)]
+        if sets:
+            one = known[max(sets, key=lambda key: len(key[1]))]
+            found |= Changes(one.tensors)
+            if not one.tensors:
+                found |= _missed(lost, f"no change of {layer} before carries over to validation windows")
+    return found | _missed([layer for layer in gone if layer not in mended], "no branch is left before")
 
 
-def gap_slots(
-    architecture: Architecture, gone: Sequence[Layer], projections: Mapping[Layer, OutputProjection]
-) -> list[OutputProjection]:
-    """The projections before the gaps: each learns what the dropped layers would have added."""
-    return [projections[layer] for layer in gaps(architecture, gone) if layer in projections]
+def _why(layer: Layer, output: BranchOutput | None) -> str:
+    return f"{layer} before cannot be refitted in closed form, {output.reason if output else 'its output is not seen'}"
 
 
-def reaches(
-    architecture: Architecture, candidates: Sequence[Layer], projections: Mapping[Layer, OutputProjection], depth: int
-) -> dict[OutputProjection, tuple[Unit, ...]]:
-    """For each projection the units whose loss it may have to take over, the nearest `depth` of them.
-
-    A unit is what one candidate would take: a branch, or, where only whole blocks may go, a block's branches.
-    """
-    order, free = in_order(architecture, candidates)
-    whole = all(layer.kind == "block" for layer in candidates)
-    found: dict[OutputProjection, tuple[Unit, ...]] = {}
-    for n, layer in enumerate(order):
-        near = order[n + 1 :] if not whole else [other for other in order[n + 1 :] if other.index != layer.index]
-        mates = [o for o in order[:n] if o in free and o.index == layer.index and architecture.block(o).parallel]
-        units = _units([*(() if whole else mates), *near], free, whole)[:depth]
-        starts = not whole or n + 1 == len(order) or order[n + 1].index != layer.index
-        if units and starts and layer in projections:
-            found[projections[layer]] = tuple(units)
-    return found
-
-
-def _units(order: Sequence[Layer], free: set[Layer], whole: bool) -> list[Unit]:
-    """What may go right behind a place, up to the first branch that may not."""
-    near: list[Layer] = []
-    for layer in order:
-        if layer not in free:
-            break
-        near.append(layer)
-    if not whole:
-        return [(layer,) for layer in near]
-    blocks: dict[tuple[str, int], list[Layer]] = defaultdict(list)
-    for layer in near:
-        blocks[layer.stack, layer.index].append(layer)
-    return [tuple(block) for block in blocks.values()]
-
-
-def _mate(architecture: Architecture, layer: Layer, dropped: set[Layer]) -> Layer | None:
-    """The branch of a parallel block that stays where `layer` goes."""
-    block = architecture.block(layer)
-    found = [Layer(b.kind, layer.index, layer.stack) for b in block.branches if block.parallel]
-    return next((other for other in found if other not in dropped), None)
-
-
-def all_slots(
-    architecture: Architecture, gone: Sequence[Layer], projections: Mapping[Layer, OutputProjection]
-) -> list[OutputProjection]:
-    """The projection before the first gap, and every one behind it."""
-    order, dropped = in_order(architecture, gone)
-    first = min((order.index(layer) for layer in dropped), default=len(order))
-    kept = [layer for layer in order[max(first - 1, 0) :] if layer not in dropped]
-    return [projections[layer] for layer in kept if layer in projections]
-
-
-def in_order(architecture: Architecture, gone: Sequence[Layer]) -> tuple[list[Layer], set[Layer]]:
-    """Every branch of the model in order of depth, and those that are gone."""
-    order = [layer for stack in architecture.stacks for layer in stack.layers() if layer.kind != "block"]
-    dropped = {Layer(b.kind, g.index, g.stack) for g in gone for b in architecture.branches(g)}  # type: ignore[arg-type]
-    return order, dropped
+def _missed(layers: Sequence[Layer], why: str) -> Changes:
+    return Changes(unrepaired=tuple((str(layer), why) for layer in layers))

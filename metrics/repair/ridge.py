@@ -1,103 +1,193 @@
-"""Ridge regression from sums that are added up in float64, its penalty chosen on text that was not fitted on."""
+"""Ridge regression from second moments on the streams' own device, its penalty chosen on validation windows.
+
+Worked example, one input and one output: z = (1, 2), r = (2, 4), weights 1.  E[zz] = 2.5, E[zr] = 5, E[rr] = 10.
+Penalty p shrinks W = E[zr] / (E[zz] (1 + p)): 2 for p = 0, 1 for p = 1; what is left of E[rr] is 0 and 1/4.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 PENALTIES = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 SKETCH = 48  # random mixtures of the outputs that stand for all of them where penalties are compared
-OUT_OF_DOMAIN_WEIGHT = (
-    1 / 3
-)  # what error on a kind of text that was not fitted on counts beside error on more of the same
-HOLD_OUT = 4  # every so many windows of a kind judge penalties
+PANELS = 6  # of a symmetric product, so that 7/12 of it are computed
+OUT_OF_DOMAIN_WEIGHT = 1 / 3  # weight of leave-one-domain-out error against in-domain validation error
+HOLD_OUT = 4  # every so many windows of a domain validate penalties
+DOMAINS = 2  # groups that are fitted on; more texts are shared out among them, so that memory does not grow
 
-Group = int | None  # a kind of text to fit on; None: windows of every kind that judge
+Group = int | None  # a domain to fit on; None: validation windows of every domain
 
 
-def group_of(kind: int, window: int) -> Group:
-    """The group of a kind's window, by its place among them."""
-    return None if window % HOLD_OUT == HOLD_OUT - 1 else kind
+def group_of(domain: int, window: int) -> Group:
+    """The group of a domain's window, by its place among them."""
+    return None if window % HOLD_OUT == HOLD_OUT - 1 else domain % DOMAINS
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A change W [K, D] (or [D, p, 1], a few numbers a channel), its penalty, and the share of error left on
+    validation windows: 1 and a change of zero where no penalty helps."""
+
+    change: Tensor
+    penalty: float
+    left_over: float
+
+    @property
+    def helps(self) -> bool:
+        return self.left_over < 1
+
+
+Mean = tuple[Tensor, Tensor, Tensor]  # E[z z'] [..., K, K], E[z r'] for each target [targets, ..., K, D], E[r r']
 
 
 class MomentSums:
     """Weighted second moments of inputs z [n, K] and targets r [n, D]: all that a ridge fit needs.
 
-    Several targets share the inputs: a fit may aim at the sum of some.  Products of a window are taken in the
-    data's own precision, windows are added up in float64 on the CPU.  Memory: K x (K + targets x D) numbers.
+    Several targets share the inputs: a fit may aim at the sum of some.  Products and sums are float32 on the
+    inputs' device.  Memory: K x (K + targets x D) numbers.
     """
 
     def __init__(self) -> None:
         self.weight = 0.0
-        self.zz: Tensor | float = 0.0
-        self.zr: Tensor | float = 0.0  # [targets, K, D]
-        self.rr: Tensor | float = 0.0  # [targets, targets]: inner products
+        self.sums: list[Tensor] = []
+        self._divided = False
 
     def add(self, z: Tensor, targets: Sequence[Tensor], weight: Tensor) -> None:
         """z: [..., K], targets: [..., D] each, weight: [...]."""
-        root = weight.float().flatten().sqrt()[:, None]
+        root = weight.float().flatten().sqrt()[:, None].to(z.device)
         z = z.float().flatten(0, -2) * root
-        rs = [r.float().flatten(0, -2) * root for r in targets]
-        self.zz = self.zz + (z.T @ z).to("cpu", torch.float64)
-        self.zr = self.zr + torch.stack([z.T @ r for r in rs]).to("cpu", torch.float64)
-        flat = torch.stack([r.flatten() for r in rs])
-        self.rr = self.rr + (flat @ flat.T).to("cpu", torch.float64)
+        rs = torch.stack([r.float().flatten(0, -2).to(z.device) * root for r in targets])
+        zr = torch.stack([z.T @ r for r in rs])
+        self._accumulate(weight, _gram(z), zr, torch.einsum("and,bnd->ab", rs, rs))
+
+    def _accumulate(self, weight: Tensor, *parts: Tensor) -> None:
+        if self.sums:
+            for total, part in zip(self.sums, parts, strict=True):
+                total += part
+        else:
+            self.sums = list(parts)
         self.weight += float(weight.sum())
 
-    def mean(self, targets: Sequence[int] = (0,)) -> Mean:
-        """E[z z'], E[z r'], E[|r|^2] for r the sum of these targets."""
-        assert isinstance(self.zz, Tensor) and isinstance(self.zr, Tensor) and isinstance(self.rr, Tensor)
-        few = list(targets)
-        rr = float(self.rr[few][:, few].sum())
-        return self.zz / self.weight, self.zr[few].sum(0) / self.weight, rr / self.weight
+    def mean(self) -> Mean:
+        """The moments for each unit of weight.  In place: nothing can be added afterwards."""
+        if not self._divided:
+            self._divided = True
+            for total in self.sums:
+                total.div_(max(self.weight, 1e-30))
+        zz, zr, rr = self.sums
+        return zz, zr, rr
 
 
-Mean = tuple[Tensor, Tensor, float]
+class ChannelSums(MomentSums):
+    """The same for a few inputs a channel: z [n, D, p], targets [n, D], a fit [D, p, 1].
 
-
-def solve(zz: Tensor, zr: Tensor, penalty: float) -> Tensor:
-    """W [K, D] that minimizes E|r - W'z|^2 + penalty * (the sum over inputs k of E[z_k^2] |W_k|^2).  Float64.
-
-    Each input is penalized by its own size, so that a few huge ones (the massive activations of attention
-    sinks) do not make the penalty huge for all the others.
+    Example: a norm's weight is the one input of its channel, p = 1; with a bias beside it p = 2.
     """
-    sizes = zz.diagonal()
-    ridge = zz + torch.diag(penalty * sizes.clamp_min(1e-9 * float(sizes.max())))
-    return torch.cholesky_solve(zr, torch.linalg.cholesky(ridge))
+
+    def add(self, z: Tensor, targets: Sequence[Tensor], weight: Tensor) -> None:
+        """z: [..., D, p], targets: [..., D] each, weight: [...]."""
+        w = weight.float().flatten().to(z.device)
+        z = z.float().flatten(0, -3)
+        rs = torch.stack([r.float().flatten(0, -2).to(z.device) for r in targets])
+        zz = torch.einsum("n,ndp,ndq->dpq", w, z, z)
+        zr = torch.einsum("n,ndp,and->adp", w, z, rs)[..., None]
+        self._accumulate(weight, zz, zr, torch.einsum("n,and,bnd->ab", w, rs, rs))
+
+
+def _gram(z: Tensor) -> Tensor:
+    """z'z [K, K] of z [n, K], each pair of panels of columns multiplied once."""
+    edges = torch.linspace(0, z.shape[1], PANELS + 1).long().tolist() if z.shape[1] > 512 else [0, z.shape[1]]
+    found = z.new_empty(z.shape[1], z.shape[1])
+    for start, end in pairwise(edges):
+        part = z[:, start:end].T @ z[:, start:]
+        found[start:end, start:] = part
+        found[start:, start:end] = part.T
+    return found
+
+
+def solve(zz: Tensor, zr: Tensor, penalty: float, exact: bool = False) -> Tensor:
+    """W [..., K, D] that minimizes E|r - W'z|^2 + penalty * (the sum over inputs k of E[z_k^2] |W_k|^2).
+
+    Each input is penalized by its own size, so that a few huge ones (the massive activations of attention sinks)
+    do not make the penalty huge for all the others: scaled to a diagonal of ones, the matrix has a condition of at
+    most K / penalty.  `exact`: in float64, where the device has it.  Time: K^3 / 3 + 2 K^2 D.
+    """
+    sizes = zz.diagonal(dim1=-2, dim2=-1)
+    root = sizes.clamp_min(max(1e-9 * float(sizes.max()), 1e-30)).sqrt()
+    dtype = torch.float64 if exact and zz.device.type != "mps" else torch.float32
+    ridge = (zz / root[..., :, None] / root[..., None, :]).to(dtype)
+    ridge.diagonal(dim1=-2, dim2=-1).add_(penalty)
+    factor, failed = torch.linalg.cholesky_ex(ridge)
+    if failed.any() and not exact:
+        return solve(zz, zr, penalty, True)
+    return torch.cholesky_solve((zr / root[..., None]).to(dtype), factor) / root[..., None]
 
 
 def error(zz: Tensor, zr: Tensor, rr: float, w: Tensor) -> float:
     """The share of E|r|^2 that W'z leaves: 1 does nothing, 0 is exact."""
-    return 1 + float((w * (zz @ w)).sum() - 2 * (w * zr).sum()) / max(rr, 1e-300)
+    w = w.to(zz.dtype)
+    return 1 + float((w * (zz @ w)).sum(dtype=torch.float64) - 2 * (w * zr).sum(dtype=torch.float64)) / max(rr, 1e-30)
 
 
 def fit(
-    groups: Mapping[Group, MomentSums], penalties: Sequence[float] = PENALTIES, targets: Sequence[int] = (0,)
-) -> tuple[Tensor, float, float]:
-    """(W [K, D], its penalty, what it leaves of the error on text that was not fitted on), kinds weighing the same.
+    groups: Mapping[Group, MomentSums],
+    targets: Sequence[Sequence[int]] = ((0,),),
+    penalties: Sequence[float] = PENALTIES,
+    start: float | None = None,
+) -> list[Fit]:
+    """A ridge fit at the sum of some targets, for each such choice of targets, domains weighing the same.
 
-    Each penalty is judged twice: on held-out windows of all kinds, fitted on the rest, and on each kind, fitted
-    on the others.  So the one that wins carries over to more text of the same kinds and to text of another.
-    The last fit is on everything.  W is zero where no penalty helps; a lone group judges itself.
-    Time: a K x K solve for each kind and one more, for each penalty tried, about four.
+    Each penalty is validated twice: on held-out windows of all domains, fitted on the rest, and on each domain,
+    fitted on the others.  So the one that wins carries over to more text of the same domains and to another.  The
+    choices share a penalty, as they share the factored matrix; `start`: one that was good for a slot nearby.  The
+    last fit is on everything.  A lone group validates itself.
+    Time: a K x K factorization for each domain and one more, for each penalty tried, three or four, and one in
+    float64.  Memory: three K x K matrices beside the sums.
     """
-    kinds = [sums.mean(targets) for kind, sums in groups.items() if kind is not None]
-    judge = groups[None].mean(targets) if None in groups else None
-    penalty, left_over = _least(lambda penalty: _left_over(kinds, judge, penalty), penalties)
-    zz, zr, _ = _average(kinds)
-    if judge is not None:
+    domains = [sums.mean() for group, sums in groups.items() if group is not None]
+    held_out = groups[None].mean() if None in groups else None
+    domains, held_out = (domains, held_out) if domains else ([groups[None].mean()], None)
+    mix = _mixtures(domains[0][1])
+    left: dict[float, list[float]] = {}
+
+    def score(penalty: float) -> float:
+        left[penalty] = _left_over(domains, held_out, targets, mix, penalty)
+        return sum(min(share, 1.0) for share in left[penalty])
+
+    penalty = _least(score, penalties, start)
+    zz, zr = _average([(mean[0], mean[1]) for mean in domains])
+    if held_out is not None:
         share = groups[None].weight / sum(sums.weight for sums in groups.values())
-        zz, zr = (1 - share) * zz + share * judge[0], (1 - share) * zr + share * judge[1]
-    if left_over >= 1:
-        return torch.zeros_like(zr), penalty, 1.0
-    return solve(zz, zr, penalty), penalty, left_over
+        zz, zr = zz.lerp_(held_out[0], share), zr.lerp_(held_out[1], share)
+    aims = torch.cat([_aim(zr, chosen) for chosen in targets], -1)
+    changes = solve(zz, aims, penalty, exact=True).float().chunk(len(targets), -1)
+    shares = zip(changes, left[penalty], strict=True)
+    return [Fit(w if share < 1 else torch.zeros_like(w), penalty, min(share, 1.0)) for w, share in shares]
 
 
-def _least(score: Callable[[float], float], penalties: Sequence[float]) -> tuple[float, float]:
-    """The penalty of least score, and the score, downhill from the middle: scores have one valley."""
-    at = len(penalties) // 2
+def _mixtures(zr: Tensor) -> Tensor | None:
+    """[D, SKETCH] random mixtures of the outputs, None where the outputs are few."""
+    width = zr.shape[-1]
+    if width <= SKETCH:
+        return None
+    draw = torch.randn(width, SKETCH, generator=torch.Generator().manual_seed(0)) / SKETCH**0.5
+    return draw.to(zr.device)
+
+
+def _aim(zr: Tensor, chosen: Sequence[int], mix: Tensor | None = None) -> Tensor:
+    """E[z r'] for r the sum of some targets, [..., K, D] or its mixtures."""
+    total = zr[list(chosen)].sum(0)
+    return total if mix is None else total @ mix
+
+
+def _least(score: Callable[[float], float], penalties: Sequence[float], start: float | None) -> float:
+    """The penalty of least score, downhill from `start` or the middle: scores have one valley."""
+    at = penalties.index(start) if start in penalties else len(penalties) // 2
     found = {at: score(penalties[at])}
     while True:
         for near in (at + 1, at - 1):
@@ -107,47 +197,64 @@ def _least(score: Callable[[float], float], penalties: Sequence[float]) -> tuple
                     at = near
                     break
         else:
-            return penalties[at], found[at]
+            return penalties[at]
 
 
-def _average(means: Sequence[Mean]) -> Mean:
-    zz, zr, rr = zip(*means, strict=True)
-    return torch.stack(zz).mean(0), torch.stack(zr).mean(0), sum(rr) / len(rr)
+def _average(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    zz, zr = parts[0][0].clone(), parts[0][1].clone()
+    for other in parts[1:]:
+        zz, zr = zz.add_(other[0]), zr.add_(other[1])
+    return zz.div_(len(parts)), zr.div_(len(parts))
 
 
-def _left_over(kinds: Sequence[Mean], judge: Mean | None, penalty: float) -> float:
-    """What a fit with this penalty leaves on text that it did not see."""
-    abroad = [_judged([m for m in kinds if m is not kind], kind, penalty) for kind in kinds if len(kinds) > 1]
-    home = _judged(kinds, judge or kinds[0], penalty) if judge or not abroad else None
-    if home is None or not abroad:
-        return sum(abroad) / len(abroad) if home is None else home
-    return (1 - OUT_OF_DOMAIN_WEIGHT) * home + OUT_OF_DOMAIN_WEIGHT * sum(abroad) / len(abroad)
+def _left_over(
+    domains: Sequence[Mean], held_out: Mean | None, targets: Sequence[Sequence[int]], mix: Tensor | None, penalty: float
+) -> list[float]:
+    """For each choice of targets, what a fit with this penalty leaves on text that it did not see."""
+    abroad = [
+        _validated([m for m in domains if m is not domain], domain, targets, mix, penalty)
+        for domain in domains
+        if len(domains) > 1
+    ]
+    out = [sum(shares) / len(abroad) for shares in zip(*abroad, strict=True)]
+    if held_out is None and abroad:
+        return out
+    home = _validated(domains, held_out or domains[0], targets, mix, penalty)
+    if not abroad:
+        return home
+    return [(1 - OUT_OF_DOMAIN_WEIGHT) * h + OUT_OF_DOMAIN_WEIGHT * o for h, o in zip(home, out, strict=True)]
 
 
-def _judged(fitted: Sequence[Mean], judge: Mean, penalty: float) -> float:
-    """The share of the judge's error that a fit on the others leaves."""
-    zz, zr, rr = judge
-    width = zr.shape[1]
-    mix = torch.eye(width, dtype=torch.float64)
-    if width > SKETCH:
-        mix = torch.randn(width, SKETCH, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / SKETCH**0.5
-    other_zz, other_zr, _ = _average(fitted)
-    return error(zz, zr @ mix, rr, solve(other_zz, other_zr @ mix, penalty))
+def _validated(
+    fitted: Sequence[Mean], held_out: Mean, targets: Sequence[Sequence[int]], mix: Tensor | None, penalty: float
+) -> list[float]:
+    """The share of the validation error that fits on the others leave."""
+    zz, zr = _average([(mean[0], mean[1]) for mean in fitted]) if len(fitted) > 1 else (fitted[0][0], fitted[0][1])
+    aims = torch.cat([_aim(zr, chosen, mix) for chosen in targets], -1)
+    changes = solve(zz, aims, penalty).chunk(len(targets), -1)
+    found = []
+    for chosen, w in zip(targets, changes, strict=True):
+        few = list(chosen)
+        found.append(error(held_out[0], _aim(held_out[1], chosen, mix), float(held_out[2][few][:, few].sum()), w))
+    return found
 
 
 def token_weights(stream: Tensor, share: float = 0.1) -> Tensor:
-    """What each token counts in a fit, [B, T] from the stream [B, T, D]; they sum to the number of tokens.
+    """The weight of each token in a fit, [B, T] from the stream [B, T, D]; those of a window sum to its tokens.
 
-    The inverse square of the stream's norm, as a norm follows it, so that errors are relative.  Attention
-    sinks (the first token, and any with 4 times the median norm) have huge norms and are few, but every
-    later token attends to them: together they weigh `share`.  Without that a fit may break them (measured:
-    perplexity 3.0 times dense instead of 1.4, in LOG.md).
+    The inverse square of the stream's norm, as a norm follows it, so that errors are relative.  Attention sinks
+    (the first token, and any with 4 times the window's median norm) have huge norms and are few, but every later
+    token attends to them: together they weigh `share`.  Without that a fit may break them (measured: perplexity
+    3.0 times dense instead of 1.4, in LOG.md).
     """
     size = stream.float().norm(dim=-1)
-    sink = size > 4 * size.median()
-    sink[:, 0] = True
-    least = (1e-3 * size.median()).clamp_min(1e-15)  # a token without an embedding of its own may begin at zero
+    median = size.median(-1, keepdim=True).values
+    sink = size > 4 * median
+    sink[..., 0] = True
+    least = (1e-3 * median).clamp_min(1e-15)  # a token without an embedding of its own may begin at zero
     inverse = size.maximum(least).square().reciprocal()
-    usual, rare = inverse * ~sink, sink.float()
-    parts = ((usual, 1 - share), (rare * inverse, share))
-    return sum(part * (weight * size.numel() / part.sum().clamp_min(1e-30)) for part, weight in parts)  # type: ignore[return-value]
+    weights = torch.zeros_like(size)
+    for chosen, part in ((~sink, 1 - share), (sink, share)):
+        inside = torch.where(chosen, inverse, 0.0)
+        weights += part * size.shape[-1] * inside / inside.sum(-1, keepdim=True).clamp_min(1e-30)
+    return weights

@@ -1,37 +1,75 @@
-"""Refit linear modules of a pruned model, in order of depth, so that its stream follows the dense one.
+"""Refit everything behind the first gap, in order of depth, so that the pruned stream follows the dense one.
 
-The dense and the pruned model run side by side, one block at a time, on the same windows.  At each slot, a
-linear module that writes into the stream, the error so far is E = (dense stream where the next kept branch
-reads it) - (pruned stream there), and the module changes by the ridge fit of E on its inputs in the pruned
-model.  Later slots see what earlier ones left, so errors do not compound; but what they left is hard to
-predict, and needs more calibration text than `apart` does.
+The dense and the pruned model run side by side, block by block, on the same windows.  At each slot, a module that
+writes into the residual stream, the error so far is E = (dense stream where the next kept branch reads it) - (pruned
+stream there), and the slot changes by the ridge fit of E on its inputs in the pruned model.  Later slots see what
+earlier ones left, so errors do not compound; but what they left is hard to predict, and needs more calibration text
+than `independent` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from dropformer.metrics.blockwise.divergence import dropped_modules, first_changed
+from dropformer.metrics.blockwise.divergence import first_changed
 from dropformer.metrics.blockwise.residuals import after_branch, reading_block
 from dropformer.metrics.blockwise.runner import BlockRunner, replaced
-from dropformer.metrics.repair.projection import OutputProjection, changed, with_constant
-from dropformer.metrics.repair.ridge import PENALTIES, Group, MomentSums, fit, token_weights
-from dropformer.metrics.repair.sites import StreamSite, sites, target
-from dropformer.prune.architecture import Architecture, Layer
-from dropformer.prune.discovery.trace import outputs_of
-from dropformer.prune.loading.modeling import hidden_states
+from dropformer.metrics.blockwise.variant import Changes, Variant, variant
+from dropformer.metrics.repair.base import RepairContext
+from dropformer.metrics.repair.gaps import all_slots
+from dropformer.metrics.repair.independent import changed, inputs_of
+from dropformer.metrics.repair.observe import Observation, observe
+from dropformer.metrics.repair.ridge import PENALTIES, ChannelSums, Fit, Group, MomentSums, fit, token_weights
+from dropformer.metrics.repair.slots import OutputProjection, projections
+from dropformer.prune.architecture import Architecture, Branch, Layer, Stack
 
-Progress = Callable[[int, int], None]
+
+def fit_all(context: RepairContext) -> Changes:
+    """Every slot from the one before the first gap on, on top of earlier repairs.
+
+    Time: one dense pass and about one and a half of the pruned model, both from the first gap on.
+    """
+    slots = {layer: slot for layer, slot in projections(context.outputs).items() if layer not in context.before.maps}
+    gone = context.outline.branch_layers(context.gone)
+    wanted = all_slots(context.architecture, gone, slots)
+    skipped = [layer for layer, output in context.outputs.items() if output.slot is None and layer not in gone]
+    why = tuple((str(layer), context.outputs[layer].reason) for layer in skipped)
+    if not wanted:
+        return Changes(unrepaired=why)
+    refit = SequentialRefit(context.runner, context.architecture, context.branches, context.groups, context.before)
+    found = refit.refit(wanted)
+    if not found:
+        why += tuple((str(slot.layer), "no change of it carries over to validation windows") for slot in wanted)
+    return Changes(found, unrepaired=why)
 
 
 @dataclass(frozen=True)
-class Refit:
-    """What one slot's fit did: the penalty, and the share of the stream's error left on text of another kind."""
+class StreamSite:
+    """A place in the stream: after this branch of this block, or after a parallel block as a whole.
+
+    `alive`: something still writes there.
+    """
+
+    block: int
+    branch: Branch
+    layer: Layer
+    whole: bool
+    alive: bool
+
+    @property
+    def key(self) -> tuple[int, str | None]:
+        """Names the place: the block, and the branch's kind or None for the block's end."""
+        return self.block, None if self.whole else self.branch.kind
+
+
+@dataclass(frozen=True)
+class SequentialFit:
+    """What one slot's fit did: the penalty, and the share of the stream's error left on validation windows."""
 
     slot: OutputProjection
     penalty: float
@@ -40,127 +78,179 @@ class Refit:
 
 @dataclass
 class SequentialRefit:
-    """A model on fixed windows without the `gone` layers; `modules` stand in for others of its own.
+    """A model on fixed windows without the `gone` layers, with the changes in `before`.
 
-    `groups` says of each batch which kind of text it is, or that it judges.
-
-    Time: one dense pass, one pruned one up to each slot, and a K x K solve a slot: what a block's last slot
-    saw tells what the block gives once it is refitted.
-    Memory: four streams of all windows, N T D numbers each, a slot's inputs, N T K, and K x (K + D) in float64.
+    `groups`: for each batch the domain to fit on, or None to validate.
+    Time: one dense pass, one pruned one up to each slot, and `ridge.fit` for each: what a block's last slot saw tells
+    what the block gives once it is refitted.
+    Memory: four streams of all windows, N T D numbers each, and a slot's inputs, N T K, which the keeper may move
+    out; the moments of one slot.
     """
 
     runner: BlockRunner
     architecture: Architecture
     gone: Sequence[Layer]
     groups: Sequence[Group]
-    modules: dict[str, nn.Module] = field(default_factory=dict)
+    before: Changes = field(default_factory=Changes)
     penalties: Sequence[float] = PENALTIES
-    fits: list[Refit] = field(default_factory=list)
+    fits: list[SequentialFit] = field(default_factory=list)
 
-    def refit(self, slots: Iterable[OutputProjection], progress: Progress | None = None) -> dict[str, nn.Module]:
-        """Everything that stands in for the model's modules, refitted ones included; the model does not change."""
+    def refit(self, slots: Iterable[OutputProjection]) -> dict[str, Tensor]:
+        """New parameters by name, of the slots that change; the model does not."""
+        self._new: dict[str, Tensor] = {}
         wanted = {slot.layer: slot for slot in slots}
-        self.modules = dropped_modules(self.architecture, self.gone) | self.modules
-        found = sites(self.architecture, self.runner.stack, self.gone, wanted)
-        dense = _Dense(self.runner)
-        first = first_changed(self.runner, [*self.modules, *(slot.path for slot in wanted.values())])
-        with torch.no_grad():  # not inference mode: what is refitted here may be trained later
-            streams = [dense.entering(batch, first) for batch in range(len(self.runner))]
-            for i in range(first, len(self.runner.blocks)):
+        places = sites(self.architecture, self.runner.stack, self.gone, wanted)
+        aims = {n: target(places, n) for n, site in enumerate(places) if site.layer in wanted}
+        dense = _Dense(self.runner, {aim.key for aim in aims.values()})
+        first = min(self._first_changed(), *(places[n].block for n in aims))
+        last = max(places[n].block for n in aims)
+        with torch.no_grad():
+            dense.advance(first)
+            streams = list(dense.streams)
+            for block in range(first, last + 1):
                 behind = None
-                for n, site in enumerate(found):
-                    if site.block == i and site.layer in wanted:
-                        later = [other.layer for other in found[n + 1 :] if other.block == i and other.alive]
-                        behind = self._fit(wanted[site.layer], (site, target(found, n)), later, streams, dense)
-                streams = behind or self._step(i, streams)
-                if progress:
-                    progress(i + 1 - first, len(self.runner.blocks) - first)
-        return self.modules
+                for n in [n for n in aims if places[n].block == block]:
+                    dense.advance(aims[n].block + 1)
+                    later = [s.layer for s in places[n + 1 :] if s.block == block and s.alive]
+                    behind = self._fit(wanted[places[n].layer], places[n], dense.take(aims[n]), later, streams)
+                if block < last:
+                    streams = behind or self._step(block, streams)
+        return self._new
+
+    def _first_changed(self) -> int:
+        return first_changed(self.runner, self._variant(()).paths)
+
+    def _variant(self, later: Collection[Layer]) -> Variant:
+        """The model as it is repaired so far, without these branches too."""
+        changes = self.before | Changes(self._new)
+        return variant(self.runner.model, self.architecture, [*self.gone, *later], changes)
 
     def _step(self, block: int, streams: Sequence[Tensor]) -> list[Tensor]:
-        with replaced(self.runner.model, self.modules):
-            return [self.runner.step(block, batch, stream) for batch, stream in enumerate(streams)]
+        self.runner.provider.enter(self.runner.blocks[block].path)
+        with replaced(self.runner.model, self._variant(()).modules(f"{self.runner.blocks[block].path}.")):
+            keep = self.runner.keeper.keep
+            return [keep(self.runner.step(block, batch, stream)) for batch, stream in enumerate(streams)]
 
     def _fit(
         self,
         slot: OutputProjection,
-        where: tuple[StreamSite, StreamSite],
+        site: StreamSite,
+        goals: list[Tensor],
         later: Sequence[Layer],
         streams: Sequence[Tensor],
-        dense: _Dense,
     ) -> list[Tensor] | None:
-        """Refit a slot at one site towards another, without running the branches of its block that come later.
+        """Refit a slot at a site towards the dense stream, without the branches of its block that come later.
 
         Gives the streams behind the block where nothing comes later, so that the block need not run again.
         """
-        site, aim = where
-        module = self.modules.get(slot.path) or self.runner.model.get_submodule(slot.path)
-        standing = self.modules | dropped_modules(self.architecture, later)
-        sums: dict[Group, MomentSums] = {}
-        constant: float | None = None
-        ends: list[tuple[Tensor, Tensor]] = []
-        for batch, stream in enumerate(streams):
-            with replaced(self.runner.model, standing):
-                z, after, output = self._observe(site, module, batch, stream)
-            goal = dense.at(batch, aim)
-            constant = constant or float(z.square().mean().sqrt())
-            group = sums.setdefault(self.groups[batch], MomentSums())
-            group.add(with_constant(z, module, constant), [goal - after], token_weights(goal))
-            if not later and torch.equal(after, output):
-                ends.append((z, after))
-        change, penalty, left_over = fit(sums, self.penalties)
-        self.fits.append(Refit(slot, penalty, left_over))
-        new = module
-        if left_over < 1:
-            new = self.modules[slot.path] = changed(module, change, constant or 1.0)
-        if len(ends) < len(streams):
+        path = self.runner.blocks[site.block].path
+        self.runner.provider.enter(path)
+        with replaced(self.runner.model, self._variant(later).modules(f"{path}.")):
+            module = self.runner.model.get_submodule(slot.path)
+            sums: dict[Group, MomentSums] = {}
+            ends: list[tuple[Tensor, Tensor]] = []
+            constant = 0.0
+            for batch, stream in enumerate(streams):
+                found = observe(self.runner, site.block, batch, stream, [slot])
+                z, after = found.features[slot.path], _after(found, site)
+                constant = constant or float(z.float().square().mean().sqrt())
+                goal = goals[batch].to(after.device)
+                lost = (goal.float() - after.float()) / slot.scale
+                kind = MomentSums if slot.kind == "linear" else ChannelSums
+                group = sums.setdefault(self.groups[batch], kind())
+                group.add(inputs_of(slot, module, z, constant), [lost], token_weights(goal))
+                if not later and torch.equal(after, found.stream):
+                    ends.append((self.runner.keeper.keep(z), self.runner.keeper.keep(after)))
+            one = fit(sums, penalties=self.penalties, start=self._near(slot))[0]
+            self.fits.append(SequentialFit(slot, one.penalty, one.left_over))
+            return self._apply(slot, module, one, constant, ends if len(ends) == len(streams) else None)
+
+    def _near(self, slot: OutputProjection) -> float | None:
+        """The penalty of the last slot of the same kind of branch."""
+        return next((f.penalty for f in reversed(self.fits) if f.slot.layer.kind == slot.layer.kind), None)
+
+    def _apply(
+        self,
+        slot: OutputProjection,
+        module: nn.Module,
+        one: Fit,
+        constant: float,
+        ends: list[tuple[Tensor, Tensor]] | None,
+    ) -> list[Tensor] | None:
+        """Keep the slot's new parameters; the streams behind it where they follow from what was seen."""
+        if not one.helps:
+            return None if ends is None else [after for _, after in ends]
+        new = changed(slot, module, one, constant)
+        steps = {name.rpartition(".")[2]: t.float() - module.get_parameter(name.rpartition(".")[2]).float()
+                 for name, t in new.items()}  # fmt: skip
+        self._new |= {name: self.runner.keeper.keep(tensor) for name, tensor in new.items()}
+        if ends is None:
             return None
-        return [after + written(new, z) - written(module, z) for z, after in ends]
-
-    def _observe(
-        self, site: StreamSite, module: nn.Module, batch: int, stream: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The module's input [B, T, K], the stream at the site and the block's output [B, T, D]."""
-        inputs: list[Tensor] = []
-
-        def see(_m: nn.Module, args: tuple, kwargs: dict) -> None:
-            inputs.append(hidden_states(args, kwargs))
-
-        with ExitStack() as hooks:
-            hooks.callback(module.register_forward_pre_hook(see, with_kwargs=True).remove)
-            seen = hooks.enter_context(reading_block(self.runner.model, self.runner.blocks[site.block]))
-            output = self.runner.step(site.block, batch, stream)
-        return inputs[-1], output if site.whole else after_branch(site.branch, seen), output
+        keep, found = self.runner.keeper.keep, []
+        for z, after in ends:
+            added = slot.scale * written(slot, isinstance(module, Conv1D), steps, z.to(steps["weight"].device))
+            found.append(keep((after.to(added.device).float() + added).to(after.dtype)))
+        return found
 
 
-def written(module: nn.Module, z: Tensor) -> Tensor:
-    """What a slot's module makes of its input.  [B, T, K] -> [B, T, D]."""
-    return next(value for value in outputs_of(module(z)).values() if isinstance(value, Tensor))
+def written(slot: OutputProjection, turned: bool, steps: dict[str, Tensor], z: Tensor) -> Tensor:
+    """What a change of parameters adds to a slot's output, in float32.  [B, T, K] -> [B, T, D]."""
+    weight = steps["weight"]
+    added = z.float() * weight if slot.kind == "norm" else z.float() @ (weight if turned else weight.T)
+    return added + steps["bias"] if "bias" in steps else added
+
+
+def _after(found: Observation, site: StreamSite) -> Tensor:
+    return found.stream if site.whole else found.after[site.layer]
+
+
+def sites(
+    architecture: Architecture, stack: Stack, gone: Sequence[Layer], wanted: Collection[Layer]
+) -> list[StreamSite]:
+    """Every site in order of depth, without the `gone` layers and with something at the `wanted` ones."""
+    dead = {(g.index, b.kind) for g in gone for b in architecture.branches(g)} - {(w.index, w.kind) for w in wanted}
+    found = []
+    for i, block in enumerate(stack.blocks):
+        layers = [Layer(b.kind, block.index, stack.name) for b in block.branches]
+        lives = [(layer.index, layer.kind) not in dead for layer in layers]
+        if block.parallel:  # its branches read one stream: one site, for the last slot
+            last = max((n for n, layer in enumerate(layers) if layer in wanted), default=0)
+            found.append(StreamSite(i, block.branches[last], layers[last], True, any(lives)))
+            continue
+        parts = zip(block.branches, layers, lives, strict=True)
+        found += [StreamSite(i, branch, layer, False, alive) for branch, layer, alive in parts]
+    return found
+
+
+def target(found: Sequence[StreamSite], n: int) -> StreamSite:
+    """The last site before the next one that something writes to: where the next kept branch reads."""
+    end = next((k for k in range(n + 1, len(found)) if found[k].alive), len(found))
+    return found[end - 1]
 
 
 class _Dense:
-    """The dense model's streams, asked for in order of depth; holds one block's a batch."""
+    """The dense model's streams on their way, and those at the places that are asked for until they are taken."""
 
-    def __init__(self, runner: BlockRunner) -> None:
-        self.runner = runner
-        self._next = [0] * len(runner)  # the block that runs next
-        self._stream = [runner.start(batch) for batch in range(len(runner))]
-        self._after: list[dict[str | None, Tensor]] = [{} for _ in range(len(runner))]
+    def __init__(self, runner: BlockRunner, places: Collection[tuple[int, str | None]]) -> None:
+        self.runner, self.places, self.next = runner, places, 0
+        self.streams = [runner.start(batch) for batch in range(len(runner))]
+        self._at: dict[tuple[int, str | None], list[Tensor]] = {}
 
-    def entering(self, batch: int, block: int) -> Tensor:
-        while self._next[batch] < block:
-            self._run(batch)
-        return self._stream[batch]
+    def advance(self, end: int) -> None:
+        """Run all batches through the blocks before `end` that they have not passed."""
+        keep = self.runner.keeper.keep
+        for i in self.runner.walk(self.next, max(end, self.next)):
+            block = self.runner.blocks[i]
+            here = [place for place in self.places if place[0] == i]
+            for batch, stream in enumerate(self.streams):
+                with reading_block(self.runner.model, block) as seen:
+                    output = self.runner.step(i, batch, stream)
+                self.streams[batch] = keep(output)
+                for place in here:
+                    value = output if place[1] is None else after_branch(block.branch(place[1]), seen)  # type: ignore[arg-type]
+                    self._at.setdefault(place, []).append(keep(value))
+            self.next = i + 1
 
-    def at(self, batch: int, site: StreamSite) -> Tensor:
-        while self._next[batch] <= site.block:
-            self._run(batch)
-        return self._after[batch][site.key]
-
-    def _run(self, batch: int) -> None:
-        i = self._next[batch]
-        block = self.runner.blocks[i]
-        with reading_block(self.runner.model, block) as seen:
-            output = self.runner.step(i, batch, self._stream[batch])
-        self._after[batch] = {b.kind: after_branch(b, seen) for b in block.branches} | {None: output}
-        self._stream[batch], self._next[batch] = output, i + 1
+    def take(self, site: StreamSite) -> list[Tensor]:
+        """The streams of all batches at a site that has been passed, which no other slot asks for."""
+        return self._at.pop(site.key)

@@ -12,7 +12,7 @@ from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
 
 if TYPE_CHECKING:
-    from dropformer.metrics.search.select import Choice, Cost
+    from dropformer.metrics.search.select import Choice, Cost, Greedily
 
 _BUDGET = re.compile(
     r"(?P<what>kv|params):-(?P<share>\d+(?:\.\d+)?)%|(?P<speed>decode|measured):(?P<factor>\d+(?:\.\d+)?)x"
@@ -109,16 +109,16 @@ def meter(
     return Meter(budget, {layer: amount / whole for layer, amount in saved.items()})
 
 
-def within(goal: Meter, candidates: Iterable[Layer], cost: Cost, width: int | None = None) -> Choice:
+def within(goal: Meter, candidates: Iterable[Layer], cost: Cost, how: Greedily | None = None) -> Choice:
     """Layers that meet the budget, chosen jointly by damage for each unit saved; none that it can do without.
 
     Greedy overshoots with its last layer, so layers that the budget no longer needs come back, those that save
     most first.  Time: as for `greedy`, and one cost more.  Raises PlanError where all candidates together save
     too little.
     """
-    from dropformer.metrics.search.select import Choice, greedy  # imports torch, which reading a budget needs not
+    from dropformer.metrics.search.select import Choice, Greedily, greedy  # they import torch
 
-    found = greedy(candidates, goal, cost, width=width)
+    found = greedy(candidates, goal, cost, how=how or Greedily())
     kept = list(found.layers)
     for layer in sorted(found.layers, key=lambda layer: -goal.saves(layer)):
         rest = [other for other in kept if other != layer]

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from torch import nn
-
-from dropformer.metrics.blockwise.divergence import DenseReference, dropped_modules
-from dropformer.prune.architecture import Architecture, Layer
+from dropformer.metrics.blockwise.divergence import DenseReference
+from dropformer.metrics.blockwise.variant import Variant
+from dropformer.prune.architecture import Layer
 from dropformer.prune.errors import PlanError
 
 Cost = Callable[[Sequence[Layer]], float]
@@ -27,31 +26,26 @@ Cost = Callable[[Sequence[Layer]], float]
 class KL:
     """KL(dense || without these layers), each set of layers measured once.
 
-    `stand_ins` gives the modules that stand in for dropped layers: repairs that are known beforehand count
-    (by default nothing stands in).  Time: the part of a forward pass behind the first dropped layer; `ahead`
-    measures sets `together` at a time.  Memory: `Dense`.
+    `variant` gives the model without some layers, with the repairs that are known beforehand.  `batches`: measure on
+    these only (None: all).  Time: the part of a forward pass behind the first dropped layer; `ahead` takes any number
+    of sets through each block together.  Memory: `DenseReference`, and a stream for each set.
     """
 
     dense: DenseReference
-    architecture: Architecture
-    stand_ins: Callable[[Sequence[Layer]], Mapping[str, nn.Module]] | None = None
+    variant: Callable[[Sequence[Layer]], Variant]
+    batches: Sequence[int] | None = None
     measured: dict[frozenset[Layer], float] = field(default_factory=dict)
-    together: int = 1
 
     def __call__(self, layers: Sequence[Layer]) -> float:
         self.ahead([layers])
         return self.measured[frozenset(layers)]
 
     def ahead(self, sets: Iterable[Sequence[Layer]]) -> None:
-        """Measure sets that will be asked for, several in one pass."""
+        """Measure sets that will be asked for."""
         new = list({frozenset(layers): layers for layers in sets if frozenset(layers) not in self.measured}.values())
-        for start in range(0, len(new), self.together):
-            part = new[start : start + self.together]
-            damages = self.dense.compare_each([self._changes(layers) for layers in part])
-            self.measured |= {frozenset(s): damage.mean_kl for s, damage in zip(part, damages, strict=True)}
-
-    def _changes(self, layers: Sequence[Layer]) -> Mapping[str, nn.Module]:
-        return self.stand_ins(layers) if self.stand_ins else dropped_modules(self.architecture, layers)
+        if new:
+            damages = self.dense.compare_each([self.variant(layers) for layers in new], self.batches)
+            self.measured |= {frozenset(s): damage.mean_kl for s, damage in zip(new, damages, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -86,14 +80,27 @@ class Count:
         return 1.0
 
 
+@dataclass(frozen=True)
+class Greedily:
+    """How a greedy search measures: `width` candidates at most in a round after the first (None: all that come up),
+    `ahead` hears of the sets that a round begins with (None: they are measured as they come up)."""
+
+    width: int | None = None
+    ahead: Callable[[Iterable[Sequence[Layer]]], None] | None = None
+
+
 def greedy(
-    candidates: Iterable[Layer], goal: Goal, cost: Cost, start: Sequence[Layer] = (), width: int | None = None
+    candidates: Iterable[Layer],
+    goal: Goal,
+    cost: Cost,
+    start: Sequence[Layer] = (),
+    how: Greedily = Greedily(),
 ) -> Choice:
     """Layers until the goal is reached, one at a time: least cost, for what it saves, on top of those gone.
 
     `start` are gone already.  A layer's extra cost from an earlier round stands in for the present one until
     the layer comes to the front of the queue ("lazy" greedy, Minoux 1978), so most candidates are measured
-    only in the first round; `width` bounds how many are measured in a later one (None: all that come up).
+    only in the first round.
     Ties go to the deeper layer.  Raises PlanError when all candidates do not reach the goal.
     """
     picked: list[Layer] = []
@@ -105,7 +112,10 @@ def greedy(
                 f"{goal} cannot be reached with the layers that may go ({len(picked)} of them); ask for less"
             )
         measure = partial(_extra, cost, goal, (*start, *picked), costs[-1])
-        best = _cheapest(extra, measure, width if picked else None)
+        if how.ahead:
+            soon = sorted(extra, key=lambda layer: (extra[layer], -layer.index, layer.kind))
+            how.ahead([*start, *picked, layer] for layer in soon[: how.width if picked else None])
+        best = _cheapest(extra, measure, how.width if picked else None)
         picked.append(best)
         costs.append(cost([*start, *picked]))
         extra = {layer: value for layer, value in extra.items() if not _overlap(layer, best)}

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from dropformer.metrics.repair.registry import REPAIRS
 from dropformer.metrics.search.budget import Latency
+from dropformer.metrics.search.registry import METRICS, SELECTIONS
 from dropformer.prune.errors import PlanError
 from dropformer.prune.plan import PublishedLists
 
-METRIC_NAMES = ("similarity", "angular", "relative-magnitude", "loo-kl", "loo-perplexity", "cca", "random", "reverse")
-SELECTS = ("one-shot", "iterative", "greedy")
-REPAIRS = ("linear", "refit", "refit-all", "scale", "lora")  # in the order in which they apply
+METRIC_NAMES, SELECTS = METRICS, SELECTIONS
 
 
 @dataclass(frozen=True)
 class Strategy:
     """How layers are chosen and what is repaired.
 
-    `aware`: a search measures candidates with their refit or map in place, not as bare gaps.
+    `aware`: a search measures candidates with the repairs in place that it can foresee, not as bare gaps.
     `width`: how many candidates a round of `greedy` measures after the first; `refine`: rounds of swaps;
-    `stride`: KL is measured at every so many positions, on `cost_windows` windows.
+    `stride`: KL is measured at every so many positions at most, on at most `cost_windows` windows, which are
+    shortened so that the search takes about `search_passes` forward passes over the calibration.
     """
 
     metric: str = "similarity"
@@ -31,11 +32,12 @@ class Strategy:
     refine: int = 0
     stride: int = 4
     cost_windows: int = 4
+    search_passes: float = 1.5
 
     @property
     def searches(self) -> bool:
         """Are candidates measured on windows of their own?"""
-        return self.select == "greedy" or self.refine > 0
+        return SELECTIONS[self.select].measures or self.refine > 0
 
     def under(self, budget: str | None) -> Strategy:
         """These settings where a budget says how much goes: a greedy search meets it.  Raises PlanError with swaps."""
@@ -81,20 +83,14 @@ def quality(
         raise PlanError(f"quality `{name}` is unknown; expected one of {', '.join(QUALITIES)}")
     found = QUALITIES[name or "paper"]
     if metric is not None:
-        found = replace(found, metric=_one_of("metric", metric, METRIC_NAMES))
+        METRICS[metric]
+        found = replace(found, metric=metric)
     if select is not None:
-        found = replace(found, select=_one_of("select", select, SELECTS))
+        SELECTIONS[select]
+        found = replace(found, select=select)
     if refine is not None:
         found = replace(found, refine=refine)
     if repair is not None:
-        methods = {_one_of("repair", method.strip(), REPAIRS) for method in repair.split(",") if method.strip()}
-        if "scale" in methods and len(methods) > 1:
-            raise PlanError("--repair scale mends what the other repairs mend; give it alone, or leave it out")
-        found = replace(found, repair=tuple(method for method in REPAIRS if method in methods))
+        names = {method.strip() for method in repair.split(",") if method.strip()}
+        found = replace(found, repair=REPAIRS.in_order(names))
     return found
-
-
-def _one_of(option: str, value: str, known: Sequence[str]) -> str:
-    if value not in known:
-        raise PlanError(f"--{option} `{value}` is unknown; expected one of {', '.join(known)}")
-    return value

@@ -7,7 +7,7 @@ either merges a summand, carries the stream as it is, scales it by a constant of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -60,13 +60,15 @@ class Flow:
     """A block's part of the trace, with its stream laid bare.
 
     `stream` maps each value on the path to its place; `segment` numbers its stretches between merges and
-    mixes, within which only constants of the block touch it.  Raises ValueError where there is no path.
+    mixes, within which only constants of the block touch it.  `ends` are those of the stream, by default what
+    `stream_ends` finds; `beside` those of the block's other streams, whose values end a branch as its own do.
+    Raises ValueError where there is no path.
     """
 
-    def __init__(self, trace: Trace, call: Call) -> None:
+    def __init__(self, trace: Trace, call: Call, ends: Ends | None = None, beside: Sequence[Ends] = ()) -> None:
         self.trace, self.call = trace, call
-        ends: Any = stream_ends(trace, call) or (None, -1, None, -1)
-        self.in_key, self.x, self.out_key, self.y = ends
+        found: Any = ends or stream_ends(trace, call) or (None, -1, None, -1)
+        self.in_key, self.x, self.out_key, self.y = found
         self.ops = {i: trace.ops[i] for i in range(call.first, call.last)}
         self.made = {value: i for i, op in self.ops.items() for value in op.outputs}
         self.users: dict[int, list[int]] = {}
@@ -75,8 +77,10 @@ class Flow:
                 self.users.setdefault(value, []).append(i)
         inside = (c for c in trace.calls if call.first <= c.first and c.last <= call.last)
         self.calls = [c for c in inside if within(c.path, call.path) and c is not call]
-        self.reach = self._depends_on(self.x)
-        self.steps = self._steps(self._shortest_path())
+        self.reach = self._depends_on({self.x, *(other[1] for other in beside)})
+        paths = [self.shortest_path(other[1], other[3]) for other in beside]
+        self.beside = {other[1] for other in beside} | {after for path in paths for _, _, after in path}
+        self.steps = self._steps(self.shortest_path(self.x, self.y))
         self.stream = {self.x: 0} | {step.after: place for place, step in enumerate(self.steps, 1)}
         self.segment = self._segments()
         self.terms = list(self._terms())
@@ -84,16 +88,15 @@ class Flow:
             term.ops, term.reads = self.feeding([term.value])
         self.kept = self._kept()
 
-    def _depends_on(self, x: int) -> set[int]:
-        reach = {x}
+    def _depends_on(self, reach: set[int]) -> set[int]:
         for op in self.ops.values():
             if not reach.isdisjoint(op.inputs):
                 reach.update(op.outputs)
         return reach
 
-    def _shortest_path(self) -> list[tuple[int, int, int]]:
-        """(operation, value in, value out) from x to y with the fewest operations."""
-        best: dict[int, tuple[int, int, int]] = {self.x: (0, -1, self.x)}
+    def shortest_path(self, x: int, y: int) -> list[tuple[int, int, int]]:
+        """(operation, value in, value out) from x to y with the fewest operations.  Raises ValueError without one."""
+        best: dict[int, tuple[int, int, int]] = {x: (0, -1, x)}
         for i, op in self.ops.items():
             known = [v for v in op.inputs if v in best]
             if not known:
@@ -102,11 +105,11 @@ class Flow:
             for out in op.outputs:
                 if out not in best or best[nearest][0] + 1 < best[out][0]:
                     best[out] = (best[nearest][0] + 1, i, nearest)
-        if self.y not in best:
+        if y not in best:
             raise ValueError("its output does not depend on its input")
         path: list[tuple[int, int, int]] = []
-        value = self.y
-        while value != self.x:
+        value = y
+        while value != x:
             _, op_index, previous = best[value]
             path.append((op_index, previous, value))
             value = previous
@@ -118,6 +121,8 @@ class Flow:
 
     def _step(self, stream: set[int], index: int, before: int, after: int) -> Step:
         op = self.ops[index]
+        if not self.beside.isdisjoint(op.inputs):
+            return Step(index, "mix", before, after)  # of one stream into another
         others = [v for v in op.inputs if v != before and v in self.reach and v not in stream]
         if op.name in ADDS and others and self.trace.values[others[0]].ndim >= 2:
             return Step(index, "merge", before, after, others[0])
@@ -165,6 +170,8 @@ class Flow:
             value = stack.pop()
             if value in self.stream:
                 reads.add(value)
+            elif value in self.beside:
+                continue
             elif (made := self.made.get(value)) is not None and made not in ops:
                 ops.add(made)
                 stack.extend(self.ops[made].inputs)
@@ -251,7 +258,10 @@ class Flow:
         return any(op.name.endswith("_") and op.scope in scopes for op in self.ops.values())
 
 
-def stream_ends(trace: Trace, call: Call) -> tuple[int | str, int, int | str | None, int] | None:
+Ends = tuple[int | str, int, int | str | None, int]  # input key, value, output key, value
+
+
+def stream_ends(trace: Trace, call: Call) -> Ends | None:
     """(input key, value, output key, value) of the stream: the first input whose shape an output keeps."""
     for in_key, x in call.inputs.items():
         given = trace.values[x]

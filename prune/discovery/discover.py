@@ -9,10 +9,11 @@ mixtures of experts and state-space mixers all fall out of this one rule.  Nothi
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,10 +24,10 @@ from dropformer.prune.discovery.dataflow import Flow, Term, stream_ends
 from dropformer.prune.discovery.inputs import sample_inputs
 from dropformer.prune.discovery.positions import fixed_blocks
 from dropformer.prune.discovery.replay import Replay, evaluating
+from dropformer.prune.discovery.stacks import block_paths, find_stacks, stack_names
+from dropformer.prune.discovery.streams import continues, reversible_flows
 from dropformer.prune.discovery.trace import Call, Trace, tracing
 from dropformer.prune.errors import ArchitectureError
-
-SIDE_STACKS = re.compile(r"vision|visual|image|audio|speech", re.I)
 
 
 def discover(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Architecture:
@@ -63,12 +64,12 @@ def _discover(
     given = sample_inputs(model) if inputs is None else dict(inputs)
     with evaluating(model):
         trace = _trace(model, given)
-        paths = paths or _find_stacks(model, trace)
-        blocks = [path for p in paths for path in _block_paths(model, p)]
+        paths = paths or find_stacks(model, trace)
+        blocks = [path for p in paths for path in block_paths(model, p)]
         _check_named(model, blocks[0], named)
         replay = Replay(model, blocks, given)
         reader = _StackReader(model, trace, replay, named, given)
-        stacks = [reader.read(path, name, paths) for path, name in zip(paths, _stack_names(paths), strict=True)]
+        stacks = [reader.read(path, name, paths) for path, name in zip(paths, stack_names(paths), strict=True)]
     found = [block for stack in stacks for block in stack.blocks]
     if not any(block.branches for block in found):
         kind, reason = next(iter(found[0].kept.items()))
@@ -83,7 +84,8 @@ def _check_named(model: nn.Module, block: str, named: Mapping[str, str]) -> None
             raise ArchitectureError(f"{block} has no module `{module}`; it has {', '.join(filter(None, known))}")
 
 
-def _trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
+def _trace(model: nn.Module, inputs: Mapping[str, Any], settled: bool = False) -> Trace:
+    """One traced pass, or a second one where the first settles what modules the model has from then on."""
     before = dict(model.named_modules())
     versions = {name: (p, p._version) for name, p in model.named_parameters() if not p.is_inference()}
     try:
@@ -95,10 +97,9 @@ def _trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
         ) from error
     for path, module in model.named_modules():
         if before.get(path) is not module:
-            raise ArchitectureError(
-                f"{type(model).__name__} replaces {path} during its forward pass, depending on the input's length; "
-                "settle its attention type in the config first (attention_type original_full for BigBird)"
-            )
+            if not settled:
+                return _trace(model, inputs, settled=True)
+            raise ArchitectureError(f"{type(model).__name__} replaces {path} at every forward pass")
     for name, parameter in model.named_parameters():
         old, version = versions.get(name, (None, 0))
         if old is parameter and parameter._version != version:  # another object is accelerate, moving it in and out
@@ -107,55 +108,6 @@ def _trace(model: nn.Module, inputs: Mapping[str, Any]) -> Trace:
                 "(rescale_every 0 for RWKV)"
             )
     return trace
-
-
-def _find_stacks(model: nn.Module, trace: Trace) -> list[str]:
-    """Paths of the outermost ModuleLists whose every called child maps a tensor to one of its shape."""
-    found: list[str] = []
-    for path, module in model.named_modules():
-        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or any(path.startswith(f + ".") for f in found):
-            continue
-        calls = [call for i in range(len(module)) for call in trace.calls_of(f"{path}.{i}")]
-        if calls and all(_has_parts(model, call.path) and stream_ends(trace, call) for call in calls):
-            found.append(path)
-    if not found:
-        raise ArchitectureError(
-            f"{type(model).__name__} has no stack of repeated blocks (a ModuleList whose members keep the shape "
-            "of their input); describe its blocks with dropformer.describe"
-        )
-    return found
-
-
-def _has_parts(model: nn.Module, path: str) -> bool:
-    return next(model.get_submodule(path).children(), None) is not None
-
-
-def _block_paths(model: nn.Module, path: str) -> list[str]:
-    try:
-        return [f"{path}.{name}" for name, _ in model.get_submodule(path).named_children()]
-    except AttributeError:
-        raise ArchitectureError(f"{type(model).__name__} has no module `{path}`") from None
-
-
-def _stack_names(paths: list[str]) -> list[str]:
-    """ "" for the only stack, or the only one that is not vision or audio; else the telling path part."""
-    main = [path for path in paths if not SIDE_STACKS.search(path)]
-    if len(main) == 1:
-        return ["" if path in main else _part(path, paths) for path in paths]
-    return ["" if len(paths) == 1 else _part(path, paths) for path in paths]
-
-
-def _part(path: str, paths: list[str]) -> str:
-    """The word that tells a stack from the others, or the stretch of its path in which they differ."""
-    for word in ("vision", "audio", "encoder", "decoder"):  # a vision tower has an encoder of its own
-        if [p for p in paths if word in p] == [path]:
-            return word
-    split = [p.split(".") for p in paths]
-    start = next(i for i in range(len(path)) if len({tuple(p[: i + 1]) for p in split}) > 1)
-    end = next(i for i in range(len(path)) if len({tuple(p[len(p) - i - 1 :]) for p in split}) > 1)
-    parts = path.split(".")
-    start -= parts[start].isdecimal() and start > 0
-    return "_".join(parts[start : len(parts) - end]) or "_".join(parts)
 
 
 class _StackReader:
@@ -172,7 +124,7 @@ class _StackReader:
         self.memory: set[int] = set()  # what the stacks before this one made, where its own stream did not
 
     def read(self, path: str, name: str, stacks: list[str]) -> Stack:
-        paths = _block_paths(self.model, path)
+        paths = block_paths(self.model, path)
         self.memory = self._made_by([other for other in stacks if other != path], paths)
         blocks = tuple(self._block(index, block) for index, block in enumerate(paths))
         return Stack(name, path, blocks, fixed_blocks(self.trace, paths))
@@ -192,15 +144,19 @@ class _StackReader:
 
     def _block(self, index: int, path: str) -> Block:
         try:
-            return self._assemble(index, self._flow(self.trace.calls_of(path)))
+            return self._assemble(index, self._flows(self.trace.calls_of(path)))
         except ValueError as error:
             return Block(index, path, Tap(path, "input", 0), Tap(path, "output"), (), kept={"block": str(error)})
 
-    def _flow(self, calls: list[Call]) -> Flow:
-        """The block's dataflow.  Raises ValueError where it has no residual stream to which branches are added."""
+    def _flows(self, calls: list[Call]) -> list[Flow]:
+        """The dataflow of each of the block's streams: one, or the two of a reversible block.
+
+        A block that is called once for each segment of the text is read at its first call and proven at all.
+        Raises ValueError where it has no residual stream to which branches are added.
+        """
         if not calls:
             raise ValueError("the batch does not run it")
-        if len(calls) > 1:
+        if any(continues(self.trace, self.replay.seen, *pair) for pair in pairwise(calls)):
             raise ValueError(
                 f"it runs {len(calls)} times a pass with the same weights, so it cannot go from one of them alone; "
                 f"how often it runs is for the config to say{self._counting(len(calls))}"
@@ -208,11 +164,13 @@ class _StackReader:
         flow = Flow(self.trace, calls[0])
         if self.trace.values[flow.x].ndim > 3 and "input_ids" in self.inputs:
             raise ValueError("its residual stream is several streams side by side (hyper-connections, AltUp)")
+        if not flow.terms and (two := reversible_flows(self.trace, calls[0])):
+            return two
         if not flow.terms:
             raise ValueError("nothing is added to its input inside it: its branches are joined elsewhere")
         if flow.multiplied:
             raise ValueError("its residual stream is itself multiplied by a matrix, so it is no sum of branches")
-        return flow
+        return [flow]
 
     def _counting(self, times: int) -> str:
         """The fields of the config that may say how often a block runs: ALBERT's num_hidden_layers."""
@@ -220,22 +178,25 @@ class _StackReader:
         found = [key for key, value in fields.items() if value == times and "layer" in key]
         return f" ({', '.join(found)})" if found else ""
 
-    def _assemble(self, index: int, flow: Flow) -> Block:
-        path = flow.call.path
+    def _assemble(self, index: int, flows: list[Flow]) -> Block:
+        path = flows[0].call.path
+        ins, outs = tuple(flow.in_key for flow in flows), tuple(flow.out_key for flow in flows)
         block = Block(
             index,
             path,
-            Tap(path, "input", flow.in_key),
-            Tap(path, "output", flow.out_key),
+            Tap(path, "input", ins if len(flows) > 1 else ins[0]),
+            Tap(path, "output", outs if len(flows) > 1 else outs[0]),
             (),
-            form=_whole_form(flow),
-            inplace=flow.inplace,
-            plain=flow.plain,
+            form=_whole_form(flows),
+            inplace=any(flow.inplace for flow in flows),
+            plain=all(flow.plain for flow in flows),
         )
         branches, kept = [], {}
-        reader = BranchReader(flow, lambda names, term: self._kind(flow, names, term))
-        drafts = reader.read()
-        stateful = {d.kind for d in drafts if d.cuts and reader.stateful(d.cuts[0].modules)} - {"cross"}
+        drafts, stateful, scaled = [], set(), any(flow.scaled for flow in flows)
+        for flow in flows:
+            reader = BranchReader(flow, partial(self._kind, flow))
+            drafts += reader.read()
+            stateful |= {d.kind for d in drafts if d.cuts and reader.stateful(d.cuts[0].modules)} - {"cross"}
         for draft in drafts:
             cut = self._choose(block, draft)
             if draft.kind == "attn" and len(stateful) > 1:
@@ -243,7 +204,7 @@ class _StackReader:
             if isinstance(cut, str):
                 kept[draft.kind] = cut
             else:
-                branches.append(Branch(draft.kind, cut.modules, cut.before, cut.after, cut.delta, flow.scaled))
+                branches.append(Branch(draft.kind, cut.modules, cut.before, cut.after, cut.delta, scaled))
         parallel = any(draft.parallel for draft in drafts) and len(drafts) > 1
         return replace(block, branches=tuple(branches), kept=kept, parallel=parallel)  # type: ignore[arg-type]
 
@@ -290,13 +251,14 @@ def _parent(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def _whole_form(flow: Flow) -> Any:
+def _whole_form(flows: list[Flow]) -> Any:
     """What stands for a whole block: its input where the stream came out, and what it merely passed on."""
-    call: Call = flow.call
+    call: Call = flows[0].call
+    streams = {flow.out_key: flow.in_key for flow in flows}
 
     def member(key: int | str | None) -> str | None:
-        if key == flow.out_key:
-            return f"input:{flow.in_key}"
+        if key in streams:
+            return f"input:{streams[key]}"
         given = call.passed.get(key, call.state if key in call.nested else None)
         return None if given is None else f"input:{given}"
 

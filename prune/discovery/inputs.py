@@ -18,9 +18,11 @@ POSITIONS = re.compile(r"^(?!.*(rel|dist|vision|visual|image|patch)).*(position|
 def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str, Any]:
     """Keyword arguments for one small forward pass of a transformers model, on its device.
 
-    Token ids [batch, length] for text, random pixels for images, both sides for an encoder-decoder.
+    Token ids [batch, length] for text, random pixels for images, both sides for an encoder-decoder.  Texts are longer
+    where a shorter one would change the model.
     """
     config: Any = getattr(model, "config", None)
+    length = max(length, _sparse_length(config))
     device = input_device(model)
     name = getattr(model, "main_input_name", "input_ids")
     if name == "pixel_values":
@@ -33,6 +35,7 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str
         return features | ({"decoder_input_ids": ids, "use_cache": False} if config.is_encoder_decoder else {})
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     vocab = int(getattr(text, "vocab_size", 0) or 32)
+    batch = 1 if reads_one_text(model) else batch
     batch *= getattr(config, "num_codebooks", 1) if getattr(config, "audio_channels", None) else 1  # MusicGen
     ids = torch.randint(0, vocab, (batch, length), generator=generator).to(device)
     inputs: dict[str, Any] = {"input_ids": ids}
@@ -43,6 +46,18 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str
     return inputs
 
 
+def _sparse_length(config: Any) -> int:
+    """The fewest tokens, in whole blocks, that BigBird attends to sparsely; 0 for other models.
+
+    On fewer it exchanges its sparse attention for a full one, for good.  Where its positions do not reach as far it
+    is never sparse.
+    """
+    if getattr(config, "attention_type", None) != "block_sparse":
+        return 0
+    tokens = (6 + 2 * config.num_random_blocks) * config.block_size
+    return tokens if tokens <= config.max_position_embeddings else 0
+
+
 def random_pixels(config: object, batch: int, seed: int = 0) -> Tensor:
     """Images of the size that a config names, uniform from 0 to 1.  [batch, channels, height, width]"""
     if not hasattr(config, "image_size"):
@@ -51,6 +66,14 @@ def random_pixels(config: object, batch: int, seed: int = 0) -> Tensor:
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(batch, getattr(config, "num_channels", 3), height, width, generator=generator)
+
+
+def reads_one_text(model: Any) -> bool:
+    """Does a decoder with a classification head refuse batches, because its config names no padding token?"""
+    config = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if config is not None and hasattr(config, "get_text_config") else config
+    pads = [getattr(part, "pad_token_id", None) for part in (config, text)]
+    return "ForSequenceClassification" in type(model).__name__ and None in pads
 
 
 def takes_pictures(model: object) -> bool:

@@ -34,17 +34,18 @@ def prove(model: nn.Module, architecture: Architecture, inputs: Mapping[str, Ten
 
 def prove_block(replay: Replay, block: Block) -> None:
     """The same for one block, whose inputs `replay` has seen.  Raises ArchitectureError."""
-    _prove_sum(replay, block)
-    for branch in block.branches:
-        _prove_branch(replay, block, branch)
+    for call in range(len(replay.seen[block.path])):
+        _prove_sum(replay, block, call)
+        for branch in block.branches:
+            _prove_branch(replay, block, branch, call)
 
 
-def _prove_branch(replay: Replay, block: Block, branch: Branch) -> None:
+def _prove_branch(replay: Replay, block: Block, branch: Branch, call: int) -> None:
     where = f"block {block.index} ({block.path}), {branch.kind} branch"
     taps = [branch.before, branch.after] if branch.after else [branch.before, *branch.delta]
     try:
         with skipped(replay.model, block.path, branch.modules), reading(replay.model, taps) as values:
-            replay.run(block.path)
+            replay.run(block.path, call)
     except Exception as error:  # whatever the model's own code raises once a branch is gone
         raise ArchitectureError(
             f"{where}: the block does not run without it: {type(error).__name__}: {error}"
@@ -57,13 +58,13 @@ def _prove_branch(replay: Replay, block: Block, branch: Branch) -> None:
         raise ArchitectureError(f"{where}: it still adds something to the residual stream once dropped")
 
 
-def _prove_sum(replay: Replay, block: Block) -> None:
+def _prove_sum(replay: Replay, block: Block, call: int) -> None:
     """A plain block whose branches are read by what they add: input + contributions = output."""
     deltas = [tap for branch in block.branches for tap in branch.delta]
     if not block.plain or block.kept or not deltas or any(branch.after for branch in block.branches):
         return
     with reading(replay.model, [block.input, block.output, *deltas]) as values:
-        replay.run(block.path)
+        replay.run(block.path, call)
     x, y = values[block.input].double(), values[block.output].double()
     total = x + sum(values[tap].double().reshape(x.shape) for tap in deltas)
     if not _close(total, y, tolerance=_tolerance(values[block.input])):

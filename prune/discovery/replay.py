@@ -80,14 +80,19 @@ def on_tap(model: nn.Module, tap: Tap, see: Any) -> Any:
     if tap.side == "input":
 
         def before(_m: nn.Module, args: tuple, kwargs: dict) -> None:
-            see(args[tap.key] if isinstance(tap.key, int) else kwargs[tap.key])
+            see(_picked({**dict(enumerate(args)), **kwargs}, tap.key))
 
         return module.register_forward_pre_hook(before, with_kwargs=True).remove
 
     def after(_m: nn.Module, _args: tuple, output: Any) -> None:
-        see(outputs_of(output)[tap.key])
+        see(_picked(outputs_of(output), tap.key))
 
     return module.register_forward_hook(after).remove
+
+
+def _picked(values: Mapping[Any, Tensor], key: Any) -> Tensor:
+    """The value under a tap's key, or those under several keys side by side.  [..., D] or [..., keys x D]"""
+    return torch.cat([values[k] for k in key], dim=-1) if isinstance(key, tuple) else values[key]
 
 
 def _on_tap_like(model: nn.Module, tap: Tap, see: Any) -> Any:
@@ -100,16 +105,19 @@ def _on_tap_like(model: nn.Module, tap: Tap, see: Any) -> Any:
 
 
 class Replay:
-    """The inputs of every block in one forward pass, kept so that a block can run again by itself."""
+    """The inputs of every block in one forward pass, kept so that a block can run again by itself.
+
+    `seen` has an entry for each call of a block: a model that reads its text in segments calls it several times.
+    """
 
     def __init__(self, model: nn.Module, blocks: list[str], inputs: Mapping[str, Any]) -> None:
         self.model = model
-        self.seen: dict[str, tuple[tuple, dict]] = {}
+        self.seen: dict[str, list[tuple[tuple, dict]]] = {}
         with ExitStack() as hooks:
             for path in blocks:
 
                 def note(_m: nn.Module, args: tuple, kwargs: dict, path: str = path) -> None:
-                    self.seen[path] = (_copied(args), _copied(kwargs))
+                    self.seen.setdefault(path, []).append((_copied(args), _copied(kwargs)))
 
                 hook = model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True, prepend=True)
                 hooks.callback(hook.remove)
@@ -120,16 +128,17 @@ class Replay:
         """True for a model without weights, whose tensors hold no numbers."""
         return _on_meta(self.model)
 
-    def run(self, block: str) -> Any:
-        """The block's output on a fresh copy of its inputs."""
-        args, kwargs = self.seen[block]
+    def run(self, block: str, call: int = 0) -> Any:
+        """The block's output on a fresh copy of the inputs of one of its calls."""
+        args, kwargs = self.seen[block][call]
         return self.model.get_submodule(block)(*_copied(args), **_copied(kwargs))
 
     def problem(self, block: str, modules: Mapping[str, Any]) -> str:
         """What goes wrong in the block with these modules skipped; "" when it runs."""
         try:
             with skipped(self.model, block, modules):
-                self.run(block)
+                for call in range(len(self.seen[block])):
+                    self.run(block, call)
         except Exception as error:  # whatever the model's own code raises once a module is gone
             return f"{type(error).__name__}: {error}"
         return ""
@@ -187,4 +196,5 @@ def _copied(tree: Any) -> Any:
         return type(tree)(_copied(item) for item in tree)
     if type(tree) is dict:
         return {key: _copied(item) for key, item in tree.items()}
-    return copy.deepcopy(tree) if isinstance(tree, Cache) else tree
+    cached = isinstance(tree, Cache) or type(tree).__name__.endswith("Cache")  # Reformer's is of no common class
+    return copy.deepcopy(tree) if cached else tree

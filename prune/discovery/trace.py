@@ -25,12 +25,16 @@ STATE_NAMES = re.compile(r"^(\w+_)?(state|past|cache)$")  # as parameters of for
 
 @dataclass(frozen=True)
 class Op:
-    """One operation: its ATen name, the module whose forward issued it, its input and output values."""
+    """One operation: its ATen name, the module whose forward issued it, its input and output values.
+
+    `numbers`: plain numbers among its arguments, such as the factor of a product.
+    """
 
     name: str
     scope: str
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    numbers: tuple[float, ...] = ()
 
 
 @dataclass
@@ -115,7 +119,8 @@ class _Recorder(TorchDispatchMode):
                 self._written[_storage(tensor)] = outputs[-1]
                 self._held.append(tensor)
         scope = self.scopes[-1] if self.scopes else ""
-        self.trace.ops.append(Op(func._schema.name, scope, tuple(dict.fromkeys(inputs)), tuple(outputs)))
+        numbers = tuple(arg for arg in (*args, *kwargs.values()) if type(arg) in (int, float))
+        self.trace.ops.append(Op(func._schema.name, scope, tuple(dict.fromkeys(inputs)), tuple(outputs), numbers))
         return out
 
 

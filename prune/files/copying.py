@@ -6,6 +6,9 @@ What is kept travels in as few calls as the file allows, and is compared with th
 counts as done.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import json
 import os
 import random
@@ -15,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dropformer.prune.errors import CheckpointError, OutputError, VerificationError
+from dropformer.prune.errors import CheckpointError, OutputError, VerificationError, shown
 from dropformer.prune.files.byteranges import copy_range, holds, same_range, write_at
 from dropformer.prune.files.folder import cannot_write
 from dropformer.prune.files.layout import (
@@ -30,7 +33,6 @@ from dropformer.prune.files.layout import (
 )
 from dropformer.prune.files.safetensors_header import encode_header, read_header
 from dropformer.prune.files.shards import INDEX, Checkpoint, Shard
-from dropformer.prune.files.strict_json import shown
 
 Rename = Callable[[str], str | None]
 """The new name of a tensor, or None to drop it."""
@@ -66,6 +68,10 @@ class CopyReport:
     def bytes_after(self) -> int:
         """All tensors of the copy."""
         return self.bytes_kept + self.bytes_new
+
+    def noted(self, note: str | None) -> CopyReport:
+        """The report with one more line for a person, if there is one."""
+        return dataclasses.replace(self, notes=(*self.notes, note)) if note else self
 
     @property
     def tensors_written(self) -> int:

@@ -17,13 +17,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dropformer.prune.errors import OutputError
-from dropformer.prune.files.strict_json import shown
+from dropformer.prune.errors import DropformerError, OutputError, shown
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 """What the operating system answers when no more can be written there."""
 
-_LEFT_OVER = re.compile(r"\.dropformer-(\d+)-[0-9a-f]{8}")
+TEMPORARY = ".dropformer-"
+"""What the names of temporary folders begin with."""
+
+_LEFT_OVER = re.compile(re.escape(TEMPORARY) + r"(\d+)-[0-9a-f]{8}")
 
 
 @contextmanager
@@ -59,7 +61,7 @@ def _hidden_beside(out: Path) -> Iterator[Path]:
     """A locked temporary folder beside `out`, which the block puts to use; gone after any error."""
     with suppress(OSError):  # tidying up must not stand in the way
         _remove_left_overs(out.parent)
-    temporary = out.parent / f".dropformer-{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = out.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
     lock = -1
     try:
         lock = _create(temporary)
@@ -68,6 +70,8 @@ def _hidden_beside(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in FULL:
             raise cannot_write(out, error) from None
+        if isinstance(error, DropformerError) and str(temporary) in str(error):
+            raise type(error)(str(error).replace(str(temporary), str(out))) from error
         raise
     finally:
         if lock >= 0:

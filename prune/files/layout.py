@@ -8,11 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from dropformer.prune.errors import OutputError
+from dropformer.prune.errors import OutputError, shown
 from dropformer.prune.files.byteranges import PAGE
 from dropformer.prune.files.safetensors_header import BITS, TensorSpan, byte_size
 from dropformer.prune.files.shards import Checkpoint, Shard
-from dropformer.prune.files.strict_json import shown
 
 
 class NewTensor(NamedTuple):

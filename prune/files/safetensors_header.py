@@ -14,9 +14,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dropformer.prune.errors import CheckpointError, OutputError
+from dropformer.prune.errors import CheckpointError, OutputError, shown
 from dropformer.prune.files.byteranges import PAGE
-from dropformer.prune.files.strict_json import MAX_BYTES, parse_object, shown
+from dropformer.prune.files.strict_json import MAX_BYTES, MAX_VALUES, parse_object
 
 BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8"), 8),
@@ -30,6 +30,8 @@ BITS = {
 
 _ENTRY = {"dtype", "shape", "data_offsets"}
 _COUNT_LIMIT = 2**63
+HEADER_BASE = 4 << 20  # bytes of `__metadata__` at most
+HEADER_PER_TENSOR = 1024  # bytes of JSON for a tensor; real ones take about 120
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,11 @@ def read_header(file: int, shard: str, where: object) -> Header:
             f"{where}: no safetensors file, or cut short (header of {length} bytes in a file of {size}); "
             "download it again"
         )
-    table = parse_object(os.pread(file, length, 8), where)
+    raw = os.pread(file, length, 8)
+    tensors = raw.count(b'"data_offsets"')
+    if length > HEADER_BASE + HEADER_PER_TENSOR * tensors:
+        raise CheckpointError(f"{where}: a header of {length} bytes for {tensors} tensors; do not use this file")
+    table = parse_object(raw, where, MAX_VALUES + 16 * tensors)
     try:
         metadata = _metadata(table.pop("__metadata__", None))
         spans = [(name, _span(name, entry, shard, 8 + length)) for name, entry in table.items()]

@@ -11,7 +11,6 @@ Hugging Face Hub's cache to that cache's blobs.
 
 import hashlib
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,18 +18,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dropformer.prune.errors import CheckpointError
+from dropformer.prune.errors import CheckpointError, shown
 from dropformer.prune.files.byteranges import read_at
+from dropformer.prune.files.config_json import CONFIG, check_counts
+from dropformer.prune.files.regular import READ_FLAGS, file_behind, opened
 from dropformer.prune.files.safetensors_header import TensorSpan, read_header
-from dropformer.prune.files.strict_json import MAX_BYTES, parse_object, shown
+from dropformer.prune.files.side_files import check_no_adapter, list_side_files
+from dropformer.prune.files.strict_json import read_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+INDEX_BYTES = 64 << 20
+"""Cap on an index; that of a model of 90,000 tensors has 9 MiB."""
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SAMPLED_TENSORS = 4096
 _SAMPLE_BYTES = 512
-_READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: a FIFO must not hang us
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Shard:
         or was written to before the block ended.
         """
         try:
-            file = os.open(self.path, _READ_FLAGS)
+            file = os.open(self.path, READ_FLAGS)
         except OSError as error:
             raise CheckpointError(f"{_line(self.path)}: gone while in use ({error.strerror})") from None
         try:
@@ -144,16 +148,20 @@ def _open(folder: Path) -> Checkpoint:
     tensors = {name: span for _, spans in opened for name, span in spans.items()}
     if not tensors:
         raise CheckpointError(f"{_line(folder)}: its safetensors files hold no tensors; nothing to work on")
-    if not (folder / "config.json").is_file():
+    if not os.path.lexists(folder / CONFIG):
         raise CheckpointError(f"{_line(folder)}: config.json is missing; copy it from the original model")
-    _file_behind(folder, "config.json")
+    side = list_side_files(folder)
+    file_behind(folder, CONFIG)
+    check_counts(read_object(folder / CONFIG), tensors.values(), _line(folder))
+    check_no_adapter(side, _line(folder))
     return Checkpoint(folder, shards, tensors, index_metadata)
 
 
 def _open_shard(folder: Path, name: str) -> tuple[Shard, Mapping[str, TensorSpan]]:
-    path = _file_behind(folder, name)
-    with _opened(path) as (file, status):
-        header = read_header(file, name, _line(folder / name))
+    path = file_behind(folder, name)
+    with opened(path) as file:
+        status = os.fstat(file.fileno())
+        header = read_header(file.fileno(), name, _line(folder / name))
         return Shard(name, path, status.st_size, header.metadata, _identity(status)), header.tensors
 
 
@@ -162,10 +170,7 @@ def _read_index(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     if not os.path.lexists(folder / INDEX):
         raise CheckpointError(_why_no_weights(folder))
     where = _line(folder / INDEX)
-    with _opened(_file_behind(folder, INDEX)) as (file, status):
-        if status.st_size > MAX_BYTES:
-            raise CheckpointError(f"{where}: {status.st_size} bytes are too many; download it again")
-        index = parse_object(os.pread(file, status.st_size, 0), where)
+    index = read_object(file_behind(folder, INDEX), INDEX_BYTES)
     placed, metadata = index.get("weight_map"), index.get("metadata") or {}
     if not isinstance(placed, dict) or not placed or not isinstance(metadata, dict):
         raise CheckpointError(f"{where}: has no weight_map; download it again")
@@ -195,30 +200,9 @@ def _check_index(folder: Path, placed: Mapping[str, str], shards: list[Mapping[s
         wrong = next(iter(placed.keys() - {name for name, _ in held}))
     if wrong is not None:
         raise CheckpointError(
-            f"{_line(folder / INDEX)}: disagrees with the shards about {shown(wrong)!r}; download them again"
+            f"{_line(folder / INDEX)}: does not say where the shards hold {shown(wrong)!r}; index and shards are of "
+            "different versions of the model: get all of them from one"
         )
-
-
-def _file_behind(folder: Path, name: str) -> Path:
-    """The regular file that folder/name is or links to; CheckpointError if it is missing or elsewhere."""
-    path = folder / name
-    try:
-        target = path.resolve(strict=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{_line(path)}: missing; download the model again") from None
-    if not any(target.is_relative_to(root) for root in _roots(folder)):
-        raise CheckpointError(f"{_line(path)}: a link that leads out of the folder; copy the file there")
-    if not target.is_file():
-        raise CheckpointError(f"{_line(path)}: not a regular file; download the model again")
-    return target
-
-
-def _roots(folder: Path) -> list[Path]:
-    """Where a link may lead: the folder; for a Hub snapshot its repository's cache, and the shared blobs."""
-    for parent in folder.parents:
-        if parent.name == "snapshots" and parent.parent.name.startswith("models--"):
-            return [folder, parent.parent, parent.parent.parent / "blobs"]
-    return [folder]
 
 
 def _why_no_weights(folder: Path) -> str:
@@ -233,18 +217,6 @@ def _why_no_weights(folder: Path) -> str:
             "once, where you trust it: AutoModelForCausalLM.from_pretrained(A).save_pretrained(B)"
         )
     return f"{_line(folder)}: no {SINGLE} and no {INDEX} there; give the folder of a Hugging Face checkpoint"
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[int, os.stat_result]]:
-    file = os.open(path, _READ_FLAGS)
-    try:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"{_line(path)}: not a regular file; download the model again")
-        yield file, status
-    finally:
-        os.close(file)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:

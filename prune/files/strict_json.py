@@ -1,38 +1,70 @@
-"""JSON from strangers: one object, no repeated key, no NaN, no bottomless nesting, one line if refused."""
+"""JSON from strangers: one object, no repeated key, no NaN, bounded size and nesting, one line if refused."""
 
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Any, NoReturn
 
-from dropformer.prune.errors import CheckpointError
+from dropformer.prune.errors import CheckpointError, shown
+from dropformer.prune.files.regular import opened
 
 MAX_BYTES = 100_000_000
-"""Upstream's cap on a safetensors header; an index of that size would be as hostile."""
+"""Upstream's cap on a safetensors header."""
+
+CONFIG_BYTES = 16 << 20
+"""Cap on config.json and its like; those of published models stay below 1 MiB."""
+
+MAX_DEPTH = 64
+"""Deepest nesting; a config has about five levels, and whoever copies one recurses through them."""
+
+MAX_VALUES = 2_000_000
+"""Values in one file: Python takes about 60 bytes each, so these are 120 MB."""
 
 
-def parse_object(raw: bytes, where: object) -> dict[str, Any]:
+def read_object(path: Path, limit: int = CONFIG_BYTES) -> dict[str, Any]:
+    """The JSON object in a regular file of at most `limit` bytes.
+
+    Raises CheckpointError, in one line, for anything else; a FIFO or a device is not read.
+    """
+    with opened(path) as file:
+        raw = file.read(limit + 1)
+    where = shown(path, 1000)
+    if len(raw) > limit:
+        raise CheckpointError(f"{where}: more than the {limit:,} bytes that such a file may have; do not use it")
+    return parse_object(raw, where)
+
+
+def parse_object(raw: bytes, where: object, max_values: int = MAX_VALUES) -> dict[str, Any]:
     """The JSON object in `raw`.
 
-    where: the file it came from, named in the message.
+    where: the file it came from, named in the message.  max_values: refused before parsing where commas and
+    brackets, those inside strings too, say that there may be more.
     Raises CheckpointError if `raw` is anything but one well-formed object in UTF-8.
     """
     if not raw.startswith(b"{"):
         raise CheckpointError(f"{where}: expected a JSON object; the file is damaged: download it again")
+    if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > max_values:
+        raise CheckpointError(f"{where}: more than {max_values:,} JSON values in one file; do not use it")
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except RecursionError:
         raise CheckpointError(f"{where}: its JSON is nested too deeply; do not use this file") from None
     except ValueError as error:
         raise CheckpointError(
             f"{where}: not valid JSON ({shown(error)}); the file is damaged: download it again"
         ) from None
+    if depth(found) > MAX_DEPTH:
+        raise CheckpointError(f"{where}: its JSON is nested too deeply; do not use this file")
+    return found
 
 
-def shown(value: object, limit: int = 100) -> str:
-    """`value` for a message: printable, on one line, not longer than about `limit` characters."""
-    text = str(value)
-    text = text if len(text) <= limit else f"{text[:limit]}..."
-    return text if text.isprintable() else repr(text)
+def depth(value: Any) -> int:
+    """Levels of lists and objects, without recursion: 0 for a number, 2 for {"a": [1]}."""
+    level, layer = 0, [value]
+    while layer := [item for item in layer if isinstance(item, (dict, list))]:
+        level += 1
+        layer = [inner for item in layer for inner in (item.values() if isinstance(item, dict) else item)]
+    return level
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

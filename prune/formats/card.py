@@ -33,6 +33,8 @@ def model_card(plan: Plan, record: dict[str, Any], loading: str, results: list[s
         lines.append(f"| {key.replace('_', ' ')} | {record['before'][key]:,} | {record['after'][key]:,} |")
     if plan.repairs:
         lines += ["", "Repaired: " + "; ".join(plan.repairs) + "."]
+    if plan.not_repaired:
+        lines += ["", "Not repaired: " + "; ".join(plan.not_repaired) + "."]
     if results:
         lines += ["", *results]
     lines += ["", loading, *(f"Note: {note}." for note in record["notes"])]

@@ -13,10 +13,12 @@ from transformers import PreTrainedModel
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.block_map import Surgery
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
-from dropformer.prune.formats.record import licence_of, read_config, write_record
+from dropformer.prune.files.config_json import read_config
+from dropformer.prune.files.side_files import copy_side_files
+from dropformer.prune.formats.record import licence_of, write_record
 from dropformer.prune.formats.registry import known_format
 from dropformer.prune.formats.verify import verify
-from dropformer.prune.formats.writing import ExportJob, ExportOptions, copy_side_files, write_config
+from dropformer.prune.formats.writing import ExportJob, ExportOptions, write_config
 from dropformer.prune.loading.tensor_names import auto_names, meta_model, native_class, parameter_names
 from dropformer.prune.plan import Plan
 from dropformer.prune.surgery.config import completed
@@ -61,7 +63,7 @@ def export(
     with new_folder(out) as folder:
         copied = kind.write(writing, folder)
         if kind.sides:
-            copy_side_files(source, folder)
+            copied = copied.noted(copy_side_files(source, folder).note)
         results = finish(folder, copied) if finish else None
         record = write_record(folder, plan, surgery.block_map, copied, how.format, results)
         difference = verify(folder, model, surgery, not kind.saves) if kind.reloads else None

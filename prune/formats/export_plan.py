@@ -18,9 +18,11 @@ from typing import Any
 from dropformer.prune.block_map import Surgery, map_blocks
 from dropformer.prune.errors import DropformerError, ModelError, OutputError, PlanError, VerificationError
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
-from dropformer.prune.formats.record import need_dense, read_config, write_record
+from dropformer.prune.files.config_json import read_config
+from dropformer.prune.files.side_files import copy_side_files
+from dropformer.prune.formats.record import need_dense, write_record
 from dropformer.prune.formats.registry import known_format
-from dropformer.prune.formats.writing import ExportJob, ExportOptions, copy_side_files
+from dropformer.prune.formats.writing import ExportJob, ExportOptions
 from dropformer.prune.plan import Plan
 
 
@@ -53,9 +55,9 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
     with new_folder(out) as folder:
         copied = kind.write(writing, folder)
         if kind.sides:
-            copy_side_files(source, folder)
+            copied = copied.noted(copy_side_files(source, folder).note)
         record = write_record(folder, plan, writing.block_map, copied, how.format)
-        plan.write(folder / "plan.json")
+        plan.portable().write(folder / "plan.json")
     return Written(out, copied, record)
 
 

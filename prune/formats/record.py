@@ -10,13 +10,14 @@ from typing import Any
 
 import yaml
 
+from dropformer.prune.artifact import without_paths
 from dropformer.prune.block_map import BlockMap, original_blocks, whole
-from dropformer.prune.errors import CheckpointError, PlanError
+from dropformer.prune.errors import PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.formats.card import model_card
 from dropformer.prune.formats.registry import known_format
 from dropformer.prune.formats.writing import MODEL_TYPE
-from dropformer.prune.loading.deci_families import DECI
+from dropformer.prune.loading.deci_families import DECI, FOREIGN, is_own_deci
 from dropformer.prune.plan import Plan
 from dropformer.version import __version__
 
@@ -24,19 +25,12 @@ RECORD = "dropformer.json"
 PRUNED = (MODEL_TYPE, DECI)  # the model types that checkpoints with missing layers bear
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json as it stands.  Raises CheckpointError where it is missing, not JSON or lacks a model_type."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} cannot be read as a model's config: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise CheckpointError(f"{folder / 'config.json'} has no model_type; expected a transformers config")
-    return config
-
-
 def need_dense(config: dict[str, Any], name: str) -> None:
     """Raises PlanError for the config of a checkpoint that lacks layers already: indices are the dense model's."""
+    if config["model_type"] == DECI and not is_own_deci(config):
+        if "auto_map" not in config:
+            raise PlanError(f"{name} {FOREIGN}, and config.json names none; get the whole repository")
+        return
     if config["model_type"] in PRUNED:
         raise PlanError(
             f"{name} is pruned already; prune the dense model that it was made from, and name all layers in one --drop"
@@ -65,7 +59,7 @@ def provenance(plan: Plan, block_map: BlockMap, copied: CopyReport, format: str)
     width = kv_width(copied.bytes_before, saved.parameters)
     before = _sizes(saved.parameters, copied.bytes_before, saved.kv * width)
     after = _sizes(saved.parameters_after, copied.bytes_after, saved.kv_after * width)
-    return {
+    record = {
         "schema": 1,
         "artifact": "dropformer",
         "dropformer": __version__,
@@ -79,10 +73,23 @@ def provenance(plan: Plan, block_map: BlockMap, copied: CopyReport, format: str)
         "calibration": plan.calibration,
         "repairs": plan.repairs,
         "notes": list(copied.notes),
-        "command": shlex.join(["prune", *sys.argv[1:]]) if Path(sys.argv[0]).name == "prune" else None,
+        "command": shlex.join(["prune", *map(_shared, sys.argv[1:])]) if _from_command_line() else None,
         "before": before,
         "after": after if saves else before,
     }
+    return without_paths(record)
+
+
+def _from_command_line() -> bool:
+    return Path(sys.argv[0]).name in ("prune", "__main__.py")
+
+
+def _shared(argument: str) -> str:
+    """An argument of the command without folders of this machine: --out=/home/me/x becomes --out=x."""
+    option, equals, value = argument.partition("=")
+    if equals and option.startswith("--"):
+        return f"{option}={without_paths(value)}"
+    return without_paths(argument)
 
 
 def kv_width(nbytes: int, parameters: int) -> float:

@@ -23,8 +23,6 @@ from dropformer.prune.surgery.config import pruned_config, without_heads
 MODEL_TYPE = "dropformer"
 CODE = Path(__file__).parents[1] / "loading" / "modeling.py"
 CODE_FILE = "modeling_dropformer.py"
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*")
-NOT_COPIED = {"config.json", "dropformer.json", "plan.json", "scores.json", "report.json"}
 
 
 @dataclass(frozen=True)
@@ -119,18 +117,6 @@ def write_config(folder: Path, fields: dict[str, Any], autos: Sequence[str]) -> 
         fields = {**fields, "auto_map": classes}
         shutil.copyfile(CODE, folder / CODE_FILE)
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-
-
-def copy_side_files(source: Path, folder: Path) -> None:
-    """Tokenizer, generation config, chat template, licence: all that goes with the weights but is not one.
-
-    What the format has written already stays.
-    """
-    for pattern in SIDE_FILES:
-        for path in source.glob(pattern):
-            index = path.name.endswith((".safetensors.index.json", ".bin.index.json"))
-            if path.is_file() and not index and path.name not in NOT_COPIED and not (folder / path.name).exists():
-                shutil.copyfile(path, folder / path.name)
 
 
 def replacements(writing: ExportJob, rename: Callable[[str], str | None]) -> dict[str, NewTensor]:

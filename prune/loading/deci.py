@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from transformers.models.auto import modeling_auto
 
 from dropformer.prune.errors import CheckpointError
 from dropformer.prune.files import open_checkpoint
+from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading.deci_families import FAMILIES
 from dropformer.prune.loading.load import check_whole
 from dropformer.prune.loading.modeling import MODEL_TYPE, pruned_config_class
@@ -58,7 +58,7 @@ def load_deci(
 
     Raises CheckpointError where they are not whole, or where the bias that Qwen 2 does not have is not zero.
     """
-    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    fields = read_config(folder)
     config = config_from(dropformer_config(fields))
     base = type(config).base_config_class  # type: ignore[attr-defined]
     pruned_config_class(base)

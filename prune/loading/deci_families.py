@@ -9,7 +9,16 @@ from dropformer.prune.errors import ArchitectureError
 
 DECI = "nemotron-nas"  # the model type of a DeciLM
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+FOREIGN = (
+    "is a Nemotron-NAS model (DeciLM) that dropformer did not write: some of its blocks lack layers, and only code "
+    "that comes with it can build it"
+)
 QK_NORMS = ("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3", "gemma3_text")
+
+
+def is_own_deci(config: Mapping[str, Any]) -> bool:
+    """Is this the config.json of a DeciLM that `--format deci` wrote, as against NVIDIA's own?"""
+    return config.get("model_type") == DECI and config.get("base_model_type") in FAMILIES
 
 
 def check_family(config: Mapping[str, Any]) -> None:

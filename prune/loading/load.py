@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from dropformer.prune.errors import CheckpointError, ModelError
+from dropformer.prune.errors import CheckpointError, DropformerError, ModelError, reason, shown
+from dropformer.prune.files import open_checkpoint
+from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading import modeling
-from dropformer.prune.loading.deci_families import DECI
+from dropformer.prune.loading.deci_families import is_own_deci
 from dropformer.prune.loading.quiet import quiet_transformers
 
 HEADS = (
@@ -24,6 +29,7 @@ HEADS = (
     "AutoModelForImageClassification",
     "AutoModel",
 )
+SIZE_RATIO, SIZE_SLACK = 2.5, 1 << 27  # tied weights count twice, masks of learned positions not at all
 
 
 def load(
@@ -35,58 +41,111 @@ def load(
 ) -> PreTrainedModel:
     """The model in a checkpoint folder, as a subclass of its native class where layers are missing.
 
-    `dtype` None means float32 on a CPU and the checkpoint's own elsewhere.  Tensors are read one by one onto their
-    device, so host memory does not hold the model on its way to a GPU; on the device "meta" nothing is read, and
-    names and shapes alone are checked.  Raises CheckpointError when tensors are missing, unexpected or of another
+    `dtype` None means `default_dtype`.  Tensors are read one by one onto their device, so host memory does not hold
+    the model on its way to a GPU; on the device "meta" nothing is read, and names and shapes alone are checked.
+    Raises CheckpointError when tensors are missing, unexpected or of another
     shape: a model is never filled with random weights.
     """
     path = Path(path)
     device = usable_device(device)
+    fields = read_config(path)
     if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" and device_map is None else "auto"
+        dtype = default_dtype(fields, device.type == "cpu" and device_map is None)
     if device_map is None and device.type != "cpu":
         device_map = {"": device}
     place = {} if device_map is None else {"device_map": device_map}
-    if _model_type(path) == DECI:
+    if is_own_deci(fields):
         from dropformer.prune.loading.deci import load_deci
 
         return load_deci(path, dtype, place)
     config = read_model_config(path, trust_remote_code)
     auto = auto_class(config)
-    try:
-        with quiet_transformers():
-            model, info = auto.from_pretrained(
-                path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **place
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise CheckpointError(f"{path} cannot be loaded: {_first_line(error)}") from error
+    check_size(path, fields, config, trust_remote_code)
+    with one_line_errors(path), quiet_transformers():
+        model, info = auto.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **place
+        )
     check_whole(path, info)
     return model
 
 
-def _model_type(path: Path) -> str | None:
-    """What config.json says, where there is one that can be read."""
+def default_dtype(fields: Mapping[str, Any], on_cpu: bool) -> torch.dtype | str:
+    """What a model computes in where nobody said: float32 on a CPU, the checkpoint's own dtype elsewhere.
+
+    Quantized weights are computed with in the checkpoint's own dtype on a CPU too: their layers do not cast.
+    """
+    quantized = isinstance(fields.get("quantization_config"), dict)
+    if not quantized:
+        return torch.float32 if on_cpu else "auto"
+    stated = fields.get("dtype") or fields.get("torch_dtype") or (fields.get("text_config") or {}).get("dtype")
+    return "auto" if stated else torch.bfloat16
+
+
+@contextmanager
+def one_line_errors(path: Path) -> Iterator[None]:
+    """What transformers, or a config's values, make go wrong inside the `with` becomes a CheckpointError."""
     try:
-        return json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None
+        yield
+    except DropformerError:
+        raise
+    except Exception as error:  # attributes, divisions, recursion, validators: config.json can cause any of them
+        raise CheckpointError(_why(path, error)) from error
+
+
+def _why(path: Path, error: Exception) -> str:
+    said = reason(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return f"{path} does not fit on the device; give --device-map auto, another --device, or prune by --plan"
+    if "trust_remote_code" in str(error) or "custom code" in str(error):
+        return f"{path} comes with code of its own, which runs only with --trust-remote-code; read it first"
+    if "does not recognize this architecture" in str(error):
+        kind = shown(read_config(path)["model_type"])
+        return (
+            f"{path}: transformers {transformers.__version__} has no model of type {kind}, and config.json names no "
+            "code (auto_map) that would build it"
+        )
+    return f"{path} cannot be loaded: {type(error).__name__}: {said}"
+
+
+def check_size(path: Path, fields: Mapping[str, Any], config: PreTrainedConfig, trust_remote_code: bool) -> None:
+    """Raises CheckpointError where config.json describes far more numbers than the files hold, before memory is taken.
+
+    Quantized files hold other numbers than the model has; `check_whole` still looks at them.
+    """
+    if fields.get("quantization_config"):
+        return
+    held = sum(math.prod(span.shape) for span in open_checkpoint(path).tensors.values())
+    with one_line_errors(path):
+        model = built_on_meta(config, trust_remote_code)
+        described = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    if described > SIZE_RATIO * held + SIZE_SLACK:
+        raise CheckpointError(
+            f"{path}: config.json describes a model of {described:,} numbers, and the files hold {held:,}; "
+            "get the model's own config.json"
+        )
 
 
 def weightless(path: Path, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a checkpoint folder on the meta device, to ask it about names and shapes."""
     config = read_model_config(path, trust_remote_code)
+    with one_line_errors(path):
+        return built_on_meta(config, trust_remote_code)
+
+
+def built_on_meta(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of a config without weights."""
     with quiet_transformers(), torch.device("meta"):
         return build(config, trust_remote_code=trust_remote_code)
 
 
 def build(
-    config: transformers.PreTrainedConfig, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    config: PreTrainedConfig, dtype: torch.dtype | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
     """A model with the head that its config names, without the weights of any checkpoint."""
     loader = auto_class(config)
     if hasattr(loader, "from_config"):
         return loader.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    return loader._from_config(config, dtype=dtype)
+    return loader._from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def usable_device(name: torch.device | str | None) -> torch.device:
@@ -97,28 +156,25 @@ def usable_device(name: torch.device | str | None) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        said = _first_line(error)
+        said = reason(error)
         raise ModelError(f"device `{name}` cannot be used ({said}); expected cpu, cuda or cuda:N") from None
     return device
 
 
-def read_model_config(path: Path, trust_remote_code: bool = False) -> transformers.PreTrainedConfig:
+def read_model_config(path: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config object of a checkpoint folder.  Raises CheckpointError for one that transformers cannot use."""
-    if _model_type(path) == DECI:
+    fields = read_config(path)
+    if is_own_deci(fields):
         from dropformer.prune.loading.deci import dropformer_config
         from dropformer.prune.surgery.surgery import config_from
 
-        return config_from(dropformer_config(json.loads((path / "config.json").read_text(encoding="utf-8"))))
-    try:
-        with quiet_transformers():
-            return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # config classes validate in many ways, none of which is ours to list
-        raise CheckpointError(
-            f"{path / 'config.json'} is not a config that transformers can use: {_first_line(error)}"
-        ) from error
+        with one_line_errors(path):
+            return config_from(dropformer_config(fields))
+    with one_line_errors(path), quiet_transformers():
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
-def auto_class(config: transformers.PreTrainedConfig) -> Any:
+def auto_class(config: PreTrainedConfig) -> Any:
     """What loads a config's model with the head it was saved with: an Auto class, else the named class itself."""
     base = getattr(type(config), "base_config_class", type(config))
     pruned = modeling.pruned_config_class(base)  # type: ignore[arg-type]  # registers with every Auto class
@@ -152,8 +208,3 @@ def check_whole(path: Path, info: dict[str, Any]) -> None:
                 f"{path} does not hold the model its config describes: {len(found)} {what}, the first {found[0]}; "
                 "get a complete copy of the checkpoint"
             )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

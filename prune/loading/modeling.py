@@ -21,8 +21,13 @@ that do attend.
 from __future__ import annotations
 
 import re
+import shutil
 from collections import namedtuple
+from contextlib import suppress
+from dis import get_instructions
 from functools import cache
+from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +40,7 @@ from transformers.conversion_mapping import (
 from transformers.models.auto import modeling_auto
 
 MODEL_TYPE = "dropformer"
+CODE_FILE = "modeling_dropformer.py"  # what a copy of this file is called beside a checkpoint's weights
 
 
 class Skipped(nn.Module):
@@ -116,8 +122,13 @@ def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
     for path, form in modules.items():
         parent, _, name = path.rpartition(".")
         owner, new = model.get_submodule(parent), replacement(form)
-        keep_settings(getattr(owner, name), new)
+        old = getattr(owner, name)
+        new.to(next((parameter.device for parameter in old.parameters()), "cpu"))
+        keep_settings(old, new)
         setattr(owner, name, new)
+        for setter in setters(type(owner)):
+            if _assigns(getattr(type(owner), setter), name):
+                setattr(owner, setter, ignore)
 
 
 def keep_settings(old: nn.Module, new: nn.Module) -> None:
@@ -128,6 +139,26 @@ def keep_settings(old: nn.Module, new: nn.Module) -> None:
     for key, buffer in old.named_buffers(recurse=False):
         if key in old._non_persistent_buffers_set and buffer.numel() == max(buffer.shape) and not hasattr(new, key):
             new.register_buffer(key, buffer, persistent=False)
+    for setter in setters(type(old)):
+        setattr(new, setter, ignore)
+
+
+def ignore(*_args: Any, **_kwargs: Any) -> None:
+    """In place of a method that would give a dropped module other contents, as BigBird's attention gets by length."""
+
+
+@cache
+def setters(kind: type[nn.Module]) -> list[str]:
+    """The methods of a module's class that set something in it."""
+    return [name for name in dir(kind) if name.startswith("set_") and not hasattr(nn.Module, name)]
+
+
+def _assigns(method: Any, attribute: str) -> bool:
+    """Does a method assign this attribute of its module?"""
+    code = getattr(method, "__code__", None)
+    return code is not None and any(
+        step.opname == "STORE_ATTR" and step.argval == attribute for step in get_instructions(code)
+    )
 
 
 class DropformerConfig(PreTrainedConfig):
@@ -187,11 +218,30 @@ def pruned_config_class(base: Any) -> type[PreTrainedConfig]:
                 layers[index] = {**layers.get(index, {}), "skip": names}
             if layers:
                 fields["per_layer_config"] = layers
+            fields["auto_map"] = auto_map(base)
             return {key: value for key, value in fields.items() if key != "dropformer_skips"}
+
+        def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+            """As transformers does for custom code: this file goes beside the config, wherever it is saved."""
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            with suppress(shutil.SameFileError):
+                shutil.copyfile(__file__, Path(save_directory) / CODE_FILE)
+            super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     PrunedConfig.__name__ = PrunedConfig.__qualname__ = f"Dropformer{base.__name__}"
     _register(base, PrunedConfig)
     return PrunedConfig
+
+
+def auto_map(base: Any) -> dict[str, str]:
+    """What config.json calls the classes of this file, for every Auto class that knows a family's config."""
+    stem = CODE_FILE.removesuffix(".py")
+    autos = [
+        name
+        for name, auto in vars(modeling_auto).items()
+        if name.startswith("AutoModel") and base in (getattr(auto, "_model_mapping", None) or ())
+    ]
+    return {"AutoConfig": f"{stem}.DropformerConfig"} | {name: f"{stem}.Pruned{name}" for name in autos}
 
 
 def _register(base: type[PreTrainedConfig], pruned: type[PreTrainedConfig]) -> None:
@@ -242,15 +292,20 @@ def number_attentions(model: PreTrainedModel) -> None:
     """Number the attentions of an encoder-decoder that are left one after another, those to the encoder apart.
 
     Its two caches are made from one config, so no entry can be marked empty in one of them alone; and the first
-    entry, which is asked how long the text is, must be one that is used.
+    entry, which is asked how long the text is, must be one that is used.  Reformer's attentions are numbered the same
+    way: each appends its own entry to the cache.
     """
-    if not getattr(model.config, "is_encoder_decoder", False):
-        return
+    two = getattr(model.config, "is_encoder_decoder", False)
     numbers: dict[str, int] = {}
     for path, module in model.named_modules():
-        if isinstance(getattr(module, "layer_idx", None), int) and not isinstance(module, Skipped):
-            place = re.sub(r"\.\d+(?=\.|$)", "", path, count=1)
-            module.layer_idx = numbers[place] = numbers.get(place, -1) + 1  # type: ignore[assignment]
+        if isinstance(module, Skipped) or not (two or "past_buckets_states" in signature(module.forward).parameters):
+            continue
+        place = re.sub(r"\.\d+(?=\.|$)", "", path, count=1)
+        fields = ("layer_idx",) if two else ("layer_idx", "layer_id")
+        names = [name for name in fields if isinstance(getattr(module, name, None), int)]
+        for name in names:
+            setattr(module, name, numbers.get(place, 0))
+        numbers[place] = numbers.get(place, 0) + bool(names)
 
 
 def own_modules(model: PreTrainedModel, modules: dict[str, Any]) -> dict[str, Any]:

@@ -8,14 +8,9 @@ from typing import Any
 from dropformer.prune.architecture import KIND_NAMES, of_images
 from dropformer.prune.block_map import BlockMap, MappedBlock, new_index, skipped_modules
 from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.files.config_json import BLOCK_COUNTS
 from dropformer.prune.outline import Outline, StackOutline
 
-# What counts the blocks of a stack, by the stack's name.
-COUNTS = {
-    "": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "num_hidden_groups"),
-    "encoder": ("encoder_layers", "num_encoder_layers", "num_layers"),
-    "decoder": ("decoder_layers", "num_decoder_layers"),
-}
 # Numbers of blocks by stage, of which each is a stack.
 STAGES = ("depths", "block_sizes")
 # One entry a block: the entries of blocks that stay.
@@ -110,7 +105,7 @@ def _counts(config: dict[str, Any], stack: StackOutline) -> list[str]:
     """The fields that count the stack's blocks.  The only stack may be half of an encoder-decoder, and says so in
     its path."""
     names = [stack.name] if stack.name else [n for n in ("decoder", "encoder") if n in stack.path.split(".")] + [""]
-    found = ([k for k in COUNTS.get(name, COUNTS[""]) if config.get(k) == stack.blocks] for name in names)
+    found = ([k for k in BLOCK_COUNTS.get(name, BLOCK_COUNTS[""]) if config.get(k) == stack.blocks] for name in names)
     return next(filter(None, found), [])
 
 

@@ -22,6 +22,10 @@ MODELS = {
         "pytorch_model.bin": b"a pickle",
         "consolidated.safetensors": b"weights again",
         "original/params.json": b"{}",
+        "original/consolidated.00.pth": b"weights once more",
+        "additional_chat_templates/tools.jinja": b"",
+        "1_Pooling/config.json": b"{}",
+        "source.spm": b"",
         "README.md": b"",
     },
     "org/pickled": {"config.json": CONFIG, "pytorch_model.bin": b"a pickle"},
@@ -35,9 +39,10 @@ for how, name in json.loads(sys.argv[1]):
     told = []
     try:
         found = open_config(name) if how == "config" else open_source(name, progress=told.append)
-        files = sorted(path.name for path in found.path.iterdir())
+        files = sorted(path.relative_to(found.path).as_posix() for path in found.path.rglob("*") if path.is_file())
         recipe = found.recipe.name if found.recipe else None
-        print(json.dumps({"files": files, "revision": found.revision, "recipe": recipe, "name": str(found)}))
+        about = {"files": files, "revision": found.revision, "recipe": recipe, "name": str(found), "told": told}
+        print(json.dumps(about))
     except Exception as error:
         print(json.dumps({"kind": type(error).__name__, "error": str(error)}))
 """
@@ -128,10 +133,14 @@ def hub(tmp_path):
 
 def test_a_hub_model_is_fetched_without_pickles_duplicates_and_other_formats(hub):
     (found,) = hub.ask(["source", "org/good@v1"])
-    files = ["README.md", "chat_template.jinja", "config.json", "model.safetensors", "tokenizer.json"]
+    files = ["1_Pooling/config.json", "README.md", "additional_chat_templates/tools.jinja", "chat_template.jinja"]
+    files += ["config.json", "model.safetensors", "source.spm", "tokenizer.json"]
     assert found["files"] == files
+    assert "pytorch_model.bin" in found["told"][-1]
     assert found["revision"] == COMMIT and found["name"] == f"org/good@{COMMIT}"
-    assert not [path for path in hub.asked if path.endswith((".bin", "params.json", "consolidated.safetensors"))]
+    assert not [
+        path for path in hub.asked if path.endswith((".bin", ".pth", "params.json", "consolidated.safetensors"))
+    ]
 
 
 def test_only_the_config_is_fetched_for_an_estimate(hub):

@@ -47,15 +47,12 @@ def test_a_gguf_file_is_opened_as_a_converted_folder(tmp_path, tiny, own_cache):
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
-    [(None, "has no config.json"), ("{", "cannot be read"), ("[]", "not a JSON object"), ("{}", None)],
+    [(None, "has no config.json"), ("{", "not valid JSON"), ("[]", "expected a JSON object"), ("{}", "no model_type")],
 )
 def test_a_folder_needs_a_config_that_is_a_json_object(folder, content, complaint):
     (folder / "config.json").unlink()
     if content is not None:
         (folder / "config.json").write_text(content)
-    if complaint is None:
-        assert open_source(str(folder)).path == folder
-        return
     for opener in (open_source, open_config):
         with pytest.raises(CheckpointError, match=complaint) as caught:
             opener(str(folder))

@@ -14,8 +14,7 @@ from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from dropformer.prune.errors import CheckpointError
-from dropformer.prune.files.strict_json import shown
+from dropformer.prune.errors import CheckpointError, shown
 
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9

@@ -17,8 +17,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import BlockMap
-from dropformer.prune.errors import CheckpointError
-from dropformer.prune.files.strict_json import shown
+from dropformer.prune.errors import CheckpointError, shown
 from dropformer.prune.formats.gguf.header import GgufHeader, GgufTensor, byte_size
 
 DECI = "deci"

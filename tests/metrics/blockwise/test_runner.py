@@ -5,7 +5,6 @@ import torch
 
 from dropformer.metrics.blockwise.divergence import DenseReference, dropped_modules
 from dropformer.metrics.blockwise.runner import BlockRunner, replaced
-from dropformer.metrics.repair.projection import projections
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.errors import ArchitectureError
@@ -59,16 +58,6 @@ def test_padding_changes_nothing(tiny, ids):
         BlockRunner(model, architecture, [{"input_ids": padded, "attention_mask": real}]), scored=[real.bool()]
     )
     torch.testing.assert_close(long.damage.nll, short.damage.nll, rtol=1e-3, atol=1e-3)
-
-
-def test_projections_are_found_in_every_family_and_not_in_experts_or_before_post_norms(tiny, ids):
-    found = {family: projections(stepper_of(tiny, family, ids)[2]) for family in FAMILIES}
-    names = {family: {p.path.rpartition(".")[2] for p in layers.values()} for family, layers in found.items()}
-    assert names["llama"] == {"o_proj", "down_proj"} and len(found["llama"]) == 6
-    assert names["gpt2"] == {"c_proj"} and len(found["gpt2"]) == 8
-    assert names["gpt_neox"] == {"dense", "dense_4h_to_h"}
-    assert names["mixtral"] == {"o_proj"}
-    assert found["gemma2"] == {}
 
 
 def test_a_model_of_two_stacks_is_refused(tiny):

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from dropformer.metrics.blockwise.divergence import DenseReference
-from dropformer.metrics.blockwise.layer_metrics import METRICS, MetricContext, Ranking
+from dropformer.metrics.blockwise.layer_metrics import MetricContext, Ranking, mean_similarity
 from dropformer.metrics.blockwise.runner import BlockRunner
-from dropformer.metrics.search.select import KL, Count, greedy, iterative, refine
+from dropformer.metrics.blockwise.variant import variant
+from dropformer.metrics.search.select import KL, Count, Greedily, greedy, iterative, refine
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.loading.modeling import Skipped
@@ -28,7 +29,11 @@ def bench(tiny, ids):
 
 @pytest.fixture
 def kl(bench):
-    return KL(DenseReference(bench.runner, 1), bench.architecture)
+    return KL(DenseReference(bench.runner, 1), dropping(bench.runner.model, bench.architecture))
+
+
+def dropping(model, architecture):
+    return lambda gone: variant(model, architecture, gone)
 
 
 def layers(kind):
@@ -73,8 +78,7 @@ def test_candidates_measured_together_cost_what_they_cost_alone(tiny, ids, famil
     dense = DenseReference(BlockRunner(model, architecture, [{"input_ids": row[None]} for row in ids]), 1)
     sets = [[layer] for layer in architecture.layers()] + [[Layer("attn", 1), Layer("mlp", 2)]]
     sets = [[layer for layer in gone if architecture.branches(layer)] for gone in sets]
-    alone = KL(dense, architecture)
-    together = KL(dense, architecture, together=5)
+    alone, together = (KL(dense, dropping(model, architecture)) for _ in range(2))
     together.ahead(sets)
     for gone in sets:
         assert together.measured[frozenset(gone)] == pytest.approx(alone(gone), rel=1e-3, abs=1e-7)
@@ -86,7 +90,6 @@ def test_blocks_behind_the_candidates_run_once_for_all_of_them(bench, kl):
     last = bench.runner.model.model.layers[2]
     assert kl.dense._stacks
     hook = last.register_forward_pre_hook(lambda _m, args: rows.append(len(args[0])))
-    kl.together = 4
     kl.ahead([Layer(kind, i)] for kind in ("attn", "mlp") for i in (0, 1))
     hook.remove()
     assert rows == [4 * len(bench.runner.start(0))]
@@ -94,7 +97,7 @@ def test_blocks_behind_the_candidates_run_once_for_all_of_them(bench, kl):
 
 def test_lazy_greedy_measures_fewer_sets_than_there_are(kl):
     candidates = layers("attn") + layers("mlp")
-    greedy(candidates, Count(3), kl, width=2)
+    greedy(candidates, Count(3), kl, how=Greedily(2))
     assert len(kl.measured) <= 6 + 2 + 2
 
 
@@ -122,7 +125,7 @@ def test_iterative_scores_the_model_without_what_has_gone(bench):
     first = model.model.layers[found.layers[0].index]
     kept, norm = first.self_attn, first.input_layernorm
     first.self_attn, first.input_layernorm = Skipped(["zeros", None]), Skipped("input")
-    scores = METRICS["similarity"](bench)
+    scores = mean_similarity(bench)
     first.self_attn, first.input_layernorm = kept, norm
     left = [layer for layer in layers("attn") if layer != found.layers[0]]
     assert found.layers[1] == max(left, key=scores.get)

@@ -2,17 +2,12 @@
 
 import pytest
 
-from dropformer.metrics.blockwise.layer_metrics import METRICS
-from dropformer.metrics.search.strategy import METRIC_NAMES, QUALITIES, Strategy, quality
+from dropformer.metrics.search.strategy import QUALITIES, Strategy, quality
 from dropformer.prune.errors import PlanError
 
 
 def test_the_default_is_the_papers_method():
     assert quality() == QUALITIES["paper"] == Strategy(metric="similarity", select="one-shot", repair=())
-
-
-def test_the_light_list_of_metrics_is_the_registry():
-    assert set(METRIC_NAMES) == set(METRICS)
 
 
 def test_repairs_apply_in_the_order_that_makes_sense_whatever_was_typed():
@@ -23,8 +18,3 @@ def test_repairs_apply_in_the_order_that_makes_sense_whatever_was_typed():
 def test_an_unknown_word_is_refused_with_the_known_ones(wrong):
     with pytest.raises(PlanError, match="expected one of"):
         quality(**wrong)
-
-
-def test_scale_stands_alone():
-    with pytest.raises(PlanError, match="alone"):
-        quality(repair="scale,refit")

@@ -243,9 +243,17 @@ def test_a_stream_of_several_copies_is_refused():
 
 
 def test_a_forward_pass_that_rebuilds_the_model_is_refused():
-    config = AutoConfig.for_model("big_bird", **SMALL)
-    with pytest.raises(ArchitectureError, match="original_full"):
-        discover(AutoModelForMaskedLM.from_config(config))
+    class Restless(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.ModuleList(torch.nn.TransformerEncoderLayer(8, 2, 16) for _ in range(2))
+
+        def forward(self, x):
+            self.layers[0].linear1 = torch.nn.Linear(8, 16)
+            return self.layers[1](self.layers[0](x))
+
+    with pytest.raises(ArchitectureError, match=r"replaces layers.0.linear1 at every forward pass"):
+        discover(Restless(), {"x": torch.randn(4, 2, 8)})
 
 
 def test_images_calibrate_vision_models():

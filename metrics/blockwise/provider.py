@@ -1,0 +1,69 @@
+"""Where a block's weights come from: memory, accelerate's offloading, or the checkpoint's files."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import nn
+
+
+class Provider(Protocol):
+    """Has the weights of one block at a time where it computes."""
+
+    def enter(self, path: str) -> None:
+        """Bring a block's weights; those of the block before may go."""
+
+    def leave(self) -> None:
+        """Let go of the block that was entered last."""
+
+
+class InMemory:
+    """All weights are where they compute."""
+
+    def enter(self, path: str) -> None:
+        pass
+
+    def leave(self) -> None:
+        pass
+
+
+class Offloaded:
+    """A model that accelerate has offloaded in part: a block's weights stay on the device while batches pass it.
+
+    accelerate would move them in and out with every call.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._in: list[tuple[nn.Module, Any]] = []
+        self._path = ""
+
+    def enter(self, path: str) -> None:
+        if path == self._path:
+            return
+        self.leave()
+        self._path = path
+        for module in self.model.get_submodule(path).modules():
+            for hook in hooks_of(module):
+                if getattr(hook, "offload", False):
+                    hook.pre_forward(module)
+                    hook.offload = False  # calls find the weights in place
+                    self._in.append((module, hook))
+
+    def leave(self) -> None:
+        for module, hook in self._in:
+            hook.offload = True
+            hook.post_forward(module, None)
+        self._in, self._path = [], ""
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """accelerate's hooks on a module."""
+    hook = getattr(module, "_hf_hook", None)
+    return list(getattr(hook, "hooks", [hook])) if hook is not None else []
+
+
+def provider_for(model: nn.Module) -> Provider:
+    """How a model that was loaded whole gives its blocks."""
+    offloads = any(getattr(hook, "offload", False) for module in model.modules() for hook in hooks_of(module))
+    return Offloaded(model) if offloads else InMemory()

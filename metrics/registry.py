@@ -1,0 +1,66 @@
+"""Named, ordered choices: metrics, selections, repairs.  Light: an entry is imported when it is first used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, Generic, TypeVar
+
+from dropformer.prune.errors import PlanError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Entries by name, in the order in which they apply.  `option` is the command-line option that takes a name."""
+
+    def __init__(self, option: str, entries: dict[str, T]) -> None:
+        self.option, self._entries = option, dict(entries)
+
+    def __getitem__(self, name: str) -> T:
+        """Raises PlanError for an unknown name."""
+        if name not in self._entries:
+            raise PlanError(f"--{self.option} `{name}` is unknown; expected one of {', '.join(self._entries)}")
+        return self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._entries)
+
+    def in_order(self, names: set[str]) -> tuple[str, ...]:
+        """The named entries in the registry's order.  Raises PlanError for an unknown name."""
+        for name in sorted(names):
+            self[name]
+        return tuple(name for name in self._entries if name in names)
+
+    def add(self, name: str, entry: T, before: str | None = None) -> None:
+        """Add an entry at the end, or before another.  Raises ValueError for a name that is taken."""
+        if name in self._entries:
+            raise ValueError(f"--{self.option} {name} is taken")
+        items = list(self._entries.items())
+        at = list(self._entries).index(before) if before else len(items)
+        self._entries = dict([*items[:at], (name, entry), *items[at:]])
+
+    @contextmanager
+    def having(self, name: str, entry: T, before: str | None = None) -> Iterator[None]:
+        """`add` for the length of a `with`."""
+        saved = dict(self._entries)
+        self.add(name, entry, before)
+        try:
+            yield
+        finally:
+            self._entries = saved
+
+
+def imported(target: Any) -> Any:
+    """`package.module:attribute` -> the attribute; anything else as it is."""
+    if not isinstance(target, str):
+        return target
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,77 @@
+"""The repairs by name, in the order in which they apply.  A new one is one file and one entry.  Light: no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from dropformer.metrics.registry import Registry, imported
+from dropformer.prune.errors import PlanError
+
+if TYPE_CHECKING:
+    from dropformer.metrics.repair.base import ForesightMethod, RepairMethod
+
+_HERE = "dropformer.metrics.repair"
+
+
+@dataclass(frozen=True)
+class RepairEntry:
+    """One repair: how it is fitted, and how a search sees it.
+
+    `fit` is a `base.RepairMethod`, `foresee` a `base.ForesightMethod`, or "module:name" of one; without `foresee` a
+    search measures candidates as if the repair were not.  `needs`: packages, by the extra that installs them.
+    `whole`: it trains through the whole model, so that the weights cannot come block by block.
+    """
+
+    summary: str
+    fit: str | Callable
+    foresee: str | Callable | None = None
+    needs: tuple[tuple[str, str], ...] = ()
+    whole: bool = False
+
+    @property
+    def searched(self) -> bool:
+        return self.foresee is not None
+
+    def method(self) -> RepairMethod:
+        return imported(self.fit)
+
+    def foresight(self) -> ForesightMethod:
+        return imported(self.foresee)
+
+    def check(self, name: str) -> None:
+        """Raises PlanError where a package that the repair needs is missing."""
+        for package, extra in self.needs:
+            if find_spec(package) is None:
+                raise PlanError(
+                    f"--repair {name} needs {package}, which is not installed; pip install 'dropformer[{extra}]'"
+                )
+
+
+REPAIRS: Registry[RepairEntry] = Registry(
+    "repair",
+    {
+        "linear": RepairEntry(
+            "a linear map in the place of each dropped attention layer",
+            f"{_HERE}.linear:fit_maps",
+            f"{_HERE}.linear:foresee_maps",
+        ),
+        "refit": RepairEntry(
+            "ridge refit of what writes into the residual stream before each gap",
+            f"{_HERE}.refit:fit_gaps",
+            f"{_HERE}.refit:foresee_gaps",
+        ),
+        "refit-all": RepairEntry(
+            "the same for everything behind the first gap, in order of depth, on the pruned model's own stream",
+            f"{_HERE}.sequential:fit_all",
+        ),
+        "lora": RepairEntry(
+            "adapters distilled from the dense model and merged (needs peft)",
+            f"{_HERE}.lora:fit_adapters",
+            needs=(("peft", "lora"),),
+            whole=True,
+        ),
+    },
+)

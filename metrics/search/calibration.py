@@ -1,0 +1,67 @@
+"""Calibration windows as a search and the repairs take them: in batches, each for fitting, validating or measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dropformer.metrics.calibration.windows import Windows
+from dropformer.metrics.repair.ridge import Group, group_of
+
+BATCH_GPU = 8192  # tokens that pass a block at once on a GPU; on a CPU windows run one by one
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows of one domain and one use: model inputs, which tokens count (None: all), and the group of a fit."""
+
+    inputs: dict[str, Tensor]
+    scored: Tensor | None
+    domain: int
+    group: Group
+    windows: int
+
+
+def batches_of(data: Sequence[Windows], device: torch.device) -> list[Batch]:
+    """Every window of every domain; those of one group share a batch on a GPU."""
+    found = []
+    for domain, windows in enumerate(data):
+        size = 1 if device.type == "cpu" else max(1, BATCH_GPU // windows.ids.shape[1])
+        groups: dict[Group, list[int]] = {}
+        for n in range(len(windows)):
+            groups.setdefault(group_of(domain, n), []).append(n)
+        parts = [(group, rows[i : i + size]) for group, rows in groups.items() for i in range(0, len(rows), size)]
+        for group, rows in sorted(parts, key=lambda part: part[1][0]):
+            inputs, counts = windows.batch(rows)
+            found.append(Batch(inputs, None if counts.all() else counts, domain, group, len(rows)))
+    return found
+
+
+@dataclass(frozen=True)
+class SearchSize:
+    """How much text a search measures on: windows, and tokens of each."""
+
+    windows: int
+    length: int
+
+
+def search_size(tokens: int, length: int, domains: int, evaluations: float, passes: float, most: int) -> SearchSize:
+    """Windows for a search whose evaluations, each a pass over them, take about `passes` passes over all `tokens`.
+
+    At most `most` windows and at least one for each domain, which are shortened where not all of one can be had.
+    Example: 32,768 tokens in windows of 512, 24 evaluations, 1.5 passes: 2,048 tokens, four windows.
+    """
+    budget = passes * tokens / max(evaluations, 1.0)
+    count = min(most, max(min(domains, most), round(budget / length)))
+    return SearchSize(count, min(length, max(64, int(budget / count))))
+
+
+def shortened(batch: Batch, windows: int, length: int) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The first windows of a batch and their first tokens, as inputs and scored positions."""
+    inputs = {k: v[:windows, :length] if v.ndim == 2 else v[:windows] for k, v in batch.inputs.items()}
+    scored = None if batch.scored is None else batch.scored[:windows, :length]
+    short = scored is not None and not scored[:, 1:].any()
+    return (batch.inputs, batch.scored) if short else (inputs, scored)

@@ -1,0 +1,58 @@
+"""Searches over an improver's costs: candidates shortlisted unrepaired, then chosen with the foreseen repairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dropformer.metrics.search.budget import Meter
+from dropformer.metrics.search.select import Count, greedy, iterative
+from dropformer.prune.architecture import Layer
+
+if TYPE_CHECKING:
+    from dropformer.metrics.search.improve import Improver
+
+SHORTLIST = 2  # candidates for each layer to drop that a search sees repaired, the best by themselves unrepaired
+
+
+def pick_iterative(improver: Improver, free: Sequence[Layer], count: int, gone: Sequence[Layer]) -> Sequence[Layer]:
+    """`count` of the free layers, on top of those that are dropped, the ranking measured again after each."""
+    return iterative(improver.ranking(improver.quality.metric), free, count, gone).layers
+
+
+def pick_greedy(improver: Improver, free: Sequence[Layer], count: int, gone: Sequence[Layer]) -> Sequence[Layer]:
+    """`count` of the free layers by least KL with the foreseen repairs in place, out of a shortlist without."""
+    short = shortlist(improver, free, count, gone)
+    improver.prepare([*short, *gone], count)
+    improver.cost.ahead([*gone, layer] for layer in short)
+    return greedy(short, Count(count), improver.cost, gone, improver.how).layers
+
+
+def shortlist(improver: Improver, free: Sequence[Layer], count: int, gone: Sequence[Layer] = ()) -> list[Layer]:
+    """The candidates that cost least by themselves, unrepaired: twice as many as are to be dropped."""
+    improver.expect(_evaluations(len(free), count))
+    if len(free) <= SHORTLIST * count:
+        return list(free)
+    improver.bare.ahead([*gone, layer] for layer in free)
+    costs = {layer: improver.bare([*gone, layer]) for layer in free}
+    return sorted(free, key=lambda layer: (costs[layer], -layer.index, layer.kind))[: SHORTLIST * count]
+
+
+def affordable(improver: Improver, candidates: Sequence[Layer], goal: Meter) -> list[Layer]:
+    """Those that cost least, unrepaired, for what they save, until they save twice the budget."""
+    useful = [layer for layer in candidates if goal.saves(layer) > 0]
+    improver.expect(_evaluations(len(useful), max(1, len(useful) // 2)))
+    improver.bare.ahead([layer] for layer in useful)
+    found: list[Layer] = []
+    for layer in sorted(useful, key=lambda layer: improver.bare([layer]) / goal.saves(layer)):
+        if goal.saved(found) >= SHORTLIST * goal.budget.amount:
+            break
+        found.append(layer)
+    return [layer for layer in candidates if layer in found]
+
+
+def _evaluations(candidates: int, count: int) -> float:
+    """About how many passes over its windows a search takes: the dense one; half a model for each candidate, on half
+    of the windows; half for each of the shortlist; and three halves a round."""
+    short = min(candidates, SHORTLIST * count)
+    return 1 + (candidates / 4 if short < candidates else 0) + short / 2 + 1.5 * (count - 1)

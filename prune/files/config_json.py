@@ -1,0 +1,89 @@
+"""config.json, read in one place: a JSON object of bounded size that names its model_type and counts what it may."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dropformer.prune.errors import CheckpointError, shown
+from dropformer.prune.files.safetensors_header import TensorSpan
+from dropformer.prune.files.strict_json import read_object
+
+CONFIG = "config.json"
+
+BLOCK_COUNTS = {
+    "": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "num_hidden_groups"),
+    "encoder": ("encoder_layers", "num_encoder_layers", "num_layers"),
+    "decoder": ("decoder_layers", "num_decoder_layers"),
+}
+"""The fields that count the blocks of a stack, by the stack's name."""
+
+_COUNTED = re.compile(r"layers$|blocks$|depths?$|experts$|^n_layer$|hidden_groups$|stages$")
+_FREE = re.compile(r"^max_|window|^num_dense_layers$|^first_k")  # bounds and thresholds, which build nothing
+_ALWAYS_FINE = 512
+_LARGEST_NUMBER = 1 << 23  # of what builds no modules: positions, buckets, heads
+
+
+def read_config(folder: Path, name: object = None) -> dict[str, Any]:
+    """The content of a folder's config.json.
+
+    name: what to call the folder in messages.  Raises CheckpointError, one line, where the file is missing, hostile,
+    no JSON object or has no model_type.
+    """
+    path = folder / CONFIG
+    if not path.exists():
+        raise CheckpointError(f"{shown(name or folder, 1000)} has no config.json; expected a Hugging Face folder")
+    config = read_object(path)
+    if not isinstance(config.get("model_type"), str) or not config["model_type"]:
+        raise CheckpointError(f"{shown(path, 1000)} has no model_type; expected a transformers config")
+    architectures = config.get("architectures")
+    listed = isinstance(architectures, list) and all(isinstance(item, str) for item in architectures)
+    if architectures is not None and not listed:
+        raise CheckpointError(f"{shown(path, 1000)}: architectures is not a list of class names; get the model again")
+    return config
+
+
+def block_count(config: Mapping[str, Any]) -> int | None:
+    """The number of blocks that a config states in a usual field of its top level, None where it does not."""
+    found = [config[key] for key in BLOCK_COUNTS[""] if type(config.get(key)) is int and config[key] > 0]
+    return found[0] if found else None
+
+
+def check_counts(config: Mapping[str, Any], tensors: Iterable[TensorSpan], where: object) -> None:
+    """Raises CheckpointError where a config counts more blocks or experts than the files could hold.
+
+    Each block or expert has a tensor of its own, or a place in a stacked one [E, M, N]; a config that says a billion
+    would be built for hours before anything noticed.
+    """
+    spans = list(tensors)
+    stacked = max((span.shape[0] for span in spans if len(span.shape) > 2), default=0)
+    rows = max((span.shape[0] for span in spans if span.shape), default=0)
+    most = max(_ALWAYS_FINE, len(spans), stacked)
+    for key, value in _numbers(config):
+        limit = None
+        if _COUNTED.search(key) and not _FREE.search(key):
+            limit = most
+        elif key == "num_labels":  # becomes a dictionary
+            limit = max(_ALWAYS_FINE, rows)
+        elif key.startswith(("num_", "n_")):
+            limit = _LARGEST_NUMBER
+        if limit is not None and value > limit:
+            raise CheckpointError(
+                f"{where}: config.json says {shown(key)} is {shown(value)}, but the files hold {len(spans)} tensors; "
+                "get the model's own config.json"
+            )
+
+
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
+    """Every whole number in a config with the key that it is under; in a list, the list's key."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _numbers(item, str(name))
+    elif isinstance(value, list):
+        if re.search(r"depths?$|stages$", key):  # lists of counts; other lists hold indices, sizes, tokens
+            for item in value:
+                yield from _numbers(item, key)
+    elif type(value) is int:
+        yield key, value

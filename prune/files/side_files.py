@@ -1,0 +1,162 @@
+"""What lies beside a checkpoint's weights: carried over to the pruned checkpoint, or left behind and named.
+
+Everything in the folder that is no weight belongs to the model: tokenizers of any kind, chat templates, the code that
+config.json names, the module folders of sentence-transformers (their own small weights too).  Weights in other formats
+and folders that hold them (`onnx/`, `original/`) are the dense model's and stay behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from dropformer.prune.errors import CheckpointError, shown
+from dropformer.prune.files.folder import TEMPORARY
+from dropformer.prune.files.regular import check_inside, file_behind, opened
+from dropformer.prune.files.strict_json import CONFIG_BYTES, MAX_VALUES
+
+WEIGHTS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx", ".onnx_data", ".pkl",
+    ".pickle", ".ot", ".tflite", ".pdparams", ".mlmodel", ".nemo", ".engine", ".pb", ".distcp", ".llamafile", ".keras",
+    ".index.json",
+)  # fmt: skip
+"""Endings of files that hold the dense model's weights, or say where they are."""
+
+REWRITTEN = {"config.json", "README.md", "dropformer.json", "plan.json", "scores.json", "report.json", "report.html"}
+"""Files that the pruned checkpoint has of its own."""
+
+UNTOLD = (".git", ".cache", ".gitattributes", ".gitignore", "__pycache__", ".DS_Store", ".ipynb_checkpoints")
+"""What version control, downloads and editors leave: neither carried over nor mentioned."""
+
+ADAPTER = "adapter_config.json"
+MODULE_FOLDER = re.compile(r"\d+_\w+")  # 1_Pooling, 2_Dense: sentence-transformers' modules
+MOST_FILES = 10_000
+JSON_BYTES = 128 << 20
+TOKENIZER_VALUES = 6_000_000  # Gemma 3's tokenizer.json has 2 million
+DEEPEST = 8
+
+
+@dataclass(frozen=True)
+class SideFiles:
+    """Paths relative to the model's folder, with slashes, sorted."""
+
+    carried: tuple[str, ...]
+    left: tuple[str, ...]
+
+    @property
+    def note(self) -> str | None:
+        """A line that names what is left behind, None where nothing is."""
+        if not self.left:
+            return None
+        named = ", ".join(shown(name) for name in self.left[:8])
+        more = f" and {len(self.left) - 8} more" if len(self.left) > 8 else ""
+        return f"left behind, as weights of the dense model or beside them: {named}{more}"
+
+
+def sort_side_files(names: Iterable[str], modules: Collection[str] = ()) -> SideFiles:
+    """Which files of a model's folder, by their paths, are carried over and which are left behind.
+
+    modules: folders named by modules.json of sentence-transformers, carried with their weights.  The safetensors
+    shards at the top are neither, nor is what the pruned checkpoint has of its own.
+    """
+    names = sorted(name for name in names if not any(_untold(part) for part in PurePosixPath(name).parts))
+    heavy = {PurePosixPath(name).parts[0] for name in names if "/" in name and _is_weight(name)}
+    whole = {folder for folder in heavy if MODULE_FOLDER.fullmatch(folder) or folder in modules}
+    carried, left = [], []
+    for name in names:
+        top = PurePosixPath(name).parts[0]
+        if name in REWRITTEN or ("/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))):
+            continue
+        stays = top in heavy if "/" in name else _is_weight(name)
+        (left if stays and top not in whole else carried).append(name)
+    return SideFiles(tuple(carried), tuple(left))
+
+
+def list_side_files(folder: Path) -> SideFiles:
+    """The same for a folder on disk.
+
+    Raises CheckpointError, naming the file, for a link that leads out of the folder (the blobs of the Hub's cache
+    belong to it), for a FIFO or a device, and for a folder that is no model's alone.
+    """
+    names: list[str] = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not _untold(name))
+        inside = Path(place).relative_to(folder)
+        for name in folders:
+            if Path(place, name).is_symlink():
+                check_inside(folder, (inside / name).as_posix())
+        names += [(inside / name).as_posix() for name in files if not _untold(name)]
+        if len(names) > MOST_FILES or len(inside.parts) > DEEPEST:
+            raise CheckpointError(
+                f"{shown(folder, 1000)}: more than {MOST_FILES:,} files or {DEEPEST} folders deep; "
+                "give the model a folder of its own"
+            )
+    for name in names:
+        path = file_behind(folder, name)
+        if name.endswith(".json"):
+            _check_json(path, shown(folder / name, 1000), TOKENIZER_VALUES if "token" in name else MAX_VALUES)
+    return sort_side_files(names, _module_folders(folder))
+
+
+def check_no_adapter(side: SideFiles, where: object) -> None:
+    """Raises CheckpointError for an adapter beside the weights, which transformers would apply on loading."""
+    if (found := ADAPTER) in side.carried:
+        raise CheckpointError(
+            f"{where}: {found} is an adapter beside the model, which transformers applies on loading; merge it first "
+            "(peft: merge_and_unload(), then save_pretrained), or move it out of the folder"
+        )
+
+
+def copy_side_files(source: Path, target: Path) -> SideFiles:
+    """Carry the side files of a model's folder over; what is in `target` already stays.
+
+    Raises as `list_side_files`.
+    """
+    found = list_side_files(source)
+    for name in found.carried:
+        place = target / name
+        if not os.path.lexists(place):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file_behind(source, name), place)
+    return found
+
+
+def _is_weight(name: str) -> bool:
+    return name.lower().endswith(WEIGHTS)
+
+
+def _untold(part: str) -> bool:
+    return part in UNTOLD or part.startswith(TEMPORARY)
+
+
+def _module_folders(folder: Path) -> set[str]:
+    """Top folders that modules.json of sentence-transformers names; none where it cannot be read as that."""
+    path = folder / "modules.json"
+    if not path.is_file() or path.stat().st_size > CONFIG_BYTES:
+        return set()
+    try:
+        return {str(entry["path"]).partition("/")[0] for entry in json.loads(path.read_bytes()) if entry["path"]}
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return set()
+
+
+def _check_json(path: Path, where: str, values: int) -> None:
+    """Raises CheckpointError for JSON that would take hundreds of megabytes or minutes once a library parses it."""
+    size = path.stat().st_size
+    if size < values:
+        return
+    with opened(path) as file:
+        raw = file.read(JSON_BYTES + 1)
+    if size > JSON_BYTES or sum(raw.count(mark) for mark in (b",", b"[", b"{")) > values:
+        raise CheckpointError(f"{where}: more than {values:,} JSON values or {JSON_BYTES:,} bytes; do not use it")
+
+
+def weights_of(names: Sequence[str]) -> list[str]:
+    """The safetensors files at the top of a repository, less Mistral's second copy of them, with their index."""
+    top = [name for name in names if "/" not in name and not name.startswith("consolidated")]
+    return [name for name in top if name.endswith((".safetensors", ".safetensors.index.json"))]
