@@ -28,6 +28,7 @@ from dropformer.metrics.calibration.data import calibration_data, default_settin
 from dropformer.metrics.calibration.images import PIXELS
 from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
 from dropformer.metrics.calibration.windows import Windows, windows
+from dropformer.metrics.repair.base import Repair
 from dropformer.preflight import check_out, default_out
 from dropformer.progress import Progress, Silent
 from dropformer.prune.architecture import of_images
@@ -37,7 +38,7 @@ from dropformer.prune.files import CopyReport
 from dropformer.prune.files.folder import new_files
 from dropformer.prune.files.output_paths import check_place
 from dropformer.prune.formats.export import Exported, export
-from dropformer.prune.formats.export_plan import Written, write_by_plan
+from dropformer.prune.formats.export_plan import Written, plan_kept, write_by_plan
 from dropformer.prune.formats.record import kv_width
 from dropformer.prune.formats.registry import known_format
 from dropformer.prune.formats.writing import ExportOptions
@@ -137,7 +138,10 @@ def plan_only(request: Request, progress: Progress | None = None) -> Plan:
 
 
 def run(request: Request, progress: Progress | None = None) -> Outcome:
-    """Do the whole job.  Raises a DropformerError, and then nothing is left of the output."""
+    """Do the whole job.  Raises a DropformerError, and then nothing is left of the output.
+
+    The plan is kept beside the output where a check failed, memory ran out, or choosing it took long.
+    """
     progress = progress or Silent()
     budget = request.improvement.budget if request.improvement else None
     out = request.out or default_out(request.model, request.drop or budget, request.plan)
@@ -153,7 +157,27 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
     progress.say(f"dropping {', '.join(map(str, plan.layers))}")
     if any(layer.kind == "attn" and layer.index == 0 for layer in plan.layers):
         progress.say("warning: the attention of block 0 goes; vLLM and llama.cpp cannot load a model without it")
-    pruned = api.drop(opened, plan, repair)
+    with plan_kept(plan, out, always=request.improvement is not None):
+        chosen = _Chosen(plan, scores, repair)
+        report, exported = _carried_out(opened, chosen, out, held_out, request, progress)
+    return Outcome(out, plan, report, exported)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What to do to the model, and the scores behind it where there are any."""
+
+    plan: Plan
+    scores: Scores | None
+    repair: Repair | None
+
+
+def _carried_out(
+    opened: LoadedModel, chosen: _Chosen, out: Path, held_out: Windows | None, request: Request, progress: Progress
+) -> tuple[Report, Exported]:
+    """Drop, measure on the held-out windows, export and verify."""
+    plan = chosen.plan
+    pruned = api.drop(opened, plan, chosen.repair)
     surgery = api.drop_record(pruned).surgery
     if surgery.note:
         progress.say(f"dropped blocks stay as empty ones: {surgery.note}")
@@ -163,13 +187,13 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
     def finish(folder: Path, copied: CopyReport) -> list[str]:
         kept = pruned if known_format(request.how.format).saves else opened.model
         made.append(_report(opened.model, kept, plan, copied, quality, speed))
-        _write_artifacts(folder, made[0], plan, scores)
+        _write_artifacts(folder, made[0], plan, chosen.scores)
         return card_lines(made[0])
 
     with progress.stage("exporting, reloading and verifying") as tick:
         how = replace(request.how, gguf=opened.file, progress=tick)
         exported = export(pruned, surgery, plan, opened.path, out, how, finish)
-    return Outcome(out, plan, made[0], exported)
+    return made[0], exported
 
 
 def run_from_disk(request: Request, progress: Progress | None = None) -> Written:
