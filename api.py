@@ -31,7 +31,8 @@ from dropformer.prune.formats.stored_tensors import stored_dtype
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.loading.load import load
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import Plan, choose, make_plan, parse_spec
+from dropformer.prune.plan import Plan, choose, make_plan
+from dropformer.prune.spec import parse_spec
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 from dropformer.prune.surgery.views import proven, sharing_copy
 from dropformer.recipes import Recipe

@@ -167,7 +167,7 @@ def prune(
     from dropformer import preflight
     from dropformer.metrics.analysis import distributed
     from dropformer.prune.formats.writing import ExportOptions
-    from dropformer.prune.plan import parse_keep
+    from dropformer.prune.spec import parse_keep
 
     if distributed.world() > 1:
         raise DropformerError(
@@ -322,7 +322,7 @@ def plan(
     from dropformer import console
     from dropformer.metrics.analysis.planning import plan_from
     from dropformer.metrics.analysis.scores import Scores
-    from dropformer.prune.plan import parse_keep
+    from dropformer.prune.spec import parse_keep
     from dropformer.recipes.recipe import recipe_of
     from dropformer.recipes.recipe import recipes as known
 

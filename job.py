@@ -39,7 +39,8 @@ from dropformer.prune.formats.export import Exported, export
 from dropformer.prune.formats.record import kv_width
 from dropformer.prune.formats.registry import known_format
 from dropformer.prune.formats.writing import ExportOptions
-from dropformer.prune.plan import Plan, parse_spec
+from dropformer.prune.plan import Plan
+from dropformer.prune.spec import parse_spec
 from dropformer.recipes import Recipe
 from dropformer.recipes.opening import LoadedModel, Placement, open_model
 from dropformer.recipes.source import short_name

@@ -1,97 +1,18 @@
-"""From a drop spec and a ranking to the layers that go.
-
-    attn:8  mlp:4  block:4      the N most redundant of a kind
-    attn:25%                    a share of the kind, rounded down
-    joint:12                    one ranking over attention and MLP layers together
-    attn=20,21,25               these, in the original model's numbering
-    published:attn:8            the list a recipe gives
-    attn:8,mlp:2                combined; encoder.attn:3 names a stack
+"""From a drop spec (`prune.spec`) and a ranking to the layers that go.
 
 Ties go to the deeper layer (arXiv 2406.15786 finds the deep ones redundant).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from dropformer.prune.architecture import KIND_NAMES, Layer
 from dropformer.prune.artifact import Artifact, FrozenRecord, ModelRef
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
-
-EXPECTED = "expected for example attn:8, mlp:25%, block:4, joint:12 or attn=20,21,25, combined by commas"
-_ITEM = re.compile(
-    r"(?P<published>published:)?(?:(?P<stack>\w+)\.)?(?P<kind>attn|mlp|cross|block|joint)"
-    r"(?::(?P<count>\d+)(?P<percent>%)?|=(?P<indices>-?\d+(?:,-?\d+)*))"
-)
-
-
-@dataclass(frozen=True)
-class Selector:
-    """One item of a drop spec.  Prints as it was written."""
-
-    kind: str
-    stack: str = ""
-    count: int = 0
-    percent: bool = False
-    indices: tuple[int, ...] | None = None
-    published: bool = False
-
-    def __str__(self) -> str:
-        name = ("published:" if self.published else "") + (f"{self.stack}." if self.stack else "") + self.kind
-        if self.indices is not None:
-            return f"{name}={','.join(map(str, self.indices))}"
-        return f"{name}:{self.count}{'%' if self.percent else ''}"
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        return ("attn", "mlp") if self.kind == "joint" else (self.kind,)
-
-
-def parse_spec(text: str) -> tuple[Selector, ...]:
-    """The selectors of a drop spec.  Raises PlanError saying what was expected."""
-    spec = re.sub(r"\s+", "", text)
-    selectors: list[Selector] = []
-    position = 0
-    while position < len(spec) or not selectors:
-        match = _ITEM.match(spec, position)
-        if not match or (match.end() < len(spec) and spec[match.end()] != ","):
-            raise PlanError(f"drop spec `{text}` cannot be read at `{spec[position:] or text}`; {EXPECTED}")
-        selectors.append(_selector(text, match))
-        position = match.end() + 1
-    return tuple(selectors)
-
-
-def _selector(text: str, match: re.Match[str]) -> Selector:
-    indices = match["indices"]
-    selector = Selector(
-        match["kind"],
-        match["stack"] or "",
-        int(match["count"] or 0),
-        bool(match["percent"]),
-        tuple(int(i) for i in indices.split(",")) if indices else None,
-        bool(match["published"]),
-    )
-    if selector.indices is None and not selector.count:
-        raise PlanError(f"drop spec `{text}`: `{selector}` drops nothing; {EXPECTED}")
-    if selector.percent and selector.count > 100:
-        raise PlanError(f"drop spec `{text}`: `{selector}` is more than all; {EXPECTED}")
-    if selector.kind == "joint" and selector.indices is not None:
-        raise PlanError(f"drop spec `{text}`: joint takes a count; name layers as attn=20,21 or mlp=3")
-    if selector.published and (selector.indices is not None or selector.percent or selector.kind == "joint"):
-        raise PlanError(f"drop spec `{text}`: a published list takes a count, as in published:attn:8")
-    return selector
-
-
-def parse_keep(text: str) -> tuple[int, ...]:
-    """Block indices that `--keep` protects; negative ones count from the end."""
-    try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise PlanError(f"--keep `{text}` cannot be read; expected block indices such as 0,1,-1") from None
+from dropformer.prune.spec import Selector, parse_spec
 
 
 class Drop(FrozenRecord):

@@ -7,7 +7,7 @@ from typing import Any
 
 from dropformer.prune.errors import PlanError
 from dropformer.prune.files.config_json import block_count
-from dropformer.prune.plan import parse_spec
+from dropformer.prune.spec import parse_spec
 
 
 def check_drop(drop: str | None, config: Mapping[str, Any], name: str) -> None:

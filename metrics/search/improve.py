@@ -32,7 +32,8 @@ from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import Plan, check_attention_left, choose, make_plan, parse_spec, unprotected
+from dropformer.prune.plan import Plan, check_attention_left, choose, make_plan, unprotected
+from dropformer.prune.spec import parse_spec
 
 Tell = Callable[[str], None]
 GATE_SHARE = 8  # a gate measures on at most this share of the calibration windows, though on two at least
