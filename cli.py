@@ -38,7 +38,7 @@ MODEL = "A folder, a Hub id or id@revision, a .gguf file, or a recipe (see `prun
 DROP = "What to drop: attn:8, mlp:25%, block:4, joint:12, attn=20,21, published:attn:8, or several by commas."
 QUALITY = "A named way to choose and to repair: paper (the default), best, healed (all in the weights), linear."
 METRIC = "What ranks: similarity, angular, relative-magnitude, loo-kl, loo-perplexity."
-REPAIR = "By commas: refit, refit-all, scale, lora (all end in the weights), linear (a map for each attention)."
+REPAIR = "By commas: refit, refit-all, distill, lora (all end in the weights), linear (a map for each attention)."
 BUDGET = "In place of --drop: kv:-25%, params:-20%, decode:1.3x (by bytes) or measured:1.3x (by the clock)."
 REFINE = "Rounds of swaps in what was chosen, or in a --plan, for as long as one lowers the KL."
 MEASURE = (
@@ -52,7 +52,7 @@ Out = Annotated[
     typer.Option(help="Where to write; must not exist or be empty.", parser=given_path, metavar="PATH"),
 ]
 Revision = Annotated[Text, typer.Option(help="Branch, tag or commit of a Hub model.")]
-TEXTS = "builtin, c4, wikitext, or a .txt, .jsonl or .parquet file"
+TEXTS = "builtin, c4, wikitext, or a .txt, .jsonl (texts, prompts with completions, or messages) or .parquet file"
 CalibrationText = Annotated[Text, typer.Option("--calibration", help=f"{TEXTS}.", rich_help_panel=TEXT)]
 CalibrationTexts = Annotated[
     Text,
@@ -167,7 +167,7 @@ def prune(
     from dropformer import preflight
     from dropformer.metrics.analysis import distributed
     from dropformer.prune.formats.writing import ExportOptions
-    from dropformer.prune.plan import parse_keep
+    from dropformer.prune.spec import parse_keep
 
     if distributed.world() > 1:
         raise DropformerError(
@@ -322,7 +322,7 @@ def plan(
     from dropformer import console
     from dropformer.metrics.analysis.planning import plan_from
     from dropformer.metrics.analysis.scores import Scores
-    from dropformer.prune.plan import parse_keep
+    from dropformer.prune.spec import parse_keep
     from dropformer.recipes.recipe import recipe_of
     from dropformer.recipes.recipe import recipes as known
 

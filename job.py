@@ -39,7 +39,8 @@ from dropformer.prune.formats.export import Exported, export
 from dropformer.prune.formats.record import kv_width
 from dropformer.prune.formats.registry import known_format
 from dropformer.prune.formats.writing import ExportOptions
-from dropformer.prune.plan import Plan, parse_spec
+from dropformer.prune.plan import Plan
+from dropformer.prune.spec import parse_spec
 from dropformer.recipes import Recipe
 from dropformer.recipes.opening import LoadedModel, Placement, open_model
 from dropformer.recipes.source import short_name
@@ -184,7 +185,7 @@ def _measure(
             name=request.text, windows=len(ids), length=ids.shape[1], hash=held_out.ref.hash, calibrated_on=seen
         )
         with progress.stage(f"perplexity on {request.text}"):
-            quality = measure_quality(opened.model, pruned, ids, text, plan)
+            quality = measure_quality(opened.model, pruned, held_out, text, plan)
         if request.seconds > 0 and known_format(request.how.format).saves:
             with progress.stage("speed, dense and pruned interleaved"):
                 speed = measure_speed(opened.model, pruned, request.seconds)
@@ -281,7 +282,7 @@ def sweep(
     points = []
     with progress.stage(f"perplexity on {request.text}", len(models)) as tick:
         for model, layers in zip(models, [[], *(plan.layers for plan in plans)], strict=True):
-            points.append(point(opened.model, model, layers, data.ids, setting))
+            points.append(point(opened.model, model, layers, data.ids, setting, data.partly_scored))
             tick(len(points), len(points) * data.ids.numel())
     if speed:
         with progress.stage(f"speed, {len(models)} models interleaved"):

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dropformer.eval.quality.perplexity import SideBySide, token_losses
+from dropformer.metrics.calibration.windows import Windows
 from dropformer.prune.artifact import FrozenRecord
 from dropformer.prune.plan import Plan
 from dropformer.prune.surgery.views import without
@@ -73,25 +74,30 @@ class Trend(FrozenRecord):
         return max(drops for drops, _ in self.points if self.cliff is None or drops < self.cliff)
 
 
-def trend(dense: Any, plan: Plan, ids: Tensor, both: SideBySide) -> Trend | None:
-    """How log-perplexity rises over the plan's drops, a quarter of them at a time, on the first windows of ids [N, T].
+def trend(dense: Any, plan: Plan, data: Windows, both: SideBySide) -> Trend | None:
+    """How log-perplexity rises over the plan's drops, a quarter of them at a time, on the first windows.
 
-    both: what the dense model and the whole plan gave on ids, the first and the last point.  None for a plan of
+    both: what the dense model and the whole plan gave on them, the first and the last point.  None for a plan of
     fewer than 4 drops, and for one with repairs, whose first drops alone say little.  Time: three forward passes
     over four windows, with a quarter of their logits.
     """
     layers = plan.layers
     if len(layers) < FEWEST_DROPS or plan.repairs:
         return None
-    few, (first, *between, last) = ids[:WINDOWS], quarters(len(layers))
-    known = [losses[: len(few), ::EVERY].mean(1).tolist() for losses in both.losses]
+    first, *between, last = quarters(len(layers))
+    scored = None if data.partly_scored is None else data.partly_scored[:WINDOWS]
+    known = [_means([each[::EVERY] for each in losses[:WINDOWS]]) for losses in both.losses]
     points = [(first, known[0])]
     for count in between:
-        losses = token_losses(without(dense, plan.outline, layers[:count]), few, EVERY)
-        points.append((count, losses.mean(1).tolist()))
+        losses = token_losses(without(dense, plan.outline, layers[:count]), data.ids[:WINDOWS], EVERY, scored)
+        points.append((count, _means(losses)))
     points.append((last, known[1]))
     means = [(count, statistics.fmean(each)) for count, each in points]
     return Trend(points=means, drops=len(layers), cliff=cliff(points))
+
+
+def _means(losses: Sequence[Tensor]) -> list[float]:
+    return [float(each.mean()) for each in losses]
 
 
 def quarters(total: int) -> Sequence[int]:

@@ -7,7 +7,7 @@ so the first token of a window is context and T - 1 tokens are scored. Sums are 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,46 +61,50 @@ class Divergence:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """What `side_by_side` measures in one pass; losses: nats of each scored token [N, T - 1] of dense and pruned."""
+    """What `side_by_side` measures in one pass; losses: nats of each window's scored tokens, of dense and pruned."""
 
     dense: Perplexity
     pruned: Perplexity
     divergence: Divergence
-    losses: tuple[Tensor, Tensor]
+    losses: tuple[list[Tensor], list[Tensor]]
 
 
-def perplexity(model: PreTrainedModel, windows: Tensor) -> Perplexity:
-    """Perplexity of a causal LM over windows [N, T] of token ids.
+def perplexity(model: PreTrainedModel, windows: Tensor, scored: Tensor | None = None) -> Perplexity:
+    """Perplexity of a causal LM over windows [N, T] of token ids; of tokens [N, T] that are scored (None: all).
 
     Raises EvaluationError when there is no window, or when windows hold fewer than two tokens.
     """
-    return _perplexity(token_losses(model, windows))
+    return _perplexity(token_losses(model, windows, scored=scored))
 
 
-def token_losses(model: PreTrainedModel, windows: Tensor, every: int = 1) -> Tensor:
-    """Negative log-likelihood in nats of each `every`-th scored token, [N, ceil((T - 1) / every)] float64.
+def token_losses(model: PreTrainedModel, windows: Tensor, every: int = 1, scored: Tensor | None = None) -> list[Tensor]:
+    """Negative log-likelihood in nats of each `every`-th scored token of each window [N, T], in float64.
 
     The trunk reads whole windows; the head, most of a small model's time, only those positions.
     """
-    windows, split = _checked(windows), SplitModel(model)
-    rows = []
+    windows, split, found = _checked(windows), SplitModel(model), []
     with torch.inference_mode():
-        for window in windows:
-            hidden, targets = _hidden(split, window)[:-1:every], window[1::every]
-            rows.append(torch.cat([_losses(split, hidden[piece], targets[piece]) for piece in split.pieces(hidden)]))
-    return torch.stack(rows)
+        for window, counts in _rows(windows, scored):
+            hidden, targets = _hidden(split, window)[:-1][counts][::every], window[1:][counts][::every]
+            found.append(torch.cat([_losses(split, hidden[piece], targets[piece]) for piece in split.pieces(hidden)]))
+    return found
 
 
-def side_by_side(dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tensor) -> SideBySide:
+def side_by_side(
+    dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tensor, scored: Tensor | None = None
+) -> SideBySide:
     """`all_side_by_side` for one pruned model."""
-    return all_side_by_side(dense, [pruned], windows)[0]
+    return all_side_by_side(dense, [pruned], windows, scored)[0]
 
 
-def all_side_by_side(dense: PreTrainedModel, pruned: Sequence[PreTrainedModel], windows: Tensor) -> list[SideBySide]:
+def all_side_by_side(
+    dense: PreTrainedModel, pruned: Sequence[PreTrainedModel], windows: Tensor, scored: Tensor | None = None
+) -> list[SideBySide]:
     """Perplexities, and the divergence of each pruned model from the dense one, in one pass over windows [N, T].
 
-    The dense model's logits are computed once, a bounded piece at a time.  Raises EvaluationError when the models
-    do not share a vocabulary, or the windows cannot be used.
+    The dense model's logits are computed once, a bounded piece at a time.  With `scored` [N, T] only the predictions
+    of these tokens count, for the divergence too.  Raises EvaluationError when the models do not share a vocabulary,
+    or the windows cannot be used.
     """
     windows = _checked(windows)
     one, others = SplitModel(dense), [SplitModel(model) for model in pruned]
@@ -111,28 +115,49 @@ def all_side_by_side(dense: PreTrainedModel, pruned: Sequence[PreTrainedModel], 
                 "KL divergence needs one vocabulary: compare a model with its own pruned form"
             )
     with torch.inference_mode():
-        rows = [_compare(one, others, window) for window in windows]
-    left, right = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows], dim=1)
-    return [_side(left, *each.unbind(-1)) for each in right]
+        rows = [_compare(one, others, window, None if scored is None else c) for window, c in _rows(windows, scored)]
+    end = None if scored is not None else -1  # the last position's choice is compared, not scored
+    left = [losses[:end] for losses, _ in rows]
+    return [_side(left, [table[k] for _, table in rows], end) for k in range(len(others))]
 
 
-def _side(dense: Tensor, pruned: Tensor, kl: Tensor, same: Tensor) -> SideBySide:
-    """From losses, divergences and equal first choices of every token, [N, T] each; the last token has no target."""
-    losses = dense[:, :-1], pruned[:, :-1]
+def _side(dense: list[Tensor], tables: list[Tensor], end: int | None) -> SideBySide:
+    """From the dense losses, and loss, KL and equal first choice of every token [n, 3], of each window."""
+    losses = dense, [table[:end, 0] for table in tables]
+    compared = torch.tensor([len(table) for table in tables], dtype=torch.float64)
+    _, kl, same = torch.stack([table.sum(0) for table in tables]).unbind(1)
     divergence = Divergence(
-        value=float(kl.mean()), stderr=_stderr(kl.mean(1)), agreement=float(same.mean()), tokens=kl.numel()
+        value=float(kl.sum() / compared.sum()),
+        stderr=_stderr(kl, compared),
+        agreement=float(same.sum() / compared.sum()),
+        tokens=int(compared.sum()),
     )
-    return SideBySide(*map(_perplexity, losses), divergence, losses)
+    return SideBySide(_perplexity(losses[0]), _perplexity(losses[1]), divergence, losses)
 
 
-def _compare(one: SplitModel, others: Sequence[SplitModel], window: Tensor) -> tuple[Tensor, Tensor]:
+def _rows(windows: Tensor, scored: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each window [t] up to its last scored token, and which of its tokens but the first are scored, [t - 1]."""
+    for i, window in enumerate(windows):
+        if scored is None:
+            yield window, torch.ones(len(window) - 1, dtype=torch.bool)
+        else:
+            end = int(scored[i].nonzero().max()) + 1
+            yield window[:end], scored[i, 1:end]
+
+
+def _compare(
+    one: SplitModel, others: Sequence[SplitModel], window: Tensor, counts: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """One window [T]: the dense losses [T], and for each other model loss, KL and equal first choice [K, T, 3].
 
     With logits a and b, KL(p || q) = sum p (a - b) - log sum exp a + log sum exp b: three passes over the vocabulary
-    where two log-softmaxes would take eight.
+    where two log-softmaxes would take eight.  counts [T - 1]: which tokens but the first are scored; None: all, and KL
+    at the last position too.
     """
     left, rights = _hidden(one, window), [_hidden(other, window) for other in others]
     targets = torch.cat([window[1:], window[:1]])
+    if counts is not None:
+        left, rights, targets = left[:-1][counts], [right[:-1][counts] for right in rights], window[1:][counts]
     losses, rows = [], []
     for piece in one.pieces(left):
         a = one.logits(left[piece])
@@ -166,18 +191,27 @@ def _hidden(split: SplitModel, window: Tensor) -> Tensor:
     return split.hidden(window.unsqueeze(0).to(split.device), use_cache=False).last_hidden_state[0]
 
 
-def _perplexity(losses: Tensor) -> Perplexity:
-    """From the loss of each scored token, [N, S] in nats."""
-    nll = float(losses.mean())
+def _perplexity(losses: list[Tensor]) -> Perplexity:
+    """From the losses of each window's scored tokens, in nats."""
+    sums, scored = torch.stack([each.sum() for each in losses]), torch.tensor([float(len(each)) for each in losses])
+    scored = scored.double()
+    nll = float(sums.sum() / scored.sum())
     if not math.isfinite(nll):
         raise EvaluationError("the log-likelihoods are not finite: hidden states overflow; try --dtype float32")
     value = math.exp(nll) if nll < 700 else math.inf
-    return Perplexity(value=value, nll=nll, stderr=_stderr(losses.mean(1)), tokens=losses.numel())
+    return Perplexity(value=value, nll=nll, stderr=_stderr(sums, scored), tokens=int(scored.sum()))
 
 
-def _stderr(values: Tensor) -> float | None:
-    """Standard error of the mean of [N] window means; None for one window, which has no spread."""
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
+def _stderr(sums: Tensor, counts: Tensor) -> float | None:
+    """Standard error of sum(sums) / sum(counts) over windows, [N] each; None for one window, which has no spread.
+
+    Windows may differ in length: a ratio of totals (Cochran, Sampling Techniques, 1977, chapter 6).
+    """
+    n = len(sums)
+    if n < 2:
+        return None
+    apart = sums - counts * (sums.sum() / counts.sum())
+    return float((apart.square().sum() / (n - 1) / n).sqrt() / counts.mean())
 
 
 def _checked(windows: Tensor) -> Tensor:

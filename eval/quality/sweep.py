@@ -55,16 +55,16 @@ class Sweep(Artifact):
     cliff: int | None
 
 
-def point(dense: Any, pruned: Any, layers: Sequence[Any], ids: Any, setting: Setting = AT) -> Point:
-    """Measure one pruned model's quality against the dense one on windows [N, T]."""
-    both = side_by_side(dense, pruned, ids)
+def point(dense: Any, pruned: Any, layers: Sequence[Any], ids: Any, setting: Setting = AT, scored: Any = None) -> Point:
+    """Measure one pruned model's quality against the dense one on windows [N, T], at scored tokens (None: all)."""
+    both = side_by_side(dense, pruned, ids, scored)
     return Point(
         drops=len(layers),
         layers=[str(layer) for layer in layers],
         perplexity=both.pruned.value,
         kl=both.divergence.value,
         kl_stderr=both.divergence.stderr,
-        window_nll=both.losses[1].mean(1).tolist(),
+        window_nll=[float(each.mean()) for each in both.losses[1]],
         parameters=sum(p.numel() for p in pruned.parameters()),
         decode_bound=bounds(cost_of(dense), cost_of(pruned), setting)[1],
     )

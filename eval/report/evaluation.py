@@ -130,15 +130,15 @@ def _with_perplexity(
     (dense, *pruned), out = models, list(results)
     if not pruned:
         with progress.stage(f"perplexity: {dense.name}"):
-            return [_update(out[0], perplexity=asdict(perplexity(dense.model, data.ids)))]
+            return [_update(out[0], perplexity=asdict(perplexity(dense.model, data.ids, data.partly_scored)))]
     with progress.stage("perplexity and KL, all models on each window"):
-        found = all_side_by_side(dense.model, [candidate.model for candidate in pruned], data.ids)
+        found = all_side_by_side(dense.model, [candidate.model for candidate in pruned], data.ids, data.partly_scored)
     out[0] = _update(out[0], perplexity=asdict(found[0].dense))
     for i, (candidate, both) in enumerate(zip(pruned, found, strict=True), start=1):
         out[i] = _update(out[i], perplexity=asdict(both.pruned), kl=asdict(both.divergence))
         if candidate.plan:
             with progress.stage(f"trend of the first drops alone: {candidate.name}"):
-                out[i] = _update(out[i], trend=trend(dense.model, candidate.plan, data.ids, both))
+                out[i] = _update(out[i], trend=trend(dense.model, candidate.plan, data, both))
     return out
 
 

@@ -80,6 +80,8 @@ class BlockRunner:
         self.batches = [as_inputs(model, batch) for batch in batches]
         self.provider = provider or provider_for(model)
         self.keeper = keeper or Keeper()
+        self.counted: Sequence[Tensor | None] = [None] * len(self.batches)
+        """Which tokens of each batch a fit counts, [B, T] bool (None: all)."""
         self.work = work or Work(len(self.blocks), self.tokens)
         self.work.measure(model, [block.path for block in self.blocks])
         self._passing = {block.path: Skipped(block.form) for block in self.blocks}
@@ -114,9 +116,13 @@ class BlockRunner:
         found = self.blocks[block]
         self.provider.enter(found.path)
         module = self.model.get_submodule(found.path)
-        args, kwargs = self._calls[batch][block].on(found.input.key, stream.to(self.device(block, stream)))
+        args, kwargs = self.arguments(block, batch, stream.to(self.device(block, stream)))
         self.work.add(found.path, module, stream.shape[:2].numel())
         return outputs_of(module(*args, **kwargs))[found.output.key]
+
+    def arguments(self, block: int, batch: int, stream: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a block is called with on a batch, with this stream."""
+        return self._calls[batch][block].on(self.blocks[block].input.key, stream)
 
     def device(self, block: int, like: Tensor) -> torch.device:
         """Where a block computes."""

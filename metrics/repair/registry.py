@@ -67,6 +67,10 @@ REPAIRS: Registry[RepairEntry] = Registry(
             "the same for everything behind the first gap, in order of depth, on the pruned model's own stream",
             f"{_HERE}.sequential:fit_all",
         ),
+        "distill": RepairEntry(
+            "blocks around each gap trained one by one to give the dense stream, in whatever form they have",
+            f"{_HERE}.distill:fit_blocks",
+        ),
         "lora": RepairEntry(
             "adapters distilled from the dense model and merged (needs peft)",
             f"{_HERE}.lora:fit_adapters",

@@ -11,7 +11,7 @@ from torch import nn
 from dropformer.metrics.analysis.analyze import evaluating, proven
 from dropformer.metrics.blockwise.divergence import DenseReference
 from dropformer.metrics.blockwise.layer_metrics import MetricContext, Ranking
-from dropformer.metrics.blockwise.provider import InMemory, Provider, provider_for
+from dropformer.metrics.blockwise.provider import InMemory, Source, provider_for
 from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import Changes, Variant, variant
 from dropformer.metrics.blockwise.work import Work
@@ -32,20 +32,11 @@ from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import Plan, check_attention_left, choose, make_plan, parse_spec, unprotected
+from dropformer.prune.plan import Plan, check_attention_left, choose, make_plan, unprotected
+from dropformer.prune.spec import parse_spec
 
 Tell = Callable[[str], None]
 GATE_SHARE = 8  # a gate measures on at most this share of the calibration windows, though on two at least
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model whose weights are not in memory: its proven architecture, a blueprint on the meta device to trace, and
-    what brings each block."""
-
-    architecture: Architecture
-    blueprint: nn.Module
-    provider: Provider
 
 
 @dataclass
@@ -76,7 +67,7 @@ class Improver:
         inputs = [part.inputs for part in self.parts]
         runner = BlockRunner(self.model, self.architecture, inputs, self.provider, None, self.keeper)
         self.work: Work = runner.work
-        scored = [part.scored for part in self.parts]
+        scored = runner.counted = [part.scored for part in self.parts]
         self.bench = MetricContext(runner, self.architecture, scored, self.quality.stride)
         self._evaluations = len(self.architecture.layers()) / 2
         self._dense: DenseReference | None = None
@@ -261,9 +252,10 @@ class Improver:
         """The gate, on no more windows than make it cheap beside the calibration."""
         count = min(len(other), max(2, sum(part.windows for part in self.parts) // GATE_SHARE))
         size = 1 if _device(self.model).type == "cpu" else max(1, BATCH_GPU // other.ids.shape[1])
-        inputs = [other.batch(range(i, min(i + size, count)))[0] for i in range(0, count, size)]
+        inputs, scored = zip(*(other.batch(range(i, min(i + size, count))) for i in range(0, count, size)), strict=True)
         with evaluating(self.model):
-            dense = DenseReference(self.bench.runner.like(inputs, self.architecture), self.quality.stride)
+            runner = self.bench.runner.like(inputs, self.architecture)
+            dense = DenseReference(runner, self.quality.stride, [None if s.all() else s for s in scored])
         return Gating(dense, lambda changes: variant(self.model, self.architecture, gone, changes))
 
     @property

@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Sequence
 
+from dropformer.prune.errors import CheckpointError
 from dropformer.prune.formats.gguf.header import ARRAY, STRING
 from dropformer.prune.formats.gguf.layout import DECI, STAND_IN_WIDTH, Dense, GgufBlock, is_stock
 
@@ -24,11 +25,21 @@ def new_pairs(dense: Dense, blocks: Sequence[GgufBlock], record: str | None = No
         if key == "general.architecture":
             pairs[key] = string(new)
         elif prefix == dense.architecture:
+            _check_array(dense, key, rest in shape)
             pairs[f"{new}.{rest}"] = shape.pop(rest, span)
         elif prefix != "split" and key != RECORD_KEY:
             pairs[key] = span
     pairs |= {f"{new}.{key}": value for key, value in shape.items()}
     return {**pairs, RECORD_KEY: string(record)} if record else pairs
+
+
+def _check_array(dense: Dense, key: str, written: bool) -> None:
+    """Raises CheckpointError for an array with one entry a block that is not written anew."""
+    if key in dense.header.arrays and dense.header.metadata[key] == dense.blocks and not written:
+        raise CheckpointError(
+            f"{dense.name}: its key {key} has an entry for each block, and dropformer does not know how it follows a "
+            "drop; choose another format"
+        )
 
 
 def deci_shape(dense: Dense, blocks: Sequence[GgufBlock]) -> dict[str, Pair]:

@@ -85,10 +85,10 @@ def test_all_models_at_once_give_what_each_pair_gives():
 
 def test_losses_of_some_positions_are_those_of_all_at_these(monkeypatch):
     model, ids = llama(), windows()
-    whole = token_losses(model, ids)
+    whole = torch.stack(token_losses(model, ids))
     assert whole.shape == (3, 23)
-    torch.testing.assert_close(token_losses(model, ids, every=4), whole[:, ::4], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(side_by_side(model, model, ids).losses[0], whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.stack(token_losses(model, ids, every=4)), whole[:, ::4], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.stack(side_by_side(model, model, ids).losses[0]), whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,73 @@
+"""Does a config.json still describe the weights and the plan?  Asked before anything is written by files alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dropformer.prune.errors import CheckpointError, PlanError
+from dropformer.prune.files import Checkpoint
+from dropformer.prune.files.config_json import read_config
+from dropformer.prune.plan import Plan
+from dropformer.prune.surgery.config import stated_counts
+
+NOTES = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache")  # fields that build nothing
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """A short hash of what a config builds."""
+    fields = {key: value for key, value in config.items() if key not in NOTES}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def check_fits(plan: Plan, source: Checkpoint, trust_remote_code: bool = False) -> None:
+    """Raises PlanError or CheckpointError where config.json describes another model than the plan or the tensors.
+
+    A config that is the one that was planned with is known to build the model; any other is built by transformers,
+    without weights, and compared: blocks with the plan's outline, parameters with the tensors' shapes.
+    """
+    config = read_config(source.folder)
+    if plan.model.model_type not in (None, config["model_type"]):
+        raise PlanError(
+            f"the plan was made for a {plan.model.model_type}, and {source.folder} is a {config['model_type']}; plan "
+            "this model"
+        )
+    for stack in plan.outline.stacks:
+        for key, value in stated_counts(config, stack).items():
+            if value != stack.blocks:
+                raise CheckpointError(
+                    f"{source.folder / 'config.json'}: {key} is {value}, but the plan has {stack.blocks} blocks "
+                    f"in {stack.path}; get the model's own config.json"
+                )
+    if plan.model.config != config_digest(config):
+        _check_built(plan, source, bool(config.get("quantization_config")), trust_remote_code)
+
+
+def _check_built(plan: Plan, source: Checkpoint, quantized: bool, trust_remote_code: bool) -> None:
+    from dropformer.prune.loading.load import weightless
+    from dropformer.prune.loading.tensor_names import renamed_on_load
+
+    where = source.folder / "config.json"
+    try:
+        model = weightless(source.folder, trust_remote_code)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a config makes go wrong as its model is built
+        said = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise CheckpointError(f"{where} builds no model: {said}") from None
+    for stack in plan.outline.stacks:
+        built = dict(model.named_modules()).get(stack.path)
+        if built is None or len(list(built.children())) != stack.blocks:
+            raise CheckpointError(f"{where} does not build the {stack.blocks} blocks of {stack.path} that the plan has")
+    if quantized:  # codes are packed, so that shapes differ
+        return
+    rename, shapes = renamed_on_load(model), {name: tuple(p.shape) for name, p in model.named_parameters()}
+    for tensor, span in source.tensors.items():
+        name, merged = rename(tensor)
+        if merged is None and shapes.get(name, span.shape) != tuple(span.shape):
+            raise CheckpointError(
+                f"{where} describes {name} with the shape {list(shapes[name])}, but the files hold "
+                f"{list(span.shape)}; get the model's own config.json"
+            )
