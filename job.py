@@ -9,8 +9,8 @@ from typing import Any, cast
 from dropformer import api
 from dropformer.eval.cost.timing import Setting
 from dropformer.eval.quality.output_similarity import OutputSimilarity, output_similarity
+from dropformer.eval.quality.perplexity import HELD_OUT
 from dropformer.eval.quality.sweep import AT, Sweep, find_cliff, point, with_speed
-from dropformer.eval.quality.trend import trend
 from dropformer.eval.report.report import (
     Measured,
     Report,
@@ -50,7 +50,6 @@ from dropformer.recipes.source import short_name
 from dropformer.scoring import get_scores, open_to_score
 from dropformer.selection import Improvement, given_plan, improved
 
-HELD_OUT = Calibration("heldout", samples=8, length=512, seed=1)
 SWEEP = Setting(prompt=256, new=16)
 """What a sweep times each model at."""
 
@@ -242,9 +241,7 @@ def _measure(
             name=request.text, windows=len(ids), length=ids.shape[1], hash=held_out.ref.hash, calibrated_on=seen
         )
         with progress.stage(f"perplexity on {request.text}"):
-            quality = measure_quality(opened.model, pruned, ids, text, held_out.partly_scored)
-        with progress.stage("trend of the first drops alone"):
-            quality.fields["trend"] = trend(opened.model, plan, ids, scored=held_out.partly_scored)
+            quality = measure_quality(opened.model, pruned, held_out, text, plan)
         if request.seconds > 0 and known_format(request.how.format).saves:
             with progress.stage("speed, dense and pruned interleaved"):
                 speed = measure_speed(opened.model, pruned, request.seconds)
