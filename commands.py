@@ -199,6 +199,7 @@ def evaluate(
     prompts = parse_numbers("--context", prompt)
     from dropformer import console
     from dropformer.eval.cost.speed import PAPER, grid
+    from dropformer.eval.quality.perplexity import HELD_OUT
     from dropformer.eval.report.evaluation import EvaluationOptions
     from dropformer.eval.report.run import evaluate_models
     from dropformer.eval.tasks.results import TaskOptions
@@ -214,7 +215,7 @@ def evaluate(
     wanted = EvaluationOptions(
         names,
         TaskOptions(shots, limit, seed, mmlu_data, include, backend, cache=cache),  # type: ignore[arg-type]
-        Calibration(text, samples, length, seed) if text else None,
+        Calibration(text, samples, length, HELD_OUT.seed + seed) if text else None,
         probes, tuple(settings), repeats=repeats, compile=compile, stream=stream, window=window,
     )  # fmt: skip
     first = distributed.rank() == 0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dropformer import api
 from dropformer.eval.cost.timing import Setting
 from dropformer.eval.quality.output_similarity import OutputSimilarity, output_similarity
+from dropformer.eval.quality.perplexity import HELD_OUT
 from dropformer.eval.quality.sweep import AT, Sweep, find_cliff, point, with_speed
-from dropformer.eval.quality.trend import trend
 from dropformer.eval.report.report import (
     Measured,
     Report,
@@ -28,14 +28,16 @@ from dropformer.metrics.calibration.data import calibration_data, default_settin
 from dropformer.metrics.calibration.images import PIXELS
 from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
 from dropformer.metrics.calibration.windows import Windows, windows
+from dropformer.metrics.repair.base import Repair
 from dropformer.progress import Progress, Silent, Tick
 from dropformer.prune.architecture import of_images
 from dropformer.prune.discovery.inputs import takes_pictures, writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files import CopyReport
+from dropformer.prune.files.folder import new_files
 from dropformer.prune.files.output_paths import check_place
 from dropformer.prune.formats.export import Exported, export
-from dropformer.prune.formats.export_plan import Written, write_by_plan
+from dropformer.prune.formats.export_plan import Written, plan_kept, write_by_plan
 from dropformer.prune.formats.record import kv_width
 from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.formats.writing import ExportOptions
@@ -43,7 +45,7 @@ from dropformer.prune.plan import Plan
 from dropformer.prune.spec import parse_spec
 from dropformer.recipes import open_source
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
-from dropformer.request import HELD_OUT, Request
+from dropformer.request import Request
 from dropformer.scoring import get_scores, open_to_score
 from dropformer.selection import given_plan, improved
 from dropformer.validate import check_empty
@@ -94,7 +96,10 @@ def plan_only(request: Request, progress: Progress | None = None) -> Plan:
 
 
 def run(request: Request, progress: Progress | None = None) -> Outcome:
-    """Do the whole job.  Raises a DropformerError, and then nothing is left of the output."""
+    """Do the whole job.  Raises a DropformerError, and then nothing is left of the output.
+
+    The plan is kept beside the output where a check failed, memory ran out, or choosing it took long.
+    """
     progress = progress or Silent()
     out = request.folder
     check_empty(out)
@@ -109,7 +114,27 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
     progress.say(f"dropping {', '.join(map(str, plan.layers))}")
     if any(layer.kind == "attn" and layer.index == 0 for layer in plan.layers):
         progress.say("warning: the attention of block 0 goes; vLLM and llama.cpp cannot load a model without it")
-    pruned = api.drop(opened, plan, repair)
+    with plan_kept(plan, out, always=request.selection.strategy is not None):
+        chosen = _Chosen(plan, scores, repair)
+        report, exported = _carried_out(opened, chosen, out, held_out, request, progress)
+    return Outcome(out, plan, report, exported)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What to do to the model, and the scores behind it where there are any."""
+
+    plan: Plan
+    scores: Scores | None
+    repair: Repair | None
+
+
+def _carried_out(
+    opened: LoadedModel, chosen: _Chosen, out: Path, held_out: Windows | None, request: Request, progress: Progress
+) -> tuple[Report, Exported]:
+    """Drop, measure on the held-out windows, export and verify."""
+    plan = chosen.plan
+    pruned = api.drop(opened, plan, chosen.repair)
     surgery = api.drop_record(pruned).surgery
     if surgery.note:
         progress.say(f"dropped blocks stay as empty ones: {surgery.note}")
@@ -119,13 +144,13 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
     def finish(folder: Path, copied: CopyReport) -> list[str]:
         kept = pruned if FORMATS[request.export.format].saves else opened.model
         made.append(_report(opened.model, kept, plan, copied, quality, speed))
-        _write_artifacts(folder, made[0], plan, scores)
+        _write_artifacts(folder, made[0], plan, chosen.scores)
         return card_lines(made[0])
 
     with progress.stage("exporting, reloading and verifying") as tick:
         how = replace(request.export, gguf=opened.file, progress=tick)
         exported = export(pruned, surgery, plan, opened.path, out, how, finish)
-    return Outcome(out, plan, made[0], exported)
+    return made[0], exported
 
 
 def run_from_disk(request: Request, progress: Progress | None = None) -> Written:
@@ -150,7 +175,7 @@ def run_from_disk(request: Request, progress: Progress | None = None) -> Written
         dtype = torch_dtype(place.dtype or "float32")
         allowed = parse_bytes(request.scoring.memory or "")
         blocks = open_source_of_blocks(opened.path, allowed, dtype or "float32", place.trust_remote_code)
-    plan, repair = improved(replace(opened, model=blocks.model), request, progress, blocks)
+    plan, repair = improved(replace(opened, model=cast(Any, blocks.model)), request, progress, blocks)
     progress.say(f"dropping {', '.join(map(str, plan.layers))}")
     with progress.stage("copying", 100) as tick:
         return write_by_plan(plan, opened.path, request.folder, _copying(request, opened.file, tick), repair)
@@ -172,9 +197,7 @@ def _measure(
             name=request.report.text, windows=len(ids), length=ids.shape[1], hash=held_out.ref.hash, calibrated_on=seen
         )
         with progress.stage(f"perplexity on {request.report.text}"):
-            quality = measure_quality(opened.model, pruned, ids, text, held_out.partly_scored)
-        with progress.stage("trend of the first drops alone"):
-            quality.fields["trend"] = trend(opened.model, plan, ids, scored=held_out.partly_scored)
+            quality = measure_quality(opened.model, pruned, held_out, text, plan)
         if request.report.seconds > 0 and FORMATS[request.export.format].saves:
             with progress.stage("speed, dense and pruned interleaved"):
                 speed = measure_speed(opened.model, pruned, request.report.seconds)
@@ -263,8 +286,9 @@ def analyze(request: Request, progress: Progress | None = None) -> Scores:
     opened = open_to_score(request, progress)
     scores = get_scores(opened, request, progress)
     if rank() == 0:
-        scores.write(request.folder / "scores.json")
-        similarity_by_depth(scores, request.folder / "similarity.png")
+        with new_files(request.folder) as folder:
+            scores.write(folder / "scores.json")
+            similarity_by_depth(scores, folder / "similarity.png")
     return scores
 
 

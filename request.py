@@ -18,8 +18,6 @@ from dropformer.recipes import Recipe
 from dropformer.recipes.placement import Placement
 from dropformer.recipes.source import short_name
 
-HELD_OUT = Calibration("heldout", samples=8, length=512, seed=1)
-"""What a report measures perplexity on."""
 GATE = Calibration("docstrings", samples=4, length=512, seed=1)
 """What a repair is validated on."""
 
@@ -111,7 +109,7 @@ class ReportOptions:
     """What is measured of the result, on which text; seconds for speed, 0 for none."""
 
     measure: bool | None = None
-    text: str = HELD_OUT.name
+    text: str = "heldout"
     seconds: float = 18.0
 
 

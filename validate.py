@@ -20,7 +20,7 @@ from dropformer.prune.files.output_paths import check_out, check_place
 from dropformer.prune.formats.record import need_dense
 from dropformer.prune.formats.registry import FORMATS, ExportFacts
 from dropformer.prune.plan import Plan
-from dropformer.prune.spec import check_drop, check_keep, parse_spec
+from dropformer.prune.spec import check_drop, check_keep, check_stacks, parse_spec
 from dropformer.recipes.source import is_gguf, locate
 from dropformer.request import Request
 
@@ -223,10 +223,11 @@ def check_model(model: str, drop: str | None = None, texts: Sequence[str] = (), 
             check_name(name)
     folder = locate(model)
     if folder:
-        open_checkpoint(folder)
+        tensors = open_checkpoint(folder).tensors
         config = read_config(folder)
         if dense:
             need_dense(config, model)
+        check_stacks(drop, tensors, model)
         check_drop(drop, config, model)
     return folder
 
