@@ -111,7 +111,8 @@ class _Pieces:
             self.built = build(config, dtype=model.dtype).eval()
         for module in self.built.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self.device))
+                empty = buffer.is_meta  # of a dropped module, which took the device of what it stands for
+                setattr(module, name, torch.empty_like(buffer, device=self.device) if empty else buffer.to(self.device))
         self.how = LoadStateDictConfig(
             weight_mapping=get_model_conversion_mapping(self.built),
             dtype=model.dtype,
