@@ -31,7 +31,8 @@ from dropformer.prune.formats.stored_tensors import stored_dtype
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.loading.load import load
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import Plan, choose, make_plan, parse_spec
+from dropformer.prune.plan import Plan, choose, make_plan
+from dropformer.prune.spec import parse_spec
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 from dropformer.prune.surgery.views import proven, sharing_copy
 from dropformer.recipes import Recipe
@@ -112,7 +113,8 @@ def drop(model: str | Path | LoadedModel | nn.Module, plan: Plan, repair: Repair
     if opened:
         need_dense(read_config(opened.path), opened.ref.name)
     pruned = sharing_copy(dense)
-    surgery = plan_surgery(plan.outline, plan.layers, dense, repair.mapped if repair else None)
+    mapped, folder = repair.mapped if repair else None, opened.path if opened else None
+    surgery = plan_surgery(plan.outline, plan.layers, dense, mapped, plan.windowed, folder)
     surgery = proven(dense, surgery)
     if repair:
         named = repair.named(plan.outline, surgery.block_map)

@@ -38,7 +38,7 @@ MODEL = "A folder, a Hub id or id@revision, a .gguf file, or a recipe (see `prun
 DROP = "What to drop: attn:8, mlp:25%, block:4, joint:12, attn=20,21, published:attn:8, or several by commas."
 QUALITY = "A named way to choose and to repair: paper (the default), best, healed (all in the weights), linear."
 METRIC = "What ranks: similarity, angular, relative-magnitude, loo-kl, loo-perplexity."
-REPAIR = "By commas: refit, refit-all, scale, lora (all end in the weights), linear (a map for each attention)."
+REPAIR = "By commas: refit, refit-all, distill, lora (all end in the weights), linear (a map for each attention)."
 BUDGET = "In place of --drop: kv:-25%, params:-20%, decode:1.3x (by bytes) or measured:1.3x (by the clock)."
 REFINE = "Rounds of swaps in what was chosen, or in a --plan, for as long as one lowers the KL."
 MEASURE = (
@@ -52,7 +52,7 @@ Out = Annotated[
     typer.Option(help="Where to write; must not exist or be empty.", parser=given_path, metavar="PATH"),
 ]
 Revision = Annotated[Text, typer.Option(help="Branch, tag or commit of a Hub model.")]
-TEXTS = "builtin, c4, wikitext, or a .txt, .jsonl or .parquet file"
+TEXTS = "builtin, c4, wikitext, or a .txt, .jsonl (texts, prompts with completions, or messages) or .parquet file"
 CalibrationText = Annotated[Text, typer.Option("--calibration", help=f"{TEXTS}.", rich_help_panel=TEXT)]
 CalibrationTexts = Annotated[
     Text,
@@ -135,6 +135,7 @@ def prune(
     dtype: Dtype = None,
     device: Device = None,
     device_map: DeviceMap = None,
+    memory: Memory = None,
     trust_remote_code: TrustRemoteCode = False,
     measure: Annotated[
         bool | None, typer.Option("--measure/--no-measure", help=MEASURE, rich_help_panel=REPORT)
@@ -167,7 +168,7 @@ def prune(
     from dropformer import preflight
     from dropformer.metrics.analysis import distributed
     from dropformer.prune.formats.writing import ExportOptions
-    from dropformer.prune.plan import parse_keep
+    from dropformer.prune.spec import parse_keep
 
     if distributed.world() > 1:
         raise DropformerError(
@@ -198,8 +199,12 @@ def prune(
         _overrides(",".join(texts) or None, samples, length, seed, skip_first),
         _placement(dtype, device, device_map, trust_remote_code), text, seconds,
         improvement=Improvement(better, budget, gate) if better else None, how=how, measure=measure is not False,
+        memory=memory,
     )  # fmt: skip
     progress = console.Terminal(quiet)
+    if memory is not None:
+        _print_written(model, target, job.run_from_disk(request, progress), as_json)
+        return
     if dry_run:
         made = job.plan_only(request, progress)
         _print(made.to_json() if as_json else None, console.plan_table(made), console.savings_line(made))
@@ -241,7 +246,6 @@ def _by_plan(
 
     from dropformer import console
     from dropformer.prune.formats.export_plan import write_by_plan
-    from dropformer.prune.formats.registry import known_format
     from dropformer.prune.plan import Plan
     from dropformer.recipes import open_source
 
@@ -253,9 +257,17 @@ def _by_plan(
     with progress.stage("copying", 100) as tick:
         how = replace(how, gguf=source.file, progress=lambda done, total: tick(100 * done // max(1, total), 0))
         written = write_by_plan(made, source.path, out, how)
+    _print_written(model, out, written, as_json)
+
+
+def _print_written(model: str, out: Path, written: Any, as_json: bool) -> None:
+    """What was written on the files alone, and how it can be measured."""
+    from dropformer import console
+    from dropformer.prune.formats.registry import known_format
+
     record = json.dumps(written.record, indent=1)
     notes = [console.done(out, written.record)]
-    if known_format(how.format).reloads:
+    if known_format(written.record["format"]).reloads:
         notes.insert(0, f"not measured: `prune evaluate {model} {out}` does it, and --measure here")
     _print(record if as_json else None, console.record_table(written.record), *notes)
 
@@ -322,7 +334,7 @@ def plan(
     from dropformer import console
     from dropformer.metrics.analysis.planning import plan_from
     from dropformer.metrics.analysis.scores import Scores
-    from dropformer.prune.plan import parse_keep
+    from dropformer.prune.spec import parse_keep
     from dropformer.recipes.recipe import recipe_of
     from dropformer.recipes.recipe import recipes as known
 

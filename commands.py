@@ -87,18 +87,20 @@ def evaluate(
         raise EvaluationError("--window describes --stream; give the number of tokens to stream, as in --stream 65536")
     settings = _settings(batch, context, new_tokens) if speed else ()
     from dropformer import api, console
+    from dropformer.eval.quality.perplexity import HELD_OUT
     from dropformer.eval.report import evaluation as ev
     from dropformer.eval.report import page as output
     from dropformer.eval.report.prepare import labels
     from dropformer.eval.report.tables import summary
-    from dropformer.eval.tasks.registry import find_tasks
-    from dropformer.eval.tasks.tasks import TaskOptions
+    from dropformer.eval.tasks.results import TaskOptions
     from dropformer.metrics.analysis import distributed
     from dropformer.metrics.calibration.settings import Calibration
     from dropformer.recipes.opening import Placement, open_model
 
     swept = _swept(sweep)
     if names:
+        from dropformer.eval.tasks.registry import find_tasks  # imports lm-eval, which takes seconds
+
         find_tasks(names, mmlu_data, include)  # a name or data that is not there is said before a model is loaded
     first = distributed.rank() == 0
     progress = console.Terminal(quiet or not first)
@@ -109,7 +111,7 @@ def evaluate(
     options = ev.EvaluationOptions(
         names,
         TaskOptions(shots, limit, seed, mmlu_data, include, backend, cache=cache),  # type: ignore[arg-type]
-        Calibration(text, samples, length, seed) if text else None,
+        Calibration(text, samples, length, HELD_OUT.seed + seed) if text else None,
         probes, tuple(settings), repeats=repeats, compile=compile, stream=stream, window=window,
     )  # fmt: skip
     named = [
@@ -180,7 +182,7 @@ def estimate(
     as_json: Json = False,
 ) -> None:
     """Predict from the config alone what a drop saves: bytes, FLOPs, roofline times, speed-up."""
-    from dropformer.prune.plan import parse_spec
+    from dropformer.prune.spec import parse_spec
 
     parse_spec(drop)
     from dropformer import console
@@ -222,8 +224,7 @@ def sweep(
     from dropformer.eval.quality.drop_range import parse_range
     from dropformer.metrics.calibration.text import check_name
     from dropformer.prune.files.config_json import read_config
-    from dropformer.prune.plan import parse_keep, parse_spec
-    from dropformer.prune.spec_limits import check_keep
+    from dropformer.prune.spec import check_keep, parse_keep, parse_spec
     from dropformer.recipes.source import short_name
 
     kind, counts = parse_range(drop)

@@ -45,7 +45,7 @@ def compare(
     """How redundancy and the layers to drop change over training, or between pruned variants."""
     from dropformer import preflight
     from dropformer.metrics.calibration.text import check_name
-    from dropformer.prune.plan import parse_keep, parse_spec
+    from dropformer.prune.spec import parse_keep, parse_spec
     from dropformer.recipes.source import short_name
 
     if drop:

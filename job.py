@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dropformer import api
 from dropformer.eval.cost.timing import Setting
 from dropformer.eval.quality.output_similarity import OutputSimilarity, output_similarity
+from dropformer.eval.quality.perplexity import HELD_OUT
 from dropformer.eval.quality.sweep import AT, Sweep, find_cliff, point, with_speed
-from dropformer.eval.quality.trend import trend
 from dropformer.eval.report.report import (
     Measured,
     Report,
@@ -35,20 +35,21 @@ from dropformer.prune.architecture import of_images
 from dropformer.prune.discovery.inputs import takes_pictures, writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files import CopyReport
+from dropformer.prune.files.folder import new_files
 from dropformer.prune.files.output_paths import check_place
 from dropformer.prune.formats.export import Exported, export
-from dropformer.prune.formats.export_plan import plan_kept
+from dropformer.prune.formats.export_plan import Written, plan_kept, write_by_plan
 from dropformer.prune.formats.record import kv_width
 from dropformer.prune.formats.registry import known_format
 from dropformer.prune.formats.writing import ExportOptions
-from dropformer.prune.plan import Plan, parse_spec
+from dropformer.prune.plan import Plan
+from dropformer.prune.spec import parse_spec
 from dropformer.recipes import Recipe
-from dropformer.recipes.opening import LoadedModel, Placement, open_model
+from dropformer.recipes.opening import LoadedModel, Placement, open_model, torch_dtype
 from dropformer.recipes.source import short_name
 from dropformer.scoring import get_scores, open_to_score
 from dropformer.selection import Improvement, given_plan, improved
 
-HELD_OUT = Calibration("heldout", samples=8, length=512, seed=1)
 SWEEP = Setting(prompt=256, new=16)
 """What a sweep times each model at."""
 
@@ -194,6 +195,36 @@ def _carried_out(
     return made[0], exported
 
 
+def run_from_disk(request: Request, progress: Progress | None = None) -> Written:
+    """Choose, repair and write with the blocks' weights read from the files, for a model that exceeds memory.
+
+    Nothing is measured on the result, and nothing of it is loaded again.  Raises a DropformerError.
+    """
+    from dropformer.metrics.offload.from_disk import open_source_of_blocks
+    from dropformer.metrics.offload.process_memory import parse_bytes
+
+    progress, place = progress or Silent(), request.placement
+    if place.device_map or place.device not in (None, "cpu"):
+        raise ModelError("--memory computes on the CPU; leave out --device and --device-map, or --memory")
+    budget = request.improvement.budget if request.improvement else None
+    if budget and budget.startswith("measured"):
+        raise ModelError(
+            "--budget measured times the model, which must be in memory; use decode, or leave out --memory"
+        )
+    out = request.out or default_out(request.model, request.drop or budget, request.plan)
+    check_out(out)
+    with progress.stage("opening the model"):
+        opened = open_model(request.model, request.revision, place, progress.say, False)
+        dtype = torch_dtype(place.dtype or "float32")
+        allowed = parse_bytes(request.memory or "")
+        blocks = open_source_of_blocks(opened.path, allowed, dtype or "float32", place.trust_remote_code)
+    plan, repair = improved(replace(opened, model=cast(Any, blocks.model)), request, progress, blocks)
+    progress.say(f"dropping {', '.join(map(str, plan.layers))}")
+    with progress.stage("copying", 100) as tick:
+        how = replace(request.how, gguf=opened.file, progress=lambda done, total: tick(100 * done // max(1, total), 0))
+        return write_by_plan(plan, opened.path, out, how, repair)
+
+
 def _measure(
     opened: LoadedModel, pruned: Any, plan: Plan, request: Request, held_out: Windows | None, progress: Progress
 ) -> tuple[Measured, Measured]:
@@ -210,9 +241,7 @@ def _measure(
             name=request.text, windows=len(ids), length=ids.shape[1], hash=held_out.ref.hash, calibrated_on=seen
         )
         with progress.stage(f"perplexity on {request.text}"):
-            quality = measure_quality(opened.model, pruned, ids, text)
-        with progress.stage("trend of the first drops alone"):
-            quality.fields["trend"] = trend(opened.model, plan, ids)
+            quality = measure_quality(opened.model, pruned, held_out, text, plan)
         if request.seconds > 0 and known_format(request.how.format).saves:
             with progress.stage("speed, dense and pruned interleaved"):
                 speed = measure_speed(opened.model, pruned, request.seconds)
@@ -284,8 +313,9 @@ def analyze(request: Request, progress: Progress | None = None) -> tuple[Scores,
     opened = open_to_score(request, progress)
     scores = get_scores(opened, request, progress)
     if rank() == 0:
-        scores.write(out / "scores.json")
-        similarity_by_depth(scores, out / "similarity.png")
+        with new_files(out) as folder:
+            scores.write(folder / "scores.json")
+            similarity_by_depth(scores, folder / "similarity.png")
     return scores, out
 
 
@@ -309,7 +339,7 @@ def sweep(
     points = []
     with progress.stage(f"perplexity on {request.text}", len(models)) as tick:
         for model, layers in zip(models, [[], *(plan.layers for plan in plans)], strict=True):
-            points.append(point(opened.model, model, layers, data.ids, setting))
+            points.append(point(opened.model, model, layers, data.ids, setting, data.partly_scored))
             tick(len(points), len(points) * data.ids.numel())
     if speed:
         with progress.stage(f"speed, {len(models)} models interleaved"):

@@ -14,6 +14,7 @@ from dropformer.metrics.analysis.stability import check_spec
 from dropformer.metrics.calibration.data import CalibrationData, calibration_data, default_settings
 from dropformer.metrics.calibration.images import PIXELS, Pictures
 from dropformer.metrics.calibration.settings import check_length
+from dropformer.metrics.calibration.windows import computed_tokens
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.prune.discovery.inputs import takes_pictures
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
@@ -111,6 +112,9 @@ def _measured(opened: LoadedModel, data: CalibrationData, request: Request, rows
     if request.memory is not None:
         return _streamed(opened, data, request, progress)
     how = Measuring(request.batch_size, request.until_stable, request.keep, rows)
+    needed, computed = sum(data.lengths()), computed_tokens(data.lengths(), request.batch_size)
+    if len(set(data.lengths())) > 1 and not request.until_stable:
+        progress.say(f"tokens: {computed:,} computed for {needed:,} needed, {request.batch_size} windows at a time")
     with progress.stage("scoring windows", len(data)) as tick:
         scores = measure(opened.model, data, opened.ref, how, tick)
     if request.until_stable:

@@ -43,13 +43,14 @@ class ModelRef(FrozenRecord):
     """Which model an artifact speaks of.
 
     `name` is what it was called, `hub` its id on the Hugging Face Hub where it has one; `fingerprint` is that of
-    the weights' headers and a sample of bytes.
+    the weights' headers and a sample of bytes, `config` a hash of what config.json builds.
     """
 
     name: str
     hub: str | None = None
     revision: str | None = None
     fingerprint: str | None = None
+    config: str | None = None
     model_type: str | None = None
     license: str | None = None
 

@@ -10,7 +10,7 @@ import typer
 
 import dropformer
 from dropformer.cli import app
-from dropformer.prune.plan import parse_spec
+from dropformer.prune.spec import parse_spec
 
 TEXT = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = sorted(

@@ -13,7 +13,8 @@ from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.prune.architecture import KIND_NAMES, Layer
 from dropformer.prune.artifact import Artifact, FrozenRecord, ModelRef
 from dropformer.prune.errors import PlanError
-from dropformer.prune.plan import choose, parse_spec
+from dropformer.prune.plan import choose
+from dropformer.prune.spec import parse_spec
 
 Matrix = list[list[float | None]]
 GONE = float("-inf")  # ranks a layer that is no longer there below every other

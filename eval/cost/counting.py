@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from dropformer.eval.cost.memory import parameter_count
 from dropformer.eval.cost.model_cost import BlockCost, Experts, ModelCost
+from dropformer.prune.discovery.inputs import writes_text
 from dropformer.prune.discovery.weightless import outline_without_weights
-from dropformer.prune.errors import ModelError
+from dropformer.prune.errors import ArchitectureError, ModelError
+from dropformer.prune.loading.load import auto_class
 from dropformer.prune.outline import StackOutline
 
 EXPERTS_USED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
@@ -22,27 +25,33 @@ EXPERTS_USED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe
 def cost_of_config(config: PreTrainedConfig | Mapping[str, Any]) -> ModelCost:
     """The cost of the causal language model that a config describes, built on the meta device.
 
-    Raises ModelError for a config that builds none, ArchitectureError where no layer can be dropped.
+    Raises ModelError for a config that builds none, ArchitectureError where nothing can be dropped, or where the
+    forward pass depends on numbers that a model without weights does not have (DBRX's experts).
     """
     try:
         if isinstance(config, Mapping):
             config = AutoConfig.for_model(**config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model = auto_class(config).from_config(config, dtype=torch.bfloat16).eval()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ModelError(f"the config builds no causal language model ({reason}); expected a decoder's") from error
-    return _counted(model.eval())
+    if not writes_text(model):
+        raise ModelError(f"{type(model).__name__} is no causal language model; expected a decoder's config")
+    return _counted(model)
 
 
 def cost_of(model: nn.Module) -> ModelCost:
     """The cost of a decoder, dense or pruned.
 
     Its structure is read off a twin without weights, so that nothing is computed; a model that its config alone
-    does not describe is traced itself.  Raises ArchitectureError where no layer can be dropped.
+    does not describe, or whose forward pass needs numbers, is traced itself.  Raises ArchitectureError where no
+    layer can be dropped.
     """
-    twin = _twin(model)
-    return _counted(model if twin is None else twin)
+    with suppress(ArchitectureError):
+        if (twin := _twin(model)) is not None:
+            return _counted(twin)
+    return _counted(model)
 
 
 def _twin(model: nn.Module) -> nn.Module | None:

@@ -20,6 +20,7 @@ from dropformer.metrics.analysis.resume import Header, RowsFile
 from dropformer.metrics.analysis.scores import Scores, Settled
 from dropformer.metrics.analysis.stability import Stopper, first
 from dropformer.metrics.calibration.data import CalibrationData
+from dropformer.metrics.calibration.windows import by_length
 from dropformer.prune.architecture import Architecture
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.summarize import summarize
@@ -117,7 +118,11 @@ def _run(
     done = dict(earlier)
     settled = watch.see(done, {}) if done else None
     with measuring(model, architecture) as run:
-        for batches in _rounds([i for i in range(len(data)) if i not in done], size):
+        missing = [i for i in range(len(data)) if i not in done]
+        if watch.stopper is None:  # else the first windows are needed first
+            lengths = data.lengths()
+            missing = [missing[i] for i in by_length([lengths[window] for window in missing])]
+        for batches in _rounds(missing, size):
             if settled:
                 break
             mine = batches[distributed.rank()] if distributed.rank() < len(batches) else []

@@ -20,7 +20,8 @@ from dropformer.metrics.analysis.scores import Settled
 from dropformer.prune.architecture import Layer
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import choose, parse_spec
+from dropformer.prune.plan import choose
+from dropformer.prune.spec import parse_spec
 
 RESAMPLES = 200
 AGREEMENT = 0.99

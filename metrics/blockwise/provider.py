@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import nn
+
+from dropformer.prune.architecture import Architecture
 
 
 class Provider(Protocol):
@@ -15,6 +18,16 @@ class Provider(Protocol):
 
     def leave(self) -> None:
         """Let go of the block that was entered last."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model whose weights are not in memory: its architecture, a blueprint on the meta device to trace, and what
+    brings each block."""
+
+    architecture: Architecture
+    blueprint: nn.Module
+    provider: Provider
 
 
 class InMemory:

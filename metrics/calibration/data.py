@@ -26,6 +26,9 @@ class CalibrationData(Protocol):
 
     def __len__(self) -> int: ...
 
+    def lengths(self) -> list[int]:
+        """How long each is without padding: those that are alike are cheap to run together."""
+
     def batches(self, size: int, start: int = 0) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
         """(model inputs, scored positions [B, T] bool or None for all) for `size` samples at a time, in order."""
 

@@ -31,6 +31,10 @@ class Pictures:
     def __len__(self) -> int:
         return self.pixels.shape[0]
 
+    def lengths(self) -> list[int]:
+        """Images are all of one size."""
+        return [1] * len(self)
+
     def batches(self, size: int, start: int = 0) -> Iterator[tuple[dict[str, Tensor], None]]:
         """(model inputs, None) for `size` images at a time."""
         for first in range(start, len(self), size):

@@ -105,7 +105,10 @@ def _jsonl(path: Path) -> Iterator[str]:
             except (ValueError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
-                raise CalibrationError(f'{path}, line {number}: expected a JSON object with a text under "text"')
+                raise CalibrationError(
+                    f'{path}, line {number}: expected a JSON object with a text under "text", the same in '
+                    'every line (or "prompt" and "completion", or "messages")'
+                )
             yield text
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dropformer.metrics.calibration.completions import completion_rows, has_completions
 from dropformer.metrics.calibration.settings import Calibration, CalibrationRef
 from dropformer.metrics.calibration.text import documents
 from dropformer.prune.errors import CalibrationError
@@ -17,7 +18,10 @@ from dropformer.prune.errors import CalibrationError
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids [N, T] int64, and which positions are scored, [N, T] bool; `padding` marks real tokens."""
+    """Token ids [N, T] int64, and which positions are scored, [N, T] bool; `padding` marks real tokens.
+
+    A position is scored for its own token: where losses are taken, the prediction of that token counts.
+    """
 
     ids: Tensor
     scored: Tensor
@@ -27,10 +31,23 @@ class Windows:
     def __len__(self) -> int:
         return self.ids.shape[0]
 
+    def lengths(self) -> list[int]:
+        """The tokens of each window, without padding."""
+        return self.padding.sum(1).tolist()
+
+    @property
+    def partly_scored(self) -> Tensor | None:
+        """`scored` where that is not every token, else None."""
+        return None if self.scored.all() else self.scored
+
     def batches(self, size: int, start: int = 0) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """(model inputs, scored positions) for `size` windows at a time; no mask where none is padded."""
-        for first in range(start, len(self), size):
-            yield self.batch(range(first, min(first + size, len(self))))
+        """(model inputs, scored positions) for `size` windows at a time, shorter ones first, so that few are padded.
+
+        Windows of one length come in order; no mask where none is padded.
+        """
+        order = by_length(self.lengths())
+        for first in range(start, len(order), size):
+            yield self.batch(order[first : first + size])
 
     def batch(self, which: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
         """(model inputs, scored positions) of these windows, less the columns that are padding in all of them."""
@@ -43,17 +60,51 @@ class Windows:
         return inputs, self.scored[rows, :width]
 
 
+def by_length(lengths: Sequence[int]) -> list[int]:
+    """The windows from the shortest to the longest, those of one length in order."""
+    return sorted(range(len(lengths)), key=lambda i: lengths[i])
+
+
+def computed_tokens(lengths: Sequence[int], size: int) -> int:
+    """The tokens that run, padding included, where windows of these lengths run `size` at a time by length.
+
+    For example [2, 9, 3, 8] by twos: 2 and 3 run as 2 x 3, 8 and 9 as 2 x 9, 24 tokens for the 22 needed.
+    """
+    ordered = [lengths[i] for i in by_length(lengths)]
+    parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    return sum(len(part) * part[-1] for part in parts)
+
+
 def windows(calibration: Calibration, tokenizer: Any) -> Windows:
     """Tokenize the calibration text and cut it.  Raises CalibrationError where there is too little of it."""
     if calibration.samples < 1 or calibration.length < 2 or not 0 <= calibration.skip_first < calibration.length:
         raise CalibrationError("calibration needs at least 1 window of 2 tokens, and fewer skipped tokens than that")
+    if has_completions(calibration.name):
+        return _completions(calibration, tokenizer)
     cut = _packed if calibration.packed else _one_document_each
     ids, padding = cut(calibration, tokenizer)
-    scored = padding.clone()
+    return scored_windows(calibration, ids, padding, padding)
+
+
+def scored_windows(calibration: Calibration, ids: Tensor, padding: Tensor, counts: Tensor) -> Windows:
+    """Windows of these ids [N, T] with a record of what they are; the first tokens that count are skipped."""
+    scored = counts.clone()
     scored[:, : calibration.skip_first] = False
     digest = hashlib.sha256(ids.numpy().tobytes() + scored.numpy().tobytes()).hexdigest()
     fields = {f: getattr(calibration, f) for f in ("name", "length", "seed", "packed", "skip_first")}
     return Windows(ids, scored, padding, CalibrationRef(samples=len(ids), hash=digest, **fields))
+
+
+def _completions(calibration: Calibration, tokenizer: Any) -> Windows:
+    """A window for each prompt with its completion, or conversation; only completions are scored."""
+    first = max(1, calibration.skip_first)
+    found = completion_rows(calibration.name, tokenizer, calibration.length)
+    rows = [row for row in found if any(row[1][first:])]
+    picked = _picked([ids for ids, _ in rows], calibration, "completions within")
+    ids, padding = padded([rows[i][0] for i in picked], tokenizer)
+    counts, _ = padded([rows[i][1] for i in picked], None)
+    counts[:, 0] = 0  # nothing predicts a text's first token
+    return scored_windows(replace(calibration, packed=False), ids, padding, counts.bool())
 
 
 def _packed(calibration: Calibration, tokenizer: Any) -> tuple[Tensor, Tensor]:
@@ -90,15 +141,24 @@ def _one_document_each(calibration: Calibration, tokenizer: Any) -> tuple[Tensor
 
 
 def _sampled(rows: list[list[int]], calibration: Calibration, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    return padded([rows[i] for i in _picked(rows, calibration, "windows of")], tokenizer)
+
+
+def _picked(rows: Sequence[Any], calibration: Calibration, what: str) -> list[int]:
+    """Which rows the seed draws.  Raises CalibrationError where there are too few."""
     if len(rows) < calibration.samples:
         raise CalibrationError(
-            f"`{calibration.name}` gives {len(rows)} windows of {calibration.length} tokens, but {calibration.samples} "
-            "were asked for; lower --samples or --length, or use more text"
+            f"`{calibration.name}` gives {len(rows)} {what} {calibration.length} tokens, but {calibration.samples} "
+            "were asked for; lower --samples, or use more text"
         )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(calibration.seed))
-    picked = [rows[i] for i in order[: calibration.samples].tolist()]
+    return order[: calibration.samples].tolist()
+
+
+def padded(picked: Sequence[Sequence[int]], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Rows padded to the longest, [N, T] int64, and which of them are no padding, [N, T] bool."""
     width = max(map(len, picked))
-    ids = torch.full((len(picked), width), tokenizer.pad_token_id or 0, dtype=torch.int64)
+    ids = torch.full((len(picked), width), getattr(tokenizer, "pad_token_id", 0) or 0, dtype=torch.int64)
     padding = torch.zeros((len(picked), width), dtype=torch.bool)
     for i, row in enumerate(picked):
         ids[i, : len(row)] = torch.tensor(row)

@@ -64,6 +64,35 @@ def peak() -> int:
     return _status("VmHWM") or (usage if sys.platform == "darwin" else usage * 1024)
 
 
+class PeakMemory:
+    """The most memory that was taken beyond what was in use at the start: a GPU's where there is one, else resident.
+
+    The kernel's own high-water mark is set back, where it may be (Linux); where not, an earlier peak hides a lower one.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        if device == "cuda":
+            import torch
+
+            torch.cuda.reset_peak_memory_stats()
+            self._start = torch.cuda.memory_allocated()
+        else:
+            return_freed()
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            self._start = resident()
+
+    @property
+    def extra(self) -> int:
+        """Bytes beyond those in use at the start."""
+        if self.device == "cuda":
+            import torch
+
+            return max(0, torch.cuda.max_memory_allocated() - self._start)
+        return max(0, peak() - self._start)
+
+
 def _status(field: str) -> int:
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()

@@ -68,7 +68,7 @@ class IndependentRefit:
     groups: Sequence[Group]
     penalties: Sequence[float] = PENALTIES
     fits: dict[tuple[str, frozenset[Layer]], SlotFit] = field(default_factory=dict)
-    _near: dict[str, float] = field(default_factory=dict)
+    _near: dict[str, tuple[float, int]] = field(default_factory=dict)  # kind -> the last penalty, the side to try
 
     def run(self, targets: Iterable[RefitTarget]) -> None:
         """Fit these targets, which share the pass."""
@@ -99,7 +99,7 @@ class IndependentRefit:
         outputs = {layer: self.outputs[layer] for layer in lost}
         found = observe(self.runner, block, batch, stream, slots, outputs)
         for one in opened:
-            one.note(found, self.runner.keeper.keep)
+            one.note(found, self.runner.keeper.keep, self.runner.counted[batch])
         return found.stream
 
     def _close(self, done: _Open) -> None:
@@ -107,7 +107,7 @@ class IndependentRefit:
         sums = done.sums(self.groups)
         found = fit(sums, done.target.wanted, self.penalties, self._near.get(slot.layer.kind))
         sums.clear()
-        self._near[slot.layer.kind] = found[0].penalty
+        self._near[slot.layer.kind] = found[0].penalty, -self._near.get(slot.layer.kind, (0.0, 1))[1]
         for chosen, one in zip(done.target.wanted, found, strict=True):
             lost = frozenset(layer for i in chosen for layer in done.target.units[i])
             tensors = changed(slot, done.module, one, done.constant) if one.helps else {}
@@ -126,14 +126,14 @@ class _Open:
         self._added: list[dict[int, Tensor]] = []
         self._at: dict[Layer, int] = {}
 
-    def note(self, found: Observation, keep: Callable[[Tensor], Tensor]) -> None:
-        """Take what one batch showed; batches come in the same order in every block."""
+    def note(self, found: Observation, keep: Callable[[Tensor], Tensor], counted: Tensor | None = None) -> None:
+        """Take what one batch showed, of which these tokens count; batches come in the same order in every block."""
         slot = self.target.slot
         if slot.path in found.features:
             z = found.features[slot.path]
             self.constant = self.constant or float(z.float().square().mean().sqrt())
             self._z.append(keep(z))
-            self._weights.append(token_weights(found.after[slot.layer]))
+            self._weights.append(token_weights(found.after[slot.layer], counted))
             self._added.append({})
         for layer in [layer for unit in self.target.units for layer in unit if layer in found.added]:
             batch = self._at.get(layer, 0)

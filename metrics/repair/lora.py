@@ -1,8 +1,8 @@
 """Heal a pruned model with low-rank adapters (LoRA, arXiv 2106.09685), distilled from the dense model.
 
-The pruned model learns to give the dense model's probabilities (arXiv 1503.02531) on the calibration windows:
-what is learned is not the text but the dense model's answer to it.  The adapters are merged into the weights
-afterwards, so that a checkpoint stays in its format and costs nothing more to run.  Needs peft.
+The pruned model learns to give the dense model's probabilities (arXiv 1503.02531) and its streams between blocks on
+the calibration windows: what is learned is not the text but the dense model's answer to it.  The adapters are merged
+into the weights afterwards, so that a checkpoint stays in its format and costs nothing more to run.  Needs peft.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from dropformer.metrics.blockwise.divergence import first_changed
 from dropformer.metrics.blockwise.runner import BlockRunner, replaced
 from dropformer.metrics.repair.base import Changes, RepairContext
+from dropformer.metrics.repair.distill import padding, relative_error
+from dropformer.prune.architecture import Block
 from dropformer.prune.discovery.trace import outputs_of
 from dropformer.prune.surgery.views import sharing_copy
 
@@ -31,13 +33,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Healing:
-    """How to train: ranks, the highest learning rate, passes over the windows, and every how many positions count."""
+    """How to train: ranks, the highest learning rate, passes over the windows, every how many positions' logits count,
+    and what the error of the streams between blocks counts beside them."""
 
     rank: int = 16
     rate: float = 1e-3
     epochs: int = 2
-    stride: int = 2
+    stride: int = 4
     warm_up: int = 8
+    streams: float = 1.0
 
     def factor(self, step: int, steps: int) -> float:
         """The share of the learning rate at a step: up within `warm_up` steps, then down along a cosine."""
@@ -82,9 +86,8 @@ def heal(
         stack.enter_context(replaced(student, modules))
         stack.enter_context(flags(runner.model, modules.values()))
         adapted = adapters(student, linear_paths(student, runner, first), how)
-        steps = [batch for epoch in range(how.epochs) for batch in shuffled(len(runner), epoch)]
         with recomputing(student, [block.path for block in runner.blocks[first:]]):
-            train(student, adapted.values(), runner, steps, how, progress)
+            train(student, adapted.values(), runner, first, how, progress)
         runner.work.spent += (len(runner.blocks) + 4 * (len(runner.blocks) - first)) * runner.tokens * how.epochs
         return {f"{path}.weight": runner.keeper.keep(merged(adapted.pop(path))) for path in list(adapted)}
 
@@ -122,30 +125,57 @@ def train(
     student: nn.Module,
     adapted: Iterable[Any],
     runner: BlockRunner,
-    steps: Sequence[int],
+    first: int,
     how: Healing,
     progress: Progress | None,
 ) -> None:
-    """Bring KL(dense || student) down, one window a step, positions in turn."""
+    """Bring KL(dense || student) and the errors of the streams behind each block from `first` on down, one batch a
+    step, domains mixed, positions in turn."""
+    steps = [batch for epoch in range(how.epochs) for batch in shuffled(len(runner), epoch)]
     learned = [p for adapter in adapted for p in adapter.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=how.rate, betas=(0.9, 0.95), weight_decay=0.0)
     for step, batch in enumerate(steps):
         inputs = runner.batches[batch]
-        positions = torch.arange(step % how.stride, inputs["input_ids"].shape[1], how.stride)
+        positions = _positions(inputs["input_ids"], runner.counted[batch], step % how.stride, how.stride)
         for group in optimizer.param_groups:
             group["lr"] = how.rate * how.factor(step, len(steps))
-        with torch.no_grad():
+        with torch.no_grad(), streams(runner.model, runner.blocks[first:]) as dense:
             goal = log_probabilities(runner.model, inputs, positions)
-        with torch.enable_grad():
-            loss = nn.functional.kl_div(
-                log_probabilities(student, inputs, positions), goal, log_target=True, reduction="sum"
-            )
-            (loss / goal.shape[:-1].numel()).backward()
+        with torch.enable_grad(), streams(student, runner.blocks[first:]) as given:
+            found = log_probabilities(student, inputs, positions)
+            loss = nn.functional.kl_div(found, goal, log_target=True, reduction="sum") / goal.shape[:-1].numel()
+            masks = padding(inputs), runner.counted[batch]
+            errors = [relative_error(x, y.to(x.device), *masks) for x, y in zip(given, dense, strict=True)]
+            (loss + how.streams * sum(errors) / max(len(errors), 1)).backward()
+        del dense, given, errors
         nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if progress:
             progress(step + 1, len(steps))
+
+
+def _positions(ids: Tensor, counted: Tensor | None, first: int, stride: int) -> Tensor:
+    """Every `stride`-th of the positions whose next token counts in any of the batch's windows, from `first` on."""
+    if counted is None:
+        return torch.arange(first, ids.shape[1], stride)
+    found = counted[:, 1:].any(0).nonzero()[:, 0].cpu()
+    return found[min(first, len(found) - 1) :: stride]
+
+
+@contextmanager
+def streams(model: nn.Module, blocks: Sequence[Block]) -> Iterator[list[Tensor]]:
+    """What these blocks give, in the order in which they run, during a pass inside the `with`.  [B, T, D] each."""
+    found: list[Tensor] = []
+
+    def note(key: Any, _m: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        found.append(outputs_of(output)[key])
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            module = model.get_submodule(block.path)
+            hooks.callback(module.register_forward_hook(partial(note, block.output.key)).remove)
+        yield found
 
 
 def log_probabilities(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
@@ -171,12 +201,12 @@ def recomputing(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
     """Inside the `with` these blocks keep only their inputs for the backward pass, and run again there."""
     own = [model.get_submodule(path) for path in blocks]
     for block in own:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        vars(block)["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
         for block in own:
-            del block.forward
+            vars(block).pop("forward")
 
 
 @contextmanager

@@ -115,17 +115,19 @@ def solve(zz: Tensor, zr: Tensor, penalty: float, exact: bool = False) -> Tensor
 
     Each input is penalized by its own size, so that a few huge ones (the massive activations of attention sinks)
     do not make the penalty huge for all the others: scaled to a diagonal of ones, the matrix has a condition of at
-    most K / penalty.  `exact`: in float64, where the device has it.  Time: K^3 / 3 + 2 K^2 D.
+    most K / penalty, for which float32 is enough (1e-5 of the prediction on real moments, where rounding the change
+    to bfloat16 costs 2e-3).  `exact`: in float64, where the device has it.  Time: K^3 / 3 + 2 K^2 D.
     """
     sizes = zz.diagonal(dim1=-2, dim2=-1)
     root = sizes.clamp_min(max(1e-9 * float(sizes.max()), 1e-30)).sqrt()
     dtype = torch.float64 if exact and zz.device.type != "mps" else torch.float32
-    ridge = (zz / root[..., :, None] / root[..., None, :]).to(dtype)
+    ridge = (zz / root[..., :, None]).div_(root[..., None, :]).to(dtype)
     ridge.diagonal(dim1=-2, dim2=-1).add_(penalty)
     factor, failed = torch.linalg.cholesky_ex(ridge)
+    del ridge
     if failed.any() and not exact:
         return solve(zz, zr, penalty, True)
-    return torch.cholesky_solve((zr / root[..., None]).to(dtype), factor) / root[..., None]
+    return torch.cholesky_solve((zr / root[..., None]).to(dtype), factor).div_(root[..., None])
 
 
 def error(zz: Tensor, zr: Tensor, rr: float, w: Tensor) -> float:
@@ -138,16 +140,16 @@ def fit(
     groups: Mapping[Group, MomentSums],
     targets: Sequence[Sequence[int]] = ((0,),),
     penalties: Sequence[float] = PENALTIES,
-    start: float | None = None,
+    start: tuple[float, int] | None = None,
 ) -> list[Fit]:
     """A ridge fit at the sum of some targets, for each such choice of targets, domains weighing the same.
 
     Each penalty is validated twice: on held-out windows of all domains, fitted on the rest, and on each domain,
     fitted on the others.  So the one that wins carries over to more text of the same domains and to another.  The
-    choices share a penalty, as they share the factored matrix; `start`: one that was good for a slot nearby.  The
-    last fit is on everything.  A lone group validates itself.
-    Time: a K x K factorization for each domain and one more, for each penalty tried, three or four, and one in
-    float64.  Memory: three K x K matrices beside the sums.
+    choices share a penalty, as they share the factored matrix; `start`: one that was good for a slot nearby, and a
+    direction, 1 or -1, in which a better one is looked for.  The last fit is on everything.  A lone group validates
+    itself.  Time: a K x K factorization for each domain and one more, for each penalty tried, two to four, and one
+    in the end.  Memory: three K x K matrices beside the sums, which are used up.
     """
     domains = [sums.mean() for group, sums in groups.items() if group is not None]
     held_out = groups[None].mean() if None in groups else None
@@ -160,12 +162,12 @@ def fit(
         return sum(min(share, 1.0) for share in left[penalty])
 
     penalty = _least(score, penalties, start)
-    zz, zr = _average([(mean[0], mean[1]) for mean in domains])
+    zz, zr = _average([(mean[0], mean[1]) for mean in domains], into=True)
     if held_out is not None:
         share = groups[None].weight / sum(sums.weight for sums in groups.values())
         zz, zr = zz.lerp_(held_out[0], share), zr.lerp_(held_out[1], share)
     aims = torch.cat([_aim(zr, chosen) for chosen in targets], -1)
-    changes = solve(zz, aims, penalty, exact=True).float().chunk(len(targets), -1)
+    changes = solve(zz, aims, penalty).float().chunk(len(targets), -1)
     shares = zip(changes, left[penalty], strict=True)
     return [Fit(w if share < 1 else torch.zeros_like(w), penalty, min(share, 1.0)) for w, share in shares]
 
@@ -185,12 +187,13 @@ def _aim(zr: Tensor, chosen: Sequence[int], mix: Tensor | None = None) -> Tensor
     return total if mix is None else total @ mix
 
 
-def _least(score: Callable[[float], float], penalties: Sequence[float], start: float | None) -> float:
-    """The penalty of least score, downhill from `start` or the middle: scores have one valley."""
-    at = penalties.index(start) if start in penalties else len(penalties) // 2
+def _least(score: Callable[[float], float], penalties: Sequence[float], start: tuple[float, int] | None) -> float:
+    """The penalty of least score, downhill from `start` on one side, or from the middle: scores have one valley."""
+    at = penalties.index(start[0]) if start and start[0] in penalties else len(penalties) // 2
+    sides = (start[1],) if start else (1, -1)
     found = {at: score(penalties[at])}
     while True:
-        for near in (at + 1, at - 1):
+        for near in (at + side for side in sides):
             if 0 <= near < len(penalties) and near not in found:
                 found[near] = score(penalties[near])
                 if found[near] < found[at]:
@@ -200,8 +203,9 @@ def _least(score: Callable[[float], float], penalties: Sequence[float], start: f
             return penalties[at]
 
 
-def _average(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    zz, zr = parts[0][0].clone(), parts[0][1].clone()
+def _average(parts: Sequence[tuple[Tensor, Tensor]], into: bool = False) -> tuple[Tensor, Tensor]:
+    """The means of matrices; `into` the first of them, which is used up."""
+    zz, zr = parts[0] if into else (parts[0][0].clone(), parts[0][1].clone())
     for other in parts[1:]:
         zz, zr = zz.add_(other[0]), zr.add_(other[1])
     return zz.div_(len(parts)), zr.div_(len(parts))
@@ -239,8 +243,11 @@ def _validated(
     return found
 
 
-def token_weights(stream: Tensor, share: float = 0.1) -> Tensor:
+def token_weights(stream: Tensor, counted: Tensor | None = None, share: float = 0.1) -> Tensor:
     """The weight of each token in a fit, [B, T] from the stream [B, T, D]; those of a window sum to its tokens.
+
+    Where only some tokens count, `counted` [B, T] bool, the others weigh nothing but for the sinks among them, to
+    which the completions attend; a window's weights sum to the tokens that count.
 
     The inverse square of the stream's norm, as a norm follows it, so that errors are relative.  Attention sinks
     (the first token, and any with 4 times the window's median norm) have huge norms and are few, but every later
@@ -254,7 +261,9 @@ def token_weights(stream: Tensor, share: float = 0.1) -> Tensor:
     least = (1e-3 * median).clamp_min(1e-15)  # a token without an embedding of its own may begin at zero
     inverse = size.maximum(least).square().reciprocal()
     weights = torch.zeros_like(size)
-    for chosen, part in ((~sink, 1 - share), (sink, share)):
+    usual = ~sink if counted is None else ~sink & counted.to(sink.device)
+    total = size.shape[-1] if counted is None else counted.to(size).sum(-1, keepdim=True)
+    for chosen, part in ((usual, 1 - share), (sink, share)):
         inside = torch.where(chosen, inverse, 0.0)
-        weights += part * size.shape[-1] * inside / inside.sum(-1, keepdim=True).clamp_min(1e-30)
+        weights += part * total * inside / inside.sum(-1, keepdim=True).clamp_min(1e-30)
     return weights

@@ -101,7 +101,7 @@ class SequentialRefit:
         wanted = {slot.layer: slot for slot in slots}
         places = sites(self.architecture, self.runner.stack, self.gone, wanted)
         aims = {n: target(places, n) for n, site in enumerate(places) if site.layer in wanted}
-        dense = _Dense(self.runner, {aim.key for aim in aims.values()})
+        dense = DenseStreams(self.runner, {aim.key for aim in aims.values()})
         first = min(self._first_changed(), *(places[n].block for n in aims))
         last = max(places[n].block for n in aims)
         with torch.no_grad():
@@ -158,16 +158,17 @@ class SequentialRefit:
                 lost = (goal.float() - after.float()) / slot.scale
                 kind = MomentSums if slot.kind == "linear" else ChannelSums
                 group = sums.setdefault(self.groups[batch], kind())
-                group.add(inputs_of(slot, module, z, constant), [lost], token_weights(goal))
+                group.add(inputs_of(slot, module, z, constant), [lost], token_weights(goal, self.runner.counted[batch]))
                 if not later and torch.equal(after, found.stream):
                     ends.append((self.runner.keeper.keep(z), self.runner.keeper.keep(after)))
             one = fit(sums, penalties=self.penalties, start=self._near(slot))[0]
             self.fits.append(SequentialFit(slot, one.penalty, one.left_over))
             return self._apply(slot, module, one, constant, ends if len(ends) == len(streams) else None)
 
-    def _near(self, slot: OutputProjection) -> float | None:
-        """The penalty of the last slot of the same kind of branch."""
-        return next((f.penalty for f in reversed(self.fits) if f.slot.layer.kind == slot.layer.kind), None)
+    def _near(self, slot: OutputProjection) -> tuple[float, int] | None:
+        """The penalty of the last slot of the same kind of branch, and the side on which to look for a better one."""
+        before = [fit.penalty for fit in self.fits if fit.slot.layer.kind == slot.layer.kind]
+        return (before[-1], (-1) ** len(before)) if before else None
 
     def _apply(
         self,
@@ -228,7 +229,7 @@ def target(found: Sequence[StreamSite], n: int) -> StreamSite:
     return found[end - 1]
 
 
-class _Dense:
+class DenseStreams:
     """The dense model's streams on their way, and those at the places that are asked for until they are taken."""
 
     def __init__(self, runner: BlockRunner, places: Collection[tuple[int, str | None]]) -> None:
@@ -247,7 +248,8 @@ class _Dense:
                     output = self.runner.step(i, batch, stream)
                 self.streams[batch] = keep(output)
                 for place in here:
-                    value = output if place[1] is None else after_branch(block.branch(place[1]), seen)  # type: ignore[arg-type]
+                    branch = block.branch(place[1]) if place[1] else None
+                    value = output if branch is None else after_branch(branch, seen)
                     self._at.setdefault(place, []).append(keep(value))
             self.next = i + 1
 

@@ -16,12 +16,14 @@ from dropformer.prune.block_map import new_name
 from dropformer.prune.errors import PlanError
 from dropformer.prune.files import CopyReport, NewTensor
 from dropformer.prune.formats.writing import ExportJob
+from dropformer.prune.formats.zeros import beside_weight, zero_byte
 
 
 def write_dense(writing: ExportJob, folder: Path) -> CopyReport:
-    """config.json as it was, and the source's tensors with those of dropped branches set to zero.
+    """config.json as it was, and the source's tensors with the weights and biases of dropped branches set to zero.
 
-    Zeros in all of a branch's weights, its norms and biases too, are exactly a drop: what it adds is zero.
+    Zeros in all of a branch's weights, its norms and biases too, are exactly a drop: what it adds is zero.  The scales
+    of quantized weights and of activations stay, since engines divide by them.
     Raises PlanError for what zeros cannot express.
     """
     _check_expressible(writing)
@@ -46,13 +48,26 @@ def _check_expressible(writing: ExportJob) -> None:
 def _replaced(writing: ExportJob) -> Iterator[tuple[str, NewTensor]]:
     """Zeros for what is dropped, new values for what is repaired, by tensor name."""
     gone = set(writing.outline.branch_layers(writing.surgery.layers))
-    empty = mmap.mmap(-1, max((span.nbytes for span in writing.source.tensors.values()), default=0) or 1)
+    most = max((span.nbytes for span in writing.source.tensors.values()), default=0) or 1
+    fills: dict[int, mmap.mmap] = {}
     for tensor, span in writing.source.tensors.items():
         for parameter in writing.parameters(tensor):
             if _owner(writing, parameter) in gone:
-                yield tensor, NewTensor(span.dtype, span.shape, memoryview(empty)[: span.nbytes])
+                if beside_weight(tensor):
+                    continue
+                byte = zero_byte(writing.config, tensor, span.dtype)
+                fill = fills[byte] if byte in fills else fills.setdefault(byte, _filled(most, byte))
+                yield tensor, NewTensor(span.dtype, span.shape, memoryview(fill)[: span.nbytes])
             elif (new := new_name(writing.outline, writing.block_map, parameter)) in writing.repaired:
-                yield tensor, writing.repaired[new]  # type: ignore[index]
+                yield tensor, writing.repaired[new]
+
+
+def _filled(size: int, byte: int) -> mmap.mmap:
+    """Memory that holds one byte throughout; zeros cost nothing until they are read."""
+    memory = mmap.mmap(-1, size)
+    if byte:
+        memory[:] = bytes([byte]) * size
+    return memory
 
 
 def _owner(writing: ExportJob, parameter: str) -> Layer | None:
@@ -63,5 +78,5 @@ def _owner(writing: ExportJob, parameter: str) -> Layer | None:
             continue
         for branch in stack.of_block(int(index)):
             if any(rest == module or rest.startswith(module + ".") for module in branch.modules):
-                return Layer(branch.kind, int(index), stack.name)  # type: ignore[arg-type]
+                return Layer(branch.kind, int(index), stack.name)
     return None

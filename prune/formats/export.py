@@ -15,6 +15,7 @@ from dropformer.prune.block_map import Surgery
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.files.side_files import copy_side_files
+from dropformer.prune.formats.fitting import config_digest
 from dropformer.prune.formats.record import licence_of, write_record
 from dropformer.prune.formats.registry import known_format
 from dropformer.prune.formats.verify import verify
@@ -22,6 +23,7 @@ from dropformer.prune.formats.writing import ExportJob, ExportOptions, write_con
 from dropformer.prune.loading.tensor_names import auto_names, meta_model, native_class, parameter_names
 from dropformer.prune.plan import Plan
 from dropformer.prune.surgery.config import completed
+from dropformer.prune.surgery.side_files import follow_files
 from dropformer.prune.surgery.surgery import config_from
 
 
@@ -59,11 +61,14 @@ def export(
     """
     how = how or ExportOptions()
     kind = known_format(how.format)
+    kind.check(how.format, surgery.block_map)
     writing = replace(writing_of(native_class(type(model)), surgery, open_checkpoint(source), how), model=model)
     with new_folder(out) as folder:
         copied = kind.write(writing, folder)
         if kind.sides:
             copied = copied.noted(copy_side_files(source, folder).note)
+        if kind.saves:
+            follow_files(folder, surgery.outline, surgery.block_map)
         results = finish(folder, copied) if finish else None
         record = write_record(folder, plan, surgery.block_map, copied, how.format, results)
         difference = verify(folder, model, surgery, not kind.saves) if kind.reloads else None
@@ -93,6 +98,7 @@ def reference(
         hub=hub,
         revision=revision,
         fingerprint=checkpoint.fingerprint,
+        config=config_digest(config),
         model_type=config["model_type"],
         license=license or licence_of(source),
     )

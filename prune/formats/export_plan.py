@@ -11,19 +11,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dropformer.prune.block_map import Surgery, map_blocks
-from dropformer.prune.errors import DropformerError, ModelError, OutputError, PlanError, VerificationError
+from dropformer.prune.errors import (
+    ArchitectureError,
+    DropformerError,
+    ModelError,
+    OutputError,
+    PlanError,
+    VerificationError,
+)
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.files.side_files import copy_side_files
+from dropformer.prune.formats.fitting import check_fits
 from dropformer.prune.formats.record import need_dense, write_record
 from dropformer.prune.formats.registry import known_format
 from dropformer.prune.formats.writing import ExportJob, ExportOptions
 from dropformer.prune.plan import Plan
+from dropformer.prune.surgery.config import pruned_config
+from dropformer.prune.surgery.side_files import follow_files, followed_files
 
 
 @dataclass(frozen=True)
@@ -35,12 +45,14 @@ class Written:
     record: dict[str, Any]
 
 
-def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None = None) -> Written:
+def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None = None, repair: Any = None) -> Written:
     """Write the checkpoint that a plan makes of the one in `source`.
 
     Every tensor's bytes are compared with the source; nothing is run.  Memory: a copy's buffer, whatever the size.
+    `repair` (`metrics.repair.base.Repair`) gives some of the kept layers new weights; without one, those that the
+    plan was made with are not repeated.
     Raises PlanError where the plan was made for other weights or the format cannot carry it, OutputError where `out`
-    exists and is not empty, CheckpointError for a bad source.
+    exists and is not empty, CheckpointError for a bad source or a config.json that does not fit it.
     """
     how = how or ExportOptions()
     kind = known_format(how.format)
@@ -50,12 +62,17 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
     if plan.model.fingerprint != checkpoint.fingerprint:
         raise PlanError(f"the plan was made for other weights than those in {source}; plan this model")
     need_dense(read_config(source), plan.model.name)
-    plan = plan.unrepaired()
-    writing = plain_writing(plan, checkpoint, how) or asked_writing(plan, checkpoint, how)
+    check_fits(plan, checkpoint, how.trust_remote_code)
+    plan = plan if repair else plan.unrepaired()
+    plain = None if repair else plain_writing(plan, checkpoint, how)
+    writing = plain or asked_writing(plan, checkpoint, how, repair)
+    kind.check(how.format, writing.block_map)
     with new_folder(out) as folder:
         copied = kind.write(writing, folder)
         if kind.sides:
             copied = copied.noted(copy_side_files(source, folder).note)
+        if kind.saves:
+            follow_files(folder, plan.outline, writing.block_map)
         record = write_record(folder, plan, writing.block_map, copied, how.format)
         plan.portable().write(folder / "plan.json")
     return Written(out, copied, record)
@@ -69,9 +86,16 @@ def plain_writing(plan: Plan, source: Checkpoint, how: ExportOptions) -> ExportJ
     """
     outline = plan.outline
     block_map = map_blocks(outline, plan.layers)
-    if not outline.autos or not (block_map.in_place(outline) or all(stack.alike for stack in outline.stacks)):
+    if plan.windows or not outline.autos:
+        return None
+    if not (block_map.in_place(outline) or all(stack.alike for stack in outline.stacks)):
         return None
     surgery = Surgery(outline, tuple(plan.layers), block_map)
+    try:
+        pruned_config(read_config(source.folder), outline, block_map)
+        followed_files(source.folder, outline, block_map)
+    except ArchitectureError:  # transformers is asked, and blocks stay where they are
+        return None
     names = {name: name for name in source.tensors}
     prefix = outline.stacks[0].path.partition(".")[0]
     writing = ExportJob(source, read_config(source.folder), surgery, names, prefix, outline.autos, how)
@@ -79,14 +103,21 @@ def plain_writing(plan: Plan, source: Checkpoint, how: ExportOptions) -> ExportJ
     return writing if gone == outline.dropped_parameters(plan.layers) else None
 
 
-def asked_writing(plan: Plan, source: Checkpoint, how: ExportOptions) -> ExportJob:
+def asked_writing(plan: Plan, source: Checkpoint, how: ExportOptions, repair: Any = None) -> ExportJob:
     """The same from a model without weights: what transformers calls the tensors, and whether blocks can move."""
     from dropformer.prune.formats.export import writing_of
     from dropformer.prune.loading.load import weightless
     from dropformer.prune.surgery.surgery import plan_surgery
 
     model = weightless(source.folder, how.trust_remote_code)
-    return writing_of(type(model), plan_surgery(plan.outline, plan.layers, model), source, how)
+    mapped = repair.mapped if repair else None
+    surgery = plan_surgery(plan.outline, plan.layers, model, mapped, plan.windowed, source.folder)
+    if repair:
+        from dropformer.prune.formats.stored_tensors import stored_dtype
+
+        named, dtype = repair.named(plan.outline, surgery.block_map), stored_dtype(source.folder)
+        surgery = replace(surgery, tensors={name: tensor.to(dtype) for name, tensor in named.items()})
+    return writing_of(type(model), surgery, source, how)
 
 
 @contextmanager

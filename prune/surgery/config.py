@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from dropformer.prune.architecture import KIND_NAMES, of_images
@@ -10,6 +11,7 @@ from dropformer.prune.block_map import BlockMap, MappedBlock, new_index, skipped
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.files.config_json import BLOCK_COUNTS
 from dropformer.prune.outline import Outline, StackOutline
+from dropformer.prune.surgery.block_numbers import OTHERS, PAIRS, BlockNumbers
 
 # Numbers of blocks by stage, of which each is a stack.
 STAGES = ("depths", "block_sizes")
@@ -24,6 +26,8 @@ PER_MLP = {"mlp_layer_types", "moe_layer_freq"}
 # Indices of blocks: those that stay, renumbered.
 INDICES = {"mlp_only_layers": "mlp", "moe_layers": "mlp", "attn_layer_indices": "source", "hybrid_layer_ids": "source"}
 INDICES |= {"full_attn_idxs": "source", "cross_attention_layers": "source", "global_attn_indexes": "source"}
+# Dictionaries keyed by block.
+KEYED = {"per_layer_config", "pruned_heads"}
 # A number of leading blocks: how many of those stay.
 LEADING = {"first_k_dense_replace": "mlp", "num_dense_layers": "mlp"}
 
@@ -33,13 +37,16 @@ def pruned_config(config: dict[str, Any], outline: Outline, block_map: BlockMap)
 
     `config` is config.json as read.  Raises ArchitectureError for a per-block list that it does not know.
     """
-    new, shortened = copy.deepcopy(config), False
+    numbers = BlockNumbers(outline, block_map)
+    new, shortened = numbers.follow(copy.deepcopy(config)), False
     for stack in outline.stacks:
         blocks = block_map.stacks[stack.name]
         if any(b.source != i or b.mlp != i for i, b in enumerate(blocks)) or len(blocks) != stack.blocks:
             if of_images(stack.name) and "vision_feature_layer" in new:
                 raise ArchitectureError("blocks stay where they are: vision_feature_layer counts them")
-            _shorten(_section(new, stack), stack, blocks)
+            for section in _sections(new, stack):
+                _check_numbers(section, stack, numbers)
+            _shorten(new, stack, blocks)
             shortened = True
     encoder, decoder = (new.get(key) for key in ("num_layers", "num_decoder_layers"))
     if shortened and isinstance(encoder, int) and isinstance(decoder, int) and encoder < decoder:
@@ -72,6 +79,21 @@ def without_heads(config: dict[str, Any], outline: Outline, stacks: set[str]) ->
     return new
 
 
+def _sections(config: dict[str, Any], stack: StackOutline) -> list[dict[str, Any]]:
+    """Where a config may speak of the stack: its own section, and the top level around it."""
+    own = _section(config, stack)
+    return [own] if own is config else [own, config]
+
+
+def _check_numbers(section: dict[str, Any], stack: StackOutline, numbers: BlockNumbers) -> None:
+    """Follow pairs of a block and something of it; raise ArchitectureError for unknown nested numbers of blocks."""
+    for key, value in section.items():
+        if key in PAIRS and isinstance(value, list):
+            section[key] = numbers.pairs(key, value)
+        elif key not in KEYED and not (isinstance(value, dict) and (key.endswith("_config") or OTHERS.search(key))):
+            numbers.check_unknown(key, value)
+
+
 def _section(config: dict[str, Any], stack: StackOutline) -> dict[str, Any]:
     """The part of a composite config that describes the stack."""
     texts = ("text_config", "language_config", "llm_config", stack.name, f"{stack.name}_config")
@@ -81,7 +103,8 @@ def _section(config: dict[str, Any], stack: StackOutline) -> dict[str, Any]:
     return config
 
 
-def _shorten(config: dict[str, Any], stack: StackOutline, blocks: tuple[MappedBlock, ...]) -> None:
+def _shorten(whole: dict[str, Any], stack: StackOutline, blocks: tuple[MappedBlock, ...]) -> None:
+    config = _section(whole, stack)
     if stage := next((key for key in STAGES if isinstance(config.get(key), list)), None):
         raise ArchitectureError(f"blocks stay where they are: config.json counts them by stage (`{stage}`)")
     counts = _counts(config, stack)
@@ -89,16 +112,26 @@ def _shorten(config: dict[str, Any], stack: StackOutline, blocks: tuple[MappedBl
         raise ArchitectureError(
             f"config.json does not say in a known field that {stack.path} has {stack.blocks} blocks"
         )
-    for key in counts:
-        config[key] = len(blocks)
-    for key, value in list(config.items()):
-        follow = _follower(key, value, stack)
-        if follow:
-            config[key] = follow(value, blocks)
-    layers = config.get("per_layer_config")
-    if layers:
-        renumbered = {str(new): layers[str(b.source)] for new, b in enumerate(blocks) if str(b.source) in layers}
-        config["per_layer_config"] = renumbered
+    for section in _sections(whole, stack):
+        for key in _counts(section, stack):
+            section[key] = len(blocks)
+        for key, value in list(section.items()):
+            if follow := _follower(key, value, stack, blocks):
+                section[key] = follow(value, blocks)
+        for key in KEYED & section.keys():
+            by_block = section[key] or {}
+            kept = {str(new): by_block[str(b.source)] for new, b in enumerate(blocks) if str(b.source) in by_block}
+            section[key] = kept or section[key]
+
+
+def stated_counts(config: dict[str, Any], stack: StackOutline) -> dict[str, int]:
+    """What a config says of the number of a stack's blocks, by field, right or wrong."""
+    names = [stack.name] if stack.name in BLOCK_COUNTS else []
+    if not stack.name:
+        names = [n for n in ("decoder", "encoder") if n in stack.path.split(".")] or [""]
+    section = _section(config, stack)
+    found = {k: section[k] for name in names for k in BLOCK_COUNTS[name] if isinstance(section.get(k), int)}
+    return found if not stack.name or stack.blocks in found.values() or len(found) == 1 else {}
 
 
 def _counts(config: dict[str, Any], stack: StackOutline) -> list[str]:
@@ -109,7 +142,10 @@ def _counts(config: dict[str, Any], stack: StackOutline) -> list[str]:
     return next(filter(None, found), [])
 
 
-def _follower(key: str, value: Any, stack: StackOutline):  # type: ignore[no-untyped-def]
+Follow = Callable[[Any, Sequence[MappedBlock]], Any]
+
+
+def _follower(key: str, value: Any, stack: StackOutline, blocks: Sequence[MappedBlock] = ()) -> Follow | None:
     if key in NOT_THE_DECODERS and stack.name == "decoder":
         return None
     if key in INDICES and isinstance(value, list):
@@ -126,17 +162,20 @@ def _follower(key: str, value: Any, stack: StackOutline):  # type: ignore[no-unt
         return lambda v, blocks: [v[b.source] for b in blocks]
     if key in PER_MLP and len(value) == stack.blocks:
         return lambda v, blocks: [v[b.mlp] for b in blocks]
-    if len(value) in (stack.blocks, stack.blocks * stack.caches) or _names_blocks(key, value, stack.blocks):
+    if len(value) in (stack.blocks, stack.blocks * stack.caches) or _names_blocks(key, value, stack.blocks, blocks):
         raise ArchitectureError(
             f"config.json has a list `{key}` by block, and dropformer does not know how it follows a drop"
         )
     return None
 
 
-def _names_blocks(key: str, value: list, blocks: int) -> bool:
-    """May an unknown list be one of block indices?  Rising whole numbers below the count, ids of tokens apart."""
-    numbers = all(type(v) is int and 0 <= v < blocks for v in value)
-    return bool(value) and numbers and sorted(set(value)) == value and "token" not in key
+def _names_blocks(key: str, value: list, count: int, blocks: Sequence[MappedBlock]) -> bool:
+    """May an unknown list be one of block indices, of which some change?  Rising whole numbers below the count, ids of
+    tokens apart."""
+    numbers = all(type(v) is int and 0 <= v < count for v in value)
+    if not value or not numbers or sorted(set(value)) != value or "token" in key:
+        return False
+    return not all(v < len(blocks) and blocks[v].source == blocks[v].mlp == v for v in value)
 
 
 def _as_pruned(config: dict[str, Any], outline: Outline, block_map: BlockMap) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import DropformerError, PlanError
 from dropformer.prune.outline import BranchOutline, Outline, StackOutline
-from dropformer.prune.plan import Plan, choose, make_plan, parse_keep, parse_spec
+from dropformer.prune.plan import Plan, choose, make_plan
+from dropformer.prune.spec import parse_keep, parse_spec
 
 
 def outline(blocks: int = 6) -> Outline:

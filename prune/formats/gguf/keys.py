@@ -1,8 +1,10 @@
-"""The metadata of a pruned GGUF file: the dense file's pairs, byte for byte, but for those that say its shape."""
+"""The metadata of a pruned GGUF file, the dense file's pairs byte for byte but for those that state its shape; and the
+order of rotary rows that its architecture wants."""
 
 import struct
 from collections.abc import Sequence
 
+from dropformer.prune.errors import CheckpointError
 from dropformer.prune.formats.gguf.header import ARRAY, STRING
 from dropformer.prune.formats.gguf.layout import DECI, STAND_IN_WIDTH, Dense, GgufBlock, is_stock
 
@@ -24,11 +26,21 @@ def new_pairs(dense: Dense, blocks: Sequence[GgufBlock], record: str | None = No
         if key == "general.architecture":
             pairs[key] = string(new)
         elif prefix == dense.architecture:
+            _check_array(dense, key, rest in shape)
             pairs[f"{new}.{rest}"] = shape.pop(rest, span)
         elif prefix != "split" and key != RECORD_KEY:
             pairs[key] = span
     pairs |= {f"{new}.{key}": value for key, value in shape.items()}
     return {**pairs, RECORD_KEY: string(record)} if record else pairs
+
+
+def _check_array(dense: Dense, key: str, written: bool) -> None:
+    """Raises CheckpointError for an array with one entry a block that is not written anew."""
+    if key in dense.header.arrays and dense.header.metadata[key] == dense.blocks and not written:
+        raise CheckpointError(
+            f"{dense.name}: its key {key} has an entry for each block, and dropformer does not know how it follows a "
+            "drop; choose another format"
+        )
 
 
 def deci_shape(dense: Dense, blocks: Sequence[GgufBlock]) -> dict[str, Pair]:
@@ -68,3 +80,16 @@ def bare_string(value: str) -> bytes:
     """A string as names and keys are written: its length, then UTF-8."""
     encoded = value.encode()
     return struct.pack("<Q", len(encoded)) + encoded
+
+
+def interleaved(data: bytes | memoryview, heads: int, head_width: int) -> bytes:
+    """Rows 0, D/2, 1, D/2 + 1, ... of each head, on bytes, so that quantized rows pass as they are.
+
+    transformers and qwen2's graph rotate value j of a head with value j + D/2; the graphs of llama and deci rotate
+    2j with 2j + 1.  Rows of queries and keys in that order give the same attention.  data: heads * D rows of equal
+    size; of D = 4, rows a b c d become a c b d.
+    """
+    row, half = len(data) // (heads * head_width), head_width // 2
+    order = [j + part for j in range(half) for part in (0, half)]
+    firsts = (head * head_width for head in range(heads))
+    return b"".join(bytes(data[(first + j) * row : (first + j + 1) * row]) for first in firsts for j in order)

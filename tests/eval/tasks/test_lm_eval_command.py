@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dropformer import api
-from dropformer.eval.tasks.tasks import TaskOptions, evaluate_tasks
+from dropformer.eval.tasks.results import TaskOptions
+from dropformer.eval.tasks.tasks import evaluate_tasks
 
 WITHOUT_DROPFORMER = """
 import sys

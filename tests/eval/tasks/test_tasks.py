@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from dropformer.eval.tasks.responses import fingerprint, shares
-from dropformer.eval.tasks.tasks import TaskOptions, TaskResults, compare_tasks, evaluate_tasks
+from dropformer.eval.tasks.results import TaskOptions, TaskResults, compare_tasks
+from dropformer.eval.tasks.tasks import evaluate_tasks
 from dropformer.prune.errors import EvaluationError
 
 ENDINGS = """
@@ -144,7 +145,8 @@ KILLED = """
 import os, signal, sqlite3, sys, time
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from dropformer.eval.tasks.tasks import TaskOptions, evaluate_tasks
+from dropformer.eval.tasks.results import TaskOptions
+from dropformer.eval.tasks.tasks import evaluate_tasks
 folder, mmlu_data, cache = map(Path, sys.argv[1:])
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 def die_after_an_answer(*_):
@@ -222,7 +224,8 @@ LAUNCHED = """
 import os, sys
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from dropformer.eval.tasks.tasks import TaskOptions, evaluate_tasks
+from dropformer.eval.tasks.results import TaskOptions
+from dropformer.eval.tasks.tasks import evaluate_tasks
 
 folder, data, out = map(Path, sys.argv[1:])
 model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

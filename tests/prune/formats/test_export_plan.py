@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import dropformer
 from dropformer import api
-from dropformer.prune.errors import ModelError, OutputError, PlanError, VerificationError
+from dropformer.prune.errors import DropformerError, ModelError, OutputError, PlanError, VerificationError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.formats.export import reference
 from dropformer.prune.formats.export_plan import plain_writing, plan_kept, write_by_plan
@@ -122,6 +122,34 @@ def test_shards_in_which_nothing_changes_are_linked(planned, tmp_path):
     assert links
     assert all(".layers.3." not in name for path in links for name in load_file(path))
     assert not any("layers.3.self_attn" in name for name in index)
+
+
+class TestAConfigThatDoesNotFit:
+    """What is written by files alone is written only where config.json still describes the plan's model."""
+
+    @pytest.mark.parametrize(
+        "field, value",
+        [
+            ("num_hidden_layers", 0),
+            ("num_hidden_layers", 10**9),
+            ("num_hidden_layers", 5),
+            ("model_type", "no_such_type"),
+            ("model_type", "mistral"),
+            ("hidden_act", "no_such_activation"),
+            ("intermediate_size", 7),
+            ("vocab_size", 5),
+        ],
+    )
+    def test_it_is_refused_in_a_line_and_nothing_is_left(self, tiny, tmp_path, field, value):
+        tiny("llama").save_pretrained(tmp_path / "dense")
+        model = dropformer.load(tmp_path / "dense")
+        plan = api.plan_unscored(reference("m", tmp_path / "dense"), api.outline(model), "block=1", (), None)
+        path = tmp_path / "dense" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+        with pytest.raises(DropformerError) as error:
+            write_by_plan(plan, tmp_path / "dense", tmp_path / "out")
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

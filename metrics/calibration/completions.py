@@ -1,0 +1,119 @@
+"""Prompts with completions, or conversations, of which only what the model is to write counts.
+
+A row of a .jsonl is {"prompt": ..., "completion": ...} or {"messages": [{"role": ..., "content": ...}, ...]}, with
+the tokenizer's chat template applied; the assistant's turns are the completions.  Depth pruning breaks reasoning
+first, and prose does not show it: what a model is for is what it should be ranked, repaired and judged on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from dropformer.prune.errors import CalibrationError
+
+Row = tuple[list[int], list[bool]]  # token ids, and which of them count
+EXPECTED = '"text", "prompt" with "completion", or "messages"'
+
+
+def has_completions(name: str) -> bool:
+    """Is this a .jsonl file whose first row has completions that count apart from their prompts?"""
+    path = Path(name)
+    if path.suffix != ".jsonl" or not path.is_file():
+        return False
+    with path.open("rb") as lines:
+        try:
+            first = json.loads(next(lines, b""))
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(first, dict) and "text" not in first and bool({"completion", "messages"} & first.keys())
+
+
+def completion_rows(name: str, tokenizer: Any, length: int) -> Iterator[Row]:
+    """Each row's tokens, cut after `length`, less rows that then have no token of a completion.
+
+    Raises CalibrationError, with the line, for a row of another form and for a template that cannot be applied.
+    """
+    with Path(name).open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            where = f"{name}, line {number}"
+            ids, counts = _tokens(row, tokenizer, where)
+            if any(counts[1:length]):  # the first token of a text is predicted from nothing
+                yield ids[:length], counts[:length]
+
+
+def _tokens(row: Any, tokenizer: Any, where: str) -> Row:
+    if isinstance(row, dict) and "messages" in row:
+        return _conversation(_messages(row["messages"], where), tokenizer, where)
+    pair = [row.get(key) for key in ("prompt", "completion")] if isinstance(row, dict) else []
+    if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        raise CalibrationError(f"{where}: expected a JSON object with {EXPECTED}, the same as in line 1")
+    start = _ids(tokenizer, pair[0], special=True)
+    start = start[:-1] if start and start[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) else start
+    rest = _ids(tokenizer, pair[1], special=False)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return start + rest + end, [False] * len(start) + [True] * (len(rest) + len(end))
+
+
+def _messages(found: Any, where: str) -> list[dict[str, str]]:
+    good = isinstance(found, list) and all(
+        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in found
+    )
+    if not good or not any(m["role"] == "assistant" for m in found):
+        raise CalibrationError(
+            f"{where}: expected `messages` to be a list of objects with `role` and `content` as texts, one or more of "
+            "them the assistant's"
+        )
+    return [dict(m) for m in found]
+
+
+def _conversation(messages: list[dict[str, str]], tokenizer: Any, where: str) -> Row:
+    """A conversation as the chat template writes it; what it adds for an assistant's turn is the completion.
+
+    A turn is what the whole conversation up to it has beyond the one before it with the assistant asked to speak.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise CalibrationError(
+            f"{where}: the tokenizer has no chat template for `messages`; give rows of `prompt` and `completion`"
+        )
+    try:
+        whole = _templated(tokenizer, messages)
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = _templated(tokenizer, messages[:i], add_generation_prompt=True)
+                after = _templated(tokenizer, messages[: i + 1])
+                spans.append((len(before), len(after), whole.startswith(before) and whole.startswith(after)))
+    except Exception as error:  # templates raise what they like: roles that must alternate, a system turn refused
+        said = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CalibrationError(f"{where}: the chat template cannot be applied: {said}") from None
+    if not all(same for *_, same in spans):
+        raise CalibrationError(
+            f"{where}: the chat template writes earlier turns differently once others follow, so the assistant's turns "
+            "cannot be told apart; give rows of `prompt` and `completion`"
+        )
+    ids: list[int] = []
+    counts: list[bool] = []
+    at = 0
+    for start, end, _ in spans:
+        for text, counted in ((whole[at:start], False), (whole[start:end], True)):
+            part = _ids(tokenizer, text, special=False)
+            ids += part
+            counts += [counted] * len(part)
+        at = end
+    rest = _ids(tokenizer, whole[at:], special=False)
+    return ids + rest, counts + [False] * len(rest)
+
+
+def _templated(tokenizer: Any, messages: list[dict[str, str]], **say: bool) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, **say)
+
+
+def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
+    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"] if text or special else []

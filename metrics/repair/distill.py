@@ -1,0 +1,269 @@
+"""Distil the blocks around each gap, one after the other, so that the pruned stream follows the dense one.
+
+The dense and the pruned model run side by side, block by block, on the same windows.  A block that lost a branch, or
+that stands before a gap, is trained to give the dense stream where the next kept branch reads it, from the pruned
+stream that it is given: errors that earlier blocks left are seen and do not compound.  Gradients stay in one block,
+and reach what no closed form does: experts, norms behind a projection, and everything before the projection.
+NVIDIA's Puzzletron distils replaced layers one by one as well, on the dense stream (arXiv 2411.19146).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from dropformer.metrics.blockwise.divergence import first_changed
+from dropformer.metrics.blockwise.runner import BlockRunner, replaced
+from dropformer.metrics.repair.base import Changes, RepairContext
+from dropformer.metrics.repair.ridge import token_weights
+from dropformer.metrics.repair.sequential import DenseStreams, StreamSite, sites, target
+from dropformer.prune.architecture import Architecture, Layer, Stack
+from dropformer.prune.discovery.trace import outputs_of
+
+HOOKS = ("_hf_hook", "_old_forward", "forward")  # accelerate's, which would bring the old weights
+
+
+@dataclass(frozen=True)
+class Distilling:
+    """How to train a block.
+
+    `rate`: the largest step of a weight, relative to the root mean square of its tensor; `floor`: the least root mean
+    square that is assumed, for tensors near zero.  `epochs`: times that each window to fit on is seen.
+    """
+
+    rate: float = 5e-3
+    epochs: int = 3
+    warm_up: int = 8
+    floor: float = 1e-2
+
+    def factor(self, step: int, steps: int) -> float:
+        """The share of the rate at a step: up within `warm_up` steps, then down along a cosine."""
+        return min(1.0, (step + 1) / self.warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def fit_blocks(context: RepairContext, how: Distilling | None = None) -> Changes:
+    """Train the blocks around the gaps, on top of earlier repairs.
+
+    Time: a dense and a pruned pass from the first of them on, and for each trained block three times its own forward
+    pass for each epoch.  Memory: four streams of all windows, which the keeper may move out, and 20 bytes for each
+    parameter of one block, beside the activations of one batch.
+    """
+    how = how or Distilling()
+    touched = [g.index for g in context.gone]
+    found = aims(context.architecture, context.runner.stack, context.branches, touched)
+    distillation = BlockDistillation(context, how, found)
+    tensors = distillation.run() if found else {}
+    missed = {f"{kind}:{i}": why for (kind, i), why in distillation.missed.items()}
+    return Changes(tensors, unrepaired=tuple(missed.items()))
+
+
+def aims(
+    architecture: Architecture, stack: Stack, gone: Sequence[Layer], touched: Iterable[int] = ()
+) -> dict[int, StreamSite]:
+    """Block to train -> the place in the dense stream that is its target, by depth.
+
+    Trained are blocks that lost one of the `gone` branches and kept another, those before a gap, and `touched` ones.
+    Example, attention 5 and all of block 8 dropped: block 4 aims behind attention 5, block 5 behind itself, block 7
+    behind block 8.
+    """
+    places = sites(architecture, stack, gone, ())
+    found = {site.block: target(places, n) for n, site in enumerate(places) if site.alive}  # a block's last one wins
+    lost = {place.block for place in places if not place.alive} | set(touched)
+    return {block: aim for block, aim in found.items() if block in lost or aim.block != block}
+
+
+@dataclass
+class BlockDistillation:
+    """Blocks trained in order of depth.  `places`: block to train -> where the dense stream is its target.
+
+    `errors`: for each trained block the relative squared error of its output on validation windows, before and after.
+    """
+
+    context: RepairContext
+    how: Distilling
+    places: Mapping[int, StreamSite]
+    errors: dict[int, tuple[float, float]] = field(default_factory=dict)
+    missed: dict[tuple[str, int], str] = field(default_factory=dict)
+
+    def run(self) -> dict[str, Tensor]:
+        """New parameters by name, of the blocks that improve on validation windows; the model does not change."""
+        runner, new = self.context.runner, dict[str, Tensor]()
+        student = self.context.variant()
+        dense = DenseStreams(runner, {place.key for place in self.places.values()})
+        first = min(first_changed(runner, student.paths), *self.places)
+        with torch.no_grad():
+            dense.advance(first)
+        streams = list(dense.streams)
+        for block in runner.walk(first, max(self.places) + 1):
+            path = runner.blocks[block].path
+            with replaced(runner.model, student.modules(f"{path}.")):
+                module = _copy(runner.model.get_submodule(path))
+            if block in self.places:
+                with torch.no_grad():
+                    dense.advance(self.places[block].block + 1)
+                new |= self._train(block, module, streams, dense.take(self.places[block]))
+            if block < max(self.places):
+                with torch.no_grad():
+                    streams = [
+                        runner.keeper.keep(run_block(runner, block, module, b, x).to(x.dtype))
+                        for b, x in enumerate(streams)
+                    ]
+        return new
+
+    def _train(
+        self, block: int, module: nn.Module, streams: Sequence[Tensor], goals: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """Train one block in place, and put it back as it was where validation windows do not gain."""
+        path = self.context.runner.blocks[block].path
+        learned = trainable(module, self.context.model, path)
+        lesson = Lesson(self.context.runner, block, module, streams, goals)
+        fit_on = [b for b, group in enumerate(self.context.groups) if group is not None] or list(range(len(streams)))
+        judge = [b for b, group in enumerate(self.context.groups) if group is None] or fit_on
+        if not learned:
+            self.missed["block", block] = "none of its parameters are its own floating-point numbers"
+            return {}
+        best = before = lesson.error(judge)
+        kept = {name: p.detach().clone() for name, p in learned.items()}
+        for _ in lesson.epochs(learned, fit_on, self.how):
+            if (now := lesson.error(judge)) < best:
+                best = now
+                for name, p in learned.items():
+                    kept[name].copy_(p.detach())
+        with torch.no_grad():
+            for name, p in learned.items():
+                p.copy_(kept[name])
+        self.errors[block] = before, best
+        self.context.tell(f"distill: block {block}, error {before:.4f} -> {best:.4f} on validation windows")
+        if best >= before:
+            return {}
+        keep = self.context.runner.keeper.keep
+        dtype = {name: self._dtype(f"{path}.{name}", p) for name, p in learned.items()}
+        return {f"{path}.{name}": keep(p.detach().to(dtype[name]).clone()) for name, p in learned.items()}
+
+    def _dtype(self, name: str, default: Tensor) -> torch.dtype:
+        try:
+            return self.context.model.get_parameter(name).dtype
+        except AttributeError:
+            return self.context.before.tensors[name].dtype
+
+
+@dataclass
+class Lesson:
+    """One block, what it is given in each batch and what it is to give: streams [B, T, D] in the model's dtype."""
+
+    runner: BlockRunner
+    block: int
+    module: nn.Module
+    streams: Sequence[Tensor]
+    goals: Sequence[Tensor]
+
+    def loss(self, batch: int) -> Tensor:
+        """The squared error of the block's output relative to the target, tokens weighted as in a refit."""
+        given = run_block(self.runner, self.block, self.module, batch, self.streams[batch]).float()
+        masks = padding(self.runner.batches[batch]), self.runner.counted[batch]
+        return relative_error(given, self.goals[batch].to(given.device), *masks)
+
+    def error(self, batches: Sequence[int]) -> float:
+        with torch.no_grad():
+            return sum(float(self.loss(batch)) for batch in batches) / len(batches)
+
+    def epochs(self, learned: Mapping[str, nn.Parameter], batches: Sequence[int], how: Distilling) -> Iterator[int]:
+        """Train, one batch a step, domains mixed; yields after each epoch."""
+        optimizer = scaled_adam(learned.values(), how.rate, how.floor)
+        steps = how.epochs * len(batches)
+        for epoch in range(how.epochs):
+            order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(epoch)).tolist()
+            for n, k in enumerate(order):
+                for group in optimizer.param_groups:
+                    group["lr"] = group["most"] * how.factor(epoch * len(batches) + n, steps)
+                with torch.enable_grad():
+                    self.loss(batches[k]).backward()
+                nn.utils.clip_grad_norm_(learned.values(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+            yield epoch
+
+
+def scaled_adam(parameters: Iterable[nn.Parameter], rate: float, floor: float) -> torch.optim.Optimizer:
+    """Adam whose steps are relative to each tensor's root mean square."""
+    groups = []
+    for p in parameters:
+        most = rate * max(float(p.detach().float().square().mean().sqrt()), floor)
+        groups.append({"params": [p], "lr": most, "most": most})
+    return torch.optim.Adam(groups, betas=(0.9, 0.95))
+
+
+def relative_error(given: Tensor, goal: Tensor, real: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
+    """E w|x - y|^2 / E w|y|^2 for streams x, y [B, T, D], w: `token_weights` of y, 0 for padding."""
+    weight = token_weights(goal, counted)
+    if real is not None:
+        weight = weight * real.to(weight)
+    goal = goal.float()
+    return (weight * (given - goal).square().sum(-1)).sum() / (weight * goal.square().sum(-1)).sum()
+
+
+def padding(inputs: Mapping[str, Tensor]) -> Tensor | None:
+    """[B, T], 0 where a batch has padding; None where it has none."""
+    mask = inputs.get("attention_mask")
+    return mask if mask is not None and mask.ndim == 2 else None
+
+
+def run_block(runner: BlockRunner, block: int, module: nn.Module, batch: int, stream: Tensor) -> Tensor:
+    """A block in float32 on one batch, under autocast on a GPU.  [B, T, D] -> [B, T, D]."""
+    found = runner.blocks[block]
+    device = next((p.device for p in module.parameters()), stream.device)
+    runner.work.add(found.path, module, stream.shape[:2].numel() * (3 if torch.is_grad_enabled() else 1))
+    args, kwargs = tree_map(_free, runner.arguments(block, batch, stream.to(device)))
+    quick: AbstractContextManager = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    with quick:
+        return outputs_of(module(*args, **kwargs))[found.output.key]
+
+
+def _free(value: Any) -> Any:
+    """A tensor that training may use, floating-point numbers in float32."""
+    if not isinstance(value, Tensor):
+        return value
+    value = value.float() if value.is_floating_point() else value
+    return value.clone() if value.is_inference() else value
+
+
+def _copy(block: nn.Module) -> nn.Module:
+    """A block of its own in float32, which does not ask for gradients yet."""
+    hooks = [module.__dict__.get(name) for module in block.modules() for name in HOOKS]
+    new = copy.deepcopy(block, {id(hook): hook for hook in hooks if hook is not None}).float()
+    for module in new.modules():
+        for name in HOOKS:
+            module.__dict__.pop(name, None)
+    for p in new.parameters():
+        p.requires_grad_(False)
+    return new
+
+
+def trainable(block: nn.Module, model: nn.Module, path: str) -> dict[str, nn.Parameter]:
+    """The block's parameters that are to be learned, which ask for gradients from now on.
+
+    Not routers, whose choice of experts has no gradient, nor what other blocks use as well.
+    """
+    experts = {len(p) for p in block.parameters() if p.ndim == 3 and min(p.shape[1:]) > 1}  # not convolutions
+    experts |= {len(m) for m in block.modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
+    inside = {id(p) for p in model.get_submodule(path).parameters()}
+    shared = {id(p) for name, p in _everywhere(model) if not name.startswith(f"{path}.")} & inside
+    own = {name for name, p in model.get_submodule(path).named_parameters() if id(p) in shared}
+    found = {}
+    for name, p in block.named_parameters():
+        routes = p.ndim <= 2 and len(p) in experts and bool(experts)
+        if p.is_floating_point() and name not in own and not routes:
+            found[name] = p.requires_grad_(True)
+    return found
+
+
+def _everywhere(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return model.named_parameters(remove_duplicate=False)

@@ -1,0 +1,198 @@
+"""Numbers of blocks inside settings: as `layers.3` in names and patterns, as keys, in pairs and in nested lists.
+
+What is known follows the blocks to their new numbers, or is removed with them.  What may be a number of a block and is
+not known raises ArchitectureError naming its place, so that the blocks stay where they are: nothing is passed over.
+
+    quantization_config.modules_to_not_convert: ["model.layers.3.mlp.up_proj"]    block 1 dropped: layers.2
+    generation_config.json, alignment_heads:    [[2, 0], [3, 1]]                  block 2 dropped: [[2, 1]]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dropformer.prune.block_map import BlockMap, MappedBlock, new_name
+from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.outline import Outline, StackOutline
+
+LEAVES = ("layers", "layer", "blocks", "block", "h")  # what lists of blocks are called, beside the stack's own name
+NEUTRAL = {"model", "language_model", "base_model", "module", "transformer", "re", "weight"}  # parts that tell no stack
+# Parts of a name that tell of blocks of another stack: towers, and multi-token prediction.
+OTHERS = re.compile(r"vision|visual|image|audio|speech|vit\b|mtp|nextn|eagle|predict|projector|resampler|qformer", re.I)
+PAIRS = {"alignment_heads": ("decoder", "cross")}  # [block, head]: of which stack, and of which of its branches
+LEADING = {"assistant_early_exit"}  # how many leading blocks run
+STATES = {"dola_layers"}  # numbers of hidden states: 0 is the embeddings', i that after block i - 1
+# Nested lists, and dictionaries keyed by numbers, that name no block.
+NOT_BLOCKS = re.compile(
+    r"token|label|_ids$|_sizes?$|pinpoints|resolution|section|kernel|stride|shape|bins|scales?$|factor|dims?$|ratio"
+    r"|axial|padding|thresholds?|limit|mean|std|pooling|depths|heads$|channels"
+)
+
+
+# Texts that are no settings.
+APART = {"_name_or_path", "transformers_version", "architectures", "auto_map", "dropformer_modules", "base_model_type"}
+
+
+class _Gone(Exception):
+    """The thing named is dropped."""
+
+
+@dataclass(frozen=True)
+class BlockNumbers:
+    """Follows the numbers of blocks in settings through one surgery."""
+
+    outline: Outline
+    block_map: BlockMap
+
+    @property
+    def moved(self) -> bool:
+        return not self.block_map.in_place(self.outline)
+
+    def follow(self, settings: Any, place: str = "") -> Any:
+        """Settings as JSON holds them, with every name of a module under its new number.
+
+        Entries of lists and keys of dictionaries that name a dropped module are removed.  Raises ArchitectureError
+        for a pattern whose numbers cannot be followed.
+        """
+        if isinstance(settings, str):
+            return self._text(settings, place)
+        if isinstance(settings, Mapping):
+            pairs = [(k, v) for k, v in settings.items() if not isinstance(k, str) or not self._lost(k, place)]
+            return {self._text(k, place) if isinstance(k, str) else k: self._inner(k, v, place) for k, v in pairs}
+        if isinstance(settings, (list, tuple)):
+            return [self.follow(v, place) for v in settings if not isinstance(v, str) or not self._lost(v, place)]
+        return settings
+
+    def _inner(self, key: Any, value: Any, place: str) -> Any:
+        if key in APART:
+            return value
+        return self.follow(value, f"{place}.{key}" if place else str(key))
+
+    def _lost(self, text: str, place: str) -> bool:
+        try:
+            self._renamed(text, place)
+        except _Gone:
+            return True
+        return False
+
+    def _text(self, text: str, place: str) -> str:
+        try:
+            return self._renamed(text, place)
+        except _Gone:
+            raise ArchitectureError(f"blocks stay where they are: {place} names a dropped block, `{text}`") from None
+
+    def _renamed(self, text: str, place: str) -> str:
+        """A name or pattern under the new numbers.  Raises _Gone where what it names is dropped."""
+        if len(text) > 1000 or "\n" in text:  # templates and licences
+            return text
+        for stack in self.outline.stacks:
+            leaf = stack.path.rpartition(".")[2]
+            names = "|".join(sorted({leaf, *LEAVES}, key=len, reverse=True))
+            pattern = rf"(?<![A-Za-z0-9_])({names})(\\*\.)(\d+(?![A-Za-z0-9_])|[(\[{{][^.]*\d)"
+            for match in reversed(list(re.finditer(pattern, text))):
+                if self._speaks_of(stack, text[: match.start()], match[1], place, text):
+                    text = self._with_number(stack, text, match, place)
+        return text
+
+    def _speaks_of(self, stack: StackOutline, before: str, leaf: str, place: str, text: str) -> bool:
+        """Is it this stack's block that the name tells?  Raises ArchitectureError where that is not clear."""
+        *path, own = stack.path.split(".")
+        words = set(re.findall(r"[A-Za-z]\w*", before.replace("\\", " "))) - NEUTRAL
+        foreign = words - set(path)
+        if not foreign:
+            sibling = any(words <= set(s.path.split(".")) for s in self.outline.stacks if s is not stack)
+            if sibling and not words and self.moved:
+                raise ArchitectureError(f"blocks stay where they are: {place} does not say of which stack `{text}` is")
+            return leaf == own or not sibling
+        known = any(foreign & set(s.path.split(".")) for s in self.outline.stacks if s is not stack)
+        if known or OTHERS.search(before) or not self.moved:
+            return False
+        raise ArchitectureError(f"blocks stay where they are: {place} has `{text}`, which may name one of them")
+
+    def _with_number(self, stack: StackOutline, text: str, match: re.Match[str], place: str) -> str:
+        number, rest = match[3], text[match.end() :]
+        if not number.isdecimal():
+            if self.moved and not re.fullmatch(r"\[0-9|\(\?:?\[0-9|\(\[0-9|\(\\d", number):
+                raise ArchitectureError(f"blocks stay where they are: {place} has the pattern `{text}`")
+            return text
+        old = int(number)
+        if old >= stack.blocks:
+            return text
+        open_end = self.moved and re.match(r"\\?[*\d\[]", rest)
+        if open_end and _alike(number, stack.blocks) > 1:
+            raise ArchitectureError(f"blocks stay where they are: {place} has `{text}`, which names several of them")
+        module = rest.replace("\\", "").lstrip(".").rstrip("*$")
+        named = new_name(self.outline, self.block_map, f"{stack.path}.{old}.{module}")
+        if named is None:
+            raise _Gone
+        if not module and any(b.source != b.mlp and old in (b.source, b.mlp) for b in self._blocks(stack)):
+            raise ArchitectureError(f"blocks stay where they are: {place} has `{text}`, whose halves part")
+        new = named.removeprefix(stack.path + ".").partition(".")[0]
+        if open_end and _alike(new, len(self._blocks(stack))) > 1:
+            raise ArchitectureError(f"blocks stay where they are: {place} has `{text}`, which would name several")
+        return text[: match.start(3)] + new + text[match.end(3) :]
+
+    def generation(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """generation_config.json, or what a config has of it, after the surgery.  Raises ArchitectureError."""
+        new = {key: self._generation(key, value) for key, value in self.follow(fields).items()}
+        return {key: value for key, value in new.items() if value != [] or fields[key] == []}
+
+    def _generation(self, key: str, value: Any) -> Any:
+        if key in PAIRS and isinstance(value, list):
+            return self.pairs(key, value)
+        if key in LEADING and isinstance(value, int):
+            return sum(b.source < value for b in self._writer_blocks())
+        if key in STATES and isinstance(value, list):
+            kept = [sum(b.source < i for b in self._writer_blocks()) for i in value]
+            return sorted(set(kept))
+        if self.moved:
+            self.check_unknown(key, value)
+        return value
+
+    def _blocks(self, stack: StackOutline) -> tuple[MappedBlock, ...]:
+        return self.block_map.stacks[stack.name]
+
+    def _stays(self, numbers: Iterable[int]) -> bool:
+        """Is each of these blocks, of any stack, where it was?"""
+        stacks = self.block_map.stacks.values()
+        return all(i < len(blocks) and blocks[i].source == blocks[i].mlp == i for i in numbers for blocks in stacks)
+
+    def _writer_blocks(self) -> tuple[MappedBlock, ...]:
+        stack = next((s for s in self.outline.stacks if s.name in ("", "decoder")), self.outline.stacks[0])
+        return tuple(b for b in self.block_map.stacks[stack.name] if not b.empty)
+
+    def pairs(self, key: str, value: list) -> list:
+        """Pairs of a block and something of it (a head), with the block's new number; those of dropped ones left
+        out."""
+        name, kind = PAIRS[key]
+        stack = next((s for s in self.outline.stacks if s.name in ("", name)), None)
+        if stack is None:
+            return value
+        blocks = self.block_map.stacks[stack.name]
+        kept = {b.source: new for new, b in enumerate(blocks) if kind not in b.skipped and not b.empty}
+        return [[kept[block], *rest] for block, *rest in value if block in kept]
+
+    def check_unknown(self, key: str, value: Any, place: str = "") -> None:
+        """Raise ArchitectureError for a nested list or a numbered dictionary that may name blocks."""
+        place = f"{place}.{key}" if place else key
+        count = max(stack.blocks for stack in self.outline.stacks)
+        if isinstance(value, Mapping):
+            numbered = bool(value) and all(re.fullmatch(r"\d+", str(k)) and int(k) < count for k in value)
+            if numbered and not NOT_BLOCKS.search(key) and not self._stays(map(int, value)):
+                raise ArchitectureError(f"blocks stay where they are: {place} is keyed by what may be their numbers")
+            for inner, item in value.items():
+                self.check_unknown(str(inner), item, place)
+        elif isinstance(value, (list, tuple)) and not NOT_BLOCKS.search(key):
+            nested = [v for v in value if isinstance(v, (list, tuple)) and v]
+            firsts = [v[0] for v in nested]
+            numbered = len(nested) == len(value) > 0 and all(type(v) is int and 0 <= v < count for v in firsts)
+            if numbered and not self._stays(firsts):
+                raise ArchitectureError(f"blocks stay where they are: {place} may name some of them")
+
+
+def _alike(number: str, blocks: int) -> int:
+    """How many blocks have a number that begins like this one."""
+    return sum(str(i).startswith(number) for i in range(blocks))

@@ -1,0 +1,138 @@
+"""Numbers of blocks in names, patterns, pairs and keys follow the blocks, or the blocks stay where they are."""
+
+import json
+
+import pytest
+
+from dropformer.prune.architecture import Layer
+from dropformer.prune.block_map import map_blocks
+from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.outline import BranchOutline, Outline, StackOutline
+from dropformer.prune.surgery.block_numbers import BlockNumbers
+from dropformer.prune.surgery.config import pruned_config
+from dropformer.prune.surgery.side_files import followed_files
+
+
+def outline(path="model.layers", blocks=12, name=""):
+    made = {"attn": "self_attn", "mlp": "mlp"}
+    branches = [
+        BranchOutline(kind=kind, blocks=list(range(blocks)), modules={module: "zeros"}, parameters=1)
+        for kind, module in made.items()
+    ]
+    return StackOutline(name=name, path=path, blocks=blocks, branches=branches)
+
+
+def numbers(*dropped, stacks=None):
+    found = Outline(stacks=stacks or [outline()], parameters=9)
+    return BlockNumbers(found, map_blocks(found, [Layer.parse(d) for d in dropped]))
+
+
+QUANTIZED = {
+    "modules_to_not_convert": ["lm_head", "model.layers.3.mlp.up_proj", "model.layers.1.mlp.up_proj"],
+    "ignore": ["re:.*layers\\.3\\..*", "re:.*mlp.gate$", "re:model.layers.\\d+.self_attn.*"],
+    "exclude_modules": ["model.layers.3.self_attn*", "layers.11*"],
+    "dynamic": {"-:.*\\.layers\\.3\\..*": {}, "+:.*\\.layers\\.1\\..*": {"bits": 8}},
+    "config_groups": {"group_0": {"targets": ["Linear", "model.layers.4.mlp.down_proj"]}},
+    "quantized_layers": {"model.layers.3.mlp.up_proj": {"quant_algo": "FP8"}, "model.layers.1.mlp.up_proj": {}},
+}
+FOLLOWED = {
+    "modules_to_not_convert": ["lm_head", "model.layers.2.mlp.up_proj"],
+    "ignore": ["re:.*layers\\.2\\..*", "re:.*mlp.gate$", "re:model.layers.\\d+.self_attn.*"],
+    "exclude_modules": ["model.layers.2.self_attn*", "layers.10*"],
+    "dynamic": {"-:.*\\.layers\\.2\\..*": {}},
+    "config_groups": {"group_0": {"targets": ["Linear", "model.layers.3.mlp.down_proj"]}},
+    "quantized_layers": {"model.layers.2.mlp.up_proj": {"quant_algo": "FP8"}},
+}
+
+
+@pytest.mark.parametrize("field", QUANTIZED)
+def test_names_in_a_quantization_config_follow(field):
+    assert numbers("block:1").follow(QUANTIZED[field]) == FOLLOWED[field]
+
+
+def test_names_follow_the_half_of_a_block_that_they_are_of():
+    found = numbers("mlp:1", "attn:2").follow(["model.layers.1.self_attn.q_proj", "model.layers.2.mlp.up_proj"])
+    assert found == ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.up_proj"]
+
+
+def test_names_of_other_stacks_stay():
+    names = ["model.vision_tower.encoder.layers.3.mlp", "visual.blocks.3.attn", "mtp.layers.3.mlp"]
+    assert numbers("block:1").follow(names) == names
+
+
+def test_each_stack_has_numbers_of_its_own():
+    stacks = [outline("model.encoder.layers", 6, "encoder"), outline("model.decoder.layers", 6, "decoder")]
+    found = numbers("decoder.block:1", stacks=stacks)
+    assert found.follow(["encoder.layers.3.mlp", "decoder.layers.3.mlp"]) == [
+        "encoder.layers.3.mlp",
+        "decoder.layers.2.mlp",
+    ]
+    with pytest.raises(ArchitectureError, match="which stack"):
+        found.follow(["layers.3.mlp"])
+
+
+@pytest.mark.parametrize(
+    "pattern", ["re:.*layers\\.(3|4)\\..*", "re:.*layers.[3-5].mlp", "model.layers.1*", "strange.layers.3.mlp"]
+)
+def test_a_pattern_that_cannot_follow_is_refused_by_name(pattern):
+    with pytest.raises(ArchitectureError, match="ignore"):
+        numbers("block:1").follow({"ignore": [pattern]})
+
+
+def test_nothing_is_refused_where_no_block_moves():
+    kept = {"ignore": ["re:.*layers\\.(3|4)\\..*", "model.layers.1*"]}
+    assert numbers("attn:1").follow(kept) == kept
+
+
+@pytest.mark.parametrize("value", [[[2, 0], [3, 1]], {"3": [1]}, {"nested": [[3, "a"]]}])
+def test_unknown_pairs_and_keys_that_may_be_blocks_are_refused_by_name(value):
+    with pytest.raises(ArchitectureError, match="strange"):
+        pruned_config(
+            {"num_hidden_layers": 12, "strange": value}, numbers("block:1").outline, numbers("block:1").block_map
+        )
+
+
+@pytest.mark.parametrize(
+    "field", [{"id2label": {"0": "a", "1": "b"}}, {"strange": [[0, 1]]}, {"grid_pinpoints": [[1, 2]]}]
+)
+def test_what_names_no_block_that_moves_stays(field):
+    found = numbers("block:2")
+    assert pruned_config({"num_hidden_layers": 12, **field}, found.outline, found.block_map) == {
+        "num_hidden_layers": 11,
+        **field,
+    }
+
+
+@pytest.mark.parametrize(
+    "field, value, after",
+    [
+        ("alignment_heads", [[2, 0], [1, 3], [3, 1]], [[1, 0], [2, 1]]),
+        ("assistant_early_exit", 4, 3),
+        ("dola_layers", [0, 2, 4], [0, 1, 3]),
+        ("forced_decoder_ids", [[1, 2]], [[1, 2]]),
+    ],
+)
+def test_generation_settings_follow(tmp_path, field, value, after):
+    (tmp_path / "generation_config.json").write_text(json.dumps({field: value, "top_p": 0.5}))
+    found = numbers("block:1")
+    new = followed_files(tmp_path, found.outline, found.block_map).get("generation_config.json")
+    assert json.loads(new)[field] == after if new else after == value
+
+
+def test_heads_of_a_dropped_cross_attention_are_left_out():
+    cross = BranchOutline(kind="cross", blocks=list(range(4)), modules={"encoder_attn": "zeros"}, parameters=1)
+    stack = outline("model.decoder.layers", 4).model_copy(update={"branches": [*outline(blocks=4).branches, cross]})
+    found = Outline(stacks=[stack], parameters=9)
+    followed = BlockNumbers(found, map_blocks(found, [Layer("cross", 2)])).generation(
+        {"alignment_heads": [[2, 0], [3, 1]]}
+    )
+    assert followed == {"alignment_heads": [[3, 1]]}
+
+
+def test_quantization_files_beside_the_config_follow(tmp_path):
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": QUANTIZED}))
+    (tmp_path / "recipe.yaml").write_text("ignore: [lm_head, model.layers.3.mlp.up_proj]\n")
+    found = numbers("block:1")
+    new = followed_files(tmp_path, found.outline, found.block_map)
+    assert json.loads(new["hf_quant_config.json"]) == {"quantization": FOLLOWED}
+    assert "model.layers.2.mlp.up_proj" in new["recipe.yaml"]
