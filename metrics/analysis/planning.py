@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.prune.packable import choose_packable
@@ -29,5 +30,10 @@ def plan_from(
     else:
         layers = choose(found.outline, spec, similarity, keep, published)
     calibration = found.calibration.model_dump() if found.calibration else None
-    fields = {"keep": list(keep), "metric": found.metric, "calibration": calibration, "packing_cost": cost}
+    fields: dict[str, Any] = {
+        "keep": list(keep),
+        "metric": found.metric,
+        "calibration": calibration,
+        "packing_cost": cost,
+    }
     return make_plan(found.outline, found.model, spec, layers, similarity, **fields)

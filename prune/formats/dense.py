@@ -127,7 +127,7 @@ def _compressed(settings: Mapping[str, Any], tensor: str) -> int:
     weights = [group.get("weights") or {} for group in groups if isinstance(group, Mapping)]
     if not str(settings.get("format", "")).startswith("pack") and not any("int" in str(w.get("type")) for w in weights):
         return 0  # floating-point codes
-    bits = {w.get("num_bits") for w in weights}
+    bits = {int(w.get("num_bits") or 0) for w in weights}
     if all(w.get("symmetric", True) for w in weights) and bits <= {4, 8} and len(bits) == 1:
         packed = tensor.endswith("weight_packed")
         return {4: 0x88, 8: 0x80}[bits.pop()] if packed else 0

@@ -35,8 +35,8 @@ def plan_surgery(
     outline: Outline,
     layers: Sequence[Layer],
     model: nn.Module,
-    mapped: dict[Layer, dict[str, Any]] | None = None,
-    windows: dict[Layer, Window] | None = None,
+    mapped: Mapping[Layer, Mapping[str, Any]] | None = None,
+    windows: Mapping[Layer, Window] | None = None,
     folder: Path | None = None,
 ) -> Surgery:
     """Decide how `layers` leave: the shortest form whose blocks come out as they are now.
