@@ -114,7 +114,7 @@ def drop(model: str | Path | LoadedModel | nn.Module, plan: Plan, repair: Repair
         need_dense(read_config(opened.path), opened.ref.name)
     pruned = sharing_copy(dense)
     mapped, folder = repair.mapped if repair else None, opened.path if opened else None
-    surgery = plan_surgery(plan.outline, plan.layers, dense, mapped, folder)
+    surgery = plan_surgery(plan.outline, plan.layers, dense, mapped, plan.windowed, folder)
     surgery = proven(dense, surgery)
     if repair:
         named = repair.named(plan.outline, surgery.block_map)

@@ -52,6 +52,14 @@ class Rule:
 
 RULES = (
     Rule(
+        lambda c: "memory" in c.given, ("text", "seconds", "measure", "dry_run"),
+        "with --memory, which writes a checkpoint and measures nothing",
+    ),
+    Rule(
+        lambda c: not c.better, ("memory",), "where one-shot similarity chooses",
+        "add --quality, or give the scores of `prune analyze --memory` with --scores",
+    ),
+    Rule(
         lambda c: "plan" in c.given, ("keep", "scores", "metric", "select"), "with --plan, which says what goes"
     ),
     Rule(

@@ -135,6 +135,7 @@ def prune(
     dtype: Dtype = None,
     device: Device = None,
     device_map: DeviceMap = None,
+    memory: Memory = None,
     trust_remote_code: TrustRemoteCode = False,
     measure: Annotated[
         bool | None, typer.Option("--measure/--no-measure", help=MEASURE, rich_help_panel=REPORT)
@@ -198,8 +199,12 @@ def prune(
         _overrides(",".join(texts) or None, samples, length, seed, skip_first),
         _placement(dtype, device, device_map, trust_remote_code), text, seconds,
         improvement=Improvement(better, budget, gate) if better else None, how=how, measure=measure is not False,
+        memory=memory,
     )  # fmt: skip
     progress = console.Terminal(quiet)
+    if memory is not None:
+        _print_written(model, target, job.run_from_disk(request, progress), as_json)
+        return
     if dry_run:
         made = job.plan_only(request, progress)
         _print(made.to_json() if as_json else None, console.plan_table(made), console.savings_line(made))
@@ -241,7 +246,6 @@ def _by_plan(
 
     from dropformer import console
     from dropformer.prune.formats.export_plan import write_by_plan
-    from dropformer.prune.formats.registry import known_format
     from dropformer.prune.plan import Plan
     from dropformer.recipes import open_source
 
@@ -253,9 +257,17 @@ def _by_plan(
     with progress.stage("copying", 100) as tick:
         how = replace(how, gguf=source.file, progress=lambda done, total: tick(100 * done // max(1, total), 0))
         written = write_by_plan(made, source.path, out, how)
+    _print_written(model, out, written, as_json)
+
+
+def _print_written(model: str, out: Path, written: Any, as_json: bool) -> None:
+    """What was written on the files alone, and how it can be measured."""
+    from dropformer import console
+    from dropformer.prune.formats.registry import known_format
+
     record = json.dumps(written.record, indent=1)
     notes = [console.done(out, written.record)]
-    if known_format(how.format).reloads:
+    if known_format(written.record["format"]).reloads:
         notes.insert(0, f"not measured: `prune evaluate {model} {out}` does it, and --measure here")
     _print(record if as_json else None, console.record_table(written.record), *notes)
 

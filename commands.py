@@ -223,8 +223,7 @@ def sweep(
     from dropformer.eval.quality.drop_range import parse_range
     from dropformer.metrics.calibration.text import check_name
     from dropformer.prune.files.config_json import read_config
-    from dropformer.prune.spec import parse_keep, parse_spec
-    from dropformer.prune.spec_limits import check_keep
+    from dropformer.prune.spec import check_keep, parse_keep, parse_spec
     from dropformer.recipes.source import short_name
 
     kind, counts = parse_range(drop)

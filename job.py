@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from dropformer import api
 from dropformer.eval.cost.timing import Setting
@@ -36,13 +36,14 @@ from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.files.output_paths import check_place
 from dropformer.prune.formats.export import Exported, export
+from dropformer.prune.formats.export_plan import Written, write_by_plan
 from dropformer.prune.formats.record import kv_width
 from dropformer.prune.formats.registry import known_format
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.plan import Plan
 from dropformer.prune.spec import parse_spec
 from dropformer.recipes import Recipe
-from dropformer.recipes.opening import LoadedModel, Placement, open_model
+from dropformer.recipes.opening import LoadedModel, Placement, open_model, torch_dtype
 from dropformer.recipes.source import short_name
 from dropformer.scoring import get_scores, open_to_score
 from dropformer.selection import Improvement, given_plan, improved
@@ -168,6 +169,36 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
         how = replace(request.how, gguf=opened.file, progress=tick)
         exported = export(pruned, surgery, plan, opened.path, out, how, finish)
     return Outcome(out, plan, made[0], exported)
+
+
+def run_from_disk(request: Request, progress: Progress | None = None) -> Written:
+    """Choose, repair and write with the blocks' weights read from the files, for a model that exceeds memory.
+
+    Nothing is measured on the result, and nothing of it is loaded again.  Raises a DropformerError.
+    """
+    from dropformer.metrics.offload.from_disk import open_source_of_blocks
+    from dropformer.metrics.offload.process_memory import parse_bytes
+
+    progress, place = progress or Silent(), request.placement
+    if place.device_map or place.device not in (None, "cpu"):
+        raise ModelError("--memory computes on the CPU; leave out --device and --device-map, or --memory")
+    budget = request.improvement.budget if request.improvement else None
+    if budget and budget.startswith("measured"):
+        raise ModelError(
+            "--budget measured times the model, which must be in memory; use decode, or leave out --memory"
+        )
+    out = request.out or default_out(request.model, request.drop or budget, request.plan)
+    check_out(out)
+    with progress.stage("opening the model"):
+        opened = open_model(request.model, request.revision, place, progress.say, False)
+        dtype = torch_dtype(place.dtype or "float32")
+        allowed = parse_bytes(request.memory or "")
+        blocks = open_source_of_blocks(opened.path, allowed, dtype or "float32", place.trust_remote_code)
+    plan, repair = improved(replace(opened, model=cast(Any, blocks.model)), request, progress, blocks)
+    progress.say(f"dropping {', '.join(map(str, plan.layers))}")
+    with progress.stage("copying", 100) as tick:
+        how = replace(request.how, gguf=opened.file, progress=lambda done, total: tick(100 * done // max(1, total), 0))
+        return write_by_plan(plan, opened.path, out, how, repair)
 
 
 def _measure(

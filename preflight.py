@@ -18,8 +18,7 @@ from dropformer.prune.formats.record import need_dense
 from dropformer.prune.formats.registry import known_format
 from dropformer.prune.loading.deci_families import check_family
 from dropformer.prune.plan import Plan
-from dropformer.prune.spec import parse_spec
-from dropformer.prune.spec_limits import check_drop, check_keep
+from dropformer.prune.spec import check_drop, check_keep, parse_spec
 from dropformer.recipes.source import is_gguf, locate, short_name
 
 UNEVEN = ("hybrid_override_pattern", "layers_block_type")  # configs of models whose blocks hold one branch each

@@ -14,6 +14,7 @@ from dropformer.eval.cost.latency import layer_latency
 from dropformer.metrics.calibration.data import default_settings
 from dropformer.metrics.calibration.settings import Calibration, check_length
 from dropformer.metrics.calibration.windows import Windows, windows
+from dropformer.metrics.offload.process_memory import PeakMemory
 from dropformer.metrics.repair.base import Repair, reasons
 from dropformer.metrics.search.budget import Latency
 from dropformer.metrics.search.improve import Improver
@@ -28,6 +29,7 @@ from dropformer.recipes.opening import LoadedModel, open_model
 
 if TYPE_CHECKING:
     from dropformer.job import Request
+    from dropformer.metrics.offload.from_disk import BlockSource
     from dropformer.progress import Progress
 
 GATE = Calibration("docstrings", samples=4, length=512, seed=1)
@@ -72,11 +74,14 @@ def need_tokenizer(opened: LoadedModel) -> Any:
     return opened.tokenizer
 
 
-def improved(opened: LoadedModel, request: Request, progress: Progress) -> tuple[Plan, Repair]:
+def improved(
+    opened: LoadedModel, request: Request, progress: Progress, blocks: BlockSource | None = None
+) -> tuple[Plan, Repair]:
     """The plan and the repair that a request's improvement gives.
 
     `--calibration` may name several texts by commas, of which the windows are then shared out; a plan that is
-    given is only refined and repaired.  Raises PlanError, CalibrationError, ArchitectureError or ModelError.
+    given is only refined and repaired.  `blocks` brings the weights of a model that is not in memory.
+    Raises PlanError, CalibrationError, ArchitectureError or ModelError.
     """
     how = request.improvement
     assert how is not None
@@ -84,20 +89,31 @@ def improved(opened: LoadedModel, request: Request, progress: Progress) -> tuple
     calibration = calibrated_on(opened, request)
     progress.say("calibration: " + "; ".join(f"{w.ref.name}, {len(w)} windows of {w.ref.length}" for w in calibration))
     other = gate_windows(opened, how.gate) if how.quality.repair else None
-    with progress.stage(f"choosing and repairing by {wording(how.quality)}"):
-        improver = Improver(opened.model, calibration, how.quality, progress.say)
+    memory = PeakMemory(_device_type(opened.model))
+    improver = Improver(opened.model, calibration, how.quality, progress.say, **(blocks.given() if blocks else {}))
+    total = improver.steps(chooses=request.plan is None, budget=how.budget is not None)
+    with progress.stage(f"choosing and repairing by {wording(how.quality)}", total) as tick:
+        improver.work.progress = lambda done, tokens: tick(min(done, total), tokens)
         if request.plan:
             given = given_plan(opened, request)
             if given.repairs and not how.quality.repair:
                 progress.say(given.lost_repairs(request.plan))
             plan = refined(given.unrepaired(), improver)
             repair, _ = improver.repair(plan.layers, other)
+            if how.quality.repair:  # what it was fitted on counts, not what the plan was scored on
+                plan = plan.model_copy(update={"calibration": improver.calibration})
         else:
             latency = measured(opened.model, improver, progress) if (how.budget or "").startswith("measured") else None
             published = opened.recipe.published if opened.recipe else None
             target = Target(request.drop or "", request.keep, how.budget, latency=latency, published=published)
             plan, repair, _ = improved_plan(improver, opened.ref, target, other)
+    repair = replace(repair, extra_bytes=memory.extra)
+    progress.say(repair.cost)
     return noted(plan, repair, opened.model), repair
+
+
+def _device_type(model: nn.Module) -> str:
+    return next((p.device.type for p in model.parameters() if not p.is_meta), "cpu")
 
 
 def measured(model: nn.Module, improver: Improver, progress: Progress) -> Latency:

@@ -13,6 +13,7 @@ from typing import Any
 
 from dropformer.prune.architecture import Layer
 from dropformer.prune.outline import Outline, StackOutline
+from dropformer.prune.window import Window
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,19 @@ class BlockMap:
     """The pruned stacks, by name, in order.
 
     `mapped` are attention layers with a linear map in their place: modules of the block and their forms.
+    `windows` are those that stay and see a window: the last tokens and the first ones.
     """
 
     stacks: dict[str, tuple[MappedBlock, ...]]
     mapped: dict[Layer, dict[str, Any]] = field(default_factory=dict)
+    windows: dict[Layer, Window] = field(default_factory=dict)
 
     @property
     def packed(self) -> bool:
-        """True when no block lacks a part: the model is a stock, shorter one."""
-        return not self.mapped and not any(block.skipped for blocks in self.stacks.values() for block in blocks)
+        """True when no block lacks a part or sees a window: the model is a stock, shorter one."""
+        if self.mapped or self.windows:
+            return False
+        return not any(block.skipped for blocks in self.stacks.values() for block in blocks)
 
     def in_place(self, outline: Outline) -> bool:
         """True when every block is where it was, so that no number and no count changes."""
@@ -70,6 +75,7 @@ def map_blocks(
     dropped: Iterable[Layer],
     shorten: bool = True,
     mapped: dict[Layer, dict[str, Any]] | None = None,
+    windows: dict[Layer, Window] | None = None,
 ) -> BlockMap:
     """The blocks that remain without these layers.
 
@@ -83,7 +89,7 @@ def map_blocks(
         fixed = stack.fixed if shorten else stack.blocks
         rest = kept[fixed:]
         stacks[stack.name] = (*kept[:fixed], *(_paired(stack, rest) or (b for b in rest if not b.empty)))
-    return BlockMap(stacks, mapped or {})
+    return BlockMap(stacks, mapped or {}, windows or {})
 
 
 def _block(stack: StackOutline, index: int, gone: set[Layer], whole: bool) -> MappedBlock:
@@ -121,7 +127,21 @@ def skipped_modules(outline: Outline, block_map: BlockMap) -> dict[str, Any]:
     for layer, forms in block_map.mapped.items():
         path = f"{outline.stack(layer.stack).path}.{new_index(block_map, layer)}"
         modules |= {f"{path}.{name}": form for name, form in forms.items()}
+    for layer, window in block_map.windows.items():
+        path = f"{outline.stack(layer.stack).path}.{new_index(block_map, layer)}"
+        modules[f"{path}.{attention_module(outline, layer)}"] = {"window": [window.width, window.sinks]}
     return modules
+
+
+def attention_module(outline: Outline, layer: Layer) -> str:
+    """The module of an attention layer that attends, by its path in the block: not one of the norms around it.
+
+    Its output form has a part of zeros, or it is what a norm behind it takes as it came: the one with parts.
+    """
+    modules = outline.branch(layer).modules
+    several = [name for name, form in modules.items() if isinstance(form, list)]
+    zeros = [name for name, form in modules.items() if str(form).startswith("zeros")]
+    return (several or zeros or list(modules))[0]
 
 
 def new_index(block_map: BlockMap, layer: Layer) -> int:

@@ -1,4 +1,4 @@
-"""From a drop spec (`prune.spec`) and a ranking to the layers that go.
+"""From a drop spec and a ranking to the layers that are dropped, and to those that keep a window of attention.
 
 Ties go to the deeper layer (arXiv 2406.15786 finds the deep ones redundant).
 """
@@ -13,6 +13,7 @@ from dropformer.prune.artifact import Artifact, FrozenRecord, ModelRef
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
 from dropformer.prune.spec import Selector, parse_spec
+from dropformer.prune.window import Window
 
 
 class Drop(FrozenRecord):
@@ -23,19 +24,24 @@ class Drop(FrozenRecord):
 
 
 class Savings(FrozenRecord):
-    """What a plan takes away: parameters, and cache elements per token, before and after."""
+    """What a plan takes away: parameters, and elements of the KV cache for each further token, before and after.
+
+    `kv_windows`: elements that layers with a window hold, whatever the length, once it is beyond their window.
+    """
 
     parameters: int
     parameters_after: int
     kv: int
     kv_after: int
+    kv_windows: int = 0
 
 
 class Plan(Artifact):
     """Which layers go, why, and what that saves.  Indices are those of the original model.
 
     `repairs`: the gates that repairs passed; `not_repaired`: what they could not mend, and why.
-    `packing_cost`: the mean similarity given up so that what is left packs into a stock model.
+    `packing_cost`: the mean similarity given up so that what is left packs into a stock model.  `windows`: attention
+    layers that stay and see a window, such as {"attn:3": "1024+4"}, most redundant first.
     """
 
     kind = "plan"
@@ -47,6 +53,7 @@ class Plan(Artifact):
     repairs: list[str] = []
     not_repaired: list[str] = []
     packing_cost: float | None = None
+    windows: dict[str, str] = {}
     drops: list[Drop]
     outline: Outline
     savings: Savings
@@ -55,6 +62,11 @@ class Plan(Artifact):
     def layers(self) -> list[Layer]:
         """The dropped layers, most redundant first within each item of the spec."""
         return [Layer.parse(drop.layer) for drop in self.drops]
+
+    @property
+    def windowed(self) -> dict[Layer, Window]:
+        """The attention layers that see a window only."""
+        return {Layer.parse(layer): Window.parse(text) for layer, text in self.windows.items()}
 
     def dropped(self) -> dict[str, Any]:
         """{attention: [..], mlp: [..], blocks: [..]} in original indices; one such entry a stack where several."""
@@ -99,7 +111,8 @@ def choose(
     Raises PlanError when the spec asks for more than there is, for a protected or unknown layer, or lacks what
     it needs, and where no attention would be left.
     """
-    selectors = sorted(parse_spec(spec), key=lambda s: s.kind != "block")  # what a whole block takes is gone
+    drops = [selector for selector in parse_spec(spec) if selector.kind != "window"]
+    selectors = sorted(drops, key=lambda s: s.kind != "block")  # what a whole block takes is gone
     chosen: list[Layer] = []
     for selector in selectors:
         free = _candidates(outline, selector, keep, chosen)
@@ -113,6 +126,31 @@ def choose(
         chosen += picked
     check_attention_left(outline, chosen)
     return chosen
+
+
+def choose_windows(
+    outline: Outline,
+    spec: str,
+    dropped: Sequence[Layer] = (),
+    ranking: Mapping[Layer, float] | None = None,
+    keep: Sequence[int] = (),
+) -> dict[Layer, Window]:
+    """The attention layers that a spec gives a window, least harmed first; `dropped` ones have none.
+
+    `ranking` maps every attention layer to a score by which the highest is windowed first.  Raises PlanError as
+    `choose` does.
+    """
+    found: dict[Layer, Window] = {}
+    for selector in parse_spec(spec):
+        if selector.window is None:
+            continue
+        free = _candidates(outline, selector, keep, [*dropped, *found])
+        if selector.indices is not None:
+            picked = _named(outline, selector, selector.indices, free, keep)
+        else:
+            picked = _top(selector, free, _count(outline, selector, free), ranking)
+        found |= dict.fromkeys(picked, selector.window)
+    return found
 
 
 def _published(selector: Selector, published: PublishedLists | None) -> Sequence[int]:
@@ -142,7 +180,8 @@ def unprotected(outline: Outline, kinds: Sequence[str], stack: str, keep: Sequen
 def _named(
     outline: Outline, selector: Selector, indices: Sequence[int], free: Sequence[Layer], keep: Sequence[int]
 ) -> list[Layer]:
-    layers = outline.layers(selector.kind, selector.stack)
+    kind = selector.kinds[0]
+    layers = outline.layers(kind, selector.stack)
     blocks = outline.stack(selector.stack).blocks
     known = {layer.index: layer for layer in layers}
     picked = []
@@ -152,7 +191,7 @@ def _named(
             if why := _why_kept(outline, selector, index + blocks if index < 0 else index):
                 raise PlanError(f"`{selector}` names {KIND_NAMES[selector.kind]} layer {index}, which must stay: {why}")
             raise PlanError(
-                f"`{selector}` names {KIND_NAMES[selector.kind]} layer {index}, but the model has "
+                f"`{selector}` names {KIND_NAMES[kind]} layer {index}, but the model has "
                 f"{len(layers)} of them in blocks 0 to {blocks - 1}"
             )
         if layer not in free:
@@ -218,15 +257,18 @@ def make_plan(
     spec: str,
     layers: Sequence[Layer],
     similarity: Mapping[Layer, float] | None = None,
+    windows: Mapping[Layer, Window] | None = None,
     **fields: Any,
 ) -> Plan:
     """The plan artifact for the chosen layers; `fields` are the artifact's other ones (keep, calibration, ...)."""
-    gone = outline.dropped_parameters(layers)
+    windows = windows or {}
     savings = Savings(
         parameters=outline.parameters,
-        parameters_after=outline.parameters - gone,
+        parameters_after=outline.parameters - outline.dropped_parameters(layers),
         kv=outline.kv_per_token(),
-        kv_after=outline.kv_per_token(layers),
+        kv_after=outline.kv_per_token([*layers, *windows]),
+        kv_windows=sum(outline.branch(layer).kv * window.held(2**62) for layer, window in windows.items()),
     )
     drops = [Drop(layer=str(layer), similarity=(similarity or {}).get(layer)) for layer in layers]
-    return Plan(model=model, spec=spec, drops=drops, outline=outline, savings=savings, **fields)
+    named = {str(layer): str(window) for layer, window in windows.items()}
+    return Plan(model=model, spec=spec, drops=drops, outline=outline, savings=savings, windows=named, **fields)

@@ -1,24 +1,32 @@
-"""The grammar of drop specs, and which blocks `--keep` protects.
+"""The grammar of a drop spec, and what config.json alone tells of one.  Light: no torch.
 
 attn:8  mlp:4  block:4      the N most redundant of a kind
 attn:25%                    a share of the kind, rounded down
 joint:12                    one ranking over attention and MLP layers together
 attn=20,21,25               these, in the original model's numbering
 published:attn:8            the list a recipe gives
+window:12@1024+4            not dropped: twelve attention layers see the last 1,024 tokens and the first 4
+window=3,7@512              these see the last 512 tokens
 attn:8,mlp:2                combined; encoder.attn:3 names a stack
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dropformer.prune.errors import PlanError
+from dropformer.prune.files.config_json import block_count
+from dropformer.prune.window import Window
 
-EXPECTED = "expected for example attn:8, mlp:25%, block:4, joint:12 or attn=20,21,25, combined by commas"
+EXPECTED = (
+    "expected for example attn:8, mlp:25%, block:4, joint:12, attn=20,21,25 or window:8@1024+4, combined by commas"
+)
 _ITEM = re.compile(
-    r"(?P<published>published:)?(?:(?P<stack>\w+)\.)?(?P<kind>attn|mlp|cross|block|joint)"
-    r"(?::(?P<count>\d+)(?P<percent>%)?|=(?P<indices>-?\d+(?:,-?\d+)*))"
+    r"(?P<published>published:)?(?:(?P<stack>\w+)\.)?(?P<kind>attn|mlp|cross|block|joint|window)"
+    r"(?::(?P<count>\d+)(?P<percent>%)?|=(?P<indices>-?\d+(?:,-?\d+)*))(?:@(?P<window>\d+(?:\+\d+)?))?"
 )
 
 
@@ -32,16 +40,18 @@ class Selector:
     percent: bool = False
     indices: tuple[int, ...] | None = None
     published: bool = False
+    window: Window | None = None
 
     def __str__(self) -> str:
         name = ("published:" if self.published else "") + (f"{self.stack}." if self.stack else "") + self.kind
+        rung = f"@{self.window}" if self.window else ""
         if self.indices is not None:
-            return f"{name}={','.join(map(str, self.indices))}"
-        return f"{name}:{self.count}{'%' if self.percent else ''}"
+            return f"{name}={','.join(map(str, self.indices))}{rung}"
+        return f"{name}:{self.count}{'%' if self.percent else ''}{rung}"
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return ("attn", "mlp") if self.kind == "joint" else (self.kind,)
+        return {"joint": ("attn", "mlp"), "window": ("attn",)}.get(self.kind, (self.kind,))
 
 
 def parse_spec(text: str) -> tuple[Selector, ...]:
@@ -67,14 +77,19 @@ def _selector(text: str, match: re.Match[str]) -> Selector:
         bool(match["percent"]),
         tuple(int(i) for i in indices.split(",")) if indices else None,
         bool(match["published"]),
+        Window.parse(match["window"]) if match["window"] else None,
     )
+    if (selector.kind == "window") != (selector.window is not None):
+        raise PlanError(f"drop spec `{text}`: windows and no others name their tokens, as in window:8@1024+4")
     if selector.indices is None and not selector.count:
         raise PlanError(f"drop spec `{text}`: `{selector}` drops nothing; {EXPECTED}")
     if selector.percent and selector.count > 100:
         raise PlanError(f"drop spec `{text}`: `{selector}` is more than all; {EXPECTED}")
     if selector.kind == "joint" and selector.indices is not None:
         raise PlanError(f"drop spec `{text}`: joint takes a count; name layers as attn=20,21 or mlp=3")
-    if selector.published and (selector.indices is not None or selector.percent or selector.kind == "joint"):
+    if selector.published and (
+        selector.indices is not None or selector.percent or selector.kind in ("joint", "window")
+    ):
         raise PlanError(f"drop spec `{text}`: a published list takes a count, as in published:attn:8")
     return selector
 
@@ -85,3 +100,27 @@ def parse_keep(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:
         raise PlanError(f"--keep `{text}` cannot be read; expected block indices such as 0,1,-1") from None
+
+
+def check_drop(drop: str | None, config: Mapping[str, Any], name: str) -> None:
+    """Raises PlanError where a spec asks for more layers than the config has."""
+    blocks = block_count(config)
+    for selector in parse_spec(drop) if drop else ():
+        limit = blocks and blocks * len(selector.kinds)
+        if limit and not selector.percent and selector.count > limit:
+            raise PlanError(
+                f"`{selector}` drops {selector.count} layers, but {name} has {limit} of that kind; ask for fewer"
+            )
+
+
+def check_keep(keep: Sequence[int], drop: str | None, config: Mapping[str, Any]) -> None:
+    """Raises PlanError where --keep names blocks that the config does not have.
+
+    A spec that names stacks is left alone: each stack has a number of blocks of its own.
+    """
+    blocks = block_count(config)
+    if not blocks or any(selector.stack for selector in (parse_spec(drop) if drop else ())):
+        return
+    for index in keep:
+        if not -blocks <= index < blocks:
+            raise PlanError(f"--keep names block {index}, but the blocks are 0 to {blocks - 1}")

@@ -24,7 +24,7 @@ from dropformer.prune.files import open_checkpoint
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.formats.export import reference
 from dropformer.prune.loading.tokenizer import open_tokenizer
-from dropformer.prune.spec_limits import check_drop
+from dropformer.prune.spec import check_drop
 from dropformer.recipes import open_source
 from dropformer.recipes.gguf import fingerprint as gguf_fingerprint
 from dropformer.recipes.hub import fetch_side_files

@@ -21,7 +21,7 @@ from dropformer.metrics.analysis.analyze import as_inputs
 from dropformer.metrics.blockwise.provider import Provider, provider_for
 from dropformer.metrics.blockwise.work import Work
 from dropformer.metrics.offload.keeper import Keeper
-from dropformer.prune.architecture import Architecture, Stack
+from dropformer.prune.architecture import Architecture, Stack, Tap
 from dropformer.prune.discovery.trace import outputs_of
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.loading.modeling import Skipped
@@ -103,7 +103,7 @@ class BlockRunner:
 
     def start(self, batch: int) -> Tensor:
         """The stream that enters the first block, [B, T, D]."""
-        return self._calls[batch][0].stream(self.blocks[0].input.key)
+        return self._calls[batch][0].stream(_one(self.blocks[0].input))
 
     def walk(self, first: int = 0, last: int | None = None) -> Iterator[int]:
         """The blocks from `first` to before `last` in order, each with its weights there while it is dealt with."""
@@ -118,11 +118,11 @@ class BlockRunner:
         module = self.model.get_submodule(found.path)
         args, kwargs = self.arguments(block, batch, stream.to(self.device(block, stream)))
         self.work.add(found.path, module, stream.shape[:2].numel())
-        return outputs_of(module(*args, **kwargs))[found.output.key]
+        return outputs_of(module(*args, **kwargs))[_one(found.output)]
 
     def arguments(self, block: int, batch: int, stream: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What a block is called with on a batch, with this stream."""
-        return self._calls[batch][block].on(self.blocks[block].input.key, stream)
+        return self._calls[batch][block].on(_one(self.blocks[block].input), stream)
 
     def device(self, block: int, like: Tensor) -> torch.device:
         """Where a block computes."""
@@ -141,7 +141,7 @@ class BlockRunner:
         stream = stream.to(self.start(batch).device)
 
         def inject(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-            return Call(args, kwargs).on(first.input.key, stream)
+            return Call(args, kwargs).on(_one(first.input), stream)
 
         few = positions is not None and "logits_to_keep" in inspect.signature(self.model.forward).parameters
         with replaced(self.model, self._passing):
@@ -174,3 +174,34 @@ def only_stack(architecture: Architecture) -> Stack:
     if any(isinstance(block.input.key, tuple) for block in architecture.stacks[0].blocks):
         raise ArchitectureError(f"this model's blocks are reversible, with two streams; {SIMILARITY}")
     return architecture.stacks[0]
+
+
+def _one(tap: Tap) -> int | str | None:
+    """The key of a stream that is one tensor.  Raises ArchitectureError for the two of a reversible block."""
+    if isinstance(tap.key, tuple):
+        raise ArchitectureError(
+            "its blocks carry two residual streams side by side, which neither searches nor repairs can follow; use "
+            "--metric similarity with --select one-shot and no --repair"
+        )
+    return tap.key
+
+
+def check_blockwise(runner: BlockRunner, architecture: Architecture) -> None:
+    """Raises ArchitectureError where blocks called one by one do not give the model's own logits.
+
+    They do not where blocks hand each other more than their residual stream.  Time: a few tokens.
+    """
+    inputs = {name: value[:1, :16] for name, value in runner.batches[0].items() if isinstance(value, Tensor)}
+    few = BlockRunner(runner.model, architecture, [inputs], runner.provider)
+    with torch.inference_mode():
+        found = few.logits(0, few.run(0, 0, few.start(0))).float()
+        output = few.model(**few.batches[0])
+        whole = getattr(output, "logits", None)
+        whole = (next(iter(outputs_of(output).values())) if whole is None else whole).float().to(found.device)
+    allowed = 1e-3 if few.start(0).dtype == torch.float32 else 5e-2
+    if not float((found - whole).norm()) <= allowed * float(whole.norm()):
+        raise ArchitectureError(
+            f"the blocks of {type(runner.model).__name__}, called one by one, do not give what the model gives: they "
+            "hand each other more than the residual stream; use --metric similarity with --select one-shot and no "
+            "--repair"
+        )

@@ -64,9 +64,10 @@ class Variant:
             if path.startswith(below):
                 found[path] = replacement(form).to(device_of(self.model, path))
         values: dict[str, dict[str, Tensor]] = {}
+        inside = tuple(f"{path}." for path in self.dropped)  # a dropped module holds none of its own any more
         for name, tensor in self.tensors.items():
             path, _, leaf = name.rpartition(".")
-            if name.startswith(below):
+            if name.startswith(below) and not (path + ".").startswith(inside):
                 values.setdefault(path, {})[leaf] = tensor
         for path, new in values.items():
             found[path] = with_parameters_of(found.get(path) or self.model.get_submodule(path), new)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-Progress = Callable[[int, int], None]  # block-steps done, block-steps expected
+Progress = Callable[[int, int], None]  # block-steps of all windows, tokens through the whole model
 
 
 @dataclass
@@ -15,13 +15,12 @@ class Work:
     """Counts tokens that pass blocks.
 
     One forward pass of all calibration windows is `blocks` x `tokens`; a block without one of its branches counts
-    by the share of its parameters that are left.  The head is not counted.  `expected`: forward passes foreseen,
-    for a bar; `progress` hears of every step.
+    by the share of its parameters that are left.  The head is not counted.  `progress` hears of every step: blocks
+    that all windows have passed, and tokens.
     """
 
     blocks: int = 1
     tokens: int = 1
-    expected: float = 0.0
     progress: Progress | None = None
     spent: float = 0.0  # tokens x blocks
     _sizes: dict[str, int] = field(default_factory=dict)
@@ -40,9 +39,7 @@ class Work:
         whole = self._sizes.get(path, 0)
         self.spent += tokens * min(1.0, _parameters(block) / whole if whole else 1.0)
         if self.progress:
-            unit = self.tokens or 1
-            done, total = self.spent / unit, max(self.expected * self.blocks, self.spent / unit)
-            self.progress(int(done), max(1, round(total)))
+            self.progress(int(self.spent / self.tokens), int(self.spent / self.blocks))
 
 
 def _parameters(module: nn.Module) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,7 +37,8 @@ class FromDisk:
         if path != self._here:
             self.leave()
             return_freed()
-        self.weights.load(path)
+        with torch.inference_mode(False), torch.no_grad():  # the memory is filled again for other blocks
+            self.weights.load(path)
         self._here = path
 
     def leave(self) -> None:
@@ -52,6 +54,10 @@ class BlockSource:
     model: nn.Module
     source: Source
     keeper: Keeper
+
+    def given(self) -> dict[str, Any]:
+        """As arguments of an `Improver`."""
+        return {"source": self.source, "keeper": self.keeper}
 
 
 def open_source_of_blocks(

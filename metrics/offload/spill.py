@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -67,12 +68,12 @@ def _write(storage: torch.UntypedStorage, file: BinaryIO) -> None:
     file.write(_memory(on_cpu))
 
 
-def _fill(storage: torch.UntypedStorage, file: BinaryIO) -> None:
+def _fill(storage: torch.UntypedStorage, file: BufferedReader) -> None:
     if storage.device.type == "cpu":
-        file.readinto(_memory(storage))  # type: ignore[attr-defined]
+        file.readinto(_memory(storage))
     else:
         landing = torch.UntypedStorage(storage.nbytes())
-        file.readinto(_memory(landing))  # type: ignore[attr-defined]
+        file.readinto(_memory(landing))
         storage.copy_(landing)
 
 

@@ -72,16 +72,16 @@ class Weights:
     def load_rows(self, path: str, rows: Tensor) -> None:
         """Read some rows of an embedding whose other rows stay unread and take no memory.  rows: int64, any shape."""
         module = self.model.get_submodule(path)
-        if module.weight.is_meta:
-            module._parameters["weight"] = nn.Parameter(_untouched(module.weight), requires_grad=False)  # type: ignore[arg-type]
-            self._rows[path] = torch.zeros(module.weight.shape[0], dtype=torch.bool)  # type: ignore[arg-type, index]
+        if module.get_parameter("weight").is_meta:
+            module._parameters["weight"] = nn.Parameter(_untouched(module.get_parameter("weight")), requires_grad=False)
+            self._rows[path] = torch.zeros(len(module.get_parameter("weight")), dtype=torch.bool)
         span = self.checkpoint.tensors[self._plain[f"{path}.weight"]]
         wanted = rows.unique().cpu()
         width = span.nbytes // span.shape[0]
         with self.checkpoint.shards[span.shard].opened() as file:
             for row in wanted[~self._rows[path][wanted]].tolist():
                 data = bytearray(os.pread(file, width, span.start + row * width))
-                module.weight.data[row] = torch.frombuffer(data, dtype=_dtype(span))  # type: ignore[operator]
+                module.get_parameter("weight").data[row] = torch.frombuffer(data, dtype=_dtype(span))
                 self.bytes_read += width
         self._rows[path][wanted] = True
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import Changes, Variant, variant
 from dropformer.metrics.offload.keeper import Keeper
+from dropformer.metrics.offload.process_memory import shown
 from dropformer.metrics.repair.gate import Gate
 from dropformer.metrics.repair.ridge import Group
 from dropformer.metrics.repair.slots import BranchOutput
@@ -86,7 +87,8 @@ class Repair:
     """New values for some parameters of a pruned model, and the attention layers that became linear maps.
 
     `tensors` and `mapped` as in `Changes`; `gates` and `unrepaired` say what was measured, and what could not be
-    repaired and why.  `passes`: forward passes over the calibration windows that choosing and repairing took.
+    repaired and why.  `passes`: forward passes over the calibration windows that choosing and repairing took,
+    `extra_bytes`: the most memory, beside the model's.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -94,6 +96,15 @@ class Repair:
     gates: tuple[Gate, ...] = ()
     unrepaired: tuple[tuple[str, str], ...] = ()
     passes: float = 0.0
+    extra_bytes: int = 0
+
+    @property
+    def cost(self) -> str:
+        """What choosing and repairing took, as a line."""
+        return (
+            f"choosing and repairing took {self.passes:.1f} forward passes over the calibration windows and at most "
+            f"{shown(self.extra_bytes)} beside the model"
+        )
 
     def named(self, outline: Outline, block_map: BlockMap) -> dict[str, Tensor]:
         """The tensors by the pruned model's parameter names."""

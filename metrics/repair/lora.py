@@ -168,7 +168,7 @@ def streams(model: nn.Module, blocks: Sequence[Block]) -> Iterator[list[Tensor]]
     """What these blocks give, in the order in which they run, during a pass inside the `with`.  [B, T, D] each."""
     found: list[Tensor] = []
 
-    def note(key: int | str | None, _m: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+    def note(key: Any, _m: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         found.append(outputs_of(output)[key])
 
     with ExitStack() as hooks:
@@ -201,12 +201,12 @@ def recomputing(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
     """Inside the `with` these blocks keep only their inputs for the backward pass, and run again there."""
     own = [model.get_submodule(path) for path in blocks]
     for block in own:
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+        vars(block)["forward"] = partial(checkpoint, block.forward, use_reentrant=False)
     try:
         yield
     finally:
         for block in own:
-            del block.forward
+            vars(block).pop("forward")
 
 
 @contextmanager

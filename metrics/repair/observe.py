@@ -78,7 +78,7 @@ def _note_input(
 def per_channel(norm: nn.Module, given: Tensor) -> Tensor:
     """What a norm multiplies its weight by, whether it reads the weight w as w or as 1 + w.  [..., D] -> [..., D]."""
     one, none = (
-        with_parameters_of(norm, {"weight": torch.full_like(norm.weight, value)}).forward(given)  # type: ignore[call-overload]
+        with_parameters_of(norm, {"weight": torch.full_like(norm.get_parameter("weight"), value)}).forward(given)
         for value in (1.0, 0.0)
     )
     return one - none

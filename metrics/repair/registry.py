@@ -22,7 +22,8 @@ class RepairEntry:
 
     `fit` is a `base.RepairMethod`, `foresee` a `base.ForesightMethod`, or "module:name" of one; without `foresee` a
     search measures candidates as if the repair were not.  `needs`: packages, by the extra that installs them.
-    `whole`: it trains through the whole model, so that the weights cannot come block by block.
+    `passes`: about how many forward passes it takes, for a bar.  `whole`: it trains through the whole model, so that
+    the weights cannot come block by block.
     """
 
     summary: str
@@ -30,6 +31,7 @@ class RepairEntry:
     foresee: str | Callable | None = None
     needs: tuple[tuple[str, str], ...] = ()
     whole: bool = False
+    passes: float = 1.0
 
     @property
     def searched(self) -> bool:
@@ -66,6 +68,7 @@ REPAIRS: Registry[RepairEntry] = Registry(
         "refit-all": RepairEntry(
             "the same for everything behind the first gap, in order of depth, on the pruned model's own stream",
             f"{_HERE}.sequential:fit_all",
+            passes=1.8,
         ),
         "distill": RepairEntry(
             "blocks around each gap trained one by one to give the dense stream, in whatever form they have",
@@ -76,6 +79,7 @@ REPAIRS: Registry[RepairEntry] = Registry(
             f"{_HERE}.lora:fit_adapters",
             needs=(("peft", "lora"),),
             whole=True,
+            passes=8.0,
         ),
     },
 )

@@ -248,7 +248,8 @@ class DenseStreams:
                     output = self.runner.step(i, batch, stream)
                 self.streams[batch] = keep(output)
                 for place in here:
-                    value = output if place[1] is None else after_branch(block.branch(place[1]), seen)  # type: ignore[arg-type]
+                    branch = block.branch(place[1]) if place[1] else None
+                    value = output if branch is None else after_branch(branch, seen)
                     self._at.setdefault(place, []).append(keep(value))
             self.next = i + 1
 

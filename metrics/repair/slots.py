@@ -7,7 +7,7 @@ gap behind it lost in closed form; of a norm there (sandwich and post-norm block
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -65,7 +65,7 @@ def branch_outputs(model: nn.Module, architecture: Architecture) -> dict[Layer, 
     return found
 
 
-def projections(outputs: dict[Layer, BranchOutput]) -> dict[Layer, OutputProjection]:
+def projections(outputs: Mapping[Layer, BranchOutput]) -> dict[Layer, OutputProjection]:
     """The slots of those branches that have one."""
     return {layer: output.slot for layer, output in outputs.items() if output.slot}
 

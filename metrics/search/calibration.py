@@ -12,6 +12,7 @@ from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.repair.ridge import Group, group_of
 
 BATCH_GPU = 8192  # tokens that pass a block at once on a GPU; on a CPU windows run one by one
+GATE_SHARE = 8  # a gate measures on at most this share of the calibration's tokens, on two windows at least
 
 
 @dataclass(frozen=True)
@@ -65,3 +66,20 @@ def shortened(batch: Batch, windows: int, length: int) -> tuple[dict[str, Tensor
     scored = None if batch.scored is None else batch.scored[:windows, :length]
     short = scored is not None and not scored[:, 1:].any()
     return (batch.inputs, batch.scored) if short else (inputs, scored)
+
+
+def gate_batches(
+    other: Windows, tokens: int, device: torch.device
+) -> tuple[list[dict[str, Tensor]], list[Tensor | None]]:
+    """Inputs and scored positions to gate on, few beside a calibration of so many tokens.
+
+    Windows of which only some positions count are not shortened.
+    """
+    length, most = other.ids.shape[1], tokens // GATE_SHARE
+    count = min(len(other), max(2, most // length))
+    size = 1 if device.type == "cpu" else max(1, BATCH_GPU // length)
+    whole = [other.batch(range(i, min(i + size, count))) for i in range(0, count, size)]
+    short = min(length, max(64, most // count)) if other.scored.all() else length
+    inputs = [{name: tensor[:, :short] for name, tensor in batch.items()} for batch, _ in whole]
+    scored = [counts[:, :short] for _, counts in whole]
+    return inputs, [None if counts.all() else counts for counts in scored]

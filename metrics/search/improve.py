@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,7 @@ from dropformer.metrics.analysis.analyze import evaluating, proven
 from dropformer.metrics.blockwise.divergence import DenseReference
 from dropformer.metrics.blockwise.layer_metrics import MetricContext, Ranking
 from dropformer.metrics.blockwise.provider import InMemory, Source, provider_for
-from dropformer.metrics.blockwise.runner import BlockRunner
+from dropformer.metrics.blockwise.runner import BlockRunner, check_blockwise
 from dropformer.metrics.blockwise.variant import Changes, Variant, variant
 from dropformer.metrics.blockwise.work import Work
 from dropformer.metrics.calibration.windows import Windows
@@ -22,13 +23,14 @@ from dropformer.metrics.repair.gate import Gate, Gating
 from dropformer.metrics.repair.registry import REPAIRS
 from dropformer.metrics.repair.slots import branch_outputs
 from dropformer.metrics.search.budget import meter, parse_budget, within
-from dropformer.metrics.search.calibration import BATCH_GPU, Batch, batches_of, search_size, shortened
+from dropformer.metrics.search.calibration import GATE_SHARE, Batch, batches_of, gate_batches, search_size, shortened
 from dropformer.metrics.search.registry import METRICS, SELECTIONS
 from dropformer.metrics.search.select import KL, Choice, Greedily, refine
 from dropformer.metrics.search.selections import affordable, shortlist
 from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
+from dropformer.prune.discovery.inputs import writes_text
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.outline import Outline
@@ -36,7 +38,6 @@ from dropformer.prune.plan import Plan, check_attention_left, choose, make_plan,
 from dropformer.prune.spec import parse_spec
 
 Tell = Callable[[str], None]
-GATE_SHARE = 8  # a gate measures on at most this share of the calibration windows, though on two at least
 
 
 @dataclass
@@ -66,6 +67,9 @@ class Improver:
         self.groups = [part.group for part in self.parts]
         inputs = [part.inputs for part in self.parts]
         runner = BlockRunner(self.model, self.architecture, inputs, self.provider, None, self.keeper)
+        if inputs and not self.source:
+            with evaluating(self.model):
+                check_blockwise(runner, self.architecture)
         self.work: Work = runner.work
         scored = runner.counted = [part.scored for part in self.parts]
         self.bench = MetricContext(runner, self.architecture, scored, self.quality.stride)
@@ -77,6 +81,11 @@ class Improver:
         self._memory: dict[tuple[int, ...], dict[str, Any]] = {}
 
     def _check_repairs(self) -> None:
+        if not writes_text(self.model):
+            raise ModelError(
+                f"{type(self.model).__name__} writes no text, so neither KL nor perplexity can choose or repair; "
+                "choose by one-shot similarity"
+            )
         for name in self.quality.repair:
             REPAIRS[name].check(name)
             if REPAIRS[name].whole and not isinstance(self.provider, InMemory):
@@ -157,6 +166,13 @@ class Improver:
             before or Changes(), self.tell, memory,
         )  # fmt: skip
 
+    def steps(self, chooses: bool = True, budget: bool = False) -> int:
+        """About how many block-steps choosing and repairing takes, for a bar: blocks times forward passes."""
+        how = self.quality.under("kv:-1%" if budget else None)
+        passes = (how.search_passes if how.searches else 1.0) if chooses else 0.0
+        passes += sum(REPAIRS[name].passes for name in how.repair) + 3 / GATE_SHARE * bool(how.repair)
+        return max(1, round(self.work.blocks * passes))
+
     def prepare(self, candidates: Sequence[Layer], count: int) -> None:
         """Fit what a search is to see: the repairs of any `count` of the candidates."""
         self._foreseen = {}
@@ -176,12 +192,9 @@ class Improver:
             entry = SELECTIONS[self.quality.select]
             if entry.pick is None and any(s.indices is None and not s.published for s in parse_spec(request.spec)):
                 scores = self.ranking(self.quality.metric)()
-            pick = None if entry.pick is None else self._picker(entry.method())
+            pick = None if entry.pick is None else partial(entry.method(), self)
             layers = choose(self.outline, request.spec, scores, request.keep, request.published, pick)
             return self.refined(layers, request.keep), scores
-
-    def _picker(self, method: Any) -> Any:
-        return lambda free, count, gone: method(self, free, count, gone)
 
     def refined(self, layers: Sequence[Layer], keep: Sequence[int] = ()) -> list[Layer]:
         """A choice after the rounds of swaps that the quality asks for, which keep the number of each kind."""
@@ -250,12 +263,10 @@ class Improver:
 
     def _gating(self, other: Windows, gone: Sequence[Layer]) -> Gating:
         """The gate, on no more windows than make it cheap beside the calibration."""
-        count = min(len(other), max(2, sum(part.windows for part in self.parts) // GATE_SHARE))
-        size = 1 if _device(self.model).type == "cpu" else max(1, BATCH_GPU // other.ids.shape[1])
-        inputs, scored = zip(*(other.batch(range(i, min(i + size, count))) for i in range(0, count, size)), strict=True)
+        inputs, scored = gate_batches(other, self.bench.runner.tokens, _device(self.model))
         with evaluating(self.model):
             runner = self.bench.runner.like(inputs, self.architecture)
-            dense = DenseReference(runner, self.quality.stride, [None if s.all() else s for s in scored])
+            dense = DenseReference(runner, self.quality.stride, scored)
         return Gating(dense, lambda changes: variant(self.model, self.architecture, gone, changes))
 
     @property
@@ -271,12 +282,6 @@ def _device(model: nn.Module) -> Any:
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
-def wording(quality: Strategy) -> str:
-    """What chose the layers: `similarity`, `iterative angular`, `greedy kl, refined`."""
-    found = {"one-shot": quality.metric, "greedy": "greedy kl"}.get(quality.select, f"iterative {quality.metric}")
-    return found + (", refined" if quality.refine else "")
-
-
 def improve(
     improver: Improver, ref: ModelRef, request: Target, other: Windows | None = None
 ) -> tuple[Plan, Repair, Variant]:
@@ -286,6 +291,6 @@ def improve(
     """
     layers, scores = improver.choose(request)
     repair, variant = improver.repair(layers, other)
-    fields = {"keep": list(request.keep), "metric": wording(improver.quality), "calibration": improver.calibration}
+    fields: dict[str, Any] = {"metric": improver.quality.wording, "calibration": improver.calibration}
     spec = request.spec or str(parse_budget(request.budget or ""))
-    return make_plan(improver.outline, ref, spec, layers, scores, **fields), repair, variant
+    return make_plan(improver.outline, ref, spec, layers, scores, keep=list(request.keep), **fields), repair, variant

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from dropformer.metrics.search.budget import Meter
 from dropformer.metrics.search.select import Count, greedy, iterative
 from dropformer.prune.architecture import Layer
+from dropformer.prune.errors import PlanError
+from dropformer.prune.plan import check_attention_left
 
 if TYPE_CHECKING:
     from dropformer.metrics.search.improve import Improver
@@ -25,7 +27,22 @@ def pick_greedy(improver: Improver, free: Sequence[Layer], count: int, gone: Seq
     short = shortlist(improver, free, count, gone)
     improver.prepare([*short, *gone], count)
     improver.cost.ahead([*gone, layer] for layer in short)
-    return greedy(short, Count(count), improver.cost, gone, improver.how).layers
+    while True:
+        found = greedy(short, Count(count), improver.cost, gone, improver.how).layers
+        try:
+            check_attention_left(improver.outline, [*gone, *found])
+            return found
+        except PlanError:  # a hybrid's only attention with keys, for example: others are dropped instead
+            if len(short) <= count:
+                return found
+            short = [layer for layer in short if layer != _last_with_keys(improver, found)]
+
+
+def _last_with_keys(improver: Improver, chosen: Sequence[Layer]) -> Layer:
+    """The layer chosen last that holds keys and values, or the last of all."""
+    outline = improver.outline
+    held = [one for one in chosen if any(outline.branch(part).kv for part in outline.branch_layers([one]))]
+    return (held or list(chosen))[-1]
 
 
 def shortlist(improver: Improver, free: Sequence[Layer], count: int, gone: Sequence[Layer] = ()) -> list[Layer]:

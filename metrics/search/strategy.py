@@ -39,6 +39,12 @@ class Strategy:
         """Are candidates measured on windows of their own?"""
         return SELECTIONS[self.select].measures or self.refine > 0
 
+    @property
+    def wording(self) -> str:
+        """What chooses the layers: `similarity`, `iterative angular`, `greedy kl, refined`."""
+        found = {"one-shot": self.metric, "greedy": "greedy kl"}.get(self.select, f"{self.select} {self.metric}")
+        return found + (", refined" if self.refine else "")
+
     def under(self, budget: str | None) -> Strategy:
         """These settings where a budget says how much goes: a greedy search meets it.  Raises PlanError with swaps."""
         if not budget:

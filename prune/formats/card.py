@@ -28,6 +28,8 @@ def model_card(plan: Plan, record: dict[str, Any], loading: str, results: list[s
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
     name = plan.model.hub or Path(plan.model.name).name
     lines += [f"# {name}, pruned ({plan.spec})", "", _dropped(record["dropped"]), ""]
+    if plan.windows:
+        lines += ["Attention windows (last tokens + first tokens): " + _windows(plan.windows) + ".", ""]
     lines += ["| | before | after |", "|---|---:|---:|"]
     for key in ("parameters", "bytes", "kv_bytes_per_token"):
         lines.append(f"| {key.replace('_', ' ')} | {record['before'][key]:,} | {record['after'][key]:,} |")
@@ -43,6 +45,14 @@ def model_card(plan: Plan, record: dict[str, Any], loading: str, results: list[s
     return "\n".join(lines) + "\n"
 
 
+def _windows(windows: dict[str, str]) -> str:
+    """`512+4 in attn:3, attn:7; 1024 in attn:9`."""
+    found: dict[str, list[str]] = {}
+    for layer, window in windows.items():
+        found.setdefault(window, []).append(layer)
+    return "; ".join(f"{window} in {', '.join(layers)}" for window, layers in found.items())
+
+
 def _dropped(dropped: dict[str, Any]) -> str:
     stacks = dropped if all(isinstance(v, dict) for v in dropped.values()) else {"": dropped}
     parts = [
@@ -51,4 +61,4 @@ def _dropped(dropped: dict[str, Any]) -> str:
         for kind, indices in kinds.items()
         if indices
     ]
-    return "Dropped, in the base model's numbering: " + "; ".join(parts) + "."
+    return "Dropped, in the base model's numbering: " + ("; ".join(parts) or "no layer") + "."

@@ -65,6 +65,7 @@ def export(
     """
     how = how or ExportOptions()
     kind = known_format(how.format)
+    kind.check(how.format, surgery.block_map)
     writing = replace(writing_of(native_class(type(model)), surgery, open_checkpoint(source), how), model=model)
     with new_folder(out) as folder:
         copied = kind.write(writing, folder)

@@ -9,7 +9,7 @@ tensors as the model does, which the plan's own counts prove; else transformers 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,12 @@ class Written:
     record: dict[str, Any]
 
 
-def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None = None) -> Written:
+def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None = None, repair: Any = None) -> Written:
     """Write the checkpoint that a plan makes of the one in `source`.
 
     Every tensor's bytes are compared with the source; nothing is run.  Memory: a copy's buffer, whatever the size.
+    `repair` (`metrics.repair.base.Repair`) gives some of the kept layers new weights; without one, those that the
+    plan was made with are not repeated.
     Raises PlanError where the plan was made for other weights or the format cannot carry it, OutputError where `out`
     exists and is not empty, CheckpointError for a bad source or a config.json that does not fit it.
     """
@@ -52,8 +54,10 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
         raise PlanError(f"the plan was made for other weights than those in {source}; plan this model")
     need_dense(read_config(source), plan.model.name)
     check_fits(plan, checkpoint, how.trust_remote_code)
-    plan = plan.unrepaired()
-    writing = plain_writing(plan, checkpoint, how) or asked_writing(plan, checkpoint, how)
+    plan = plan if repair else plan.unrepaired()
+    plain = None if repair else plain_writing(plan, checkpoint, how)
+    writing = plain or asked_writing(plan, checkpoint, how, repair)
+    kind.check(how.format, writing.block_map)
     with new_folder(out) as folder:
         copied = kind.write(writing, folder)
         if kind.sides:
@@ -73,7 +77,9 @@ def plain_writing(plan: Plan, source: Checkpoint, how: ExportOptions) -> ExportJ
     """
     outline = plan.outline
     block_map = map_blocks(outline, plan.layers)
-    if not outline.autos or not (block_map.in_place(outline) or all(stack.alike for stack in outline.stacks)):
+    if plan.windows or not outline.autos:
+        return None
+    if not (block_map.in_place(outline) or all(stack.alike for stack in outline.stacks)):
         return None
     surgery = Surgery(outline, tuple(plan.layers), block_map)
     try:
@@ -88,11 +94,18 @@ def plain_writing(plan: Plan, source: Checkpoint, how: ExportOptions) -> ExportJ
     return writing if gone == outline.dropped_parameters(plan.layers) else None
 
 
-def asked_writing(plan: Plan, source: Checkpoint, how: ExportOptions) -> ExportJob:
+def asked_writing(plan: Plan, source: Checkpoint, how: ExportOptions, repair: Any = None) -> ExportJob:
     """The same from a model without weights: what transformers calls the tensors, and whether blocks can move."""
     from dropformer.prune.formats.export import writing_of
     from dropformer.prune.loading.load import weightless
     from dropformer.prune.surgery.surgery import plan_surgery
 
     model = weightless(source.folder, how.trust_remote_code)
-    return writing_of(type(model), plan_surgery(plan.outline, plan.layers, model, folder=source.folder), source, how)
+    mapped = repair.mapped if repair else None
+    surgery = plan_surgery(plan.outline, plan.layers, model, mapped, plan.windowed, source.folder)
+    if repair:
+        from dropformer.prune.formats.stored_tensors import stored_dtype
+
+        named, dtype = repair.named(plan.outline, surgery.block_map), stored_dtype(source.folder)
+        surgery = replace(surgery, tensors={name: tensor.to(dtype) for name, tensor in named.items()})
+    return writing_of(type(model), surgery, source, how)

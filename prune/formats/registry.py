@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dropformer.prune.errors import OutputError
+from dropformer.prune.block_map import BlockMap
+from dropformer.prune.errors import OutputError, PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.formats.dense import write_dense
 from dropformer.prune.formats.onnx import write_onnx
@@ -24,7 +25,8 @@ class Format:
 
     `reloads`: dropformer loads it, so that its logits can be compared with the model in memory; `packs`: a plan
     that packs gives a stock model; `saves`: what is dropped is gone; `sides`:
-    the tokenizer and other files go along; `runs`: the model itself is needed, not its files.
+    the tokenizer and other files go along; `runs`: the model itself is needed, not its files; `windows`: it holds
+    attention layers that see a window.
     """
 
     write: Write
@@ -35,7 +37,14 @@ class Format:
     saves: bool = True
     sides: bool = True
     runs: bool = False
+    windows: bool = False
     checked: str = "every tensor's bytes are the source's"
+
+    def check(self, name: str, block_map: BlockMap) -> None:
+        """Raises PlanError for a plan that the format, of this name, cannot hold."""
+        if block_map.windows and not self.windows:
+            able = ", ".join(other for other, kind in FORMATS.items() if kind.windows)
+            raise PlanError(f"--format {name} holds no attention windows, which this plan has; give --format {able}")
 
     def loading(self, packed: bool) -> str:
         return PACKED if packed and self.packs else self.loads
@@ -80,6 +89,7 @@ FORMATS = {
         "`trust_remote_code=True`, which runs the small `modeling_dropformer.py` in this folder.",
         reloads=True,
         packs=True,
+        windows=True,
     ),
     "dense": Format(
         write_dense,

@@ -22,8 +22,9 @@ from dropformer.prune.surgery.config import pruned_config, without_heads
 from dropformer.prune.surgery.patterns import settled_patterns
 
 MODEL_TYPE = "dropformer"
-CODE = Path(__file__).parents[1] / "loading" / "modeling.py"
+LOADING = Path(__file__).parents[1] / "loading"
 CODE_FILE = "modeling_dropformer.py"
+CODE = {CODE_FILE: "modeling.py", "window_attention.py": "window_attention.py", "window_cache.py": "window_cache.py"}
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,8 @@ def write_config(folder: Path, fields: dict[str, Any], autos: Sequence[str]) -> 
         stem = Path(CODE_FILE).stem
         classes = {"AutoConfig": f"{stem}.DropformerConfig"} | {auto: f"{stem}.Pruned{auto}" for auto in autos}
         fields = {**fields, "auto_map": classes}
-        shutil.copyfile(CODE, folder / CODE_FILE)
+        for name, source in CODE.items():
+            shutil.copyfile(LOADING / source, folder / name)
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 

@@ -13,9 +13,10 @@ The checkpoint's config.json says what is missing:
                            "model.layers.12.input_layernorm": "input"}
 
 Each named module is replaced by `Skipped`, which has no weights and does no work; an attention layer may
-become `Mapped` instead, {"linear": [576, 576], "of": ["zeros", null]}, whose weight and bias are in the
-files.  The cache entry of a block without attention holds nothing, so lengths and masks come from blocks
-that do attend.
+become `LinearReplacement` instead, {"linear": [576, 576], "of": ["zeros", null]}, whose weight and bias are in
+the files, or keep its module and weights and see a window, {"window": [1024, 4]}: the last 1,024 tokens and the
+first 4 (`window_attention.py`).  The cache entry of a block without attention holds nothing, so lengths and
+masks come from blocks that do attend.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 from transformers.models.auto import modeling_auto
+
+from .window_attention import prepare_windows, window_attention
+from .window_cache import Window
 
 MODEL_TYPE = "dropformer"
 CODE_FILE = "modeling_dropformer.py"  # what a copy of this file is called beside a checkpoint's weights
@@ -120,6 +124,9 @@ def hidden_states(args: tuple, kwargs: dict) -> torch.Tensor:
 def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
     """Replace each named module of `model` by what its form describes; its weights are gone, its settings stay."""
     for path, form in modules.items():
+        if isinstance(form, dict) and "window" in form:
+            window_attention(model.get_submodule(path), Window(*form["window"]))
+            continue
         parent, _, name = path.rpartition(".")
         owner, new = model.get_submodule(parent), replacement(form)
         old = getattr(owner, name)
@@ -266,6 +273,15 @@ def pruned_model_class(native: Any, config: Any) -> type[PreTrainedModel]:
             skip_modules(self, own_modules(self, getattr(config, "dropformer_modules", {})))
             empty_cache_entries(config)
             number_attentions(self)
+
+        def _prepare_cache_for_generation(
+            self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
+        ) -> Any:
+            """The native class's, and windowed layers get their entries before anything asks for one."""
+            prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            if model_kwargs.get("past_key_values") is not None:
+                prepare_windows(self, model_kwargs["past_key_values"], bool(generation_config.is_assistant))
+            return prepared
 
         @classmethod
         def is_custom_code(cls) -> bool:

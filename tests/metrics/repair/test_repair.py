@@ -176,6 +176,23 @@ def test_a_repair_of_ones_own_is_one_entry(improver):
         improver(Strategy(repair=("halve",)))
 
 
+def test_what_was_refitted_before_a_gap_is_refitted_again_behind_an_earlier_one(improver):
+    """The attention of block 2 is fitted while the MLP layer behind it, refitted already, is left out."""
+    found = improver(quality(repair="refit,refit-all"))
+    gone = [Layer("attn", 1), Layer("attn", 3)]
+    once, _ = found.repair(gone)
+    found.quality = quality(repair="refit")
+    assert once.tensors and {n.split(".")[2] for n in found.repair(gone)[0].tensors} == {"0", "2"}
+
+
+def test_a_variant_without_a_module_has_no_use_for_its_parts(improver):
+    found = improver(quality())
+    name = "model.layers.2.mlp.down_proj.weight"
+    changes = Changes({name: torch.zeros_like(found.model.get_parameter(name))})
+    one = variant(found.model, found.architecture, [Layer("mlp", 2)], changes)
+    assert "model.layers.2.mlp" in one.modules() and "model.layers.2.mlp.down_proj" not in one.modules()
+
+
 def test_passes_are_counted_by_what_runs(improver):
     """A refit of a gap behind block 1 runs blocks 0 to 2 of the dense model on all windows, and nothing else."""
     found = improver(Strategy(repair=("refit",)))

@@ -7,12 +7,13 @@ from dropformer.metrics.blockwise.layer_metrics import mean_similarity
 from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.repair.ridge import token_weights
+from dropformer.metrics.search.calibration import SearchSize, search_size
 from dropformer.metrics.search.improve import Improver, improve
 from dropformer.metrics.search.registry import METRICS, MetricEntry
 from dropformer.metrics.search.strategy import Strategy, Target, quality
 from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.errors import PlanError
+from dropformer.prune.errors import ModelError, PlanError
 
 REF = CalibrationRef(name="ids", samples=8, length=24, seed=0, packed=True, skip_first=0, hash="0")
 
@@ -134,3 +135,25 @@ def test_a_token_that_begins_at_zero_has_a_finite_weight():
     stream[:, 5] = 0
     weights = token_weights(stream)
     assert torch.isfinite(weights).all() and float(weights.sum()) == pytest.approx(60, rel=1e-4)
+
+
+def test_a_hybrid_keeps_the_one_attention_that_has_keys_and_values(improver):
+    """Only block 3 of this model has a softmax attention."""
+    layers = chosen(improver(Strategy(select="greedy", stride=1), "qwen3_next"), "attn:2")
+    assert len(layers) == 2 and Layer("attn", 3) not in layers
+
+
+def test_models_that_write_no_text_are_refused_with_the_reason():
+    from transformers import T5Config, T5ForConditionalGeneration, ViTConfig, ViTForImageClassification
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vit = ViTForImageClassification(ViTConfig(**shape, image_size=32, patch_size=8))
+    t5 = T5ForConditionalGeneration(T5Config(d_model=32, d_ff=48, d_kv=8, num_layers=2, num_heads=4, vocab_size=64))
+    for model in (vit, t5):
+        with pytest.raises(ModelError, match="writes no text"):
+            Improver(model, [], quality("best"))
+
+
+def test_a_search_takes_the_passes_that_it_is_given():
+    assert search_size(32768, 512, 2, 24.0, 1.5, 4) == SearchSize(4, 512)
+    assert search_size(8192, 512, 2, 24.0, 1.5, 4) == SearchSize(2, 256)

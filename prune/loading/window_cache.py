@@ -1,0 +1,224 @@
+"""The cache entries of attention layers that see the last W tokens and the first S.
+
+Self-contained, as `modeling.py` is: every checkpoint of dropformer's own type carries a copy.
+
+Slots number the positions of a sequence from 0, padding included.  In a left-padded row the sinks are the first S
+real tokens:
+
+    row   pad pad  a   b   c   d   e        W = 2, S = 1
+    slot   0   1   2   3   4   5   6        e sees a (the sink), d and e
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+
+@dataclass(frozen=True)
+class Window:
+    """The last `width` tokens, the token itself included, and the first `sinks`."""
+
+    width: int
+    sinks: int = 0
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Which slots the returned keys have: `sinks` of them first, then every slot from `start` to `stop`."""
+
+    sinks: int
+    start: int
+    stop: int
+
+
+def sink_slots(first: Tensor | None, sinks: int, like: Tensor) -> Tensor:
+    """The first real slots of each row, [B or 1, S]."""
+    slots = torch.arange(sinks, device=like.device)[None]
+    return slots.expand(len(like), -1) if first is None else first[:, None] + slots
+
+
+def _last(states: Tensor, count: int) -> Tensor:
+    """The last tokens in memory of their own, so that a long prompt's are freed."""
+    whole = states.shape[-2]
+    return states if count >= whole else states[..., whole - count :, :].clone()
+
+
+class WindowLayer(DynamicLayer):
+    """A cache entry of S + W tokens: the sinks, and the last W - 1 tokens before the next one.
+
+    keys, values: [B, H, <= W - 1, D]; sink_keys, sink_values: [B, H, S, D].
+    """
+
+    is_sliding = True
+
+    def __init__(self, window: Window) -> None:
+        super().__init__()
+        self.window, self.cumulative_length, self.record_past = window, 0, False
+        self.first: Tensor | None = None  # [B], the first real slot of each row, where rows are padded
+        self.sink_keys: Tensor | None = None
+        self.sink_values: Tensor | None = None
+        self.slots = Slots(0, 0, 0)
+
+    def activate_past_recording(self) -> None:
+        """Keep what leaves the window until `crop`, so that rejected drafts can be taken back."""
+        self.record_past = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new, total = key_states.shape[-2], self.cumulative_length + key_states.shape[-2]
+        width, sinks = self.window.width, self.window.sinks
+        keys, values = torch.cat([self.keys, key_states], -2), torch.cat([self.values, value_states], -2)
+        self._keep_sinks(key_states, value_states)
+        self.cumulative_length = total
+        seen = min(keys.shape[-2], width - 1 + new)
+        self.slots = Slots(sinks if total > width else 0, total - seen, total)
+        kept = keys.shape[-2] if self.record_past else min(keys.shape[-2], width - 1)
+        self.keys, self.values = _last(keys, kept), _last(values, kept)
+        keys, values = keys[..., keys.shape[-2] - seen :, :], values[..., values.shape[-2] - seen :, :]
+        if not self.slots.sinks:
+            return keys, values
+        return torch.cat([self.sink_keys, keys], -2), torch.cat([self.sink_values, values], -2)  # type: ignore[list-item]
+
+    def _keep_sinks(self, keys: Tensor, values: Tensor) -> None:
+        """Store those of the new tokens that are among the first S of their rows."""
+        if not self.window.sinks or (self.first is None and self.cumulative_length >= self.window.sinks):
+            return
+        place = sink_slots(self.first, self.window.sinks, keys) - self.cumulative_length  # [B, S], among the new
+        here = ((place >= 0) & (place < keys.shape[-2]))[:, None, :, None]
+        at = place.clamp(0, keys.shape[-2] - 1)[:, None, :, None]
+        for name, new in (("sink_keys", keys), ("sink_values", values)):
+            found = new.gather(2, at.expand(-1, new.shape[1], -1, new.shape[3]))
+            old = getattr(self, name)
+            setattr(self, name, torch.where(here, found, torch.zeros_like(found) if old is None else old))
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Those of an entry that holds everything: the model's mask tells which slots are padding."""
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens (a negative number).  Raises RuntimeError where the window has left them."""
+        remove, width = abs(tokens_to_remove), self.window.width
+        if remove and self.cumulative_length > width and not self.record_past:
+            raise RuntimeError("a windowed cache entry can be cropped only after activate_past_recording()")
+        self.cumulative_length -= remove
+        kept = self.keys.shape[-2] - remove if self.is_initialized else 0
+        if self.is_initialized:
+            self.keys, self.values = self.keys[..., :kept, :], self.values[..., :kept, :]
+            self.keys, self.values = _last(self.keys, min(kept, width - 1)), _last(self.values, min(kept, width - 1))
+
+    def reset(self) -> None:
+        super().reset()
+        self.cumulative_length, self.first, self.sink_keys, self.sink_values = 0, None, None, None
+
+    def offload(self) -> None:
+        """Windows are small: nothing leaves the device."""
+
+    def prefetch(self) -> None:
+        """Nothing was offloaded."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._each(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._each(lambda t: t[indices])
+
+    def _each(self, change: Any) -> None:
+        for name in ("keys", "values", "sink_keys", "sink_values", "first"):
+            if isinstance(found := getattr(self, name), Tensor) and self.is_initialized:
+                setattr(self, name, change(found))
+
+
+class StaticWindowLayer(StaticLayer):
+    """As `WindowLayer` in one fixed buffer for compiled decoding: S sinks, then a ring of W tokens.
+
+    The token of slot s lies in the ring at s % W, so writing one replaces the one that left the window.
+    keys, values: [B, H, S + W, D].
+    """
+
+    is_sliding = True
+
+    def __init__(self, window: Window, max_cache_len: int) -> None:
+        super().__init__(window.sinks + window.width)
+        self.window, self.longest = window, max_cache_len
+        self.first: Tensor | None = None
+        self.slots: Any = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        new, before = key_states.shape[-2], self.cumulative_length.clone()
+        old_slots = self._held(before)
+        keys, values = key_states, value_states
+        if new > 1:  # what is overwritten below is still seen by the first of the new tokens
+            keys, values = torch.cat([self.keys, keys], -2), torch.cat([self.values, values], -2)
+        self._write(key_states, value_states, before)
+        self.cumulative_length.add_(new)
+        if new == 1:
+            self.slots = self._held(before + 1)
+            return self.keys, self.values
+        added = (before + torch.arange(new, device=self.device)).expand(len(old_slots), -1)
+        self.slots = torch.cat([old_slots, added], 1)
+        return keys, values
+
+    def _held(self, length: Tensor) -> Tensor:
+        """The slot of each entry of the buffer once `length` tokens were written, -1 for none.  [B or 1, S + W]"""
+        width, last = self.window.width, length - 1
+        ring = last - (last - torch.arange(width, device=self.device)) % width
+        ring = torch.where((ring >= 0) & (length > 0), ring, -1)[None]
+        if not self.window.sinks:
+            return ring
+        sinks = sink_slots(self.first, self.window.sinks, self.keys)
+        sinks = torch.where((sinks < length) & (sinks <= last - width), sinks, -1)  # in the ring otherwise
+        return torch.cat([sinks, ring.expand(len(sinks), -1)], 1)
+
+    def _write(self, keys: Tensor, values: Tensor, before: Tensor) -> None:
+        new, sinks, width = keys.shape[-2], self.window.sinks, self.window.width
+        last = min(new, width)
+        place = sinks + (before + torch.arange(new - last, new, device=self.device)) % width
+        self.keys.index_copy_(2, place, keys[..., new - last :, :])
+        self.values.index_copy_(2, place, values[..., new - last :, :])
+        if sinks:
+            at = sink_slots(self.first, sinks, keys) - before
+            here, at = ((at >= 0) & (at < new))[:, None, :, None], at.clamp(0, new - 1)[:, None, :, None]
+            for buffer, source in ((self.keys, keys), (self.values, values)):
+                found = source.gather(2, at.expand(len(source), source.shape[1], -1, source.shape[3]))
+                buffer[:, :, :sinks].copy_(torch.where(here, found, buffer[:, :, :sinks]))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.longest, 0
+
+    def get_max_length(self) -> int:
+        return self.longest
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.first = None if self.first is None else self.first.index_select(0, beam_idx.to(self.first.device))
+
+
+def window_entry(cache: Any, index: int, window: Window) -> Any:
+    """The cache's entry of a layer, made one of a window while it is empty; one that holds tokens stays as it is."""
+    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    old = cache.layers[index]
+    if isinstance(old, StaticLayer) and not isinstance(old, StaticWindowLayer):
+        if old.is_initialized and int(old.cumulative_length):
+            raise ValueError(f"layer {index} has a window, and its static cache was filled without; give a new cache")
+        cache.layers[index] = StaticWindowLayer(window, old.max_cache_len)
+    elif type(old) is DynamicLayer and not old.get_seq_length():
+        cache.layers[index] = WindowLayer(window)
+    return cache.layers[index]

@@ -1,0 +1,38 @@
+"""A window of attention: how many of the last tokens a layer sees, and how many of the first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dropformer.prune.errors import PlanError
+
+
+@dataclass(frozen=True, order=True)
+class Window:
+    """The last `width` tokens, the token itself included, and the first `sinks` (attention sinks, arXiv 2309.17453).
+
+    Prints as people write it: `1024+4`.
+    """
+
+    width: int
+    sinks: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.width}+{self.sinks}" if self.sinks else str(self.width)
+
+    @classmethod
+    def parse(cls, text: str) -> Window:
+        """`1024+4` -> Window(1024, 4).  Raises PlanError for a window that holds no token, or no text of one."""
+        width, _, sinks = text.partition("+")
+        if not width.isdecimal() or not (sinks or "0").isdecimal() or not int(width):
+            raise PlanError(f"window `{text}` cannot be read; expected tokens and sinks, for example 1024+4")
+        return cls(int(width), int(sinks or 0))
+
+    def held(self, context: int) -> int:
+        """Tokens in the layer's KV cache once `context` tokens were read."""
+        return min(context, self.width + self.sinks)
+
+    def seen(self, context: int) -> float:
+        """Keys that a token sees on average while `context` tokens are read.  Without a window (context + 1) / 2."""
+        full = min(context, self.width + self.sinks)
+        return (full * (full + 1) / 2 + (context - full) * full) / context if context else 0.0
