@@ -15,13 +15,21 @@ from dropformer.prune.files.strict_json import read_object
 from dropformer.prune.plan import Plan
 from dropformer.prune.surgery.config import stated_counts
 
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+OUTPUTS = ("output_attentions", "output_hidden_states", "output_scores", "return_dict_in_generate")
 NOTES = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache")  # fields that build nothing
 
 
 def config_digest(config: Mapping[str, Any]) -> str:
     """A short hash of what a config builds."""
-    fields = {key: value for key, value in config.items() if key not in NOTES}
+    fields = {key: value for key, value in config.items() if not (key in NOTES and _harmless(key, value))}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _harmless(key: str, value: Any) -> bool:
+    if key.endswith("dtype"):
+        return value in (None, *DTYPES)
+    return isinstance(value, bool if key == "use_cache" else str)
 
 
 def check_fits(plan: Plan, source: Checkpoint, trust_remote_code: bool = False) -> None:
@@ -53,8 +61,7 @@ def _check_generation(folder: Path) -> None:
     path = folder / "generation_config.json"
     if not path.exists():
         return
-    plain = {k: v for k, v in read_object(path).items() if k not in ("transformers_version", "_from_model_config")}
-    if all(key.endswith("_token_id") and type(value) is int and value >= 0 for key, value in plain.items()):
+    if all(_usual(key, value) for key, value in read_object(path).items()):
         return
     from transformers import GenerationConfig  # not torch's part of it: a second or two
 
@@ -65,6 +72,20 @@ def _check_generation(folder: Path) -> None:
             GenerationConfig.from_pretrained(folder)
     except Exception as error:  # validators of many kinds
         raise CheckpointError(f"{path} is not one that transformers can use: {reason(error)}") from None
+
+
+def _usual(key: str, value: Any) -> bool:
+    """Is this field of generation_config.json one that any version takes?"""
+    if key == "transformers_version":
+        return isinstance(value, str)
+    if key.endswith("_token_id"):
+        ids = value if isinstance(value, list) else [value]
+        return all(type(token) is int and token >= 0 for token in ids)
+    if key in ("temperature", "top_p"):
+        return type(value) in (int, float) and 0 < value <= 1
+    if key in ("max_length", "top_k"):
+        return type(value) is int and 0 < value < 1 << 30
+    return isinstance(value, bool) and key in ("do_sample", "use_cache", "_from_model_config", *OUTPUTS)
 
 
 def _check_built(plan: Plan, source: Checkpoint, quantized: bool, trust_remote_code: bool) -> None:

@@ -40,7 +40,8 @@ def verify(folder: Path, model: PreTrainedModel, surgery: Surgery, dense_names: 
 
     Text alone, and text with each modality that the model takes beside it (images, audio), are run.  `dense_names`:
     the files hold every layer of the dense model, the dropped ones as zeros.  Memory: one block beside the model, on
-    its device; a quantized checkpoint, or one whose blocks share weights, is loaded whole.  None where there is no
+    its device; a checkpoint that is quantized, shares weights among blocks or leaves some to be computed is loaded
+    whole.  None where there is no
     memory for that: the files were compared byte for byte as they were written, but nothing was run.
 
     Raises CheckpointError where a tensor is missing or unexpected, VerificationError where a tensor differs by more
@@ -49,8 +50,9 @@ def verify(folder: Path, model: PreTrainedModel, surgery: Surgery, dense_names: 
     checked = load(folder, dtype=model.dtype, device="meta")  # names and shapes, nothing read
     try:
         with torch.inference_mode(), _evaluating(model), ExitStack() as stack:
-            if _in_pieces(checked, surgery):
-                again = stack.enter_context(_Pieces(folder, model, surgery, dense_names).running())
+            pieces = _Pieces(folder, model, surgery, dense_names) if _in_pieces(checked, surgery) else None
+            if pieces and not pieces.computed():
+                again = stack.enter_context(pieces.running())
             else:
                 again = load(folder, dtype=model.dtype, device=input_device(model)).eval()
             return max(_difference(model, again, inputs) for inputs in sample_batches(model))
@@ -141,6 +143,12 @@ class _Pieces:
                 hooks.callback(block.register_forward_pre_hook(partial(self._enter, path), prepend=True).remove)
                 hooks.callback(block.register_forward_hook(self._leave).remove)
             yield self.built
+
+    def computed(self) -> list[str]:
+        """Parameters that the files lack and a model computes as it is loaded, such as sinusoidal positions."""
+        read = {self.rename(tensor)[0] for tensors in self.groups.values() for tensor in tensors}
+        tied = {name for pair in (getattr(self.built, "all_tied_weights_keys", None) or {}).items() for name in pair}
+        return [name for name, _ in self.built.named_parameters() if name not in read | tied]
 
     def _grouped(self) -> dict[str, list[str]]:
         """The tensors of each block by its path, the others by the parameter that they make."""

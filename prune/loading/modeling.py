@@ -131,7 +131,7 @@ def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
         owner, new = model.get_submodule(parent), replacement(form)
         old = getattr(owner, name)
         if (held := next(old.parameters(), None)) is not None:
-            new.to(held.device)
+            new.to_empty(device=held.device) if new.weight.is_meta else new.to(held.device)
         keep_settings(old, new)
         setattr(owner, name, new)
         for setter in setters(type(owner)):
