@@ -12,6 +12,7 @@ from dropformer.prune.files.output_paths import check_out, given_path
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from dropformer.eval.compare.comparison import Comparison
 
@@ -86,10 +87,11 @@ def compare(
 def comparison_table(found: Comparison) -> Table:
     """A row a checkpoint; of each kind the mean similarity and the rank correlation with the last checkpoint."""
     from rich.table import Table
+    from rich.text import Text
 
     from dropformer.eval.compare.output import decimals, kind_title, listed, title
 
-    table = Table(title=title(found), title_justify="left", caption_justify="left", caption=CAPTION)
+    table = Table(title=Text(title(found)), title_justify="left", caption_justify="left", caption=CAPTION)
     table.add_column(
         "step" if found.steps else "checkpoint", justify="right" if found.steps else "left", overflow="fold"
     )
@@ -97,12 +99,12 @@ def comparison_table(found: Comparison) -> Table:
         table.add_column(kind_title(kind), justify="right")
     if found.overlap:
         table.add_column("overlap", justify="right")
-        table.add_column(found.spec or "")
+        table.add_column(Text(found.spec or ""))
     for i, c in enumerate(found.checkpoints):
         row = [str(c.step) if found.steps else c.label]
         row += [f"{decimals(c.mean[k], 3)} {decimals(found.spearman_to_last(k)[i], 2)}" for k in found.kinds]
         row += [f"{found.overlap[i][-1]:.2f}", listed(c.chosen or [])] if found.overlap else []
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -45,9 +45,9 @@ class Terminal:
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Tick]:
-        columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn()]
-        columns += [TextColumn("{task.fields[note]}"), TimeLeftColumn()]
-        short = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+        columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn()]
+        columns += [TextColumn("{task.fields[note]}", markup=False), TimeLeftColumn()]
+        short = [SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()]
         with Progress(*(columns if total else short), console=err, disable=self.quiet, transient=False) as progress:
             task = progress.add_task(name, total=total, note="")
             yield lambda done, count: progress.update(task, completed=done, note=_rate(progress, task, count))
@@ -78,13 +78,15 @@ def scores_table(scores: Scores) -> Table:
     """Every layer's similarity by depth, the most redundant of each kind marked with its rank."""
     calibration = scores.calibration
     on = f", {calibration.name}" if calibration else ""
-    table = Table(title=f"{scores.model.name}: similarity over {scores.tokens:,} tokens{on}", title_justify="left")
+    table = Table(
+        title=Text(f"{scores.model.name}: similarity over {scores.tokens:,} tokens{on}"), title_justify="left"
+    )
     similarity, stderr = scores.similarity(), scores.stderr()
     columns = list(dict.fromkeys((layer.stack, layer.kind) for layer in similarity))
     table.add_column("block", justify="right")
     rank: dict[Any, int] = {}
     for stack, kind in columns:
-        table.add_column(f"{stack}.{kind}" if stack else kind, justify="right")
+        table.add_column(Text(f"{stack}.{kind}" if stack else kind), justify="right")
         rank |= {layer: i + 1 for i, layer in enumerate(scores.ranking(kind, stack))}
     for index in range(max(layer.index for layer in similarity) + 1):
         row = [str(index)]
@@ -102,14 +104,14 @@ def _cell(value: float, error: float | None, rank: int) -> str:
 
 def plan_table(plan: Plan) -> Table:
     """The layers that go, in the order in which they were chosen, with their scores where they were ranked."""
-    table = Table(title=f"{plan.model.name}: {plan.spec}", title_justify="left")
+    table = Table(title=Text(f"{plan.model.name}: {plan.spec}"), title_justify="left")
     scored = any(drop.similarity is not None for drop in plan.drops)
     alone = f"by {plan.metric}" if plan.metric else "layer"
     for name in ("layer", plan.metric or "similarity") if scored else (alone,):
         table.add_column(name, justify="right")
     for drop in plan.drops:
         score = "" if drop.similarity is None else f"{drop.similarity:.4f}"
-        table.add_row(drop.layer, *([score] if scored else []))
+        table.add_row(Text(drop.layer), *([score] if scored else []))
     return table
 
 
@@ -126,7 +128,7 @@ def savings_line(plan: Plan) -> str:
 
 def report_table(report: Report) -> Table:
     """Dense and pruned side by side."""
-    table = Table(title=f"{report.model.name}: {report.spec}", title_justify="left")
+    table = Table(title=Text(f"{report.model.name}: {report.spec}"), title_justify="left")
     for name in ("", "dense", "pruned", "change"):
         table.add_column(name, justify="left" if not name else "right")
     for label, key, form in ROWS:
@@ -162,7 +164,7 @@ def report_notes(report: Report) -> list[str]:
 
 def record_table(record: Mapping[str, Any]) -> Table:
     """What dropformer.json says of a checkpoint's sizes."""
-    table = Table(title=f"{record['model']['name']}: {record['spec']}", title_justify="left")
+    table = Table(title=Text(f"{record['model']['name']}: {record['spec']}"), title_justify="left")
     for name in ("", "dense", "pruned", "change"):
         table.add_column(name, justify="left" if not name else "right")
     forms = {"parameters": "{:,}".format, "bytes": _bytes, "kv_bytes_per_token": _bytes}
@@ -211,9 +213,9 @@ def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Rows of text under a head; the first column left, the others right."""
     table = Table()
     for i, name in enumerate(head):
-        table.add_column(name, justify="right" if i else "left")
+        table.add_column(Text(name), justify="right" if i else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 
