@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,13 +25,13 @@ from dropformer.prune.discovery.proof import prove
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ModelError, OutputError, PlanError
 from dropformer.prune.files.config_json import read_config
-from dropformer.prune.formats.export import export, save_in_memory
+from dropformer.prune.formats.export import Exported, export, save_in_memory
 from dropformer.prune.formats.record import need_dense
 from dropformer.prune.formats.stored_tensors import stored_dtype
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.loading.load import load
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import Plan, choose, make_plan
+from dropformer.prune.plan import Plan, PublishedLists, choose, make_plan
 from dropformer.prune.spec import parse_spec
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 from dropformer.prune.surgery.views import proven, sharing_copy
@@ -39,6 +39,7 @@ from dropformer.recipes.opening import LoadedModel, open_model
 from dropformer.recipes.placement import Placement
 from dropformer.request import recipe_calibration
 
+RECORD = "dropformer"  # the attribute of a model that `drop` returns
 __all__ = ["Calibration", "LoadedModel", "Placement", "analyze", "drop", "load", "open_model", "plan", "save"]
 
 
@@ -71,7 +72,7 @@ def analyze(
 
 
 def plan_unscored(
-    ref: ModelRef, outline: Outline, spec: str, keep: Sequence[int], published: Callable[[str, int], Any] | None
+    ref: ModelRef, outline: Outline, spec: str, keep: Sequence[int], published: PublishedLists | None
 ) -> Plan:
     """A plan from explicit or published lists, which need no scores.  Raises PlanError."""
     layers = choose(outline, spec, None, keep, published)
@@ -86,15 +87,26 @@ def outline(model: nn.Module, spec: str = "") -> Outline:
     return summarize(model, architecture)
 
 
-def drop(model: str | Path | LoadedModel | nn.Module, plan: Plan, repair: Repair | None = None) -> Any:
+@overload
+def drop(
+    model: str | Path | LoadedModel | PreTrainedModel, plan: Plan, repair: Repair | None = None
+) -> PreTrainedModel: ...
+
+
+@overload
+def drop(model: nn.Module, plan: Plan, repair: Repair | None = None) -> nn.Module: ...
+
+
+def drop(model: str | Path | LoadedModel | nn.Module, plan: Plan, repair: Repair | None = None) -> nn.Module:
     """A new model without the plan's layers, sharing the kept weights with the one given.
 
     The dropped layers cost nothing and hold no KV cache.  `repair`, from `improve`, gives some of the kept
-    layers new weights, rounded to the checkpoint's type.  Raises PlanError when the plan was made for other
-    weights.
+    layers new weights, rounded to the checkpoint's type.  The result's attribute `dropformer` is a `DropRecord`,
+    which `save` reads.  Raises PlanError when the plan was made for other weights.
     """
-    opened = None if isinstance(model, nn.Module) else model if isinstance(model, LoadedModel) else open_model(model)
-    dense = model if isinstance(model, nn.Module) else opened.model  # type: ignore[union-attr]
+    if isinstance(model, (str, Path)):
+        model = open_model(model)
+    opened, dense = (model, model.model) if isinstance(model, LoadedModel) else (None, model)
     if opened and plan.model.fingerprint and plan.model.fingerprint != opened.ref.fingerprint:
         raise PlanError(f"the plan was made for other weights than {opened.ref.name}; analyze this model first")
     if opened:
@@ -109,15 +121,17 @@ def drop(model: str | Path | LoadedModel | nn.Module, plan: Plan, repair: Repair
         surgery = replace(surgery, tensors={name: tensor.to(dtype) for name, tensor in named.items()})
     apply_surgery(pruned, surgery)
     files = (opened.path, opened.file) if opened else (None, None)
-    pruned.dropformer = DropRecord(plan, surgery, *files)  # type: ignore[assignment]
+    setattr(pruned, RECORD, DropRecord(plan, surgery, *files))
     return pruned
 
 
 @dataclass(frozen=True)
 class DropRecord:
-    """What `drop` leaves on a model for `save`: the plan, the surgery, and the folder of the dense weights.
+    """What `drop` leaves on a model, as its attribute `dropformer`, for `save`.
 
-    `gguf` is the file from which that folder was made, if it was.
+    `plan`: which layers were dropped, by the original model's indices; `surgery`: how, with the new weights of a
+    repair; `source`: the folder of the dense weights, None for a module that has none; `gguf`: the file from which
+    that folder was made, if it was.  It is not saved with the model: the checkpoint has `plan.json`.
     """
 
     plan: Plan
@@ -128,7 +142,7 @@ class DropRecord:
 
 def drop_record(model: nn.Module) -> DropRecord:
     """What was done to a model that `drop` returned.  Raises OutputError for any other."""
-    made = getattr(model, "dropformer", None)
+    made = getattr(model, RECORD, None)
     if not isinstance(made, DropRecord):
         raise OutputError("this takes the model that drop returned; drop layers first")
     return made
@@ -139,7 +153,7 @@ def save(
     out: str | Path,
     format: str = "dropformer",
     progress: Callable[[int, int], None] | None = None,
-) -> Any:
+) -> Exported:
     """Write a pruned model as a checkpoint, reload it, and keep it only if it gives the same logits.
 
     Kept tensors are copied from the dense checkpoint byte for byte; a model that was only ever in

@@ -214,7 +214,7 @@ def evaluate(
     settings = [] if not speed else [PAPER] if batches is None else grid(batches, prompts, new_tokens)
     wanted = EvaluationOptions(
         names,
-        TaskOptions(shots, limit, seed, mmlu_data, include, backend, cache=cache),  # type: ignore[arg-type]
+        TaskOptions(shots, limit, seed, mmlu_data, include, "hf" if backend == "hf" else "fast", cache=cache),
         Calibration(text, samples, length, HELD_OUT.seed + seed) if text else None,
         probes, tuple(settings), repeats=repeats, compile=compile, stream=stream, window=window,
     )  # fmt: skip

@@ -62,17 +62,17 @@ def make_plan(opened: LoadedModel, request: Request, progress: Progress) -> tupl
             progress.say(plan.lost_repairs(path))
         return plan.unrepaired(), None
     spec, keep = request.target.spec, request.target.keep
-    published = opened.recipe.published if opened.recipe else None  # type: ignore[union-attr]
+    published = opened.recipe.published if opened.recipe else None
     if all(s.published or s.indices is not None for s in parse_spec(spec)):
         outline = api.outline(opened.model, spec)
-        return api.plan_unscored(opened.ref, outline, spec, keep, published), None  # type: ignore[arg-type]
+        return api.plan_unscored(opened.ref, outline, spec, keep, published), None
     if seen := next((s for s in parse_spec(spec) if of_images(s.stack)), None):
         raise PlanError(
             f"`{seen}` needs scores on images with their texts; name the layers, as in {seen.stack}.{seen.kind}=1,2, "
             "or use dropformer.analyze(model, batches) in Python"
         )
     scores = get_scores(opened, request, progress)
-    return api.plan(scores, spec, keep, published), scores  # type: ignore[arg-type]
+    return api.plan(scores, spec, keep, published), scores
 
 
 def plan_only(request: Request, progress: Progress | None = None) -> Plan:

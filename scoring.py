@@ -52,9 +52,9 @@ def get_scores(opened: LoadedModel, request: Request, progress: Progress) -> Sco
     data = _material(opened, request, progress)
     dtype = request.placement.computes_in(opened.path, streamed=request.scoring.memory is not None)
     kept = score_file(opened.ref.fingerprint or "", data.ref, dtype)
-    if scores := _reused(kept, opened, data):  # type: ignore[assignment]
+    if reused := _reused(kept, opened, data):
         progress.say(f"scores: reused, same weights and same tokens ({kept})")
-        return scores
+        return reused
     scores = _measured(opened, data, request, kept.with_suffix(".rows.jsonl"), progress)
     if scores.settled is None and distributed.rank() == 0 and (refused := keep(scores, kept)):
         progress.say(refused)
