@@ -87,6 +87,7 @@ def evaluate(
         raise EvaluationError("--window describes --stream; give the number of tokens to stream, as in --stream 65536")
     settings = _settings(batch, context, new_tokens) if speed else ()
     from dropformer import api, console
+    from dropformer.eval.quality.perplexity import HELD_OUT
     from dropformer.eval.report import evaluation as ev
     from dropformer.eval.report import page as output
     from dropformer.eval.report.prepare import labels
@@ -110,7 +111,7 @@ def evaluate(
     options = ev.EvaluationOptions(
         names,
         TaskOptions(shots, limit, seed, mmlu_data, include, backend, cache=cache),  # type: ignore[arg-type]
-        Calibration(text, samples, length, seed) if text else None,
+        Calibration(text, samples, length, HELD_OUT.seed + seed) if text else None,
         probes, tuple(settings), repeats=repeats, compile=compile, stream=stream, window=window,
     )  # fmt: skip
     named = [

@@ -178,6 +178,8 @@ def done(out: Any, record: Mapping[str, Any], difference: float | None = None) -
     """Where the checkpoint is, how it is loaded, and how it was checked."""
     form = known_format(record["format"])
     checked = form.checked if difference is None else f"reloaded, logits equal to {difference:.1e}"
+    if form.reloads and difference is None:
+        checked += ", but no memory was left to reload it and compare logits"
     notes = "".join(f"\nnote: {note}" for note in record["notes"])
     return f"wrote {out} ({form.summary(record['packed'])}); {checked}{notes}"
 

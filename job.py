@@ -9,8 +9,8 @@ from typing import Any, cast
 from dropformer import api
 from dropformer.eval.cost.timing import Setting
 from dropformer.eval.quality.output_similarity import OutputSimilarity, output_similarity
+from dropformer.eval.quality.perplexity import HELD_OUT
 from dropformer.eval.quality.sweep import AT, Sweep, find_cliff, point, with_speed
-from dropformer.eval.quality.trend import trend
 from dropformer.eval.report.report import (
     Measured,
     Report,
@@ -28,15 +28,17 @@ from dropformer.metrics.calibration.data import calibration_data, default_settin
 from dropformer.metrics.calibration.images import PIXELS
 from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
 from dropformer.metrics.calibration.windows import Windows, windows
+from dropformer.metrics.repair.base import Repair
 from dropformer.preflight import check_out, default_out
 from dropformer.progress import Progress, Silent
 from dropformer.prune.architecture import of_images
 from dropformer.prune.discovery.inputs import takes_pictures, writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files import CopyReport
+from dropformer.prune.files.folder import new_files
 from dropformer.prune.files.output_paths import check_place
 from dropformer.prune.formats.export import Exported, export
-from dropformer.prune.formats.export_plan import Written, write_by_plan
+from dropformer.prune.formats.export_plan import Written, plan_kept, write_by_plan
 from dropformer.prune.formats.record import kv_width
 from dropformer.prune.formats.registry import known_format
 from dropformer.prune.formats.writing import ExportOptions
@@ -48,7 +50,6 @@ from dropformer.recipes.source import short_name
 from dropformer.scoring import get_scores, open_to_score
 from dropformer.selection import Improvement, given_plan, improved
 
-HELD_OUT = Calibration("heldout", samples=8, length=512, seed=1)
 SWEEP = Setting(prompt=256, new=16)
 """What a sweep times each model at."""
 
@@ -136,7 +137,10 @@ def plan_only(request: Request, progress: Progress | None = None) -> Plan:
 
 
 def run(request: Request, progress: Progress | None = None) -> Outcome:
-    """Do the whole job.  Raises a DropformerError, and then nothing is left of the output."""
+    """Do the whole job.  Raises a DropformerError, and then nothing is left of the output.
+
+    The plan is kept beside the output where a check failed, memory ran out, or choosing it took long.
+    """
     progress = progress or Silent()
     budget = request.improvement.budget if request.improvement else None
     out = request.out or default_out(request.model, request.drop or budget, request.plan)
@@ -152,7 +156,27 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
     progress.say(f"dropping {', '.join(map(str, plan.layers))}")
     if any(layer.kind == "attn" and layer.index == 0 for layer in plan.layers):
         progress.say("warning: the attention of block 0 goes; vLLM and llama.cpp cannot load a model without it")
-    pruned = api.drop(opened, plan, repair)
+    with plan_kept(plan, out, always=request.improvement is not None):
+        chosen = _Chosen(plan, scores, repair)
+        report, exported = _carried_out(opened, chosen, out, held_out, request, progress)
+    return Outcome(out, plan, report, exported)
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What to do to the model, and the scores behind it where there are any."""
+
+    plan: Plan
+    scores: Scores | None
+    repair: Repair | None
+
+
+def _carried_out(
+    opened: LoadedModel, chosen: _Chosen, out: Path, held_out: Windows | None, request: Request, progress: Progress
+) -> tuple[Report, Exported]:
+    """Drop, measure on the held-out windows, export and verify."""
+    plan = chosen.plan
+    pruned = api.drop(opened, plan, chosen.repair)
     surgery = api.drop_record(pruned).surgery
     if surgery.note:
         progress.say(f"dropped blocks stay as empty ones: {surgery.note}")
@@ -162,13 +186,13 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
     def finish(folder: Path, copied: CopyReport) -> list[str]:
         kept = pruned if known_format(request.how.format).saves else opened.model
         made.append(_report(opened.model, kept, plan, copied, quality, speed))
-        _write_artifacts(folder, made[0], plan, scores)
+        _write_artifacts(folder, made[0], plan, chosen.scores)
         return card_lines(made[0])
 
     with progress.stage("exporting, reloading and verifying") as tick:
         how = replace(request.how, gguf=opened.file, progress=tick)
         exported = export(pruned, surgery, plan, opened.path, out, how, finish)
-    return Outcome(out, plan, made[0], exported)
+    return made[0], exported
 
 
 def run_from_disk(request: Request, progress: Progress | None = None) -> Written:
@@ -217,9 +241,7 @@ def _measure(
             name=request.text, windows=len(ids), length=ids.shape[1], hash=held_out.ref.hash, calibrated_on=seen
         )
         with progress.stage(f"perplexity on {request.text}"):
-            quality = measure_quality(opened.model, pruned, ids, text, held_out.partly_scored)
-        with progress.stage("trend of the first drops alone"):
-            quality.fields["trend"] = trend(opened.model, plan, ids, scored=held_out.partly_scored)
+            quality = measure_quality(opened.model, pruned, held_out, text, plan)
         if request.seconds > 0 and known_format(request.how.format).saves:
             with progress.stage("speed, dense and pruned interleaved"):
                 speed = measure_speed(opened.model, pruned, request.seconds)
@@ -291,8 +313,9 @@ def analyze(request: Request, progress: Progress | None = None) -> tuple[Scores,
     opened = open_to_score(request, progress)
     scores = get_scores(opened, request, progress)
     if rank() == 0:
-        scores.write(out / "scores.json")
-        similarity_by_depth(scores, out / "similarity.png")
+        with new_files(out) as folder:
+            scores.write(folder / "scores.json")
+            similarity_by_depth(scores, folder / "similarity.png")
     return scores, out
 
 

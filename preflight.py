@@ -18,7 +18,7 @@ from dropformer.prune.formats.record import need_dense
 from dropformer.prune.formats.registry import known_format
 from dropformer.prune.loading.deci_families import check_family
 from dropformer.prune.plan import Plan
-from dropformer.prune.spec import check_drop, check_keep, parse_spec
+from dropformer.prune.spec import check_drop, check_keep, check_stacks, parse_spec
 from dropformer.recipes.source import is_gguf, locate, short_name
 
 UNEVEN = ("hybrid_override_pattern", "layers_block_type")  # configs of models whose blocks hold one branch each
@@ -83,9 +83,10 @@ def check(model: str, drop: str | None = None, texts: Sequence[str] = (), dense:
             check_name(name)
     folder = locate(model)
     if folder:
-        open_checkpoint(folder)
+        tensors = open_checkpoint(folder).tensors
         if dense:
             need_dense(read_config(folder), model)
+        check_stacks(drop, tensors, model)
         check_drop(drop, read_config(folder), model)
     return folder
 

@@ -53,11 +53,6 @@ def paragraph(text: str) -> Markup:
     return Markup("<p>{}</p>").format(text)
 
 
-def preformatted(text: str) -> Markup:
-    """A command or a listing, as it is."""
-    return Markup("<pre><code>{}</code></pre>").format(text)
-
-
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markup:
     """A table; columns whose cells all begin with a digit, a sign or nothing are set right."""
     cells = [["" if cell is None else cell for cell in row] for row in rows]

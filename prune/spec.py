@@ -13,7 +13,7 @@ attn:8,mlp:2                combined; encoder.attn:3 names a stack
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +110,23 @@ def check_drop(drop: str | None, config: Mapping[str, Any], name: str) -> None:
         if limit and not selector.percent and selector.count > limit:
             raise PlanError(
                 f"`{selector}` drops {selector.count} layers, but {name} has {limit} of that kind; ask for fewer"
+            )
+
+
+def check_stacks(drop: str | None, tensors: Iterable[str], name: str) -> None:
+    """Raises PlanError where a spec names a stack that no tensor of the files can belong to.
+
+    A stack's name is a part of its blocks' path, or parts joined by `_`.
+    """
+    named = {selector.stack for selector in (parse_spec(drop) if drop else ()) if selector.stack}
+    if not named:
+        return
+    paths = {re.sub(r"\W+", "_", re.sub(r"\.\d+(?=\.|$).*", "", tensor)) for tensor in tensors}
+    for stack in sorted(named):
+        if not any(stack in path for path in paths):
+            raise PlanError(
+                f"{name} has no stack named `{stack}`; leave the name out where the model has one stack, as in attn:3, "
+                "else write a part of its blocks' path before the kind, as in encoder.attn:3"
             )
 
 

@@ -1,30 +1,105 @@
-"""Where a curve of damage against dropped layers leaves its trend."""
+"""Where the loss of quality leaves its trend: of a curve of any number of drops, and of a plan's first drops alone."""
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from dropformer.eval.quality.perplexity import SideBySide, token_losses
+from dropformer.metrics.calibration.windows import Windows
+from dropformer.prune.artifact import FrozenRecord
+from dropformer.prune.plan import Plan
+from dropformer.prune.surgery.views import without
 
 STEEPER = 3.0  # times the median slope so far
 AT_LEAST = 0.05  # nats of log-perplexity or KL; below it no rise is called a cliff
+CLEAR = 2.0  # standard errors by which a rise must exceed the trend
+FEWEST_DROPS = 4  # fewer have no trend to leave
+WINDOWS, EVERY = 4, 4  # a trend is measured on so many windows, on every fourth of their tokens
+
+Damage = float | Sequence[float]
 
 
-def cliff(points: Iterable[tuple[int, float]], *, steeper: float = STEEPER, at_least: float = AT_LEAST) -> int | None:
+def cliff(points: Iterable[tuple[int, Damage]], *, steeper: float = STEEPER, at_least: float = AT_LEAST) -> int | None:
     """The first number of drops that lies beyond a cliff, or None.
 
-    points: (layers dropped, damage), in any order; damage grows as quality falls: log-perplexity or KL
-    in nats (or an error rate, with its own `at_least`).  A point lies beyond a cliff when the rise from
-    the point before it is at least `at_least` and its slope more than `steeper` times the median slope
-    of all earlier steps.  Slopes are per layer, so unequal steps compare; a fall counts as no slope.
-    The first step has no trend to leave: it is never a cliff.
+    points: (layers dropped, damage), in any order; damage grows as quality falls: log-perplexity or KL in nats (or an
+    error rate, with its own `at_least`), one figure, or one for each window, the same windows at every point.  A point
+    lies beyond a cliff when the rise from the point before it is at least `at_least`, and exceeds `steeper` times the
+    median slope of all earlier steps by more than two standard errors of the rise, window by window.  Slopes are
+    per layer, so unequal steps compare; a fall counts as no slope.  The first step has no trend to leave: it is
+    never a cliff, and neither is a rise that one window shows, whose error is not known.
     """
-    ordered = sorted(points)
+    ordered = [(drops, _each(damage)) for drops, damage in sorted(points, key=lambda point: point[0])]
     slopes: list[float] = []
     for (drops_before, before), (drops, damage) in pairwise(ordered):
-        rise = damage - before
-        slope = max(0.0, rise) / max(1, drops - drops_before)
-        if slopes and rise >= at_least and slope > steeper * statistics.median(slopes):
+        rises = [after - earlier for earlier, after in zip(before, damage, strict=True)]
+        rise, step = statistics.fmean(rises), max(1, drops - drops_before)
+        allowed = steeper * statistics.median(slopes) * step if slopes else math.inf
+        if rise >= at_least and rise - allowed > CLEAR * _stderr(rises):
             return drops
-        slopes.append(slope)
+        slopes.append(max(0.0, rise) / step)
     return None
+
+
+def _each(damage: Damage) -> list[float]:
+    """The damage of each window; a figure without windows is taken as exact."""
+    return [damage, damage] if isinstance(damage, (int, float)) else list(damage)
+
+
+def _stderr(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+
+
+class Trend(FrozenRecord):
+    """Log-perplexity of a plan's first drops alone, as (drops, nats) pairs; `cliff`: the first beyond it."""
+
+    points: list[tuple[int, float]]
+    drops: int
+    cliff: int | None
+
+    def __str__(self) -> str:
+        return (
+            f"beyond a cliff: quality leaves its trend between {self._before} and {self.cliff} of the {self.drops} "
+            "drops; drop fewer, or see `prune sweep`"
+        )
+
+    @property
+    def _before(self) -> int:
+        return max(drops for drops, _ in self.points if self.cliff is None or drops < self.cliff)
+
+
+def trend(dense: Any, plan: Plan, data: Windows, both: SideBySide) -> Trend | None:
+    """How log-perplexity rises over the plan's drops, a quarter of them at a time, on the first windows.
+
+    both: what the dense model and the whole plan gave on them, the first and the last point.  None for a plan of
+    fewer than 4 drops, and for one with repairs, whose first drops alone say little.  Time: three forward passes
+    over four windows, with a quarter of their logits.
+    """
+    layers = plan.layers
+    if len(layers) < FEWEST_DROPS or plan.repairs:
+        return None
+    first, *between, last = quarters(len(layers))
+    scored = None if data.partly_scored is None else data.partly_scored[:WINDOWS]
+    known = [_means([each[::EVERY] for each in losses[:WINDOWS]]) for losses in both.losses]
+    points = [(first, known[0])]
+    for count in between:
+        losses = token_losses(without(dense, plan.outline, layers[:count]), data.ids[:WINDOWS], EVERY, scored)
+        points.append((count, _means(losses)))
+    points.append((last, known[1]))
+    means = [(count, statistics.fmean(each)) for count, each in points]
+    return Trend(points=means, drops=len(layers), cliff=cliff(points))
+
+
+def _means(losses: Sequence[Tensor]) -> list[float]:
+    return [float(each.mean()) for each in losses]
+
+
+def quarters(total: int) -> Sequence[int]:
+    """0, a quarter, half, three quarters and all of a number of drops, rounded."""
+    return [round(total * part / 4) for part in range(5)]

@@ -7,16 +7,19 @@ so the first token of a window is context and T - 1 tokens are scored. Sums are 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dropformer.eval.quality.head import SplitModel
+from dropformer.metrics.calibration.settings import Calibration
 from dropformer.prune.errors import EvaluationError
+
+HELD_OUT = Calibration("heldout", samples=8, length=512, seed=1)
+"""The windows on which `prune` and `prune evaluate` measure perplexity unless told otherwise."""
 
 
 def plus_minus(value: float, stderr: float | None, digits: int) -> str:
@@ -58,11 +61,12 @@ class Divergence:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """What `side_by_side` measures in one pass."""
+    """What `side_by_side` measures in one pass; losses: nats of each window's scored tokens, of dense and pruned."""
 
     dense: Perplexity
     pruned: Perplexity
     divergence: Divergence
+    losses: tuple[list[Tensor], list[Tensor]]
 
 
 def perplexity(model: PreTrainedModel, windows: Tensor, scored: Tensor | None = None) -> Perplexity:
@@ -70,57 +74,65 @@ def perplexity(model: PreTrainedModel, windows: Tensor, scored: Tensor | None = 
 
     Raises EvaluationError when there is no window, or when windows hold fewer than two tokens.
     """
-    windows = _checked(windows)
-    split = SplitModel(model)
-    sums = torch.zeros(len(windows), dtype=torch.float64)
-    with torch.inference_mode():
-        for i, (window, counts) in enumerate(_rows(windows, scored)):
-            hidden, targets = _hidden(split, window)[:-1][counts], window[1:][counts]
-            for piece in split.pieces(hidden):
-                sums[i] += _nll(split.logits(hidden[piece]), targets[piece])
-    return _perplexity(sums, _counted(windows, scored))
+    return _perplexity(token_losses(model, windows, scored=scored))
 
 
-def kl_to(dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tensor) -> Divergence:
-    """Mean KL(dense || pruned) a token over windows [N, T], both models forward window by window.
+def token_losses(model: PreTrainedModel, windows: Tensor, every: int = 1, scored: Tensor | None = None) -> list[Tensor]:
+    """Negative log-likelihood in nats of each `every`-th scored token of each window [N, T], in float64.
 
-    Raises EvaluationError when the two do not share a vocabulary, or the windows cannot be used.
+    The trunk reads whole windows; the head, most of a small model's time, only those positions.
     """
-    return side_by_side(dense, pruned, windows).divergence
+    windows, split, found = _checked(windows), SplitModel(model), []
+    with torch.inference_mode():
+        for window, counts in _rows(windows, scored):
+            hidden, targets = _hidden(split, window)[:-1][counts][::every], window[1:][counts][::every]
+            found.append(torch.cat([_losses(split, hidden[piece], targets[piece]) for piece in split.pieces(hidden)]))
+    return found
 
 
 def side_by_side(
     dense: PreTrainedModel, pruned: PreTrainedModel, windows: Tensor, scored: Tensor | None = None
 ) -> SideBySide:
-    """Both perplexities and the divergence between them, in one pass over windows [N, T].
+    """`all_side_by_side` for one pruned model."""
+    return all_side_by_side(dense, [pruned], windows, scored)[0]
 
-    With `scored` [N, T] only the predictions of these tokens count, for the divergence too.
-    Raises EvaluationError as `kl_to` does.
+
+def all_side_by_side(
+    dense: PreTrainedModel, pruned: Sequence[PreTrainedModel], windows: Tensor, scored: Tensor | None = None
+) -> list[SideBySide]:
+    """Perplexities, and the divergence of each pruned model from the dense one, in one pass over windows [N, T].
+
+    The dense model's logits are computed once, a bounded piece at a time.  With `scored` [N, T] only the predictions
+    of these tokens count, for the divergence too.  Raises EvaluationError when the models do not share a vocabulary,
+    or the windows cannot be used.
     """
     windows = _checked(windows)
-    one, two = SplitModel(dense), SplitModel(pruned)
-    if one.vocabulary != two.vocabulary:
-        raise EvaluationError(
-            f"the dense model has {one.vocabulary} tokens and the pruned one {two.vocabulary}; "
-            "KL divergence needs one vocabulary: compare a model with its own pruned form"
-        )
-    rows = torch.zeros(len(windows), 4, dtype=torch.float64)
+    one, others = SplitModel(dense), [SplitModel(model) for model in pruned]
+    for other in others:
+        if one.vocabulary != other.vocabulary:
+            raise EvaluationError(
+                f"the dense model has {one.vocabulary} tokens and the pruned one {other.vocabulary}; "
+                "KL divergence needs one vocabulary: compare a model with its own pruned form"
+            )
     with torch.inference_mode():
-        for i, (window, counts) in enumerate(_rows(windows, scored)):
-            rows[i] = _compare(one, two, window, None if scored is None else counts)
-    nll_dense, nll_pruned, kl, agree = rows.T
-    counted = _counted(windows, scored)
-    compared = counted if scored is not None else counted + 1  # the last position's choice is compared, not scored
-    return SideBySide(
-        dense=_perplexity(nll_dense, counted),
-        pruned=_perplexity(nll_pruned, counted),
-        divergence=Divergence(
-            value=float(kl.sum() / compared.sum()),
-            stderr=_stderr(kl, compared),
-            agreement=float(agree.sum() / compared.sum()),
-            tokens=int(compared.sum()),
-        ),
+        rows = [_compare(one, others, window, None if scored is None else c) for window, c in _rows(windows, scored)]
+    end = None if scored is not None else -1  # the last position's choice is compared, not scored
+    left = [losses[:end] for losses, _ in rows]
+    return [_side(left, [table[k] for _, table in rows], end) for k in range(len(others))]
+
+
+def _side(dense: list[Tensor], tables: list[Tensor], end: int | None) -> SideBySide:
+    """From the dense losses, and loss, KL and equal first choice of every token [n, 3], of each window."""
+    losses = dense, [table[:end, 0] for table in tables]
+    compared = torch.tensor([len(table) for table in tables], dtype=torch.float64)
+    _, kl, same = torch.stack([table.sum(0) for table in tables]).unbind(1)
+    divergence = Divergence(
+        value=float(kl.sum() / compared.sum()),
+        stderr=_stderr(kl, compared),
+        agreement=float(same.sum() / compared.sum()),
+        tokens=int(compared.sum()),
     )
+    return SideBySide(_perplexity(losses[0]), _perplexity(losses[1]), divergence, losses)
 
 
 def _rows(windows: Tensor, scored: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -133,34 +145,45 @@ def _rows(windows: Tensor, scored: Tensor | None) -> Iterator[tuple[Tensor, Tens
             yield window[:end], scored[i, 1:end]
 
 
-def _counted(windows: Tensor, scored: Tensor | None) -> Tensor:
-    """How many predictions each window scores, [N] float64."""
-    if scored is None:
-        return torch.full((len(windows),), windows.shape[1] - 1, dtype=torch.float64)
-    return scored[:, 1:].sum(1).double()
+def _compare(
+    one: SplitModel, others: Sequence[SplitModel], window: Tensor, counts: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One window [T]: the dense losses [T], and for each other model loss, KL and equal first choice [K, T, 3].
 
-
-def _compare(one: SplitModel, two: SplitModel, window: Tensor, counts: Tensor | None) -> Tensor:
-    """Sums over one window [T]: nll dense, nll pruned, KL(dense || pruned), equal first choices.
-
-    `counts` [T - 1]: which tokens but the first are scored; None: all, and KL at the last position too.
+    With logits a and b, KL(p || q) = sum p (a - b) - log sum exp a + log sum exp b: three passes over the vocabulary
+    where two log-softmaxes would take eight.  counts [T - 1]: which tokens but the first are scored; None: all, and KL
+    at the last position too.
     """
-    left, right = _hidden(one, window), _hidden(two, window)
+    left, rights = _hidden(one, window), [_hidden(other, window) for other in others]
     targets = torch.cat([window[1:], window[:1]])
-    scored = torch.arange(len(window)) < len(window) - 1
     if counts is not None:
-        left, right, targets = left[:-1][counts], right[:-1][counts], window[1:][counts]
-        scored = torch.ones(len(targets), dtype=torch.bool)
-    sums = torch.zeros(4, dtype=torch.float64)
+        left, rights, targets = left[:-1][counts], [right[:-1][counts] for right in rights], window[1:][counts]
+    losses, rows = [], []
     for piece in one.pieces(left):
-        p = F.log_softmax(one.logits(left[piece]), dim=-1)
-        q = F.log_softmax(two.logits(right[piece]).to(p.device), dim=-1)
-        for column, scores in enumerate((p, q)):
-            picked = scores.gather(1, targets[piece, None].to(p.device)).squeeze(1).cpu()
-            sums[column] -= float(picked[scored[piece]].double().sum())
-        sums[2] += float((p.exp() * (p - q)).sum(-1).double().sum())
-        sums[3] += float((p.argmax(-1) == q.argmax(-1)).sum())
-    return sums
+        a = one.logits(left[piece])
+        total, first = a.logsumexp(-1, keepdim=True), a.argmax(-1)
+        losses.append(total[:, 0] - _picked(a, targets[piece]))
+        p = (a - total).exp_()
+        columns = []
+        for other, right in zip(others, rights, strict=True):
+            b = other.logits(right[piece]).to(a.device)
+            other_total, same = b.logsumexp(-1), b.argmax(-1) == first
+            loss = other_total - _picked(b, targets[piece])
+            kl = torch.einsum("nv,nv->n", p, b.neg_().add_(a)) - total[:, 0] + other_total
+            columns.append(torch.stack([loss, kl, same.float()], dim=-1).double().cpu())
+        rows.append(torch.stack(columns))
+    return torch.cat(losses).double().cpu(), torch.cat(rows, dim=1)
+
+
+def _picked(logits: Tensor, targets: Tensor) -> Tensor:
+    """The logit [n] of each target [n] among logits [n, V]."""
+    return logits.gather(1, targets[:, None].to(logits.device)).squeeze(1)
+
+
+def _losses(split: SplitModel, hidden: Tensor, targets: Tensor) -> Tensor:
+    """Loss of each target [n] after hidden states [n, D], in float64."""
+    logits = split.logits(hidden)
+    return (logits.logsumexp(-1) - _picked(logits, targets)).double().cpu()
 
 
 def _hidden(split: SplitModel, window: Tensor) -> Tensor:
@@ -168,13 +191,10 @@ def _hidden(split: SplitModel, window: Tensor) -> Tensor:
     return split.hidden(window.unsqueeze(0).to(split.device), use_cache=False).last_hidden_state[0]
 
 
-def _nll(logits: Tensor, targets: Tensor) -> float:
-    """Summed negative log-likelihood of targets [n] under float32 logits [n, V], in float64."""
-    return float(F.cross_entropy(logits, targets.to(logits.device), reduction="none").double().sum())
-
-
-def _perplexity(sums: Tensor, scored: Tensor) -> Perplexity:
-    """From each window's summed nll [N] and the tokens scored in each, [N] float64."""
+def _perplexity(losses: list[Tensor]) -> Perplexity:
+    """From the losses of each window's scored tokens, in nats."""
+    sums, scored = torch.stack([each.sum() for each in losses]), torch.tensor([float(len(each)) for each in losses])
+    scored = scored.double()
     nll = float(sums.sum() / scored.sum())
     if not math.isfinite(nll):
         raise EvaluationError("the log-likelihoods are not finite: hidden states overflow; try --dtype float32")

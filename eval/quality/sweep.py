@@ -32,6 +32,7 @@ class Point(FrozenRecord):
     perplexity: float
     kl: float
     kl_stderr: float | None  # None: one window
+    window_nll: list[float] = []  # nats a token of each window, which say how sure a rise is
     parameters: int
     decode_bound: float
     prefill: tuple[float, float, float] | None = None
@@ -63,6 +64,7 @@ def point(dense: Any, pruned: Any, layers: Sequence[Any], ids: Any, setting: Set
         perplexity=both.pruned.value,
         kl=both.divergence.value,
         kl_stderr=both.divergence.stderr,
+        window_nll=[float(each.mean()) for each in both.losses[1]],
         parameters=sum(p.numel() for p in pruned.parameters()),
         decode_bound=bounds(cost_of(dense), cost_of(pruned), setting)[1],
     )
@@ -93,7 +95,7 @@ def table(sweep: Sweep) -> tuple[list[str], list[tuple[str, ...]]]:
 
 def find_cliff(points: Sequence[Point]) -> int | None:
     """The first number of drops after which log-perplexity leaves its trend."""
-    return cliff((p.drops, math.log(p.perplexity)) for p in points)
+    return cliff((p.drops, p.window_nll or math.log(p.perplexity)) for p in points)
 
 
 def draw(sweep: Sweep, path: Path) -> Path:

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 from dropformer.eval.cost.memory import kv_bytes_per_token, parameter_bytes, parameter_count
 from dropformer.eval.cost.speed import measure, quick
 from dropformer.eval.cost.streaming import stream, streaming_speed
-from dropformer.eval.quality.perplexity import side_by_side
+from dropformer.eval.quality.cliff import Trend, trend
+from dropformer.eval.quality.perplexity import all_side_by_side, perplexity
 from dropformer.eval.quality.probes import run_probes
-from dropformer.eval.quality.trend import Trend, trend
 from dropformer.eval.report.prepare import Candidate, EvaluationOptions, Inputs, prepare
 from dropformer.eval.report.warnings import warnings
 from dropformer.eval.tasks.paired import Paired
@@ -127,15 +127,18 @@ def _with_perplexity(
 ) -> list[ModelResult]:
     if data is None:
         return results
-    dense, out = models[0], list(results)
-    for i, candidate in enumerate(models[1:] or models, start=1 if models[1:] else 0):
-        with progress.stage(f"perplexity and KL: {candidate.name}"):
-            both = side_by_side(dense.model, candidate.model, data.ids, data.partly_scored)
-        out[0] = _update(out[0], perplexity=asdict(both.dense))
-        out[i] = _update(out[i], perplexity=asdict(both.pruned), kl=asdict(both.divergence) if i else None)
+    (dense, *pruned), out = models, list(results)
+    if not pruned:
+        with progress.stage(f"perplexity: {dense.name}"):
+            return [_update(out[0], perplexity=asdict(perplexity(dense.model, data.ids, data.partly_scored)))]
+    with progress.stage("perplexity and KL, all models on each window"):
+        found = all_side_by_side(dense.model, [candidate.model for candidate in pruned], data.ids, data.partly_scored)
+    out[0] = _update(out[0], perplexity=asdict(found[0].dense))
+    for i, (candidate, both) in enumerate(zip(pruned, found, strict=True), start=1):
+        out[i] = _update(out[i], perplexity=asdict(both.pruned), kl=asdict(both.divergence))
         if candidate.plan:
             with progress.stage(f"trend of the first drops alone: {candidate.name}"):
-                out[i] = _update(out[i], trend=trend(dense.model, candidate.plan, data.ids, scored=data.partly_scored))
+                out[i] = _update(out[i], trend=trend(dense.model, candidate.plan, data, both))
     return out
 
 

@@ -101,7 +101,11 @@ def _check(candidate: Candidate, dense: Candidate, options: EvaluationOptions) -
     longest = max([setting.prompt + setting.new for setting in options.speed], default=0)
     _check_context(candidate, longest, "give a shorter --context or fewer --new-tokens")
     if options.text:
-        _check_context(candidate, options.text.length, "give a shorter --length, or --stream for longer texts")
+        _check_context(
+            candidate,
+            options.text.length,
+            "give a shorter --length" + ", or --stream for longer texts" * (not options.stream),
+        )
     mine, theirs = _vocabulary(candidate), _vocabulary(dense)
     if options.text and mine != theirs:
         raise EvaluationError(

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from dropformer.eval.cost.memory import kv_bytes_per_token, parameter_count
 from dropformer.eval.cost.speed import quick
+from dropformer.eval.quality.cliff import Trend, trend
 from dropformer.eval.quality.output_similarity import OutputSimilarity
 from dropformer.eval.quality.perplexity import side_by_side
-from dropformer.eval.quality.trend import Trend
+from dropformer.metrics.calibration.windows import Windows
 from dropformer.prune.artifact import Artifact, FrozenRecord, ModelRef
+from dropformer.prune.plan import Plan
 
 
 class Side(FrozenRecord):
@@ -84,12 +86,13 @@ class Measured:
 
 
 def measure_quality(
-    dense: PreTrainedModel, pruned: PreTrainedModel, ids: Tensor, text: TextRef, scored: Tensor | None = None
+    dense: PreTrainedModel, pruned: PreTrainedModel, data: Windows, text: TextRef, plan: Plan
 ) -> Measured:
-    """Perplexity of both and KL(dense || pruned) over windows [N, T], in one pass, on the tokens that are scored."""
-    found = side_by_side(dense, pruned, ids, scored)
+    """Perplexity of both and KL(dense || pruned) over windows [N, T] in one pass, and the plan's trend."""
+    found = side_by_side(dense, pruned, data.ids, data.partly_scored)
     one, two = ({"perplexity": p.value, "perplexity_stderr": p.value_stderr} for p in (found.dense, found.pruned))
-    return Measured(one, two, {"text": text, "kl": found.divergence.value, "kl_stderr": found.divergence.stderr})
+    kl = {"kl": found.divergence.value, "kl_stderr": found.divergence.stderr}
+    return Measured(one, two, {"text": text, **kl, "trend": trend(dense, plan, data, found)})
 
 
 def measure_speed(dense: nn.Module, pruned: nn.Module, seconds: float) -> Measured:

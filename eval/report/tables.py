@@ -11,6 +11,7 @@ from dropformer.eval.quality.perplexity import plus_minus
 from dropformer.eval.report.evaluation import Evaluation, ModelResult
 from dropformer.prune.architecture import KIND_NAMES
 
+NOISE = " (noise: more than work allows)"
 Row = tuple[str, ...]
 Table = tuple[list[str], list[Row]]
 
@@ -113,21 +114,19 @@ def _speed_rows(models: Sequence[ModelResult]) -> Iterator[Row]:
         yield (setting_name(rows[0]), *("" for _ in rows))
         for part in ("prefill", "decode"):
             cells = [_speed_cells(row, part) for row in rows]
-            ratios = [row[f"{part}_ratio"]["median"] for row in rows]
             yield (f"  {part} tokens/s", *(speed for speed, _, _ in cells))
-            pairs = zip(ratios, cells, strict=True)
-            yield ("    ratio; work allows", *(f"{ratio:.2f}; {bound}" for ratio, (_, _, bound) in pairs))
+            yield ("    ratio; work allows", *(f"{ratio}; {bound}" for _, ratio, bound in cells))
         yield ("  KV cache; peak memory", *("; ".join(_memory(row)) for row in rows))
 
 
 def _speed_cells(row: dict[str, Any], part: str) -> Row:
     """The median with half of the interquartile range, the ratio with its quartiles, and its bound."""
-    found, ratio = row[part], row[f"{part}_ratio"]
+    found, ratio, bound = row[part], row[f"{part}_ratio"], row[f"bound_{part}"]
     spread = (found["high"] - found["low"]) / 2 / found["median"]
     return (
         f"{found['median']:,.1f} ±{spread:.0%}",
-        f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]",
-        f"{row[f'bound_{part}']:.2f}",
+        f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" + (NOISE if ratio["median"] > bound else ""),
+        f"{bound:.2f}",
     )
 
 
@@ -174,7 +173,7 @@ def _paired_cell(model: ModelResult, name: str) -> str:
     paired = model.paired.get(name)
     if paired is None or paired.retained is None:
         return ""
-    return f"{paired.retained:.1%} ± {paired.retained_stderr:.1%} (p = {paired.p_value:.2g})"
+    return paired.kept
 
 
 def _quarters(segments: Sequence[float]) -> list[float]:

@@ -20,11 +20,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dropformer.eval.report.hush import hushed
 from dropformer.eval.tasks.packing import Limits
 from dropformer.eval.tasks.prefix_cache import PrefixCache, longest_stem
 from dropformer.eval.tasks.scorer import Score, Scorer, ScoreRequest, Stats
 from dropformer.prune.errors import EvaluationError
+from dropformer.prune.loading.quiet import quiet_logger
 
 Tokenized = tuple[tuple[str, str] | None, list[int], list[int]]
 
@@ -180,4 +180,4 @@ class FastLM(HFLM):
 
 def without_remarks() -> AbstractContextManager[None]:
     """lm-eval warns that a model in memory ignores loading options; here that is the purpose."""
-    return hushed("lm_eval.models.huggingface")
+    return quiet_logger("lm_eval.models.huggingface")

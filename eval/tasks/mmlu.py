@@ -22,8 +22,8 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
-from dropformer.eval.report.hush import hushed
 from dropformer.prune.errors import EvaluationError
+from dropformer.prune.loading.quiet import quiet_logger
 
 LETTERS = "ABCD"
 FEATURES = datasets.Features(
@@ -100,7 +100,7 @@ def _subject_task(folder: Path, subject: str) -> tuple[str, Task]:
     (category,) = (tag.removesuffix("_tasks") for tag in manager.task_index[name].tags)
     spec = {"group": "mmlu_local", "task": [{"task": name, "custom_dataset": _documents(folder, subject)}]}
     # lm-eval remarks, once a subject, on how to pass arguments to a custom data set
-    with hushed("lm_eval.api.task"):
+    with quiet_logger("lm_eval.api.task"):
         return category, manager.load([spec])["tasks"][name]
 
 

@@ -22,13 +22,13 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dropformer.eval.report.hush import hushed
 from dropformer.eval.tasks.backend import FastLM, Progress, without_remarks
 from dropformer.eval.tasks.registry import Found, find_tasks, leaves_of
 from dropformer.eval.tasks.responses import RememberingLM, SharingLM, fingerprint
 from dropformer.eval.tasks.results import Metric, TaskOptions, TaskResult, TaskResults
 from dropformer.eval.tasks.sampling import stratified
 from dropformer.prune.errors import EvaluationError
+from dropformer.prune.loading.quiet import quiet_logger
 
 
 def evaluate_tasks(
@@ -55,7 +55,7 @@ def evaluate_tasks(
     remembered = _remembered(lm, model, tokenizer, options)
     evaluated = {name: task for name, task in found.leaves.items() if samples is None or name in samples}
     try:
-        with hushed("lm_eval.api.group"):  # a sample leaves some parts of a group without a question
+        with quiet_logger("lm_eval.api.group"):  # a sample leaves some parts of a group without a question
             raw = evaluate(
                 _distributed(remembered),
                 {"tasks": evaluated, "groups": found.groups},

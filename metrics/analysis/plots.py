@@ -10,9 +10,15 @@ from dropformer.prune.architecture import KIND_NAMES, Layer
 
 COLORS = {"attn": "#1f77b4", "mlp": "#d95f02", "block": "#555555", "cross": "#7570b3"}
 
+SMALLEST = 1e-5  # a distance below this is rounding
+
 
 def similarity_by_depth(scores: Scores, path: Path, dropped: Collection[Layer] = ()) -> Path:
-    """Draw similarity against depth, a line a kind, with a band of two standard errors and the dropped marked."""
+    """Draw 1 - similarity against depth on a logarithmic axis, a line per kind, with the dropped layers marked.
+
+    Most layers are within a few percent of 1, where only the distance from 1 tells them apart.  The band is two
+    standard errors.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -21,23 +27,28 @@ def similarity_by_depth(scores: Scores, path: Path, dropped: Collection[Layer] =
     similarity, stderr = scores.similarity(), scores.stderr()
     for kind, stack in dict.fromkeys((layer.kind, layer.stack) for layer in similarity):
         layers = sorted(layer for layer in similarity if (layer.kind, layer.stack) == (kind, stack))
-        depth, values = [layer.index for layer in layers], [similarity[layer] for layer in layers]
+        depth, values = [layer.index for layer in layers], [_importance(similarity[layer]) for layer in layers]
         label = f"{stack} {KIND_NAMES[kind]}".strip()
         axes.plot(depth, values, marker="o", markersize=3.5, color=COLORS[kind], label=label)
         errors = [2 * (stderr[layer] or 0) for layer in layers]
-        low = [v - e for v, e in zip(values, errors, strict=True)]
+        low = [max(SMALLEST, v - e) for v, e in zip(values, errors, strict=True)]
         high = [v + e for v, e in zip(values, errors, strict=True)]
         axes.fill_between(depth, low, high, color=COLORS[kind], alpha=0.15, linewidth=0)
         marked = [layer for layer in layers if layer in dropped]
         axes.plot(
-            [layer.index for layer in marked], [similarity[layer] for layer in marked],
+            [layer.index for layer in marked], [_importance(similarity[layer]) for layer in marked],
             "x", color=COLORS[kind], markersize=10, markeredgewidth=2,
         )  # fmt: skip
     axes.set_xlabel("block")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylabel("cosine similarity of the residual stream,\nbefore and after the layer")
-    axes.set_title(f"{scores.model.name}: the higher, the more redundant")
+    axes.set_yscale("log")
+    axes.set_ylabel("1 - cosine similarity of the residual stream\nbefore and after the layer")
+    axes.set_title(f"{scores.model.name}: the lower, the more redundant")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=150)
     return path
+
+
+def _importance(similarity: float) -> float:
+    return max(SMALLEST, 1 - similarity)

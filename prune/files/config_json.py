@@ -42,7 +42,17 @@ def read_config(folder: Path, name: object = None) -> dict[str, Any]:
     listed = isinstance(architectures, list) and all(isinstance(item, str) for item in architectures)
     if architectures is not None and not listed:
         raise CheckpointError(f"{shown(path, 1000)}: architectures is not a list of class names; get the model again")
+    _check_redirects(config, shown(path, 1000))
     return config
+
+
+def _check_redirects(config: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointError for fields by which transformers takes other weights, or code, than the folder's own."""
+    if config.get("transformers_weights") is not None:
+        raise CheckpointError(f"{where}: transformers_weights names other weights than the folder's; remove the field")
+    for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
+        if "/" in str(config.get(key)):
+            raise CheckpointError(f"{where}: {key} names code on the Hub ({shown(config[key])}); remove the field")
 
 
 def block_count(config: Mapping[str, Any]) -> int | None:

@@ -57,6 +57,32 @@ def new_file(out: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
+def new_files(out: Path | str) -> Iterator[Path]:
+    """Yield a temporary folder whose files move into the folder `out` together when the block ends well.
+
+    Files of the same names in `out` are replaced, others stay.  After any error `out` is as it was, and absent where
+    it was absent.  Raises OutputError where nothing can be written there.
+    """
+    out = Path(out)
+    with _one_line(out):
+        out = out.resolve()
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with _hidden_beside(out) as temporary:
+        yield temporary
+        flush(temporary)
+        made = not out.exists()
+        try:
+            out.mkdir(exist_ok=True)
+            for path in sorted(temporary.iterdir()):
+                path.replace(out / path.name)
+        except OSError as error:
+            if made:
+                shutil.rmtree(out, ignore_errors=True)
+            raise cannot_write(out, error) from None
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
 def _hidden_beside(out: Path) -> Iterator[Path]:
     """A locked temporary folder beside `out`, which the block puts to use; gone after any error."""
     with suppress(OSError):  # tidying up must not stand in the way

@@ -19,9 +19,10 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         descriptor = os.open(path, READ_FLAGS)
     except OSError as error:
         raise CheckpointError(f"{shown(path, 1000)}: cannot be read ({error.strerror}); check the path") from None
-    with os.fdopen(descriptor, "rb", buffering=0) as raw:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise CheckpointError(f"{shown(path, 1000)}: not a regular file; download the model again")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{shown(path, 1000)}: not a regular file; put the file itself there")
+    with os.fdopen(descriptor, "rb") as raw:
         yield raw
 
 
@@ -29,7 +30,7 @@ def file_behind(folder: Path, name: str) -> Path:
     """The regular file that folder/name is or links to; CheckpointError if it is missing or elsewhere."""
     target = check_inside(folder, name)
     if not target.is_file():
-        raise CheckpointError(f"{shown(folder / name, 1000)}: not a regular file; download the model again")
+        raise CheckpointError(f"{shown(folder / name, 1000)}: not a regular file; put the file itself there")
     return target
 
 

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.block_map import Surgery
-from dropformer.prune.discovery.modalities import sample_batches
-from dropformer.prune.errors import VerificationError
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.files.side_files import copy_side_files
 from dropformer.prune.formats.fitting import config_digest
 from dropformer.prune.formats.record import licence_of, write_record
 from dropformer.prune.formats.registry import known_format
+from dropformer.prune.formats.verify import verify
 from dropformer.prune.formats.writing import ExportJob, ExportOptions, write_config
-from dropformer.prune.loading.load import load
 from dropformer.prune.loading.tensor_names import auto_names, meta_model, native_class, parameter_names
 from dropformer.prune.plan import Plan
 from dropformer.prune.surgery.config import completed
@@ -35,8 +31,8 @@ from dropformer.prune.surgery.surgery import config_from
 class Exported:
     """A finished checkpoint: where it is, what was copied, its record, how far its logits are from the model's.
 
-    `record` is dropformer.json; `max_difference` is None where nothing here can run the format; its bytes were
-    compared all the same.
+    `record` is dropformer.json; `max_difference` is None where nothing here can run the format, or no memory was
+    left to run it; its bytes were compared all the same.
     """
 
     path: Path
@@ -58,9 +54,9 @@ def export(
 ) -> Exported:  # fmt: skip
     """Write the checkpoint of a pruned model by copying the kept tensors' bytes from its source folder.
 
-    `model` is the pruned model in memory.  `finish` may add files to the folder and returns lines for
-    the model card.  The result is reloaded and compared with `model`: a missing or unexpected tensor or
-    a different logit raises VerificationError and leaves nothing behind.  Raises OutputError where `out`
+    `model` is the pruned model in memory.  `finish` may add files to the folder and returns lines for the model card.
+    The result is read back block by block and compared with `model` (`verify`): a missing or different tensor or
+    logit raises VerificationError and leaves nothing behind.  Raises OutputError where `out`
     exists and is not empty, CheckpointError for a bad source, PlanError for what the format cannot carry.
     """
     how = how or ExportOptions()
@@ -75,7 +71,7 @@ def export(
             follow_files(folder, surgery.outline, surgery.block_map)
         results = finish(folder, copied) if finish else None
         record = write_record(folder, plan, surgery.block_map, copied, how.format, results)
-        difference = verify(folder, model) if kind.reloads else None
+        difference = verify(folder, model, surgery, not kind.saves) if kind.reloads else None
     return Exported(out, copied, record, difference)
 
 
@@ -89,46 +85,6 @@ def writing_of(native: type[PreTrainedModel], surgery: Surgery, source: Checkpoi
         source, config, surgery, parameter_names(meta_model(native, known), source.tensors), native.base_model_prefix,
         auto_names(native), how,
     )  # fmt: skip
-
-
-def verify(folder: Path, model: PreTrainedModel) -> float:
-    """Reload a checkpoint and compare its logits with the model in memory; the largest difference.
-
-    Text alone, and text with each modality that the model takes beside it (images, audio), are run.
-
-    Raises VerificationError when a tensor is missing or unexpected or the difference exceeds 1e-4 of
-    the largest logit.
-    """
-    again = load(folder, dtype=model.dtype, device=model.device)
-    largest = 0.0
-    with torch.inference_mode(), quiet_eval(model), quiet_eval(again):
-        for inputs in sample_batches(model):
-            mine, theirs = (_seeded(each, inputs) for each in (model, again))
-            difference = float((mine - theirs).abs().max())
-            if not difference <= 1e-4 * max(1.0, float(mine.abs().max())):
-                raise VerificationError(
-                    "the written checkpoint gives other logits than the model in memory (largest difference "
-                    f"{difference:.3g}); nothing was kept"
-                )
-            largest = max(largest, difference)
-    return largest
-
-
-def _seeded(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
-    """The first output, the same each time for a model that draws random numbers (Reformer's hash functions)."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return model(**inputs)[0].float()
-
-
-@contextmanager
-def quiet_eval(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def reference(
@@ -159,5 +115,5 @@ def save_in_memory(model: PreTrainedModel, surgery: Surgery, plan: Plan, out: Pa
         share = plan.savings.parameters / max(1, plan.savings.parameters_after)
         report = CopyReport(len(written.tensors), 0, written.nbytes, round(written.nbytes * (share - 1)))
         record = write_record(folder, plan, surgery.block_map, report)
-        difference = verify(folder, model)
+        difference = verify(folder, model, surgery)
     return Exported(out, report, record, difference)

@@ -9,12 +9,21 @@ tensors as the model does, which the plan's own counts prove; else transformers 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dropformer.prune.block_map import Surgery, map_blocks
-from dropformer.prune.errors import ArchitectureError, OutputError, PlanError
+from dropformer.prune.errors import (
+    ArchitectureError,
+    DropformerError,
+    ModelError,
+    OutputError,
+    PlanError,
+    VerificationError,
+)
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.files.side_files import copy_side_files
@@ -109,3 +118,27 @@ def asked_writing(plan: Plan, source: Checkpoint, how: ExportOptions, repair: An
         named, dtype = repair.named(plan.outline, surgery.block_map), stored_dtype(source.folder)
         surgery = replace(surgery, tensors={name: tensor.to(dtype) for name, tensor in named.items()})
     return writing_of(type(model), surgery, source, how)
+
+
+@contextmanager
+def plan_kept(plan: Plan, out: Path, always: bool) -> Iterator[None]:
+    """Inside the `with`, an error that would lose the plan leaves it beside `out`, and says how to follow it.
+
+    `always`: for every DropformerError, as where choosing took long; else where a check failed.  Memory that ran out
+    becomes a ModelError.
+    """
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"  # torch's
+        if not full and not isinstance(error, DropformerError if always else VerificationError):
+            raise
+        path = out.parent / f"{out.name}-plan.json"
+        try:
+            plan.write(path)
+        except (OSError, DropformerError):
+            raise error from None
+        kind = ModelError if full else type(error)
+        again = ", and the same --quality or --repair" if plan.repairs else ""
+        said = "out of memory" if full else str(error)
+        raise kind(f"{said}; the plan was kept: follow it with --plan {path}{again}") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from dropformer.prune.files import Checkpoint, CopyReport, NewTensor, copy_check
 from dropformer.prune.formats.names import numbered_heads, renaming
 from dropformer.prune.outline import Outline
 from dropformer.prune.surgery.config import pruned_config, without_heads
+from dropformer.prune.surgery.patterns import settled_patterns
 
 MODEL_TYPE = "dropformer"
 LOADING = Path(__file__).parents[1] / "loading"
@@ -106,8 +107,12 @@ def write_pruned(writing: ExportJob, folder: Path) -> CopyReport:
     that loads it."""
     heads = numbered_heads(writing.outline, writing.block_map, writing.names, writing.prefix)
     config = without_heads(writing.config, writing.outline, heads)
-    write_config(folder, pruned_config(config, writing.outline, writing.block_map), writing.autos)
-    return writing.copy(folder, writing.rename, replacements(writing, writing.rename))
+    fields, notes = pruned_config(config, writing.outline, writing.block_map), []
+    if not writing.block_map.in_place(writing.outline):
+        fields, notes = settled_patterns(fields)
+    write_config(folder, fields, writing.autos)
+    copied = writing.copy(folder, writing.rename, replacements(writing, writing.rename))
+    return replace(copied, notes=(*copied.notes, *notes))
 
 
 def write_config(folder: Path, fields: dict[str, Any], autos: Sequence[str]) -> None:

@@ -51,20 +51,26 @@ def dropformer_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     return new
 
 
-def load_deci(folder: Path, dtype: torch.dtype | str = torch.float32, device: Any = None) -> PreTrainedModel:
-    """The model in a deci checkpoint, from its files alone.  Raises CheckpointError where they are not whole, or
-    where the bias that Qwen 2 does not have is not zero."""
+def load_deci(
+    folder: Path, dtype: torch.dtype | str = torch.float32, place: Mapping[str, Any] | None = None
+) -> PreTrainedModel:
+    """The model in a deci checkpoint, from its files alone, placed as `from_pretrained` is told to.
+
+    Raises CheckpointError where they are not whole, or where the bias that Qwen 2 does not have is not zero.
+    """
     fields = read_config(folder)
     config = config_from(dropformer_config(fields))
     base = type(config).base_config_class  # type: ignore[attr-defined]
     pruned_config_class(base)
     native: Any = modeling_auto.AutoModelForCausalLM._model_mapping[type(config)]
     with quiet_transformers():
-        model, info = native.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True)
+        model, info = native.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True, **(place or {})
+        )
     if fields["base_model_type"] == "qwen2":
         info = info | {"unexpected_keys": _not_zero(folder, info["unexpected_keys"])}
     check_whole(folder, info)
-    return model.to(device) if device else model
+    return model
 
 
 def _skipped(block: Mapping[str, Any]) -> list[str]:

@@ -41,7 +41,9 @@ def load(
 ) -> PreTrainedModel:
     """The model in a checkpoint folder, as a subclass of its native class where layers are missing.
 
-    `dtype` None means `default_dtype`.  Raises CheckpointError when tensors are missing, unexpected or of another
+    `dtype` None means `default_dtype`.  Tensors are read one by one onto their device, so host memory does not hold
+    the model on its way to a GPU; on the device "meta" nothing is read, and names and shapes alone are checked.
+    Raises CheckpointError when tensors are missing, unexpected or of another
     shape: a model is never filled with random weights.
     """
     path = Path(path)
@@ -49,11 +51,13 @@ def load(
     fields = read_config(path)
     if dtype is None:
         dtype = default_dtype(fields, device.type == "cpu" and device_map is None)
+    if device_map is None and device.type != "cpu":
+        device_map = {"": device}
+    place = {} if device_map is None else {"device_map": device_map}
     if is_own_deci(fields):
         from dropformer.prune.loading.deci import load_deci
 
-        return load_deci(path, dtype, device)
-    place = {"device_map": device_map} if device_map is not None else {}
+        return load_deci(path, dtype, place)
     config = read_model_config(path, trust_remote_code)
     auto = auto_class(config)
     check_size(path, fields, config, trust_remote_code)
@@ -62,7 +66,7 @@ def load(
             path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **place
         )
     check_whole(path, info)
-    return model if place else model.to(device)
+    return model
 
 
 def default_dtype(fields: Mapping[str, Any], on_cpu: bool) -> torch.dtype | str:
@@ -90,6 +94,8 @@ def one_line_errors(path: Path) -> Iterator[None]:
 
 def _why(path: Path, error: Exception) -> str:
     said = reason(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return f"{path} does not fit on the device; give --device-map auto, another --device, or prune by --plan"
     if "trust_remote_code" in str(error) or "custom code" in str(error):
         return f"{path} comes with code of its own, which runs only with --trust-remote-code; read it first"
     if "does not recognize this architecture" in str(error):
@@ -128,10 +134,18 @@ def weightless(path: Path, trust_remote_code: bool = False) -> PreTrainedModel:
 
 def built_on_meta(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model of a config without weights."""
-    auto = auto_class(config)
-    build = getattr(auto, "from_config", None)
     with quiet_transformers(), torch.device("meta"):
-        return build(config, trust_remote_code=trust_remote_code) if build else auto(copy.deepcopy(config))
+        return build(config, trust_remote_code=trust_remote_code)
+
+
+def build(
+    config: PreTrainedConfig, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A model with the head that its config names, without the weights of any checkpoint."""
+    loader = auto_class(config)
+    if hasattr(loader, "from_config"):
+        return loader.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    return loader._from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def usable_device(name: torch.device | str | None) -> torch.device:

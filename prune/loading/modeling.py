@@ -130,7 +130,8 @@ def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
         parent, _, name = path.rpartition(".")
         owner, new = model.get_submodule(parent), replacement(form)
         old = getattr(owner, name)
-        new.to(next((parameter.device for parameter in old.parameters()), "cpu"))
+        if (held := next(old.parameters(), None)) is not None:
+            new.to_empty(device=held.device) if new.weight.is_meta else new.to(held.device)
         keep_settings(old, new)
         setattr(owner, name, new)
         for setter in setters(type(owner)):

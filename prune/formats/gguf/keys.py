@@ -1,4 +1,5 @@
-"""The metadata of a pruned GGUF file: the dense file's pairs, byte for byte, but for those that say its shape."""
+"""The metadata of a pruned GGUF file, the dense file's pairs byte for byte but for those that state its shape; and the
+order of rotary rows that its architecture wants."""
 
 import struct
 from collections.abc import Sequence
@@ -79,3 +80,16 @@ def bare_string(value: str) -> bytes:
     """A string as names and keys are written: its length, then UTF-8."""
     encoded = value.encode()
     return struct.pack("<Q", len(encoded)) + encoded
+
+
+def interleaved(data: bytes | memoryview, heads: int, head_width: int) -> bytes:
+    """Rows 0, D/2, 1, D/2 + 1, ... of each head, on bytes, so that quantized rows pass as they are.
+
+    transformers and qwen2's graph rotate value j of a head with value j + D/2; the graphs of llama and deci rotate
+    2j with 2j + 1.  Rows of queries and keys in that order give the same attention.  data: heads * D rows of equal
+    size; of D = 4, rows a b c d become a c b d.
+    """
+    row, half = len(data) // (heads * head_width), head_width // 2
+    order = [j + part for j in range(half) for part in (0, half)]
+    firsts = (head * head_width for head in range(heads))
+    return b"".join(bytes(data[(first + j) * row : (first + j + 1) * row]) for first in firsts for j in order)

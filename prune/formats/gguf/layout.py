@@ -78,12 +78,14 @@ def read_dense(header: GgufHeader, name: str) -> Dense:
 
     def number(key: str, default: int | None = None) -> int:
         value = header.metadata.get(f"{architecture}.{key}", default)
-        whole = isinstance(value, int) and not isinstance(value, bool) and f"{architecture}.{key}" not in arrays
-        if not whole or value <= 0:  # type: ignore[operator]
+        if f"{architecture}.{key}" in arrays:
             raise CheckpointError(
-                f"{name}: its key {architecture}.{key} is not one positive number; get the dense model's file"
+                f"{name}: its key {architecture}.{key} has a number for each block, and only blocks that are alike can "
+                "be pruned in GGUF; prune the model's Hugging Face folder, then convert it"
             )
-        return value  # type: ignore[return-value]
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise CheckpointError(f"{name}: its key {architecture}.{key} is {shown(value)}, not a positive number")
+        return value
 
     arrays = header.arrays
     heads, width = number("attention.head_count"), number("embedding_length")

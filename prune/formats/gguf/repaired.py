@@ -9,8 +9,8 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from dropformer.prune.errors import CheckpointError
+from dropformer.prune.formats.gguf.keys import interleaved
 from dropformer.prune.formats.gguf.layout import ROTATED, Dense, GgufBlock, NewValues, is_stock
-from dropformer.prune.formats.gguf.rows import interleaved
 
 F32, F16, BF16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
 DTYPES = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}

@@ -22,7 +22,7 @@ from dropformer.prune.files.byteranges import copy_range, holds, read_at, same_r
 from dropformer.prune.files.copying import CopyReport, Progress, counter, probes
 from dropformer.prune.files.folder import cannot_write, new_file
 from dropformer.prune.formats.gguf.header import GgufHeader, GgufTensor, read_gguf_header
-from dropformer.prune.formats.gguf.keys import bare_string, new_pairs
+from dropformer.prune.formats.gguf.keys import bare_string, interleaved, new_pairs
 from dropformer.prune.formats.gguf.layout import (
     DECI,
     Dense,
@@ -33,7 +33,6 @@ from dropformer.prune.formats.gguf.layout import (
     lay_out,
     read_dense,
 )
-from dropformer.prune.formats.gguf.rows import interleaved
 from dropformer.prune.outline import Outline
 
 if TYPE_CHECKING:

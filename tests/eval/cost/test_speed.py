@@ -175,12 +175,3 @@ def test_the_bound_of_prefill_grows_with_the_context():
 def test_no_repeat_is_started_after_the_time_is_up():
     table = measure({"dense": llama(layers=1)}, [Setting(8, 1)], repeats=50, seconds=0)
     assert table.row("dense").repeats == 1
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_compiled_decode_runs_with_a_static_cache_on_a_gpu():
-    models = {"dense": llama().cuda(), "pruned": llama(1, 2).cuda()}
-    table = measure(models, [Setting(16, 4), Setting(16, 16, "max")], repeats=2, compile=True)
-    assert table.rows[-1].setting.batch >= 1
-    assert table.rows[0].peak.source == "cuda"

@@ -14,7 +14,7 @@ from transformers import (
 
 from dropformer.eval.quality import head
 from dropformer.eval.quality.head import SplitModel
-from dropformer.eval.quality.perplexity import kl_to, perplexity, side_by_side
+from dropformer.eval.quality.perplexity import all_side_by_side, perplexity, side_by_side, token_losses
 from dropformer.prune.errors import EvaluationError
 
 SIZES = {
@@ -61,11 +61,11 @@ def test_kl_is_that_of_all_logits_at_once_and_zero_to_itself(monkeypatch):
         p = F.log_softmax(dense(ids).logits.double(), -1)
         q = F.log_softmax(pruned(ids).logits.double(), -1)
     expected = (p.exp() * (p - q)).sum(-1).mean()
-    got = kl_to(dense, pruned, ids)
+    got = side_by_side(dense, pruned, ids).divergence
     assert got.value == pytest.approx(float(expected), rel=1e-5)
     assert got.agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
     assert got.tokens == 72
-    itself = kl_to(dense, dense, ids)
+    itself = side_by_side(dense, dense, ids).divergence
     assert itself.value == pytest.approx(0, abs=1e-7) and itself.agreement == 1
 
 
@@ -74,6 +74,21 @@ def test_side_by_side_gives_the_perplexities_of_separate_runs():
     both = side_by_side(dense, pruned, ids)
     assert both.dense.nll == pytest.approx(perplexity(dense, ids).nll, abs=1e-6)
     assert both.pruned.nll == pytest.approx(perplexity(pruned, ids).nll, abs=1e-6)
+
+
+def test_all_models_at_once_give_what_each_pair_gives():
+    dense, ids = llama(0), windows()
+    for alone, together in zip((1, 2), all_side_by_side(dense, [llama(1), llama(2)], ids), strict=True):
+        expected = side_by_side(dense, llama(alone), ids)
+        assert together.pruned == expected.pruned and together.divergence == expected.divergence
+
+
+def test_losses_of_some_positions_are_those_of_all_at_these(monkeypatch):
+    model, ids = llama(), windows()
+    whole = torch.stack(token_losses(model, ids))
+    assert whole.shape == (3, 23)
+    torch.testing.assert_close(torch.stack(token_losses(model, ids, every=4)), whole[:, ::4], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.stack(side_by_side(model, model, ids).losses[0]), whole, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -105,4 +120,4 @@ def test_models_of_two_vocabularies_cannot_be_compared():
     torch.manual_seed(0)
     other = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 140}))
     with pytest.raises(EvaluationError, match="one vocabulary"):
-        kl_to(llama(), other, windows())
+        side_by_side(llama(), other, windows())

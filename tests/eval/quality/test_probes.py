@@ -161,3 +161,18 @@ def test_smollm2_copies_and_finds_needles_better_than_chance():
     assert results["copy"].accuracy > 0.8
     assert results["needle"].accuracy > 0.5
     assert math.isfinite(results["addition"].logprob)
+
+
+def test_a_rise_that_the_windows_do_not_agree_on_is_no_cliff():
+    def curve(*last):
+        return [(0, (2.0,) * 4), (1, (2.1,) * 4), (2, (2.2,) * 4), (3, last)]
+
+    assert cliff(curve(3.2, 3.3, 3.1, 3.2)) == 3
+    assert cliff(curve(2.2, 2.2, 6.2, 2.2)) is None  # the same mean, from one window
+    assert cliff([(drops, losses[:1]) for drops, losses in curve(3.2, 3.3, 3.1, 3.2)]) is None  # one has no error
+
+
+def test_windows_are_compared_with_themselves():
+    hard = (0.0, 5.0, -1.0, 2.0)  # windows differ far more than drops do
+    curve = [(n, tuple(h + rise for h in hard)) for n, rise in ((0, 0.0), (1, 0.1), (2, 0.2), (3, 1.2))]
+    assert cliff(curve) == 3

@@ -52,7 +52,9 @@ def test_a_sweep_survives_its_json_and_is_drawn(found, tmp_path):
 
 def test_the_cliff_is_looked_for_in_log_perplexity(found):
     values = [10.0, 10.5, 11.0, 40.0]
-    points = [found.points[0].model_copy(update={"drops": i, "perplexity": v}) for i, v in enumerate(values)]
+    points = [
+        found.points[0].model_copy(update={"drops": i, "perplexity": v, "window_nll": []}) for i, v in enumerate(values)
+    ]
     assert find_cliff(points) == 3
     assert find_cliff([p.model_copy(update={"perplexity": 10 * math.exp(0.1 * p.drops)}) for p in points]) is None
 

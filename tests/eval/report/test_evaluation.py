@@ -9,7 +9,8 @@ import pytest
 from dropformer import api
 from dropformer.eval.cost.sinks import fitting
 from dropformer.eval.cost.speed import Setting
-from dropformer.eval.quality.trend import Trend, quarters, trend
+from dropformer.eval.quality.cliff import Trend, quarters, trend
+from dropformer.eval.quality.perplexity import side_by_side
 from dropformer.eval.report.evaluation import Candidate, EvaluationOptions, evaluate
 from dropformer.eval.report.page import html
 from dropformer.eval.report.pictures import kept_by_test, quality_by_drop, speed_against_bound
@@ -75,9 +76,10 @@ def test_the_trend_of_a_plan_starts_at_dense_and_ends_at_the_pruned_model(found)
 
 
 def test_a_plan_of_few_drops_or_with_repairs_has_no_trend(deep, plan, tokenizer):
-    ids = windows(Calibration("heldout", 2, 16), tokenizer).ids
-    assert trend(deep, plan.model_copy(update={"drops": plan.drops[:3]}), ids) is None
-    assert trend(deep, plan.model_copy(update={"repairs": ["refit: kept"]}), ids) is None
+    data = windows(Calibration("heldout", 2, 16), tokenizer)
+    both = side_by_side(deep, deep, data.ids)
+    assert trend(deep, plan.model_copy(update={"drops": plan.drops[:3]}), data, both) is None
+    assert trend(deep, plan.model_copy(update={"repairs": ["refit: kept"]}), data, both) is None
 
 
 def test_a_cliff_is_said_with_where_it_lies(found):

@@ -32,6 +32,13 @@ def test_a_model_against_itself_keeps_everything():
     assert (same.retained, same.retained_stderr, same.p_value, same.difference_stderr) == (1, 0, 1, 0)
 
 
+def test_equal_answers_say_how_many_might_still_differ():
+    same = compare(keyed([1] * 40 + [0] * 17), keyed([1] * 40 + [0] * 17))
+    assert (1 - same.unseen) ** 57 == pytest.approx(0.05)
+    assert same.kept == "100.0% (no answer of 57 changed; up to 5.1% may, at 95%)"
+    assert "±" in compare(keyed([1, 1, 1, 0]), keyed([1, 1, 0, 0])).kept
+
+
 def test_counts_and_ratio_are_those_of_the_pairs():
     got = compare(keyed([1, 1, 1, 1, 0, 0]), keyed([1, 1, 0, 0, 1, 0]))
     assert (got.lost, got.gained, got.questions) == (2, 1, 6)

@@ -61,7 +61,7 @@ def test_windows_that_judge_are_of_every_kind_and_choose_the_penalty():
 def test_sinks_weigh_their_share_and_no_more():
     stream = torch.ones(2, 50, 8)
     stream[:, 0] *= 1000
-    weights = token_weights(stream, 0.1)
+    weights = token_weights(stream, share=0.1)
     assert float(weights.sum()) == pytest.approx(100, rel=1e-4)
     assert float(weights[:, 0].sum()) == pytest.approx(10, rel=1e-4)
 

@@ -11,12 +11,13 @@ from safetensors.torch import load_file
 
 import dropformer
 from dropformer import api
-from dropformer.prune.errors import DropformerError, OutputError, PlanError
+from dropformer.prune.errors import DropformerError, ModelError, OutputError, PlanError, VerificationError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.formats.export import reference
-from dropformer.prune.formats.export_plan import plain_writing, write_by_plan
+from dropformer.prune.formats.export_plan import plain_writing, plan_kept, write_by_plan
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.loading.load import load
+from dropformer.prune.plan import Plan
 
 CLIENT = """
 import sys
@@ -149,3 +150,25 @@ class TestAConfigThatDoesNotFit:
             write_by_plan(plan, tmp_path / "dense", tmp_path / "out")
         assert "\n" not in str(error.value)
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "always", "kind"),
+    [
+        (VerificationError("logits differ"), False, VerificationError),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"), False, ModelError),
+        (OutputError("disk full"), True, OutputError),
+    ],
+)
+def test_a_check_that_fails_keeps_the_plan_and_says_how_to_follow_it(planned, tmp_path, error, always, kind):
+    plan = planned("llama", "attn=1")[1]
+    with pytest.raises(kind, match=r"--plan .*small-plan\.json"), plan_kept(plan, tmp_path / "small", always):
+        raise error
+    assert Plan.read(tmp_path / "small-plan.json") == plan
+
+
+def test_a_plan_that_is_quickly_made_again_is_not_kept(planned, tmp_path):
+    plan = planned("llama", "attn=1")[1]
+    with pytest.raises(OutputError, match=r"^disk full$"), plan_kept(plan, tmp_path / "small", always=False):
+        raise OutputError("disk full")
+    assert not (tmp_path / "small-plan.json").exists()

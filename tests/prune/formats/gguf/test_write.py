@@ -18,7 +18,7 @@ from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import CheckpointError, OutputError, PlanError, VerificationError
-from dropformer.prune.formats.gguf.rows import interleaved
+from dropformer.prune.formats.gguf.keys import interleaved
 from dropformer.prune.formats.gguf.write import check_gguf
 from dropformer.prune.formats.gguf.write import write_gguf as prune_gguf
 from dropformer.prune.plan import choose
@@ -317,7 +317,7 @@ def test_a_missing_tensor_or_a_wrong_shape_is_refused(tmp_path):
 def test_keys_that_are_no_dense_models_are_refused(tmp_path):
     for key, wrong in (("attention.head_count", [4, 4]), ("feed_forward_length", 0), ("block_count", 1 << 31)):
         vtype = gguf.GGUFValueType.ARRAY if isinstance(wrong, list) else gguf.GGUFValueType.UINT32
-        refuse(tmp_path, "not one positive|fewer tensors",
+        refuse(tmp_path, "not a positive|each block|fewer tensors",
                describe=lambda w, k=key, v=wrong, t=vtype: w.add_key_value(f"llama.{k}", v, t))  # fmt: skip
         (tmp_path / "dense.gguf").unlink()
     refuse(tmp_path, "unequal or odd", describe=lambda writer: writer.add_rope_dimension_count(8))
