@@ -111,8 +111,9 @@ def choose(
     Raises PlanError when the spec asks for more than there is, for a protected or unknown layer, or lacks what
     it needs, and where no attention would be left.
     """
-    drops = [selector for selector in parse_spec(spec) if selector.kind != "window"]
-    selectors = sorted(drops, key=lambda s: s.kind != "block")  # what a whole block takes is gone
+    selectors = sorted(parse_spec(spec), key=lambda s: s.kind != "block")  # a block is dropped with all its branches
+    if windowed := next((selector for selector in selectors if selector.window), None):
+        raise PlanError(f"`{windowed}` keeps its layers, and only `prune` and a plan take windows; leave it out here")
     chosen: list[Layer] = []
     for selector in selectors:
         free = _candidates(outline, selector, keep, chosen)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dropformer.metrics.analysis.analyze import as_inputs
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import attention_module
-from dropformer.prune.discovery.inputs import as_inputs
 from dropformer.prune.errors import CalibrationError
 from dropformer.prune.loading import window_cache
 from dropformer.prune.loading.modeling import hidden_states
@@ -41,7 +41,7 @@ def window_losses(
             length = batch["input_ids"].shape[1]
             if length > window.width + window.sinks:
                 counted += len(batch["input_ids"]) * (length - window.width - window.sinks)
-                model(**as_inputs(model, batch), use_cache=False)
+                model(**as_inputs(model, batch))
     if not counted:
         raise CalibrationError(
             f"no calibration window is longer than the attention window {window}; raise --length to about "
@@ -86,8 +86,9 @@ def _note(entered: list[Tensor]) -> Any:
 
 def _compare(layer: Layer, twin: nn.Module, window: Window, entered: list[Tensor], sums: dict[Layer, float]) -> Any:
     def hook(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        full, seen = (_first(result)[:, window.width + window.sinks :].float() for result in (output, twin(*args, **kwargs)))
-        stream = entered[0][:, window.width + window.sinks :].float()
+        beyond = slice(window.width + window.sinks, None)
+        full, seen = (_first(result)[:, beyond].float() for result in (output, twin(*args, **kwargs)))
+        stream = entered[0][:, beyond].float()
         lost = (seen - full).square().sum(-1) / stream.square().sum(-1).clamp_min(1e-12)
         sums[layer] = sums.get(layer, 0.0) + float(lost.sum())
 
