@@ -35,8 +35,9 @@ from dropformer.prune.plan import Plan, choose, make_plan
 from dropformer.prune.spec import parse_spec
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 from dropformer.prune.surgery.views import proven, sharing_copy
-from dropformer.recipes import Recipe
-from dropformer.recipes.opening import LoadedModel, Placement, open_model
+from dropformer.recipes.opening import LoadedModel, open_model
+from dropformer.recipes.placement import Placement
+from dropformer.request import recipe_calibration
 
 __all__ = ["Calibration", "LoadedModel", "Placement", "analyze", "drop", "load", "open_model", "plan", "save"]
 
@@ -63,24 +64,10 @@ def analyze(
     if architecture is not None:
         raise ModelError("an architecture belongs to a module in memory; give analyze(module, batches, architecture=)")
     opened = model if isinstance(model, LoadedModel) else open_model(model)
-    settings = calibration or default_settings(opened.model, default_calibration(opened.recipe))
+    settings = calibration or default_settings(opened.model, recipe_calibration(opened.recipe))
     data = calibration_data(opened.model, opened.tokenizer, opened.path, settings)
     scores = analyze_model(opened.model, data.batches(batch_size), ref=opened.ref, progress=progress)
     return calibrated(scores, data)
-
-
-def default_calibration(recipe: Recipe | None) -> Calibration:
-    """The recipe's calibration, else the builtin text."""
-    if recipe is None:
-        return Calibration()
-    return Calibration(recipe.calibration.name, recipe.calibration.windows, recipe.calibration.length)
-
-
-def plan_of(pruned: LoadedModel, dense: LoadedModel) -> Plan | None:
-    """The plan beside a checkpoint's weights, if it was made from this dense model."""
-    path = pruned.path / "plan.json"
-    plan = Plan.read(path) if path.is_file() else None
-    return plan if plan and plan.model.fingerprint == dense.ref.fingerprint else None
 
 
 def plan_unscored(

@@ -1,9 +1,15 @@
-"""What the command line prints: results as tables on stdout, progress on stderr."""
+"""What the command line prints: results as tables on stdout, progress on stderr.
+
+Names come from users and checkpoints, so nothing is read as Rich's markup: styles are set with `Text`.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -21,33 +27,40 @@ from rich.table import Table
 from rich.text import Text
 
 from dropformer.progress import Tick
-from dropformer.prune.formats.registry import known_format
+from dropformer.prune.formats.registry import FORMATS
 
 if TYPE_CHECKING:
+    from dropformer.eval.compare.comparison import Comparison
+    from dropformer.eval.cost.estimate import Estimate
+    from dropformer.eval.quality.sweep import Sweep
+    from dropformer.eval.report.evaluation import Evaluation
     from dropformer.eval.report.report import Report
+    from dropformer.job import Outcome
     from dropformer.metrics.analysis.scores import Scores
+    from dropformer.prune.formats.export_plan import Written
     from dropformer.prune.plan import Plan
     from dropformer.recipes import Recipe
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+_PLAIN: dict[str, Any] = {"highlight": False, "soft_wrap": True, "markup": False, "emoji": False}
+out = Console(**_PLAIN)
+err = Console(stderr=True, **_PLAIN)
 
 
 class Terminal:
-    """Shows a line for each thing said and a bar for long work; silent if quiet."""
+    """The progress of a run on stderr: lines, and bars for long work; nothing if quiet."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            err.print(text, markup=False)
+            err.print(text)
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Tick]:
-        columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn()]
-        columns += [TextColumn("{task.fields[note]}"), TimeLeftColumn()]
-        short = [SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()]
+        columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn()]
+        columns += [TextColumn("{task.fields[note]}", markup=False), TimeLeftColumn()]
+        short = [SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()]
         with Progress(*(columns if total else short), console=err, disable=self.quiet, transient=False) as progress:
             task = progress.add_task(name, total=total, note="")
             yield lambda done, count: progress.update(task, completed=done, note=_rate(progress, task, count))
@@ -74,6 +87,64 @@ def _rate(progress: Progress, task: Any, count: int) -> str:
     return f"{count / elapsed:,.0f} tokens/s" if elapsed and count else ""
 
 
+def show(as_json: str | None, *parts: Table | str) -> None:
+    """Print a result: its JSON where that was asked for, else these tables and lines."""
+    if as_json is not None:
+        sys.stdout.write(as_json if as_json.endswith("\n") else as_json + "\n")
+        return
+    for part in parts:
+        out.print(part)
+
+
+def show_outcome(outcome: Outcome, as_json: bool) -> None:
+    """What the main job measured and wrote."""
+    report, exported = outcome.report, outcome.exported
+    notes = [*report_notes(report), done(outcome.out, exported.record, exported.max_difference)]
+    show(report.to_json() if as_json else None, report_table(report), *notes)
+
+
+def show_export(written: Written, model: str, as_json: bool) -> None:
+    """What following a plan on the files wrote."""
+    notes = [done(written.path, written.record)]
+    if FORMATS[written.record["format"]].reloads:
+        notes.insert(0, f"not measured: `prune evaluate {model} {written.path}` does it, and --measure here")
+    show(json.dumps(written.record, indent=1) if as_json else None, record_table(written.record), *notes)
+
+
+def show_plan(plan: Plan, as_json: bool) -> None:
+    show(plan.to_json() if as_json else None, plan_table(plan), savings_line(plan))
+
+
+def show_sweep(found: Sweep, folder: Path, as_json: bool) -> None:
+    from dropformer.eval.quality.sweep import table
+
+    cliff = f"quality leaves its trend at {found.cliff} drops" if found.cliff is not None else "none in this range"
+    wrote = f"cliff: {cliff}; wrote {folder}/sweep.json and {folder}/sweep.png"
+    show(found.to_json() if as_json else None, plain_table(*table(found)), wrote)
+
+
+def show_estimate(found: Estimate, published: float | None, as_json: bool) -> None:
+    from dropformer.eval.cost.estimate import estimate_lines
+
+    figures = {**found.as_dict(), "published_speedup": published}
+    show(json.dumps(figures, indent=1) if as_json else None, *estimate_lines(found, published))
+
+
+def show_evaluation(found: Evaluation, folder: Path | None, as_json: bool) -> None:
+    from dropformer.eval.report.tables import summary
+
+    wrote = [f"wrote {folder}/report.json and {folder}/report.html"] if folder else []
+    show(found.to_json() if as_json else None, plain_table(*summary(found)), *found.warnings, *wrote)
+
+
+def show_comparison(found: Comparison, page: Path, as_json: bool) -> None:
+    from dropformer.eval.compare.output import CAPTION, headline, notes, terminal_rows, title
+
+    table = plain_table(*terminal_rows(found), title(found), CAPTION)
+    wrote = f"wrote {page} and {page.parent}/compare.json"
+    show(found.to_json() if as_json else None, table, headline(found), *notes(found), wrote)
+
+
 def scores_table(scores: Scores) -> Table:
     """Every layer's similarity by depth, the most redundant of each kind marked with its rank."""
     calibration = scores.calibration
@@ -87,7 +158,7 @@ def scores_table(scores: Scores) -> Table:
         table.add_column(f"{stack}.{kind}" if stack else kind, justify="right")
         rank |= {layer: i + 1 for i, layer in enumerate(scores.ranking(kind, stack))}
     for index in range(max(layer.index for layer in similarity) + 1):
-        row = [str(index)]
+        row: list[str | Text] = [str(index)]
         for stack, kind in columns:
             layer = next((x for x in similarity if (x.stack, x.kind, x.index) == (stack, kind, index)), None)
             row.append("" if layer is None else _cell(similarity[layer], stderr[layer], rank[layer]))
@@ -95,13 +166,13 @@ def scores_table(scores: Scores) -> Table:
     return table
 
 
-def _cell(value: float, error: float | None, rank: int) -> str:
+def _cell(value: float, error: float | None, rank: int) -> Text:
     text = f"{value:.4f}" + (f" ±{error:.4f}" if error is not None else "")
-    return f"[bold]{text} #{rank}[/bold]" if rank <= 8 else text
+    return Text(f"{text} #{rank}", "bold") if rank <= 8 else Text(text)
 
 
 def plan_table(plan: Plan) -> Table:
-    """The layers that go, in the order in which they were chosen, with their scores where they were ranked."""
+    """The layers to drop, in the order of the choice, with their scores where they were ranked."""
     table = Table(title=f"{plan.model.name}: {plan.spec}", title_justify="left")
     scored = any(drop.similarity is not None for drop in plan.drops)
     alone = f"by {plan.metric}" if plan.metric else "layer"
@@ -176,7 +247,7 @@ def record_table(record: Mapping[str, Any]) -> Table:
 
 def done(out: Any, record: Mapping[str, Any], difference: float | None = None) -> str:
     """Where the checkpoint is, how it is loaded, and how it was checked."""
-    form = known_format(record["format"])
+    form = FORMATS[record["format"]]
     checked = form.checked if difference is None else f"reloaded, logits equal to {difference:.1e}"
     if form.reloads and difference is None:
         checked += ", but no memory was left to reload it and compare logits"
@@ -207,9 +278,9 @@ ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 RATIOS = {"perplexity", "prefill_tokens_per_s", "decode_tokens_per_s"}
 
 
-def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", caption: str = "") -> Table:
     """Rows of text under a head; the first column left, the others right."""
-    table = Table()
+    table = Table(title=title or None, caption=caption or None, title_justify="left", caption_justify="left")
     for i, name in enumerate(head):
         table.add_column(name, justify="right" if i else "left")
     for row in rows:
@@ -217,7 +288,7 @@ def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     return table
 
 
-def recipes_table(recipes: Mapping[str, Recipe]) -> Table:
+def show_recipes(recipes: Mapping[str, Recipe], as_json: bool) -> None:
     table = Table()
     for name in ("recipe", "model", "calibration", "published lists"):
         table.add_column(name)
@@ -225,4 +296,5 @@ def recipes_table(recipes: Mapping[str, Recipe]) -> Table:
         c = recipe.calibration
         lists = ", ".join(f"{kind}:{len(layers)}" for kind, layers in dict(recipe.lists).items())
         table.add_row(name, recipe.model, f"{c.name} {c.windows} x {c.length}", lists)
-    return table
+    text = json.dumps({name: recipe.model_dump(mode="json") for name, recipe in recipes.items()}, indent=1)
+    show(text if as_json else None, table)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,8 +29,7 @@ from dropformer.metrics.calibration.images import PIXELS
 from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
 from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.metrics.repair.base import Repair
-from dropformer.preflight import check_out, default_out
-from dropformer.progress import Progress, Silent
+from dropformer.progress import Progress, Silent, Tick
 from dropformer.prune.architecture import of_images
 from dropformer.prune.discovery.inputs import takes_pictures, writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
@@ -40,59 +39,19 @@ from dropformer.prune.files.output_paths import check_place
 from dropformer.prune.formats.export import Exported, export
 from dropformer.prune.formats.export_plan import Written, plan_kept, write_by_plan
 from dropformer.prune.formats.record import kv_width
-from dropformer.prune.formats.registry import known_format
+from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.plan import Plan
 from dropformer.prune.spec import parse_spec
-from dropformer.recipes import Recipe
-from dropformer.recipes.opening import LoadedModel, Placement, open_model, torch_dtype
-from dropformer.recipes.source import short_name
+from dropformer.recipes import open_source
+from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
+from dropformer.request import Request
 from dropformer.scoring import get_scores, open_to_score
-from dropformer.selection import Improvement, given_plan, improved
+from dropformer.selection import given_plan, improved
+from dropformer.validate import check_empty
 
 SWEEP = Setting(prompt=256, new=16)
 """What a sweep times each model at."""
-
-
-@dataclass(frozen=True)
-class Overrides:
-    """What the user said about calibration; None leaves the recipe's choice, or builtin."""
-
-    calibration: str | None = None
-    samples: int | None = None
-    length: int | None = None
-    seed: int | None = None
-    skip_first: int | None = None
-
-    def of(self, recipe: Recipe | None) -> Calibration:
-        said = {"name" if k == "calibration" else k: v for k, v in vars(self).items() if v is not None}
-        base = api.default_calibration(recipe)
-        if "name" in said and said["name"] != base.name:
-            base = Calibration()  # the recipe's sizes belong to the recipe's text
-        return replace(base, **said)
-
-
-@dataclass(frozen=True)
-class Request:
-    """One run of the main job."""
-
-    model: str
-    drop: str | None = None
-    out: Path | None = None
-    keep: tuple[int, ...] = ()
-    plan: Path | None = None
-    scores: Path | None = None
-    revision: str | None = None
-    batch_size: int = 1
-    calibration: Overrides = field(default_factory=Overrides)
-    placement: Placement = field(default_factory=Placement)
-    text: str = HELD_OUT.name
-    seconds: float = 18.0
-    until_stable: str | None = None
-    memory: str | None = None
-    improvement: Improvement | None = None
-    how: ExportOptions = field(default_factory=ExportOptions)
-    measure: bool = True
 
 
 @dataclass(frozen=True)
@@ -107,23 +66,23 @@ class Outcome:
 
 def make_plan(opened: LoadedModel, request: Request, progress: Progress) -> tuple[Plan, Scores | None]:
     """The plan from a file, from lists (no calibration needed), or from scores."""
-    if request.plan:
-        plan = given_plan(opened, request)
+    if path := request.selection.plan:
+        plan = given_plan(opened, path)
         if plan.repairs:
-            progress.say(plan.lost_repairs(request.plan))
+            progress.say(plan.lost_repairs(path))
         return plan.unrepaired(), None
-    spec = request.drop or ""
+    spec, keep = request.target.spec, request.target.keep
     published = opened.recipe.published if opened.recipe else None  # type: ignore[union-attr]
     if all(s.published or s.indices is not None for s in parse_spec(spec)):
         outline = api.outline(opened.model, spec)
-        return api.plan_unscored(opened.ref, outline, spec, request.keep, published), None  # type: ignore[arg-type]
+        return api.plan_unscored(opened.ref, outline, spec, keep, published), None  # type: ignore[arg-type]
     if seen := next((s for s in parse_spec(spec) if of_images(s.stack)), None):
         raise PlanError(
             f"`{seen}` needs scores on images with their texts; name the layers, as in {seen.stack}.{seen.kind}=1,2, "
             "or use dropformer.analyze(model, batches) in Python"
         )
     scores = get_scores(opened, request, progress)
-    return api.plan(scores, spec, request.keep, published), scores  # type: ignore[arg-type]
+    return api.plan(scores, spec, keep, published), scores  # type: ignore[arg-type]
 
 
 def plan_only(request: Request, progress: Progress | None = None) -> Plan:
@@ -131,7 +90,7 @@ def plan_only(request: Request, progress: Progress | None = None) -> Plan:
     progress = progress or Silent()
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
-    if request.improvement:
+    if request.selection.strategy:
         return improved(opened, request, progress)[0]
     return make_plan(opened, request, progress)[0]
 
@@ -142,21 +101,20 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
     The plan is kept beside the output where a check failed, memory ran out, or choosing it took long.
     """
     progress = progress or Silent()
-    budget = request.improvement.budget if request.improvement else None
-    out = request.out or default_out(request.model, request.drop or budget, request.plan)
-    check_out(out)
+    out = request.folder
+    check_empty(out)
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
     held_out = _held_out(opened, request)  # a text that is too short is said before anything is measured
     scores, repair = None, None
-    if request.improvement:
+    if request.selection.strategy:
         plan, repair = improved(opened, request, progress)
     else:
         plan, scores = make_plan(opened, request, progress)
     progress.say(f"dropping {', '.join(map(str, plan.layers))}")
     if any(layer.kind == "attn" and layer.index == 0 for layer in plan.layers):
         progress.say("warning: the attention of block 0 goes; vLLM and llama.cpp cannot load a model without it")
-    with plan_kept(plan, out, always=request.improvement is not None):
+    with plan_kept(plan, out, always=request.selection.strategy is not None):
         chosen = _Chosen(plan, scores, repair)
         report, exported = _carried_out(opened, chosen, out, held_out, request, progress)
     return Outcome(out, plan, report, exported)
@@ -184,13 +142,13 @@ def _carried_out(
     made: list[Report] = []
 
     def finish(folder: Path, copied: CopyReport) -> list[str]:
-        kept = pruned if known_format(request.how.format).saves else opened.model
+        kept = pruned if FORMATS[request.export.format].saves else opened.model
         made.append(_report(opened.model, kept, plan, copied, quality, speed))
         _write_artifacts(folder, made[0], plan, chosen.scores)
         return card_lines(made[0])
 
     with progress.stage("exporting, reloading and verifying") as tick:
-        how = replace(request.how, gguf=opened.file, progress=tick)
+        how = replace(request.export, gguf=opened.file, progress=tick)
         exported = export(pruned, surgery, plan, opened.path, out, how, finish)
     return made[0], exported
 
@@ -206,23 +164,21 @@ def run_from_disk(request: Request, progress: Progress | None = None) -> Written
     progress, place = progress or Silent(), request.placement
     if place.device_map or place.device not in (None, "cpu"):
         raise ModelError("--memory computes on the CPU; leave out --device and --device-map, or --memory")
-    budget = request.improvement.budget if request.improvement else None
+    budget = request.target.budget
     if budget and budget.startswith("measured"):
         raise ModelError(
             "--budget measured times the model, which must be in memory; use decode, or leave out --memory"
         )
-    out = request.out or default_out(request.model, request.drop or budget, request.plan)
-    check_out(out)
+    check_empty(request.folder)
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, place, progress.say, False)
         dtype = torch_dtype(place.dtype or "float32")
-        allowed = parse_bytes(request.memory or "")
+        allowed = parse_bytes(request.scoring.memory or "")
         blocks = open_source_of_blocks(opened.path, allowed, dtype or "float32", place.trust_remote_code)
     plan, repair = improved(replace(opened, model=cast(Any, blocks.model)), request, progress, blocks)
     progress.say(f"dropping {', '.join(map(str, plan.layers))}")
     with progress.stage("copying", 100) as tick:
-        how = replace(request.how, gguf=opened.file, progress=lambda done, total: tick(100 * done // max(1, total), 0))
-        return write_by_plan(plan, opened.path, out, how, repair)
+        return write_by_plan(plan, opened.path, request.folder, _copying(request, opened.file, tick), repair)
 
 
 def _measure(
@@ -230,31 +186,31 @@ def _measure(
 ) -> tuple[Measured, Measured]:
     nothing = Measured({}, {}, {})
     quality = speed = nothing
-    if not request.measure:
+    if not request.measures:
         return quality, speed
     if not writes_text(pruned):
         return Measured({}, {}, {"outputs": _likeness(opened, pruned, request, progress)}), nothing
     if held_out is not None:
         ids = held_out.ids
-        seen = any(same_text(request.text, name) for name in _calibrated_on(opened, plan, request))
+        seen = any(same_text(request.report.text, name) for name in _calibrated_on(opened, plan, request))
         text = TextRef(
-            name=request.text, windows=len(ids), length=ids.shape[1], hash=held_out.ref.hash, calibrated_on=seen
+            name=request.report.text, windows=len(ids), length=ids.shape[1], hash=held_out.ref.hash, calibrated_on=seen
         )
-        with progress.stage(f"perplexity on {request.text}"):
+        with progress.stage(f"perplexity on {request.report.text}"):
             quality = measure_quality(opened.model, pruned, held_out, text, plan)
-        if request.seconds > 0 and known_format(request.how.format).saves:
+        if request.report.seconds > 0 and FORMATS[request.export.format].saves:
             with progress.stage("speed, dense and pruned interleaved"):
-                speed = measure_speed(opened.model, pruned, request.seconds)
+                speed = measure_speed(opened.model, pruned, request.report.seconds)
     return quality, speed
 
 
 def _held_out(opened: LoadedModel, request: Request) -> Windows | None:
     """The report's text, None where perplexity is not measured.  Raises CalibrationError where there is too little."""
-    if not request.measure or opened.tokenizer is None or not writes_text(opened.model):
+    if not request.measures or opened.tokenizer is None or not writes_text(opened.model):
         return None
     length = min(HELD_OUT.length, context_of(opened.model.config) or HELD_OUT.length)
     try:
-        return windows(replace(HELD_OUT, name=request.text, length=length), opened.tokenizer)
+        return windows(replace(HELD_OUT, name=request.report.text, length=length), opened.tokenizer)
     except CalibrationError as error:
         raise CalibrationError(f"--text: {error}") from None
 
@@ -262,13 +218,13 @@ def _held_out(opened: LoadedModel, request: Request) -> Windows | None:
 def _calibrated_on(opened: LoadedModel, plan: Plan, request: Request) -> list[str]:
     """The texts that layers were chosen on, or repaired; none where a list names the layers."""
     chosen = [str(plan.calibration["name"])] if plan.calibration else []
-    repaired = request.calibration.of(opened.recipe).name.split(",") if request.improvement else []
+    repaired = request.calibration.of(opened.recipe).name.split(",") if request.selection.strategy else []
     return chosen + repaired
 
 
 def _likeness(opened: LoadedModel, pruned: Any, request: Request, progress: Progress) -> OutputSimilarity | None:
     """How like the outputs are on held-out text, or on images like those calibrated on; None without either."""
-    name = (request.calibration.calibration or PIXELS) if takes_pictures(pruned) else request.text
+    name = next(iter(request.calibration.texts), PIXELS) if takes_pictures(pruned) else request.report.text
     if opened.tokenizer is None and not takes_pictures(pruned):
         return None
     length = min(HELD_OUT.length, request.calibration.length or HELD_OUT.length)
@@ -302,21 +258,38 @@ def _write_artifacts(folder: Path, report: Report, plan: Plan, scores: Scores | 
         similarity_by_depth(scores, folder / "similarity.png", plan.outline.branch_layers(plan.layers))
 
 
-def analyze(request: Request, progress: Progress | None = None) -> tuple[Scores, Path]:
-    """Score a model and write scores.json and similarity.png into a folder; the folder too.
+def follow(request: Request, progress: Progress | None = None) -> Written:
+    """Follow a plan on the files alone: copy byte ranges, without a model in memory.  Raises as `write_by_plan`."""
+    progress, path = progress or Silent(), request.selection.plan
+    if path is None:
+        raise PlanError("there is no plan to follow; give one with --plan")
+    plan = Plan.read(path)
+    source = open_source(request.model, request.revision, progress.say)
+    if plan.repairs:
+        progress.say(plan.lost_repairs(path))
+    with progress.stage("copying", 100) as tick:
+        return write_by_plan(plan, source.path, request.folder, _copying(request, source.file, tick))
+
+
+def _copying(request: Request, gguf: Path | None, tick: Tick) -> ExportOptions:
+    """The export options, with progress in percent."""
+    return replace(request.export, gguf=gguf, progress=lambda done, total: tick(100 * done // max(1, total), 0))
+
+
+def analyze(request: Request, progress: Progress | None = None) -> Scores:
+    """Score a model and write scores.json and similarity.png into the request's folder.
 
     Of several processes launched together only the first writes.
     """
     progress = progress or Silent()
-    out = request.out or Path(f"{short_name(request.model)}-scores")
-    check_place(out)
+    check_place(request.folder)
     opened = open_to_score(request, progress)
     scores = get_scores(opened, request, progress)
     if rank() == 0:
-        with new_files(out) as folder:
+        with new_files(request.folder) as folder:
             scores.write(folder / "scores.json")
             similarity_by_depth(scores, folder / "similarity.png")
-    return scores, out
+    return scores
 
 
 def sweep(
@@ -332,12 +305,12 @@ def sweep(
         raise ModelError(f"a sweep measures perplexity, and {request.model} is no causal language model; prune it")
     check_length(opened.model.config, max(shape[1], SWEEP.prompt + SWEEP.new if speed else 0), opened.ref.name)
     scores = get_scores(opened, request, progress)
-    plans = [api.plan(scores, f"{kind}:{count}", request.keep) for count in counts if count]
-    data = windows(Calibration(request.text, *shape, seed=HELD_OUT.seed), opened.tokenizer)
+    plans = [api.plan(scores, f"{kind}:{count}", request.target.keep) for count in counts if count]
+    data = windows(Calibration(request.report.text, *shape, seed=HELD_OUT.seed), opened.tokenizer)
     models = [opened.model, *(api.drop(opened, plan) for plan in plans)]
     setting = SWEEP if speed else AT
     points = []
-    with progress.stage(f"perplexity on {request.text}", len(models)) as tick:
+    with progress.stage(f"perplexity on {request.report.text}", len(models)) as tick:
         for model, layers in zip(models, [[], *(plan.layers for plan in plans)], strict=True):
             points.append(point(opened.model, model, layers, data.ids, setting, data.partly_scored))
             tick(len(points), len(points) * data.ids.numel())

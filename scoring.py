@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dropformer.metrics.analysis import distributed
 from dropformer.metrics.analysis.measure import Measuring, measure
@@ -16,28 +15,26 @@ from dropformer.metrics.calibration.images import PIXELS, Pictures
 from dropformer.metrics.calibration.settings import check_length
 from dropformer.metrics.calibration.windows import computed_tokens
 from dropformer.metrics.offload.process_memory import parse_bytes
+from dropformer.progress import Progress
 from dropformer.prune.discovery.inputs import takes_pictures
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
-
-if TYPE_CHECKING:
-    from dropformer.job import Overrides, Request
-    from dropformer.progress import Progress
+from dropformer.request import CalibrationOptions, Request
 
 
 def open_to_score(request: Request, progress: Progress) -> LoadedModel:
     """Open a model for analysis: on this process's own device, without its weights where they are to be streamed."""
-    if request.until_stable:
-        check_spec(request.until_stable)
-    if request.memory is not None:
-        parse_bytes(request.memory)
+    if request.scoring.until_stable:
+        check_spec(request.scoring.until_stable)
+    if request.scoring.memory is not None:
+        parse_bytes(request.scoring.memory)
     place = request.placement
     if place.device_map and distributed.world() > 1:
         raise ModelError("--device-map spreads one model over the GPUs, but each launched process has its own; use one")
     place = replace(place, device=distributed.own_device(place.device)) if not place.device_map else place
     with progress.stage("opening the model"):
-        weights = request.memory is None
+        weights = request.scoring.memory is None
         opened = open_model(request.model, request.revision, place, progress.say, weights)
     distributed.join(opened.model.device if weights else "cpu")
     return opened
@@ -45,15 +42,15 @@ def open_to_score(request: Request, progress: Progress) -> LoadedModel:
 
 def get_scores(opened: LoadedModel, request: Request, progress: Progress) -> Scores:
     """The scores of a model: those of the same weights on the same tokens if any are kept, else new ones."""
-    if request.scores:
-        scores = Scores.read(request.scores)
+    if request.selection.scores:
+        scores = Scores.read(request.selection.scores)
         if scores.model.fingerprint != opened.ref.fingerprint:
             raise PlanError(
-                f"{request.scores} was measured on other weights than {opened.ref.name}; analyze this model"
+                f"{request.selection.scores} was measured on other weights than {opened.ref.name}; analyze this model"
             )
         return scores.model_copy(update={"model": opened.ref})
     data = _material(opened, request, progress)
-    dtype = request.placement.computes_in(opened.path, streamed=request.memory is not None)
+    dtype = request.placement.computes_in(opened.path, streamed=request.scoring.memory is not None)
     kept = score_file(opened.ref.fingerprint or "", data.ref, dtype)
     if scores := _reused(kept, opened, data):  # type: ignore[assignment]
         progress.say(f"scores: reused, same weights and same tokens ({kept})")
@@ -70,7 +67,7 @@ def _material(opened: LoadedModel, request: Request, progress: Progress) -> Cali
     free = default_settings(opened.model, settings)
     settings = replace(
         settings,
-        name=settings.name if said.calibration else free.name,
+        name=settings.name if said.texts else free.name,
         length=settings.length if said.length else free.length,
     )
     if not takes_pictures(opened.model):
@@ -80,11 +77,11 @@ def _material(opened: LoadedModel, request: Request, progress: Progress) -> Cali
     return data
 
 
-def _origin(said: Overrides, opened: LoadedModel) -> str:
+def _origin(said: CalibrationOptions, opened: LoadedModel) -> str:
     """Where the calibration settings come from: the recipe's or the default ones, and which options changed them."""
-    options = [f"--{name.replace('_', '-')}" for name, value in vars(said).items() if value is not None]
+    options = [f"--{name.replace('_', '-')}" for name, value in vars(said).items() if value not in (None, ())]
     base = "the recipe's" if opened.recipe else "the default"
-    if said.calibration is not None:
+    if said.texts:
         return "as given"
     return f"{base} text; {', '.join(options)} as given" if options else base
 
@@ -109,17 +106,18 @@ def _reused(kept: Path, opened: LoadedModel, data: CalibrationData) -> Scores | 
 
 
 def _measured(opened: LoadedModel, data: CalibrationData, request: Request, rows: Path, progress: Progress) -> Scores:
-    if request.memory is not None:
+    if request.scoring.memory is not None:
         return _streamed(opened, data, request, progress)
-    how = Measuring(request.batch_size, request.until_stable, request.keep, rows)
-    needed, computed = sum(data.lengths()), computed_tokens(data.lengths(), request.batch_size)
-    if len(set(data.lengths())) > 1 and not request.until_stable:
-        progress.say(f"tokens: {computed:,} computed for {needed:,} needed, {request.batch_size} windows at a time")
+    how = Measuring(request.scoring.batch_size, request.scoring.until_stable, tuple(request.target.keep), rows)
+    size = request.scoring.batch_size
+    needed, computed = sum(data.lengths()), computed_tokens(data.lengths(), size)
+    if len(set(data.lengths())) > 1 and not request.scoring.until_stable:
+        progress.say(f"tokens: {computed:,} computed for {needed:,} needed, {size} windows at a time")
     with progress.stage("scoring windows", len(data)) as tick:
         scores = measure(opened.model, data, opened.ref, how, tick)
-    if request.until_stable:
+    if request.scoring.until_stable:
         progress.say(
-            str(scores.settled or f"{request.until_stable} was not settled: all {len(data)} windows were used")
+            str(scores.settled or f"{request.scoring.until_stable} was not settled: all {len(data)} windows were used")
         )
     return scores
 
@@ -127,14 +125,14 @@ def _measured(opened: LoadedModel, data: CalibrationData, request: Request, rows
 def _streamed(opened: LoadedModel, data: CalibrationData, request: Request, progress: Progress) -> Scores:
     from dropformer.metrics.offload.streaming import open_streamed, stream_scores
 
-    if request.until_stable:
+    if request.scoring.until_stable:
         raise CalibrationError(
             "--until-stable stops between windows, but with --memory all windows pass each block together; use one"
         )
-    place = request.placement
+    place, memory = request.placement, request.scoring.memory or ""
     if place.device_map or place.device not in (None, "cpu"):
         raise ModelError("--memory computes on the CPU; leave out --device and --device-map, or --memory")
     dtype = torch_dtype(place.dtype or "float32")
     streamed = open_streamed(opened.path, dtype, place.trust_remote_code)  # type: ignore[arg-type]
     with progress.stage("scoring windows, block by block", len(data)) as tick:
-        return stream_scores(streamed, data, opened.ref, parse_bytes(request.memory), request.batch_size, tick)  # type: ignore[arg-type]
+        return stream_scores(streamed, data, opened.ref, parse_bytes(memory), request.scoring.batch_size, tick)

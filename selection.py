@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dropformer import api
 from dropformer.eval.cost.latency import layer_latency
 from dropformer.metrics.calibration.data import default_settings
 from dropformer.metrics.calibration.settings import Calibration, check_length
@@ -21,28 +20,18 @@ from dropformer.metrics.search.improve import Improver
 from dropformer.metrics.search.improve import improve as improved_plan
 from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named
+from dropformer.progress import Progress
 from dropformer.prune.discovery.inputs import writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.plan import Plan, make_plan
 from dropformer.recipes.opening import LoadedModel, open_model
+from dropformer.request import GATE, Request, recipe_calibration
 
 if TYPE_CHECKING:
-    from dropformer.job import Request
     from dropformer.metrics.offload.from_disk import BlockSource
-    from dropformer.progress import Progress
 
-GATE = Calibration("docstrings", samples=4, length=512, seed=1)
-SAMPLES = 64  # windows to fit on where nobody said how many: repairs need more of them than rankings do
-
-
-@dataclass(frozen=True)
-class Improvement:
-    """How to choose and to repair; `budget` in place of a drop spec; the text that repairs are gated on."""
-
-    quality: Strategy
-    budget: str | None = None
-    gate: str = GATE.name
+SAMPLES = 64  # windows to fit on where no number is given: repairs need more than rankings do
 
 
 def improve(
@@ -55,7 +44,7 @@ def improve(
     """
     opened = model if isinstance(model, LoadedModel) else open_model(model)
     how = quality if isinstance(quality, Strategy) else named(quality)
-    texts = texts or [default_settings(opened.model, _plenty(api.default_calibration(opened.recipe), how))]
+    texts = texts or [default_settings(opened.model, _plenty(recipe_calibration(opened.recipe), how))]
     data = [windows(text, need_tokenizer(opened)) for text in texts]
     other = gate_windows(opened) if how.repair else None
     plan, repair, _ = improved_plan(Improver(opened.model, data, how), opened.ref, Target(spec), other)
@@ -83,29 +72,30 @@ def improved(
     given is only refined and repaired.  `blocks` brings the weights of a model that is not in memory.
     Raises PlanError, CalibrationError, ArchitectureError or ModelError.
     """
-    how = request.improvement
-    assert how is not None
+    strategy, chosen, target = request.selection.strategy, request.selection, request.target
+    assert strategy is not None
     need_tokenizer(opened)
     calibration = calibrated_on(opened, request)
     progress.say("calibration: " + "; ".join(f"{w.ref.name}, {len(w)} windows of {w.ref.length}" for w in calibration))
-    other = gate_windows(opened, how.gate) if how.quality.repair else None
+    other = gate_windows(opened, chosen.gate) if strategy.repair else None
     memory = PeakMemory(_device_type(opened.model))
-    improver = Improver(opened.model, calibration, how.quality, progress.say, **(blocks.given() if blocks else {}))
-    total = improver.steps(chooses=request.plan is None, budget=how.budget is not None)
-    with progress.stage(f"choosing and repairing by {wording(how.quality)}", total) as tick:
+    improver = Improver(opened.model, calibration, strategy, progress.say, **(blocks.given() if blocks else {}))
+    total = improver.steps(chooses=chosen.plan is None, budget=target.budget is not None)
+    with progress.stage(f"choosing and repairing by {wording(strategy)}", total) as tick:
         improver.work.progress = lambda done, tokens: tick(min(done, total), tokens)
-        if request.plan:
-            given = given_plan(opened, request)
-            if given.repairs and not how.quality.repair:
-                progress.say(given.lost_repairs(request.plan))
+        if chosen.plan:
+            given = given_plan(opened, chosen.plan)
+            if given.repairs and not strategy.repair:
+                progress.say(given.lost_repairs(chosen.plan))
             plan = refined(given.unrepaired(), improver)
             repair, _ = improver.repair(plan.layers, other)
-            if how.quality.repair:  # what it was fitted on counts, not what the plan was scored on
+            if strategy.repair:  # what it was fitted on counts, not what the plan was scored on
                 plan = plan.model_copy(update={"calibration": improver.calibration})
         else:
-            latency = measured(opened.model, improver, progress) if (how.budget or "").startswith("measured") else None
+            timed = (target.budget or "").startswith("measured")
+            latency = measured(opened.model, improver, progress) if timed else None
             published = opened.recipe.published if opened.recipe else None
-            target = Target(request.drop or "", request.keep, how.budget, latency=latency, published=published)
+            target = replace(target, latency=latency, published=published)
             plan, repair, _ = improved_plan(improver, opened.ref, target, other)
     repair = replace(repair, extra_bytes=memory.extra)
     progress.say(repair.cost)
@@ -155,8 +145,8 @@ def calibrated_on(opened: LoadedModel, request: Request) -> list[Windows]:
     if request.calibration.length is None:
         settings = default_settings(opened.model, settings)
     check_length(read_config(opened.path), settings.length, opened.ref.name)
-    if request.calibration.samples is None and request.improvement:
-        settings = _plenty(settings, request.improvement.quality)
+    if request.calibration.samples is None and request.selection.strategy:
+        settings = _plenty(settings, request.selection.strategy)
     names = settings.name.split(",")
     if settings.samples < len(names):
         raise PlanError(f"{settings.samples} calibration windows do not go round {len(names)} texts; raise --samples")
@@ -177,12 +167,11 @@ def _plenty(text: Calibration, quality: Strategy) -> Calibration:
     return replace(text, samples=max(text.samples, SAMPLES)) if quality.repair else text
 
 
-def given_plan(opened: LoadedModel, request: Request) -> Plan:
-    """The plan in the request's file.  Raises PlanError where it was made for other weights."""
-    assert request.plan is not None
-    plan = Plan.read(request.plan)
+def given_plan(opened: LoadedModel, path: Path) -> Plan:
+    """The plan in a file.  Raises PlanError where it was made for other weights."""
+    plan = Plan.read(path)
     if plan.model.fingerprint != opened.ref.fingerprint:
-        raise PlanError(f"{request.plan} was made for other weights than {opened.ref.name}; plan this model")
+        raise PlanError(f"{path} was made for other weights than {opened.ref.name}; plan this model")
     return plan
 
 

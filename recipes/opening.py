@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,32 +9,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dropformer.progress import Tell
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import ModelError
-from dropformer.prune.files.config_json import read_config
 from dropformer.prune.formats.export import reference
-from dropformer.prune.loading.load import default_dtype, load, usable_device
+from dropformer.prune.loading.load import load
 from dropformer.prune.loading.tokenizer import bound_tokens, open_tokenizer
 from dropformer.recipes import Recipe, open_source
-
-Tell = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where and how a model computes.  None: float32 on a CPU, the checkpoint's dtype on the first GPU."""
-
-    dtype: str | None = None
-    device: str | None = None
-    device_map: str | None = None
-    trust_remote_code: bool = False
-
-    def computes_in(self, folder: Path | None = None, streamed: bool = False) -> str:
-        """The dtype that `load` computes a folder's model in: the one asked for, else `default_dtype`."""
-        if self.dtype:
-            return self.dtype
-        on_cpu = streamed or (self.device_map is None and usable_device(self.device).type == "cpu")
-        return str(default_dtype(read_config(folder) if folder else {}, on_cpu)).removeprefix("torch.")
+from dropformer.recipes.placement import Placement
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def test_a_dry_run_writes_nothing(model, here, capsys):
         ("attn:9", "drops 9"),
         ("attn=4", "names attention layer 4"),
         ("joint:99", "drops 99"),
-        ("encoder.attn:1", "none named `encoder`"),
+        ("encoder.attn:1", "no stack named `encoder`"),
         ("published:attn:1", "recipe"),
     ],
 )

@@ -9,7 +9,9 @@ from command import bad, run
 from tiny_gguf import tiny_llama, write_gguf
 
 import dropformer
-from dropformer import clashes, preflight
+from dropformer import validate
+from dropformer.prune.formats.writing import ExportOptions
+from dropformer.request import Request, Target
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ DROP = ("--drop", "attn:1")
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ((*PLAN, "--keep", "0"), "--keep has no effect with --plan, which says what goes; leave it out"),
+        ((*PLAN, "--keep", "0"), "--keep has no effect with --plan, which names the layers; leave it out"),
         ((*PLAN, "--scores", "scores.json"), "--scores has no effect with --plan"),
         ((*PLAN, "--metric", "angular", "--repair", "refit"), "--metric has no effect with --plan"),
         ((*PLAN, "--select", "greedy"), "--select has no effect with --plan"),
@@ -56,7 +58,7 @@ DROP = ("--drop", "attn:1")
         ((*DROP, "--gate", "builtin"), "--gate has no effect where nothing is repaired"),
         ((*DROP, "--gate", "builtin", "--metric", "angular"), "--gate has no effect where nothing is repaired"),
         ((*DROP, "--format", "gguf", "--link"), "--link has no effect with --format gguf"),
-        ((*DROP, "--format", "onnx", "--link"), "--link has no effect with --format gguf or onnx"),
+        ((*DROP, "--format", "onnx", "--link"), "--link has no effect with --format onnx"),
         ((*DROP, "--metric", "angular", "--select", "greedy"), "--metric has no effect where a greedy search chooses"),
         ((*DROP, "--metric", "angular", "--quality", "best"), "leave it out or add --select one-shot"),
         (("--budget", "kv:-25%", "--metric", "angular"), "--metric has no effect with --budget"),
@@ -69,7 +71,7 @@ def test_an_option_that_would_be_ignored_is_refused(unopened, here, capsys, opti
 
 
 @pytest.mark.parametrize("others", [("--plan", "p"), ("--budget", "kv:-25%"), ("--plan", "p", "--budget", "x")])
-def test_what_goes_is_said_once(unopened, here, capsys, others):
+def test_what_to_drop_is_said_once(unopened, here, capsys, others):
     said = "give only one of --drop, --plan and --budget"
     bad("--model", unopened, *DROP, *others, capsys=capsys, here=here, said=said)
 
@@ -94,7 +96,7 @@ def test_every_rule_names_options_that_there_are():
     from dropformer.cli import app
 
     known = {parameter.name for parameter in typer.main.get_command(app).params}
-    assert {option for rule in clashes.RULES for option in rule.options} <= known
+    assert {option for rule in validate.RULES for option in rule.options} <= known
 
 
 LINEAR = ("--repair", "linear")
@@ -147,7 +149,7 @@ def test_a_family_that_deci_cannot_carry_is_refused_before_the_model_is_opened(u
 def test_a_plan_that_may_pack_needs_no_family_of_decis(llama_folder, here, drop):
     config = json.loads((llama_folder / "config.json").read_text())
     (llama_folder / "config.json").write_text(json.dumps(config | {"model_type": "qwen3"}))
-    preflight.check_job(preflight.Job(str(llama_folder), drop, format="deci"))
+    validate.validate(Request(str(llama_folder), Target(drop), export=ExportOptions("deci")))
 
 
 def test_what_is_pruned_already_is_not_pruned_or_swept_again_but_may_be_analyzed(llama_folder, here, capsys):
@@ -157,7 +159,7 @@ def test_what_is_pruned_already_is_not_pruned_or_swept_again_but_may_be_analyzed
     bad("--model", "once", *DROP, "-q", capsys=capsys, here=here, said=said)
     bad("--model", "once", "--drop", "attn:4", "--out", "once", capsys=capsys, here=here, said="once ")
     bad("sweep", "once", "--drop", "attn:0..2", "-q", capsys=capsys, here=here, said=said)
-    preflight.check("once")
+    validate.check_model("once")
 
 
 @pytest.mark.parametrize(

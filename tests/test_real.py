@@ -14,6 +14,7 @@ from dropformer.eval.quality.perplexity import perplexity
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.windows import windows
 from dropformer.prune.plan import Plan
+from dropformer.request import ReportOptions, Request, SelectionOptions, Target
 
 pytestmark = pytest.mark.real
 
@@ -88,7 +89,12 @@ def test_the_report_compares_both_on_text_that_was_not_calibrated_on(dense, scor
     monkeypatch.chdir(tmp_path)
     scores.write(tmp_path / "scores.json")
     monkeypatch.setattr(job, "HELD_OUT", Calibration("heldout", samples=2, length=128))
-    request = job.Request("smollm2-135m", "attn:4", scores=tmp_path / "scores.json", seconds=3)
+    request = Request(
+        "smollm2-135m",
+        Target("attn:4"),
+        SelectionOptions(scores=tmp_path / "scores.json"),
+        report=ReportOptions(seconds=3),
+    )
     outcome = job.run(request)
     assert outcome.out == Path("smollm2-135m-attn4")
     report = outcome.report

@@ -16,6 +16,7 @@ from dropformer.prune.architecture import KIND_NAMES
 from dropformer.prune.files.output_paths import check_out
 
 JSON = "compare.json"
+CAPTION = "per kind: mean similarity, rank correlation with the last checkpoint"
 PICTURES = {"heatmaps.png": heatmaps, "training.png": over_training, "agreement.png": agreement}
 
 
@@ -32,6 +33,20 @@ def write(found: Comparison, out: Path) -> Path:
         for name in (*PICTURES, "compare.html", JSON):
             shutil.move(folder / name, out / name)
     return out / "compare.html"
+
+
+def terminal_rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Head and body of the terminal's table: a row per checkpoint; per kind the mean similarity and the rank
+    correlation with the last checkpoint."""
+    overlaps = ["overlap", found.spec or ""] if found.overlap else []
+    head = ["step" if found.steps else "checkpoint", *map(kind_title, found.kinds), *overlaps]
+    body = []
+    for i, c in enumerate(found.checkpoints):
+        row = [str(c.step) if found.steps else c.label]
+        row += [f"{decimals(c.mean[k], 3)} {decimals(found.spearman_to_last(k)[i], 2)}" for k in found.kinds]
+        row += [f"{found.overlap[i][-1]:.2f}", listed(c.chosen or [])] if found.overlap else []
+        body.append(row)
+    return head, body
 
 
 def headline(found: Comparison) -> str:

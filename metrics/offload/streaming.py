@@ -28,7 +28,7 @@ from dropformer.metrics.analysis.analyze import Progress, as_inputs, calibrated,
 from dropformer.metrics.analysis.capture import Capture, WindowScores, capturing
 from dropformer.metrics.analysis.measure import exchanged
 from dropformer.metrics.analysis.scores import Scores
-from dropformer.metrics.calibration.windows import Windows
+from dropformer.metrics.calibration.data import CalibrationData
 from dropformer.metrics.offload.process_memory import Budget, return_freed
 from dropformer.metrics.offload.spill import Spill
 from dropformer.metrics.offload.weights import Weights
@@ -96,7 +96,7 @@ def _unpadded(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def stream_scores(
     streamed: Streamed,
-    data: Windows,
+    data: CalibrationData,
     ref: ModelRef,
     memory: int,
     size: int = 1,
@@ -117,7 +117,7 @@ def stream_scores(
 
 def stream(
     streamed: Streamed,
-    data: Windows,
+    data: CalibrationData,
     which: list[int],
     size: int,
     memory: int,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from dropformer.metrics.registry import Registry, imported
 from dropformer.prune.errors import PlanError
+from dropformer.prune.registry import Registry, imported
 
 if TYPE_CHECKING:
     from dropformer.metrics.repair.base import ForesightMethod, RepairMethod
@@ -23,7 +23,8 @@ class RepairEntry:
     `fit` is a `base.RepairMethod`, `foresee` a `base.ForesightMethod`, or "module:name" of one; without `foresee` a
     search measures candidates as if the repair were not.  `needs`: packages, by the extra that installs them.
     `passes`: about how many forward passes it takes, for a bar.  `whole`: it trains through the whole model, so that
-    the weights cannot come block by block.
+    the weights cannot come block by block.  `maps`: it leaves linear maps in place of attention layers, which not
+    every export format can hold.
     """
 
     summary: str
@@ -31,6 +32,7 @@ class RepairEntry:
     foresee: str | Callable | None = None
     needs: tuple[tuple[str, str], ...] = ()
     whole: bool = False
+    maps: bool = False
     passes: float = 1.0
 
     @property
@@ -59,6 +61,7 @@ REPAIRS: Registry[RepairEntry] = Registry(
             "a linear map in the place of each dropped attention layer",
             f"{_HERE}.linear:fit_maps",
             f"{_HERE}.linear:foresee_maps",
+            maps=True,
         ),
         "refit": RepairEntry(
             "ridge refit of what writes into the residual stream before each gap",

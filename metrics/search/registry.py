@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dropformer.metrics.registry import Registry, imported
+from dropformer.prune.registry import Registry, imported
 
 if TYPE_CHECKING:
     from dropformer.metrics.blockwise.layer_metrics import Metric

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from dropformer.metrics.repair.registry import REPAIRS
-from dropformer.metrics.search.budget import Latency
 from dropformer.metrics.search.registry import METRICS, SELECTIONS
 from dropformer.prune.errors import PlanError
-from dropformer.prune.plan import PublishedLists
 
-METRIC_NAMES, SELECTS = METRICS, SELECTIONS
+if TYPE_CHECKING:
+    from dropformer.metrics.search.budget import Latency
+    from dropformer.prune.plan import PublishedLists
 
 
 @dataclass(frozen=True)

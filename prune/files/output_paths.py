@@ -10,13 +10,6 @@ from platformdirs import user_cache_dir
 from dropformer.prune.errors import OutputError
 
 
-def given_path(text: str) -> Path:
-    """What --out names.  Raises OutputError for an empty name, which would silently be the folder at hand."""
-    if not text.strip():
-        raise OutputError("--out is empty; give the name of what is to be written, or leave it out")
-    return Path(text)
-
-
 def check_out(out: Path, own: str) -> None:
     """Raises OutputError unless `out` is new, empty, or holds `own`, the file by which an earlier run is known."""
     check_place(out)

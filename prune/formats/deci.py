@@ -26,7 +26,7 @@ from dropformer.prune.errors import ArchitectureError, PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.files.layout import NewTensor
 from dropformer.prune.formats.stored_tensors import new_tensor, stored_dtype
-from dropformer.prune.formats.writing import ExportJob, replacements
+from dropformer.prune.formats.writing import ExportJob, replacements, write_pruned
 from dropformer.prune.loading import configuration_decilm
 from dropformer.prune.loading.deci_families import check_family
 from dropformer.prune.surgery.surgery import config_from
@@ -112,7 +112,12 @@ def deci_notes(fields: Mapping[str, Any]) -> list[str]:
 
 
 def write(writing: ExportJob, folder: Path) -> CopyReport:
-    """Write the checkpoint, with the code that reads its config beside the weights.  Raises as `deci_config`."""
+    """Write the checkpoint, with the code that reads its config beside the weights; a stock one where the plan packs.
+
+    Raises as `deci_config`.
+    """
+    if writing.block_map.packed:
+        return write_pruned(writing, folder)
     fields = deci_config(writing.config, writing.surgery, list(writing.names.values()))
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(configuration_decilm.__file__, folder / CODE_FILE)

@@ -17,7 +17,7 @@ from dropformer.prune.files.config_json import read_config
 from dropformer.prune.files.side_files import copy_side_files
 from dropformer.prune.formats.fitting import config_digest
 from dropformer.prune.formats.record import licence_of, write_record
-from dropformer.prune.formats.registry import known_format
+from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.formats.verify import verify
 from dropformer.prune.formats.writing import ExportJob, ExportOptions, write_config
 from dropformer.prune.loading.tensor_names import auto_names, meta_model, native_class, parameter_names
@@ -60,11 +60,11 @@ def export(
     exists and is not empty, CheckpointError for a bad source, PlanError for what the format cannot carry.
     """
     how = how or ExportOptions()
-    kind = known_format(how.format)
-    kind.check(how.format, surgery.block_map)
+    kind = FORMATS[how.format]
+    kind.check_windows(how.format, surgery.block_map)
     writing = replace(writing_of(native_class(type(model)), surgery, open_checkpoint(source), how), model=model)
     with new_folder(out) as folder:
-        copied = kind.write(writing, folder)
+        copied = kind.writer()(writing, folder)
         if kind.sides:
             copied = copied.noted(copy_side_files(source, folder).note)
         if kind.saves:

@@ -29,7 +29,7 @@ from dropformer.prune.files.config_json import read_config
 from dropformer.prune.files.side_files import copy_side_files
 from dropformer.prune.formats.fitting import check_fits
 from dropformer.prune.formats.record import need_dense, write_record
-from dropformer.prune.formats.registry import known_format
+from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.formats.writing import ExportJob, ExportOptions
 from dropformer.prune.plan import Plan
 from dropformer.prune.surgery.config import pruned_config
@@ -55,7 +55,7 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
     exists and is not empty, CheckpointError for a bad source or a config.json that does not fit it.
     """
     how = how or ExportOptions()
-    kind = known_format(how.format)
+    kind = FORMATS[how.format]
     if kind.runs:
         raise OutputError(f"--format {how.format} runs the model, which a plan alone does not load; add --measure")
     checkpoint = open_checkpoint(source)
@@ -66,9 +66,9 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
     plan = plan if repair else plan.unrepaired()
     plain = None if repair else plain_writing(plan, checkpoint, how)
     writing = plain or asked_writing(plan, checkpoint, how, repair)
-    kind.check(how.format, writing.block_map)
+    kind.check_windows(how.format, writing.block_map)
     with new_folder(out) as folder:
-        copied = kind.write(writing, folder)
+        copied = kind.writer()(writing, folder)
         if kind.sides:
             copied = copied.noted(copy_side_files(source, folder).note)
         if kind.saves:

@@ -14,6 +14,7 @@ from typing import Any
 
 from dropformer.prune.errors import OutputError, VerificationError
 from dropformer.prune.files import CopyReport
+from dropformer.prune.formats.registry import ExportFacts
 from dropformer.prune.formats.writing import ExportJob
 from dropformer.prune.loading.quiet import quiet_logger, quiet_streams, quiet_transformers
 
@@ -22,7 +23,7 @@ FILE = "model.onnx"
 TOLERANCE = 1e-3  # of the largest logit: ONNX Runtime adds up in another order
 
 
-def check_installed() -> None:
+def check_installed(facts: ExportFacts | None = None) -> None:
     """Raises OutputError where the packages that this format needs are missing."""
     missing = [name for name in NEEDS if find_spec(name) is None]
     if missing:

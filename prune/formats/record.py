@@ -15,7 +15,7 @@ from dropformer.prune.block_map import BlockMap, original_blocks, whole
 from dropformer.prune.errors import PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.formats.card import model_card
-from dropformer.prune.formats.registry import known_format
+from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.formats.writing import MODEL_TYPE
 from dropformer.prune.loading.deci_families import DECI, FOREIGN, is_own_deci
 from dropformer.prune.plan import Plan
@@ -48,14 +48,14 @@ def write_record(
     """dropformer.json, which is returned, and the model card; `results` are lines of measurements for the card."""
     record = provenance(plan, block_map, copied, format)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    loading = known_format(format).loading(block_map.packed)
+    loading = FORMATS[format].loading(block_map.packed)
     (folder / "README.md").write_text(model_card(plan, record, loading, results), encoding="utf-8")
     return record
 
 
 def provenance(plan: Plan, block_map: BlockMap, copied: CopyReport, format: str) -> dict[str, Any]:
     """dropformer.json: where the checkpoint comes from and what is missing, in original indices."""
-    saved, saves = plan.savings, known_format(format).saves
+    saved, saves = plan.savings, FORMATS[format].saves
     width = kv_width(copied.bytes_before, saved.parameters)
     before = _sizes(saved.parameters, copied.bytes_before, saved.kv * width)
     after = _sizes(saved.parameters_after, copied.bytes_after, saved.kv_after * width)

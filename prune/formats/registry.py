@@ -1,47 +1,82 @@
-"""The formats that a pruned model can be written in, by name: what writes them, and how they are loaded."""
+"""The formats that a pruned model can be written in, by name: what writes them, and how they are loaded.
+
+A new one is one file with its `write`, and one entry in FORMATS.  Light: what writes is imported on first use.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from dropformer.prune.block_map import BlockMap
 from dropformer.prune.errors import OutputError, PlanError
-from dropformer.prune.files import CopyReport
-from dropformer.prune.formats.dense import write_dense
-from dropformer.prune.formats.onnx import write_onnx
-from dropformer.prune.formats.writing import ExportJob, write_pruned
+from dropformer.prune.registry import Registry, imported
 
-Write = Callable[[ExportJob, Path], CopyReport]
+if TYPE_CHECKING:
+    from dropformer.prune.block_map import BlockMap
+    from dropformer.prune.files import CopyReport
+    from dropformer.prune.formats.writing import ExportJob
 
+    Write = Callable[[ExportJob, Path], CopyReport]
+    Check = Callable[["ExportFacts"], None]
+
+_HERE = "dropformer.prune.formats"
 PACKED = "The layers that remain pair up, so this is a stock, shorter model: it loads wherever the base model does."
 
 
 @dataclass(frozen=True)
-class Format:
-    """`write` fills a folder; `brief` and `loads` say how the result is loaded, in a few words and for a model card.
-    `checked`: what is known of the files where dropformer does not load them.
+class ExportFacts:
+    """What is known of an export before the model is opened.
 
-    `reloads`: dropformer loads it, so that its logits can be compared with the model in memory; `packs`: a plan
-    that packs gives a stock model; `saves`: what is dropped is gone; `sides`:
-    the tokenizer and other files go along; `runs`: the model itself is needed, not its files; `windows`: it holds
-    attention layers that see a window.
+    `gguf`: the model comes as a .gguf file; `config`: its config.json, None where it must be fetched first;
+    `may_pack`: the blocks that remain may form a stock, shorter model.
     """
 
-    write: Write
+    model: str
+    gguf: bool = False
+    config: Mapping[str, Any] | None = None
+    may_pack: bool = False
+
+
+@dataclass(frozen=True)
+class Format:
+    """One export format.
+
+    `write` fills a folder and `check` raises what can be told before the model is opened; each is a function or
+    "module:name" of one.  `brief` and `loads` say how the result is loaded, in a few words and for a model card;
+    `help` is its remark in `--help`.  `checked`: how the files are verified where dropformer does not load them.
+
+    `reloads`: dropformer loads it, so its logits are compared with the model in memory; `packs`: a plan that packs
+    gives a stock model; `saves`: dropped layers take no bytes; `sides`: the tokenizer and other files are copied too;
+    `runs`: it needs the model in memory, not its files; `links`: unchanged shards can be hard links; `copies`: bytes
+    come from the source; `maps`, `windows`: it can hold linear maps, attention layers that see a window.
+    """
+
+    write: str | Write
     brief: str
     loads: str
+    help: str = ""
+    check: str | Check = lambda facts: None
     reloads: bool = False
     packs: bool = False
     saves: bool = True
     sides: bool = True
     runs: bool = False
+    links: bool = True
+    copies: bool = True
+    maps: bool = True
     windows: bool = False
     checked: str = "every tensor's bytes are the source's"
 
-    def check(self, name: str, block_map: BlockMap) -> None:
-        """Raises PlanError for a plan that the format, of this name, cannot hold."""
+    def writer(self) -> Write:
+        return imported(self.write)
+
+    def checker(self) -> Check:
+        return imported(self.check)
+
+    def check_windows(self, name: str, block_map: BlockMap) -> None:
+        """Raises PlanError for a plan with attention windows that the format, of this name, cannot hold."""
         if block_map.windows and not self.windows:
             able = ", ".join(other for other, kind in FORMATS.items() if kind.windows)
             raise PlanError(f"--format {name} holds no attention windows, which this plan has; give --format {able}")
@@ -53,79 +88,60 @@ class Format:
         return "a stock, shorter model: loads anywhere" if packed and self.packs else self.brief
 
 
-def write_deci(writing: ExportJob, folder: Path) -> CopyReport:
-    """A DeciLM checkpoint, or a stock one where the plan packs.  Raises as `deci.deci_config`."""
-    if writing.block_map.packed:
-        return write_pruned(writing, folder)
-    from dropformer.prune.formats import deci  # imports torch
-
-    return deci.write(writing, folder)
-
-
-def write_gguf(writing: ExportJob, folder: Path) -> CopyReport:
-    """A GGUF file made from the dense one.  Raises OutputError where the model did not come as a .gguf file."""
-    if writing.how.gguf is None:
-        raise OutputError(
-            "--format gguf cuts a .gguf file, and this model is none; give the .gguf of the dense model as --model "
-            "(llama.cpp's convert_hf_to_gguf.py makes it)"
-        )
-    from dropformer.prune.formats.gguf import write
-
-    done = write.write_gguf(
-        writing.how.gguf,
-        folder / f"{writing.how.gguf.stem}-pruned.gguf",
-        writing.surgery,
-        progress=writing.how.progress,
-        verify="all" if writing.how.thorough else "sample",
-    )
-    return replace(done.copied, notes=done.stand_ins)
-
-
-FORMATS = {
-    "dropformer": Format(
-        write_pruned,
-        "import dropformer, or trust_remote_code=True, to load it",
-        "Load it with `import dropformer` before `AutoModelForCausalLM.from_pretrained(...)`, or with "
-        "`trust_remote_code=True`, which runs the small `modeling_dropformer.py` in this folder.",
-        reloads=True,
-        packs=True,
-        windows=True,
-    ),
-    "dense": Format(
-        write_dense,
-        "dropped layers are zeros: loads anywhere, saves nothing",
-        "Dropped layers are zeros, so it loads wherever the base model does, gives the pruned model's outputs, and "
-        "saves neither bytes nor time.",
-        reloads=True,
-        saves=False,
-    ),
-    "deci": Format(
-        write_deci,
-        "for vLLM, SGLang and TensorRT-LLM",
-        "A DeciLMForCausalLM: `vllm serve` runs it where dropformer is installed, else with `--trust-remote-code`, "
-        "which reads the small `configuration_decilm.py` in this folder.",
-        reloads=True,
-        packs=True,
-    ),
-    "gguf": Format(
-        write_gguf,
-        "for llama.cpp, with flash attention on",
-        "The .gguf file runs in llama.cpp; turn flash attention on (`-fa on`).",
-        sides=False,
-    ),
-    "onnx": Format(
-        write_onnx,
-        "for ONNX Runtime",
-        "`model.onnx` runs in ONNX Runtime: input_ids, position_ids and the KV cache in, logits and the longer cache "
-        "out; with an empty cache it is the prefill. Batches must not be padded.",
-        runs=True,
-        checked="ONNX Runtime gives the model's logits",
-    ),
-}
-
-
-def known_format(name: str) -> Format:
-    """Raises OutputError for a name that is no format's."""
-    if name not in FORMATS:
-        raise OutputError(f"format `{name}` is unknown; expected one of {', '.join(FORMATS)}")
-    return FORMATS[name]
+FORMATS: Registry[Format] = Registry(
+    "format",
+    {
+        "dropformer": Format(
+            f"{_HERE}.writing:write_pruned",
+            "import dropformer, or trust_remote_code=True, to load it",
+            "Load it with `import dropformer` before `AutoModelForCausalLM.from_pretrained(...)`, or with "
+            "`trust_remote_code=True`, which runs the small `modeling_dropformer.py` in this folder.",
+            reloads=True,
+            packs=True,
+            windows=True,
+        ),
+        "dense": Format(
+            f"{_HERE}.dense:write_dense",
+            "dropped layers are zeros: loads anywhere, saves nothing",
+            "Dropped layers are zeros, so it loads wherever the base model does, gives the pruned model's outputs, and "
+            "saves neither bytes nor time.",
+            help="zeros, loads anywhere",
+            reloads=True,
+            saves=False,
+            maps=False,
+        ),
+        "deci": Format(
+            f"{_HERE}.deci:write",
+            "for vLLM, SGLang and TensorRT-LLM",
+            "A DeciLMForCausalLM: `vllm serve` runs it where dropformer is installed, else with `--trust-remote-code`, "
+            "which reads the small `configuration_decilm.py` in this folder.",
+            help="vLLM",
+            check="dropformer.prune.loading.deci_families:check_export",
+            reloads=True,
+            packs=True,
+            maps=False,
+        ),
+        "gguf": Format(
+            f"{_HERE}.gguf.export:write",
+            "for llama.cpp, with flash attention on",
+            "The .gguf file runs in llama.cpp; turn flash attention on (`-fa on`).",
+            help="llama.cpp, from a .gguf",
+            check=f"{_HERE}.gguf.export:check",
+            sides=False,
+            links=False,
+        ),
+        "onnx": Format(
+            f"{_HERE}.onnx:write_onnx",
+            "for ONNX Runtime",
+            "`model.onnx` runs in ONNX Runtime: input_ids, position_ids and the KV cache in, logits and the longer "
+            "cache out; with an empty cache it is the prefill. Batches must not be padded.",
+            help="ONNX Runtime",
+            check=f"{_HERE}.onnx:check_installed",
+            runs=True,
+            links=False,
+            copies=False,
+            checked="ONNX Runtime gives the model's logits",
+        ),
+    },
+    OutputError,
+)

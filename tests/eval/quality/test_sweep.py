@@ -10,6 +10,7 @@ from dropformer.eval.quality.drop_range import parse_range
 from dropformer.eval.quality.sweep import Sweep, draw, find_cliff, table
 from dropformer.progress import Silent
 from dropformer.prune.errors import PlanError
+from dropformer.request import CalibrationOptions, Request, Target
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def found(folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DROPFORMER_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(job, "SWEEP", Setting(prompt=16, new=2))
-        request = job.Request(str(folder), "attn:3", calibration=job.Overrides("builtin", 3, 32))
+        request = Request(str(folder), Target("attn:3"), calibration=CalibrationOptions(["builtin"], 3, 32))
         return job.sweep(request, "attn", [2, 3], (2, 32), Silent(), speed=True)
 
 

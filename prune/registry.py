@@ -1,27 +1,27 @@
-"""Named, ordered choices: metrics, selections, repairs.  Light: an entry is imported when it is first used."""
+"""Named, ordered choices: formats, metrics, selections, repairs.  Light: an entry is imported when it is first used."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
-from dropformer.prune.errors import PlanError
+from dropformer.prune.errors import DropformerError, PlanError
 
 T = TypeVar("T")
 
 
-class Registry(Generic[T]):
+class Registry(Mapping[str, T]):
     """Entries by name, in the order in which they apply.  `option` is the command-line option that takes a name."""
 
-    def __init__(self, option: str, entries: dict[str, T]) -> None:
-        self.option, self._entries = option, dict(entries)
+    def __init__(self, option: str, entries: dict[str, T], error: type[DropformerError] = PlanError) -> None:
+        self.option, self._entries, self._error = option, dict(entries), error
 
     def __getitem__(self, name: str) -> T:
-        """Raises PlanError for an unknown name."""
+        """Raises the registry's error for an unknown name."""
         if name not in self._entries:
-            raise PlanError(f"--{self.option} `{name}` is unknown; expected one of {', '.join(self._entries)}")
+            raise self._error(f"--{self.option} `{name}` is unknown; expected one of {', '.join(self._entries)}")
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
@@ -30,14 +30,18 @@ class Registry(Generic[T]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def names(self) -> tuple[str, ...]:
         return tuple(self._entries)
 
-    def in_order(self, names: set[str]) -> tuple[str, ...]:
-        """The named entries in the registry's order.  Raises PlanError for an unknown name."""
-        for name in sorted(names):
+    def in_order(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The named entries in the registry's order.  Raises its error for an unknown name."""
+        wanted = set(names)
+        for name in sorted(wanted):
             self[name]
-        return tuple(name for name in self._entries if name in names)
+        return tuple(name for name in self._entries if name in wanted)
 
     def add(self, name: str, entry: T, before: str | None = None) -> None:
         """Add an entry at the end, or before another.  Raises ValueError for a name that is taken."""

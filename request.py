@@ -1,0 +1,165 @@
+"""One run, described: what the user asked for, before anything is opened.  Light: no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.repair.registry import REPAIRS
+from dropformer.metrics.search.budget import parse_budget
+from dropformer.metrics.search.strategy import Strategy, Target
+from dropformer.metrics.search.strategy import quality as named_strategy
+from dropformer.prune.errors import CalibrationError
+from dropformer.prune.formats.writing import ExportOptions
+from dropformer.recipes import Recipe
+from dropformer.recipes.placement import Placement
+from dropformer.recipes.source import short_name
+
+GATE = Calibration("docstrings", samples=4, length=512, seed=1)
+"""What a repair is validated on."""
+
+
+def recipe_calibration(recipe: Recipe | None) -> Calibration:
+    """The recipe's calibration, else the builtin text."""
+    if recipe is None:
+        return Calibration()
+    return Calibration(recipe.calibration.name, recipe.calibration.windows, recipe.calibration.length)
+
+
+def calibration_texts(names: str | None, several: bool = False) -> tuple[str, ...]:
+    """The calibration texts of a comma-separated list, () for None.  Raises CalibrationError.
+
+    `several`: the windows can be divided among texts, as a search or a repair does.
+    """
+    if names is None:
+        return ()
+    whole = not several and Path(names).exists()  # a name may hold a comma
+    found = tuple(name.strip() for name in ([names] if whole else names.split(",")) if name.strip())
+    if not found:
+        raise CalibrationError("--calibration names no text; expected builtin, c4, wikitext or a file, or leave it out")
+    if len(found) > 1 and not several:
+        raise CalibrationError(
+            f"--calibration `{names}` names several texts, which need `prune` with --quality or --repair; name one"
+        )
+    return found
+
+
+def chosen_strategy(
+    quality: str | None, metric: str | None, select: str | None, repair: str | None, refine: int | None,
+    budget: str | None,
+) -> Strategy | None:  # fmt: skip
+    """The strategy that the options name, None where none does: one-shot similarity.  Raises PlanError."""
+    if not refine and all(said is None for said in (quality, metric, select, repair, budget)):
+        return None
+    if repair is not None and not repair.strip(" ,"):
+        REPAIRS[repair]  # raises
+    if budget is not None:
+        parse_budget(budget)
+    return named_strategy(quality, metric, select, repair, refine).under(budget)
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What the user said about calibration; empty or None leaves the recipe's choice, or builtin."""
+
+    texts: Sequence[str] = ()
+    samples: int | None = None
+    length: int | None = None
+    seed: int | None = None
+    skip_first: int | None = None
+
+    def of(self, recipe: Recipe | None) -> Calibration:
+        """The settings for a model, several texts under one name."""
+        numbers = {key: value for key, value in vars(self).items() if key != "texts" and value is not None}
+        base = recipe_calibration(recipe)
+        name = ",".join(self.texts) or base.name
+        if name != base.name:
+            base = Calibration(name)  # the recipe's sizes belong to the recipe's text
+        return replace(base, **numbers)
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """How scores are measured: windows at once, a spec to stop at once it is stable, a bound on RAM to stream in."""
+
+    batch_size: int = 1
+    until_stable: str | None = None
+    memory: str | None = None
+
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    """How layers are chosen and the rest repaired, beyond one-shot similarity.
+
+    `plan`: a file to follow instead of the target; `scores`: a file to plan from; `gate`: the text on which a
+    repair is validated.
+    """
+
+    strategy: Strategy | None = None
+    plan: Path | None = None
+    scores: Path | None = None
+    gate: str = GATE.name
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What is measured of the result, on which text; seconds for speed, 0 for none."""
+
+    measure: bool | None = None
+    text: str = "heldout"
+    seconds: float = 18.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run: score, plan, drop, export, report.
+
+    `given` are the parameters that the user wrote, as against defaults: one that would have no effect is refused.
+    """
+
+    model: str
+    target: Target = field(default_factory=Target)
+    selection: SelectionOptions = field(default_factory=SelectionOptions)
+    calibration: CalibrationOptions = field(default_factory=CalibrationOptions)
+    scoring: ScoringOptions = field(default_factory=ScoringOptions)
+    placement: Placement = field(default_factory=Placement)
+    report: ReportOptions = field(default_factory=ReportOptions)
+    export: ExportOptions = field(default_factory=ExportOptions)
+    out: Path | None = None
+    revision: str | None = None
+    dry_run: bool = False
+    given: frozenset[str] = frozenset()
+
+    @property
+    def on_files(self) -> bool:
+        """Is a plan followed by copying byte ranges, without a model in memory?"""
+        chosen = self.selection
+        return bool(chosen.plan and not (chosen.strategy or self.report.measure or self.dry_run))
+
+    @property
+    def drops(self) -> bool:
+        """Does the run drop layers, rather than only score them?"""
+        return bool(self.target.spec or self.target.budget or self.selection.plan)
+
+    @property
+    def measures(self) -> bool:
+        return self.report.measure is not False
+
+    @property
+    def repairs(self) -> tuple[str, ...]:
+        return self.selection.strategy.repair if self.selection.strategy else ()
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the result goes; by default ./MODEL-SPEC, as in llama-2-13b-attn16."""
+        plan = self.selection.plan
+        spec = self.target.spec or self.target.budget or (plan.stem if plan else "scores")
+        short = "".join(c if c.isalnum() or c in ".=-" else "-" if c == "," else "" for c in spec.replace("%", "pct"))
+        return self.out or self.named(short)
+
+    def named(self, what: str) -> Path:
+        """./MODEL-WHAT."""
+        return Path(f"{short_name(self.model)}-{what}")

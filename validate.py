@@ -1,0 +1,277 @@
+"""What can be refused before anything heavy is imported: options without effect, wrong names, files and places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dropformer.metrics.analysis.distributed import world
+from dropformer.metrics.analysis.scores import Scores
+from dropformer.metrics.calibration.images import PIXELS, image_files
+from dropformer.metrics.calibration.text import check_name
+from dropformer.metrics.repair.registry import REPAIRS
+from dropformer.metrics.search.registry import SELECTIONS
+from dropformer.prune.errors import DropformerError, EvaluationError, OutputError, PlanError
+from dropformer.prune.files import open_checkpoint
+from dropformer.prune.files.config_json import read_config
+from dropformer.prune.files.output_paths import check_out, check_place
+from dropformer.prune.formats.record import need_dense
+from dropformer.prune.formats.registry import FORMATS, ExportFacts
+from dropformer.prune.plan import Plan
+from dropformer.prune.spec import check_drop, check_keep, check_stacks, parse_spec
+from dropformer.recipes.source import is_gguf, locate
+from dropformer.request import Request
+
+BACKENDS = ("fast", "hf")
+PLACE = ("device", "dtype", "device_map")
+DRAWN = ("samples", "seed", "skip_first")  # which windows are drawn, whatever the text
+SPOKEN = {
+    "as_json": "json",
+    "include": "include_path",
+    "prompt": "context",
+}  # parameters whose options have other names
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Options without effect `where` something holds: `why`, and what else one may do than leave them out."""
+
+    where: Callable[[Request], Any]
+    options: tuple[str, ...]
+    why: str
+    advice: str = ""
+
+
+RULES = (
+    Rule(
+        lambda r: r.scoring.memory, ("text", "seconds", "measure", "dry_run"),
+        "with --memory, which writes a checkpoint and measures nothing",
+    ),
+    Rule(
+        lambda r: r.drops and not r.selection.strategy, ("memory",), "where one-shot similarity chooses",
+        "add --quality, or give the scores of `prune analyze --memory` with --scores",
+    ),
+    Rule(
+        lambda r: r.selection.plan, ("keep", "scores", "metric", "select"), "with --plan, which names the layers"
+    ),
+    Rule(
+        lambda r: r.on_files, (*PLACE, "calibration", "length", "text", "seconds"),
+        "with --plan, which is followed without a model in memory", "add --measure",
+    ),
+    Rule(
+        lambda r: r.selection.plan and not r.selection.strategy, (*DRAWN, "batch_size"),
+        "with --plan, for which nothing is scored", "add --repair",
+    ),
+    Rule(lambda r: r.selection.strategy, ("scores",), "beside --quality and its like, which measure anew"),
+    Rule(
+        lambda r: r.selection.scores, (*DRAWN, "length", "batch_size"),
+        "with --scores, which were measured before", "leave out --scores",
+    ),
+    # a folder of images is also what the outputs of a vision model are compared on
+    Rule(
+        lambda r: r.selection.scores and not any(Path(text).is_dir() for text in r.calibration.texts),
+        ("calibration",), "with --scores, which were measured before", "leave out --scores",
+    ),
+    Rule(
+        lambda r: r.selection.strategy, ("batch_size",),
+        "with --quality, --metric, --select, --refine, --budget or --repair, whose windows run one at a time",
+    ),
+    Rule(lambda r: not r.repairs, ("gate",), "where nothing is repaired", "add --repair"),
+    Rule(lambda r: r.target.budget, ("metric", "select"), "with --budget, which searches by the KL it costs"),
+    Rule(
+        lambda r: r.selection.strategy and SELECTIONS[r.selection.strategy.select].measures, ("metric",),
+        "where a greedy search chooses, by the KL that it costs", "add --select one-shot or iterative",
+    ),
+    Rule(lambda r: not FORMATS[r.export.format].links, ("link",), "with --format {format}, which writes anew"),
+    Rule(
+        lambda r: not FORMATS[r.export.format].copies, ("verify",), "with --format {format}, which copies no bytes"
+    ),
+    Rule(lambda r: not r.measures, ("text", "seconds"), "with --no-measure"),
+)  # fmt: skip
+
+
+def validate(request: Request) -> None:
+    """Raise the error that the run would end in, as far as the options and the files alone can tell."""
+    if request.drops and world() > 1:
+        raise DropformerError(
+            "this job runs in one process; launch `analyze` on many, and give its scores with --scores"
+        )
+    check_effects(request)
+    kinds = _kinds(request)
+    _check_format(request, kinds)
+    for text in (request.report.text, request.selection.gate):
+        check_name(text)
+    if request.selection.scores:
+        Scores.read(request.selection.scores)
+    if not request.drops:
+        check_place(request.folder)
+    elif not request.dry_run:
+        check_empty(request.folder)
+    spec = request.target.spec or request.scoring.until_stable
+    folder = check_model(request.model, spec, request.calibration.texts, dense=request.drops)
+    config = read_config(folder) if folder else None
+    if config:
+        check_keep(request.target.keep, request.target.spec, config)
+    facts = ExportFacts(request.model, is_gguf(request.model), config, _may_pack(kinds))
+    FORMATS[request.export.format].checker()(facts)
+
+
+def validate_comparison(drop: str | None, texts: Sequence[str], out: Path) -> None:
+    """Raise what `prune compare` would end in, as far as its arguments alone can tell."""
+    if drop is not None:
+        parse_spec(drop)
+    for name in texts:
+        check_name(name)
+    check_out(out, "compare.json")
+
+
+@dataclass(frozen=True)
+class EvaluationFacts:
+    """What was asked of `prune evaluate`, as far as names and files tell what is wrong; `given` as in a Request."""
+
+    models: Sequence[str]
+    tasks: Sequence[str]
+    text: str
+    backend: str
+    mmlu_data: Path | None
+    cache: Path | None
+    sweep: Path | None
+    out: Path | None
+    given: frozenset[str] = frozenset()
+
+
+NEEDED = (  # options of `prune evaluate` that only mean something beside another, and what to do
+    ("tasks", ("shots", "limit", "mmlu_data", "include", "cache"), "name some, as in --tasks mmlu"),
+    ("speed", ("batch", "prompt", "new_tokens", "repeats", "compile"), "add it"),
+    ("stream", ("window",), "give the number of tokens to stream, as in --stream 65536"),
+    ("out", ("sweep",), "name a folder for the page"),
+)
+
+
+def validate_evaluation(facts: EvaluationFacts) -> None:
+    """Raise what an evaluation would end in, as far as its arguments and files alone can tell."""
+    for model in facts.models:
+        check_model(model)
+    if facts.text:
+        check_name(facts.text)
+    if facts.out:
+        check_out(facts.out, "report.html")
+    if facts.backend not in BACKENDS:
+        raise EvaluationError(f"backend `{facts.backend}` is unknown; expected one of {', '.join(BACKENDS)}")
+    for option, others, advice in NEEDED:
+        idle = [other for other in others if other in facts.given]
+        if idle and option not in facts.given:
+            raise EvaluationError(f"{_idle(idle)} without --{option}; {_leave(idle)}, or {advice}")
+    if facts.mmlu_data and not any(name.startswith("mmlu") for name in facts.tasks):
+        raise EvaluationError("--mmlu-data serves the tasks mmlu and mmlu_SUBJECT; name one in --tasks")
+    if facts.cache and facts.cache.exists() and not facts.cache.is_dir():
+        raise EvaluationError(f"--cache {facts.cache} is a file; give a folder for the answers")
+    if facts.sweep and not facts.sweep.is_file():
+        raise EvaluationError(f"{facts.sweep} does not exist; expected a sweep.json that `prune sweep` wrote")
+
+
+def parse_numbers(option: str, text: str) -> list[int]:
+    """The positive numbers of a comma-separated list.  Raises EvaluationError."""
+    parts = text.replace(" ", "").split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise EvaluationError(f"{option} {text} cannot be read; expected numbers by commas")
+    return [int(part) for part in parts]
+
+
+def check_effects(request: Request) -> None:
+    """Raises DropformerError where an option was given that would be ignored."""
+    for rule in RULES:
+        idle = [option for option in rule.options if option in request.given]
+        if idle and rule.where(request):
+            why = rule.why.format(format=request.export.format)
+            raise DropformerError(f"{_idle(idle)} {why}; {_leave(idle)}{f' or {rule.advice}' * bool(rule.advice)}")
+
+
+def check_subcommand(given: Collection[str], subcommand: str) -> None:
+    """Raises DropformerError where options of the main job precede a subcommand, which does not see them."""
+    if given:
+        options = sorted(given)
+        raise DropformerError(f"{_idle(options)} before {subcommand}; put options behind {subcommand}")
+
+
+def check_target(given: Collection[str]) -> None:
+    """Raises DropformerError unless a model and one choice of what to drop are given."""
+    chosen = {"drop", "plan", "budget"}.intersection(given)
+    if len(chosen) > 1:
+        raise DropformerError("give only one of --drop, --plan and --budget")
+    if not chosen or "model" not in given:
+        raise DropformerError(
+            "prune needs --model and one of --drop, --plan or --budget; "
+            "for example: prune --model smollm2-135m --drop attn:4"
+        )
+
+
+def check_model(model: str, drop: str | None = None, texts: Sequence[str] = (), dense: bool = False) -> Path | None:
+    """Raise the error that the arguments would end in, as far as their files alone can tell; the model's folder.
+
+    `dense`: layers are to be dropped, which a pruned checkpoint does not allow.  The folder is None for a model
+    that must be fetched or converted first.
+    """
+    if drop is not None:
+        parse_spec(drop)
+    for name in texts:
+        if Path(name).is_dir():
+            image_files(name)
+        elif name != PIXELS:
+            check_name(name)
+    folder = locate(model)
+    if folder:
+        tensors = open_checkpoint(folder).tensors
+        config = read_config(folder)
+        if dense:
+            need_dense(config, model)
+        check_stacks(drop, tensors, model)
+        check_drop(drop, config, model)
+    return folder
+
+
+def check_empty(out: Path) -> None:
+    """Raises OutputError where a checkpoint could not be written."""
+    check_place(out)
+    if out.is_dir() and any(out.iterdir()):
+        raise OutputError(f"{out} exists and is not an empty folder; choose another --out or remove it")
+
+
+def _kinds(request: Request) -> set[str] | None:
+    """The kinds of layers to drop; None where a budget chooses.  Raises PlanError, or what reading a plan raises."""
+    if request.selection.plan:
+        return {layer.kind for layer in Plan.read(request.selection.plan).layers}
+    if not request.target.spec and "drop" not in request.given:
+        return None
+    return {kind for selector in parse_spec(request.target.spec) for kind in selector.kinds}
+
+
+def _may_pack(kinds: set[str] | None) -> bool:
+    """Whether the branches that remain may pair up as a stock, shorter model; without attention alone they do not."""
+    return kinds is None or "block" in kinds or {"attn", "mlp"} <= kinds
+
+
+def _check_format(request: Request, kinds: set[str] | None) -> None:
+    """Raises OutputError or PlanError for a format that is unknown, or that this run cannot give what it needs."""
+    name = request.export.format
+    form = FORMATS[name]
+    if form.runs and request.on_files:
+        raise OutputError(f"--format {name} runs the model, which a plan alone does not load; add --measure")
+    mapping = [repair for repair in request.repairs if REPAIRS[repair].maps]
+    if mapping and not form.maps and (kinds is None or "attn" in kinds):
+        raise PlanError(
+            f"--format {name} has no place for linear maps; repair another way than --repair {mapping[0]}, or leave "
+            "out --format"
+        )
+
+
+def _idle(options: list[str]) -> str:
+    flags = ["--" + SPOKEN.get(option, option).replace("_", "-") for option in options]
+    listed = " and ".join(filter(None, [", ".join(flags[:-1]), flags[-1]]))
+    return f"{listed} {'has' if len(flags) == 1 else 'have'} no effect"
+
+
+def _leave(options: list[str]) -> str:
+    return "leave it out" if len(options) == 1 else "leave them out"
