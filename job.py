@@ -24,13 +24,14 @@ from dropformer.eval.report.report import (
 from dropformer.metrics.analysis.distributed import rank
 from dropformer.metrics.analysis.plots import similarity_by_depth
 from dropformer.metrics.analysis.scores import Scores
+from dropformer.metrics.analysis.window_loss import TIMES, window_losses
 from dropformer.metrics.calibration.data import calibration_data, default_settings
 from dropformer.metrics.calibration.images import PIXELS
 from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
 from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.metrics.repair.base import Repair
 from dropformer.progress import Progress, Silent, Tick
-from dropformer.prune.architecture import of_images
+from dropformer.prune.architecture import Layer, of_images
 from dropformer.prune.discovery.inputs import takes_pictures, writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files import CopyReport
@@ -50,6 +51,8 @@ from dropformer.scoring import get_scores, open_to_score
 from dropformer.selection import given_plan, improved
 from dropformer.validate import check_empty
 
+LONG = 8192  # tokens at which a plan with windows says what its cache holds
+WINDOW_TOKENS = 8192  # read to rank windows by: about two texts several windows long
 SWEEP = Setting(prompt=256, new=16)
 """What a sweep times each model at."""
 
@@ -73,16 +76,32 @@ def make_plan(opened: LoadedModel, request: Request, progress: Progress) -> tupl
         return plan.unrepaired(), None
     spec, keep = request.target.spec, request.target.keep
     published = opened.recipe.published if opened.recipe else None  # type: ignore[union-attr]
-    if all(s.published or s.indices is not None for s in parse_spec(spec)):
+    losses = _window_losses(opened, request, progress)
+    if all(s.published or s.window or s.indices is not None for s in parse_spec(spec)):
         outline = api.outline(opened.model, spec)
-        return api.plan_unscored(opened.ref, outline, spec, keep, published), None  # type: ignore[arg-type]
+        return api.plan_unscored(opened.ref, outline, spec, keep, published, losses), None  # type: ignore[arg-type]
     if seen := next((s for s in parse_spec(spec) if of_images(s.stack)), None):
         raise PlanError(
             f"`{seen}` needs scores on images with their texts; name the layers, as in {seen.stack}.{seen.kind}=1,2, "
             "or use dropformer.analyze(model, batches) in Python"
         )
     scores = get_scores(opened, request, progress)
-    return api.plan(scores, spec, keep, published), scores  # type: ignore[arg-type]
+    return api.plan(scores, spec, keep, published, losses=losses), scores  # type: ignore[arg-type]
+
+
+def _window_losses(opened: LoadedModel, request: Request, progress: Progress) -> dict[Layer, float] | None:
+    """What the first window that a spec gives to a number of layers takes from each; None where it names them all."""
+    counted = next((s for s in parse_spec(request.target.spec) if s.window and s.indices is None), None)
+    if counted is None or counted.window is None:
+        return None
+    settings = request.calibration.of(opened.recipe)
+    limit = context_of(opened.model.config) or TIMES * counted.window.width
+    length = request.calibration.length or min(limit, max(settings.length, TIMES * counted.window.width))
+    samples = request.calibration.samples or max(2, WINDOW_TOKENS // length)
+    data = windows(replace(settings, length=length, samples=samples), opened.tokenizer)
+    with progress.stage(f"what a window of {counted.window} takes, {samples} x {length} tokens of {settings.name}"):
+        batches = [inputs for inputs, _ in data.batches(1)]
+        return window_losses(opened.model, api.outline(opened.model), batches, counted.window, counted.stack)
 
 
 def plan_only(request: Request, progress: Progress | None = None) -> Plan:
@@ -111,7 +130,11 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
         plan, repair = improved(opened, request, progress)
     else:
         plan, scores = make_plan(opened, request, progress)
-    progress.say(f"dropping {', '.join(map(str, plan.layers))}")
+    if plan.layers:
+        progress.say(f"dropping {', '.join(map(str, plan.layers))}")
+    if plan.windows:
+        progress.say("windows: " + ", ".join(f"{layer}@{window}" for layer, window in plan.windows.items()))
+        progress.say(f"KV cache at {LONG:,} tokens: {plan.savings.kv_share(LONG):.0%} of the dense model's")
     if any(layer.kind == "attn" and layer.index == 0 for layer in plan.layers):
         progress.say("warning: the attention of block 0 goes; vLLM and llama.cpp cannot load a model without it")
     with plan_kept(plan, out, always=request.selection.strategy is not None):

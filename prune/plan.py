@@ -35,6 +35,10 @@ class Savings(FrozenRecord):
     kv_after: int
     kv_windows: int = 0
 
+    def kv_share(self, context: int) -> float:
+        """The KV cache at a context beyond every window, over the dense model's there."""
+        return (self.kv_after * context + self.kv_windows) / (self.kv * context) if self.kv else 1.0
+
 
 class Plan(Artifact):
     """Which layers go, why, and what that saves.  Indices are those of the original model.
