@@ -26,6 +26,7 @@ from dropformer.prune.block_map import Surgery, new_name
 from dropformer.prune.discovery.modalities import sample_batches
 from dropformer.prune.errors import CheckpointError, VerificationError
 from dropformer.prune.files import open_checkpoint
+from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading.device import hooks_of, input_device
 from dropformer.prune.loading.load import build, load, read_model_config
 from dropformer.prune.loading.quiet import quiet_transformers
@@ -50,7 +51,7 @@ def verify(folder: Path, model: PreTrainedModel, surgery: Surgery, dense_names: 
     checked = load(folder, dtype=model.dtype, device="meta")  # names and shapes, nothing read
     try:
         with torch.inference_mode(), _evaluating(model), ExitStack() as stack:
-            pieces = _Pieces(folder, model, surgery, dense_names) if _in_pieces(checked, surgery) else None
+            pieces = _Pieces(folder, model, surgery, dense_names) if _in_pieces(folder, checked, surgery) else None
             if pieces and not pieces.computed():
                 again = stack.enter_context(pieces.running())
             else:
@@ -83,11 +84,11 @@ def _seeded(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
         return model(**inputs)[0].float()
 
 
-def _in_pieces(checked: PreTrainedModel, surgery: Surgery) -> bool:
+def _in_pieces(folder: Path, checked: PreTrainedModel, surgery: Surgery) -> bool:
     """Can blocks be filled one by one?  Not where they are quantized or share weights with one another."""
     stacks = tuple(f"{stack.path}." for stack in surgery.outline.stacks)
     tied = getattr(checked, "all_tied_weights_keys", None) or {}
-    quantized = getattr(checked.config, "quantization_config", None)
+    quantized = read_config(folder).get("quantization_config")  # what is dequantized on loading forgets that it was
     return not quantized and not any(name.startswith(stacks) for pair in tied.items() for name in pair)
 
 

@@ -45,7 +45,7 @@ from .window_cache import Window
 
 MODEL_TYPE = "dropformer"
 CODE_FILE = "modeling_dropformer.py"  # what a copy of this file is called beside a checkpoint's weights
-NEIGHBOURS = ("window_attention.py", "window_cache.py")  # what this file imports, under their own names
+COMPANIONS = ("window_attention.py", "window_cache.py")  # what it imports
 
 
 class Skipped(nn.Module):
@@ -231,12 +231,11 @@ def pruned_config_class(base: Any) -> type[PreTrainedConfig]:
             return {key: value for key, value in fields.items() if key != "dropformer_skips"}
 
         def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-            """As transformers does for custom code: this file and its neighbours go wherever the config is saved."""
+            """As transformers does for custom code: this file goes beside the config, wherever it is saved."""
             Path(save_directory).mkdir(parents=True, exist_ok=True)
-            files = {CODE_FILE: Path(__file__)} | {name: Path(__file__).with_name(name) for name in NEIGHBOURS}
-            for name, path in files.items():
+            for name, source in {CODE_FILE: Path(__file__).name, **{name: name for name in COMPANIONS}}.items():
                 with suppress(shutil.SameFileError):
-                    shutil.copyfile(path, Path(save_directory) / name)
+                    shutil.copyfile(Path(__file__).with_name(source), Path(save_directory) / name)
             super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     PrunedConfig.__name__ = PrunedConfig.__qualname__ = f"Dropformer{base.__name__}"

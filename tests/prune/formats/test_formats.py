@@ -111,3 +111,15 @@ def test_onnx_runtime_gives_the_pruned_models_logits_with_its_cache(opened, tmp_
     done = dropformer.save(pruned, tmp_path / "out", "onnx")
     assert compare(pruned, tmp_path / "out" / "model.onnx") < 1e-4
     assert (tmp_path / "out" / "model.onnx").is_file() and done.record["format"] == "onnx"
+
+
+def test_a_model_that_is_saved_again_carries_all_the_code_that_loads_it(opened, tmp_path):
+    dense = opened("llama")
+    api.save(
+        api.drop(dense, api.plan_unscored(dense.ref, api.outline(dense.model), "attn=1", (), None)), tmp_path / "a"
+    )
+    first = {path.name for path in (tmp_path / "a").glob("*.py")}
+    load(tmp_path / "a").save_pretrained(tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert {path.name for path in (tmp_path / "b").glob("*.py")} == first
+    assert config["auto_map"] == json.loads((tmp_path / "a" / "config.json").read_text())["auto_map"]
