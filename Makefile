@@ -1,7 +1,7 @@
 # make venv    an environment in .venv with the versions in constraints.txt
 # make demo    drop four attention layers of SmolLM2-135M and write the smaller model
 # make test    the tests that need no GPU, no other engine, and no more than minutes
-# make check   lint, format, types
+# make check   lint, format, layers of imports, types
 #
 # Needs Python 3.10 or newer and make.  Override: make PYTHON=python3.12 VENV=/some/where test
 
@@ -39,12 +39,13 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m 'not slow and not engine and not gpu'
 
-# The package is this folder under another name, which mypy finds through a folder of links.
+# The package is this folder under another name, which import-linter and mypy find through a folder of links.
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	rm -rf build/types && mkdir -p build/types/dropformer
 	for part in $(wildcard *.py) py.typed $(PACKAGES); do ln -s ../../../$$part build/types/dropformer/; done
+	cd build/types && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-cache --no-logo $(CURDIR)/setup.cfg
 	cd build/types && MYPYPATH=. $(abspath $(BIN))/mypy --config-file $(CURDIR)/mypy.ini --cache-dir ../mypy -p dropformer
 
 clean:

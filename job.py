@@ -11,16 +11,7 @@ from dropformer.eval.cost.timing import Setting
 from dropformer.eval.quality.output_similarity import OutputSimilarity, output_similarity
 from dropformer.eval.quality.perplexity import HELD_OUT
 from dropformer.eval.quality.sweep import AT, Sweep, find_cliff, point, with_speed
-from dropformer.eval.report.report import (
-    Measured,
-    Report,
-    TextRef,
-    card_lines,
-    measure_quality,
-    measure_speed,
-    same_text,
-    sizes,
-)
+from dropformer.eval.report import report as reports
 from dropformer.metrics.analysis.distributed import rank
 from dropformer.metrics.analysis.plots import similarity_by_depth
 from dropformer.metrics.analysis.scores import Scores
@@ -39,7 +30,6 @@ from dropformer.prune.files.folder import new_files
 from dropformer.prune.files.output_paths import check_place
 from dropformer.prune.formats.export import Exported, export
 from dropformer.prune.formats.export_plan import Written, plan_kept, write_by_plan
-from dropformer.prune.formats.record import kv_width
 from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.plan import Plan
@@ -63,7 +53,7 @@ class Outcome:
 
     out: Path
     plan: Plan
-    report: Report
+    report: reports.Report
     exported: Exported
 
 
@@ -154,7 +144,7 @@ class _Chosen:
 
 def _carried_out(
     opened: LoadedModel, chosen: _Chosen, out: Path, held_out: Windows | None, request: Request, progress: Progress
-) -> tuple[Report, Exported]:
+) -> tuple[reports.Report, Exported]:
     """Drop, measure on the held-out windows, export and verify."""
     plan = chosen.plan
     pruned = api.drop(opened, plan, chosen.repair)
@@ -162,13 +152,13 @@ def _carried_out(
     if surgery.note:
         progress.say(f"dropped blocks stay as empty ones: {surgery.note}")
     quality, speed = _measure(opened, pruned, plan, request, held_out, progress)
-    made: list[Report] = []
+    made: list[reports.Report] = []
 
     def finish(folder: Path, copied: CopyReport) -> list[str]:
         kept = pruned if FORMATS[request.export.format].saves else opened.model
-        made.append(_report(opened.model, kept, plan, copied, quality, speed))
+        made.append(reports.report_of((opened.model, kept), plan, copied, quality, speed))
         _write_artifacts(folder, made[0], plan, chosen.scores)
-        return card_lines(made[0])
+        return reports.card_lines(made[0])
 
     with progress.stage("exporting, reloading and verifying") as tick:
         how = replace(request.export, gguf=opened.file, progress=tick)
@@ -181,7 +171,7 @@ def run_from_disk(request: Request, progress: Progress | None = None) -> Written
 
     Nothing is measured on the result, and nothing of it is loaded again.  Raises a DropformerError.
     """
-    from dropformer.metrics.offload.from_disk import open_source_of_blocks
+    from dropformer.metrics.blockwise.from_disk import open_source_of_blocks
     from dropformer.metrics.offload.process_memory import parse_bytes
 
     progress, place = progress or Silent(), request.placement
@@ -206,24 +196,24 @@ def run_from_disk(request: Request, progress: Progress | None = None) -> Written
 
 def _measure(
     opened: LoadedModel, pruned: Any, plan: Plan, request: Request, held_out: Windows | None, progress: Progress
-) -> tuple[Measured, Measured]:
-    nothing = Measured({}, {}, {})
+) -> tuple[reports.Measured, reports.Measured]:
+    nothing = reports.Measured({}, {}, {})
     quality = speed = nothing
     if not request.measures:
         return quality, speed
     if not writes_text(pruned):
-        return Measured({}, {}, {"outputs": _likeness(opened, pruned, request, progress)}), nothing
+        return reports.Measured({}, {}, {"outputs": _likeness(opened, pruned, request, progress)}), nothing
     if held_out is not None:
         ids = held_out.ids
-        seen = any(same_text(request.report.text, name) for name in _calibrated_on(opened, plan, request))
-        text = TextRef(
+        seen = any(reports.same_text(request.report.text, name) for name in _calibrated_on(opened, plan, request))
+        text = reports.TextRef(
             name=request.report.text, windows=len(ids), length=ids.shape[1], hash=held_out.ref.hash, calibrated_on=seen
         )
         with progress.stage(f"perplexity on {request.report.text}"):
-            quality = measure_quality(opened.model, pruned, held_out, text, plan)
+            quality = reports.measure_quality(opened.model, pruned, held_out, text, plan)
         if request.report.seconds > 0 and FORMATS[request.export.format].saves:
             with progress.stage("speed, dense and pruned interleaved"):
-                speed = measure_speed(opened.model, pruned, request.report.seconds)
+                speed = reports.measure_speed(opened.model, pruned, request.report.seconds)
     return quality, speed
 
 
@@ -257,22 +247,7 @@ def _likeness(opened: LoadedModel, pruned: Any, request: Request, progress: Prog
         return output_similarity(opened.model, pruned, data.batches(1), name)
 
 
-def _report(dense: Any, pruned: Any, plan: Plan, copied: CopyReport, quality: Measured, speed: Measured) -> Report:
-    width = kv_width(copied.bytes_before, plan.savings.parameters)
-    before = sizes(dense, copied.bytes_before, width)
-    after = sizes(pruned, copied.bytes_after, width)
-    return Report(
-        model=plan.model,
-        spec=plan.spec,
-        dropped=plan.dropped(),
-        dense={**before, **quality.dense, **speed.dense},  # type: ignore[arg-type]
-        pruned={**after, **quality.pruned, **speed.pruned},  # type: ignore[arg-type]
-        **quality.fields,
-        **speed.fields,
-    )
-
-
-def _write_artifacts(folder: Path, report: Report, plan: Plan, scores: Scores | None) -> None:
+def _write_artifacts(folder: Path, report: reports.Report, plan: Plan, scores: Scores | None) -> None:
     report.portable().write(folder / "report.json")
     plan.portable().write(folder / "plan.json")
     if scores:

@@ -29,7 +29,7 @@ from dropformer.recipes.opening import LoadedModel, open_model
 from dropformer.request import GATE, Request, recipe_calibration
 
 if TYPE_CHECKING:
-    from dropformer.metrics.offload.from_disk import BlockSource
+    from dropformer.metrics.blockwise.from_disk import BlockSource
 
 SAMPLES = 64  # windows to fit on where no number is given: repairs need more than rankings do
 

@@ -4,7 +4,7 @@
 #     bash benchmarks/gpu.sh [OUTPUT FOLDER] [further options of benchmarks/gpu.py]
 #
 # Expected there: Python with torch (CUDA), accelerate, safetensors, pytest and typer.  What else is needed is taken
-# from wheels that travel along in build/gpu-wheels (17 MB), without a registry.  To fetch them beforehand, where there
+# from wheels that travel along in build/gpu-wheels (about 40 MB), without a registry.  To fetch them beforehand, where there
 # is one:
 #
 #     bash benchmarks/gpu.sh --wheels
@@ -19,7 +19,7 @@ if [ "${1:-}" = --wheels ]; then
     python=${2:-$(python3 -c 'import sys; print(f"{sys.version_info[0]}.{sys.version_info[1]}")')}
     exec python3 -m pip download -q --no-deps --only-binary=:all: --python-version "$python" --platform manylinux2014_x86_64 \
         -d "$wheels" transformers==5.23.* pydantic pydantic-core annotated-types typing-inspection platformdirs \
-        greenlet gguf
+        greenlet gguf matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six pillow
 fi
 
 out=$(realpath -m "${1:-${OUT:-gpu-results}}")

@@ -39,8 +39,8 @@ class BlockMap:
     """
 
     stacks: dict[str, tuple[MappedBlock, ...]]
-    mapped: dict[Layer, dict[str, Any]] = field(default_factory=dict)
-    windows: dict[Layer, Window] = field(default_factory=dict)
+    mapped: Mapping[Layer, Mapping[str, Any]] = field(default_factory=dict)
+    windows: Mapping[Layer, Window] = field(default_factory=dict)
 
     @property
     def packed(self) -> bool:
@@ -74,8 +74,8 @@ def map_blocks(
     outline: Outline,
     dropped: Iterable[Layer],
     shorten: bool = True,
-    mapped: dict[Layer, dict[str, Any]] | None = None,
-    windows: dict[Layer, Window] | None = None,
+    mapped: Mapping[Layer, Mapping[str, Any]] | None = None,
+    windows: Mapping[Layer, Window] | None = None,
 ) -> BlockMap:
     """The blocks that remain without these layers.
 
@@ -191,5 +191,5 @@ def new_name(outline: Outline, block_map: BlockMap, name: str) -> str | None:
     return name
 
 
-def _owns(modules: dict[str, Any], rest: str) -> bool:
+def _owns(modules: Mapping[str, Any], rest: str) -> bool:
     return any(rest == module or rest.startswith(module + ".") for module in modules)

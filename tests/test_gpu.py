@@ -10,7 +10,7 @@ from dropformer import api
 from dropformer.eval.cost.latency import layer_latency
 from dropformer.eval.cost.speed import Setting, measure
 from dropformer.eval.cost.timing import Clock
-from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.search.strategy import REPAIRS, Target, quality
 from dropformer.prune.discovery.discover import discover
@@ -42,8 +42,6 @@ def opened(folder):
 
 
 def data(samples=8, length=32) -> Windows:
-    from dropformer.metrics.calibration.settings import CalibrationRef
-
     ids = torch.randint(3, 300, (samples, length), generator=torch.Generator().manual_seed(1))
     ref = CalibrationRef(name="random", samples=samples, length=length, seed=1, hash="0" * 64, packed=True)
     return Windows(ids, torch.ones_like(ids, dtype=torch.bool), torch.ones_like(ids, dtype=torch.bool), ref)
@@ -143,10 +141,3 @@ def test_a_repair_finds_its_slots_in_16_bits(opened, way):
     improver = Improver(model, [data(16)], quality("paper", repair=way))
     plan, repair, _ = improve(improver, opened().ref, Target("attn:1"), data(4))
     assert len(plan.layers) == 1 and repair.gates  # found something to try; random weights say nothing of its worth
-
-
-def test_batches_are_chosen_by_memory(opened):
-    from dropformer.metrics.analysis.batch_size import default_batch_size
-
-    assert default_batch_size(opened().model, 32) > 1
-    assert Calibration().length > 0

@@ -5,60 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 from dropformer.eval.cost.memory import kv_bytes_per_token, parameter_bytes, parameter_count
 from dropformer.eval.cost.speed import measure, quick
 from dropformer.eval.cost.streaming import stream, streaming_speed
-from dropformer.eval.quality.cliff import Trend, trend
+from dropformer.eval.quality.cliff import trend
 from dropformer.eval.quality.perplexity import all_side_by_side, perplexity
 from dropformer.eval.quality.probes import run_probes
 from dropformer.eval.report.prepare import Candidate, EvaluationOptions, Inputs, prepare
+from dropformer.eval.report.results import Evaluation, ModelResult
 from dropformer.eval.report.warnings import warnings
 from dropformer.eval.tasks.paired import Paired
-from dropformer.eval.tasks.results import TaskResults, compare_tasks
+from dropformer.eval.tasks.results import compare_tasks
 from dropformer.metrics.analysis.distributed import rank
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.progress import Progress, Silent
-from dropformer.prune.artifact import Artifact, FrozenRecord
 from dropformer.prune.loading.device import input_device
 
 __all__ = ["Candidate", "Evaluation", "EvaluationOptions", "ModelResult", "evaluate"]
 
 TIMED = 9
 """Single tokens timed behind a full window, cached and recomputed, one of them to warm up."""
-
-
-class ModelResult(FrozenRecord):
-    """One model's measurements; `paired` compares it with the dense model, question by question.
-
-    drops: the layers that were taken out of the dense model to make it, where that is known.
-    """
-
-    name: str
-    drops: list[str] = []
-    parameters: int
-    parameter_bytes: int
-    kv_bytes_per_token: int
-    tasks: TaskResults | None = None
-    paired: dict[str, Paired] = {}
-    perplexity: dict[str, Any] | None = None
-    kl: dict[str, Any] | None = None
-    trend: Trend | None = None
-    probes: list[dict[str, Any]] = []
-    speed: list[dict[str, Any]] = []
-    stream: dict[str, Any] | None = None
-
-
-class Evaluation(Artifact):
-    """report.json of an evaluation: the dense model first, then the pruned ones."""
-
-    kind: ClassVar[str] = "evaluation"
-
-    text: dict[str, Any] | None = None
-    device: str | None = None
-    models: list[ModelResult]
-    warnings: list[str] = []
 
 
 def evaluate(models: Sequence[Candidate], options: EvaluationOptions, progress: Progress | None = None) -> Evaluation:

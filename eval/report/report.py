@@ -16,6 +16,8 @@ from dropformer.eval.quality.output_similarity import OutputSimilarity
 from dropformer.eval.quality.perplexity import side_by_side
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.prune.artifact import Artifact, FrozenRecord, ModelRef
+from dropformer.prune.files import CopyReport
+from dropformer.prune.formats.record import kv_width
 from dropformer.prune.plan import Plan
 
 
@@ -125,6 +127,23 @@ def sizes(model: PreTrainedModel, checkpoint_bytes: int, kv_width: float) -> dic
         "checkpoint_bytes": checkpoint_bytes,
         "kv_bytes_per_token": round(numbers * kv_width),
     }
+
+
+def report_of(
+    models: tuple[PreTrainedModel, PreTrainedModel], plan: Plan, copied: CopyReport, quality: Measured, speed: Measured
+) -> Report:
+    """The report of an export: sizes of the dense model and of the one that was written, and what was measured."""
+    width = kv_width(copied.bytes_before, plan.savings.parameters)
+    before, after = (sizes(m, n, width) for m, n in zip(models, (copied.bytes_before, copied.bytes_after), strict=True))
+    return Report(
+        model=plan.model,
+        spec=plan.spec,
+        dropped=plan.dropped(),
+        dense=Side(**before, **quality.dense, **speed.dense),
+        pruned=Side(**after, **quality.pruned, **speed.pruned),
+        **quality.fields,
+        **speed.fields,
+    )
 
 
 def card_lines(report: Report) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dropformer.eval.report.evaluation import ModelResult
+    from dropformer.eval.report.results import ModelResult
 
 CLEAR = 2.0  # standard errors from which on a fall, or a distance from chance, is believed
 LEAST = 0.05  # a fall of fewer points is not worth a line

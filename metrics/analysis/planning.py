@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.prune.architecture import Layer
@@ -38,7 +39,12 @@ def plan_from(
         layers = choose(found.outline, drops, similarity, keep, published) if drops else []
     windows = windows_of(found.outline, spec, layers, losses, keep)
     calibration = found.calibration.model_dump() if found.calibration else None
-    fields = {"keep": list(keep), "metric": found.metric, "calibration": calibration, "packing_cost": cost}
+    fields: dict[str, Any] = {
+        "keep": list(keep),
+        "metric": found.metric,
+        "calibration": calibration,
+        "packing_cost": cost,
+    }
     return make_plan(found.outline, found.model, spec, layers, similarity, windows, **fields)
 
 

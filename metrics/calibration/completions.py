@@ -52,11 +52,12 @@ def _tokens(row: Any, tokenizer: Any, where: str) -> Row:
     if isinstance(row, dict) and "messages" in row:
         return _conversation(_messages(row["messages"], where), tokenizer, where)
     pair = [row.get(key) for key in ("prompt", "completion")] if isinstance(row, dict) else []
-    if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+    texts = [text for text in pair if isinstance(text, str)]
+    if len(texts) != 2:
         raise CalibrationError(f"{where}: expected a JSON object with {EXPECTED}, the same as in line 1")
-    start = _ids(tokenizer, pair[0], special=True)
+    start = _ids(tokenizer, texts[0], special=True)
     start = start[:-1] if start and start[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id) else start
-    rest = _ids(tokenizer, pair[1], special=False)
+    rest = _ids(tokenizer, texts[1], special=False)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return start + rest + end, [False] * len(start) + [True] * (len(rest) + len(end))
 

@@ -176,7 +176,7 @@ class _Run:
         self.proving = False
         self.hub = getcurrent()
 
-    def all(self, batches: list[tuple[dict[str, Tensor], Tensor]], progress: Progress | None) -> WindowScores:
+    def all(self, batches: list[tuple[dict[str, Tensor], Tensor | None]], progress: Progress | None) -> WindowScores:
         """Run every batch to its end; the rows in order."""
         sample = {"input_ids": batches[0][0]["input_ids"][:1, :8].repeat(2, 1)}
         for number, (inputs, scored) in enumerate([(sample, None), *batches], SAMPLE):

@@ -224,7 +224,7 @@ def run_block(runner: BlockRunner, block: int, module: nn.Module, batch: int, st
     args, kwargs = tree_map(_free, runner.arguments(block, batch, stream.to(device)))
     quick: AbstractContextManager = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     with quick:
-        return outputs_of(module(*args, **kwargs))[found.output.key]
+        return outputs_of(module(*args, **kwargs))[found.output.key]  # type: ignore[index]
 
 
 def _free(value: Any) -> Any:
@@ -257,11 +257,12 @@ def trainable(block: nn.Module, model: nn.Module, path: str) -> dict[str, nn.Par
     inside = {id(p) for p in model.get_submodule(path).parameters()}
     shared = {id(p) for name, p in _everywhere(model) if not name.startswith(f"{path}.")} & inside
     own = {name for name, p in model.get_submodule(path).named_parameters() if id(p) in shared}
-    found = {}
+    found: dict[str, nn.Parameter] = {}
     for name, p in block.named_parameters():
         routes = p.ndim <= 2 and len(p) in experts and bool(experts)
         if p.is_floating_point() and name not in own and not routes:
-            found[name] = p.requires_grad_(True)
+            p.requires_grad_(True)
+            found[name] = p
     return found
 
 

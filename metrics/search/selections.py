@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from dropformer.metrics.search.budget import Meter
 from dropformer.metrics.search.select import Count, greedy, iterative
@@ -12,17 +12,42 @@ from dropformer.prune.errors import PlanError
 from dropformer.prune.plan import check_attention_left
 
 if TYPE_CHECKING:
-    from dropformer.metrics.search.improve import Improver
+    from dropformer.metrics.blockwise.layer_metrics import Ranking
+    from dropformer.metrics.search.select import KL, Greedily
+    from dropformer.metrics.search.strategy import Strategy
+    from dropformer.prune.outline import Outline
 
 SHORTLIST = 2  # candidates for each layer to drop that a search sees repaired, the best by themselves unrepaired
 
 
-def pick_iterative(improver: Improver, free: Sequence[Layer], count: int, gone: Sequence[Layer]) -> Sequence[Layer]:
+class Costs(Protocol):
+    """What a selection asks of the `Improver`: rankings, and the cost of dropping a set with and without repairs."""
+
+    quality: Strategy
+    outline: Outline
+
+    @property
+    def cost(self) -> KL: ...
+
+    @property
+    def bare(self) -> KL: ...
+
+    @property
+    def how(self) -> Greedily: ...
+
+    def ranking(self, metric: str) -> Ranking: ...
+
+    def prepare(self, candidates: Sequence[Layer], count: int) -> None: ...
+
+    def expect(self, evaluations: float) -> None: ...
+
+
+def pick_iterative(improver: Costs, free: Sequence[Layer], count: int, gone: Sequence[Layer]) -> Sequence[Layer]:
     """`count` of the free layers, on top of those that are dropped, the ranking measured again after each."""
     return iterative(improver.ranking(improver.quality.metric), free, count, gone).layers
 
 
-def pick_greedy(improver: Improver, free: Sequence[Layer], count: int, gone: Sequence[Layer]) -> Sequence[Layer]:
+def pick_greedy(improver: Costs, free: Sequence[Layer], count: int, gone: Sequence[Layer]) -> Sequence[Layer]:
     """`count` of the free layers by least KL with the foreseen repairs in place, out of a shortlist without."""
     short = shortlist(improver, free, count, gone)
     improver.prepare([*short, *gone], count)
@@ -38,14 +63,14 @@ def pick_greedy(improver: Improver, free: Sequence[Layer], count: int, gone: Seq
             short = [layer for layer in short if layer != _last_with_keys(improver, found)]
 
 
-def _last_with_keys(improver: Improver, chosen: Sequence[Layer]) -> Layer:
+def _last_with_keys(improver: Costs, chosen: Sequence[Layer]) -> Layer:
     """The layer chosen last that holds keys and values, or the last of all."""
     outline = improver.outline
     held = [one for one in chosen if any(outline.branch(part).kv for part in outline.branch_layers([one]))]
     return (held or list(chosen))[-1]
 
 
-def shortlist(improver: Improver, free: Sequence[Layer], count: int, gone: Sequence[Layer] = ()) -> list[Layer]:
+def shortlist(improver: Costs, free: Sequence[Layer], count: int, gone: Sequence[Layer] = ()) -> list[Layer]:
     """The candidates that cost least by themselves, unrepaired: twice as many as are to be dropped."""
     improver.expect(_evaluations(len(free), count))
     if len(free) <= SHORTLIST * count:
@@ -55,7 +80,7 @@ def shortlist(improver: Improver, free: Sequence[Layer], count: int, gone: Seque
     return sorted(free, key=lambda layer: (costs[layer], -layer.index, layer.kind))[: SHORTLIST * count]
 
 
-def affordable(improver: Improver, candidates: Sequence[Layer], goal: Meter) -> list[Layer]:
+def affordable(improver: Costs, candidates: Sequence[Layer], goal: Meter) -> list[Layer]:
     """Those that cost least, unrepaired, for what they save, until they save twice the budget."""
     useful = [layer for layer in candidates if goal.saves(layer) > 0]
     improver.expect(_evaluations(len(useful), max(1, len(useful) // 2)))

@@ -71,7 +71,9 @@ def with_modality(model: Any, kind: str, batch: int = 1) -> Inputs | None:
 
 
 def _section(config: Any, kind: str) -> Any:
-    names = ("vision_config", "vit_config", "visual") if kind == "image" else ("audio_config", "encoder_config")
+    names: tuple[str, ...] = (
+        ("vision_config", "vit_config", "visual") if kind == "image" else ("audio_config", "encoder_config")
+    )
     names = names if kind == "image" or hasattr(config, "text_config") else names[:1]
     return next((found for name in names if (found := getattr(config, name, None)) is not None), None)
 
@@ -91,7 +93,7 @@ def _images(config: Any) -> Iterator[Inputs]:
     yield {"pixel_values": pixels}
     yield {"pixel_values": pixels, "image_sizes": sizes}
     patch, time = getattr(section, "patch_size", 14), getattr(section, "temporal_patch_size", 1)
-    channels = getattr(section, "in_channels", None) or getattr(section, "num_channels", 3)
+    channels: Any = getattr(section, "in_channels", None) or getattr(section, "num_channels", 3)
     side = 2 * (getattr(section, "spatial_merge_size", None) or getattr(config, "spatial_merge_size", None) or 1)
     if isinstance(patch, int):
         rows = torch.rand(side * side, channels * (time or 1) * patch * patch, generator=_seeded())
@@ -153,9 +155,11 @@ def _count(model: Any, features: Any) -> int:
 def _batch(model: Any, kind: str, given: Inputs, count: int) -> Inputs:
     """Token ids with as many placeholders as there are features, the features' inputs, and which token is which."""
     base, token = sample_inputs(model, 1), _token(model.config, kind)
+    if token is None:
+        raise ValueError(f"the config names no placeholder token for an {kind}")
     text: Tensor = base["input_ids"]
-    text = text.masked_fill(text == token, (int(token or 0) + 1) % 2)
-    ids = torch.cat([text[:, :2], text.new_full((1, count), int(token or 0)), text[:, 2:]], dim=1)
+    text = text.masked_fill(text == token, (token + 1) % 2)
+    ids = torch.cat([text[:, :2], text.new_full((1, count), token), text[:, 2:]], dim=1)
     names = inspect.signature(model.forward).parameters
     inputs = {**base, "input_ids": ids, **{k: v for k, v in given.items() if k in names and k != "attention_mask"}}
     for name in ("mm_token_type_ids", "token_type_ids"):

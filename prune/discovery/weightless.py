@@ -14,8 +14,7 @@ from typing import Any
 from torch import nn
 
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.signature import signature
-from dropformer.prune.discovery.summarize import summarize
+from dropformer.prune.discovery.summarize import signature, summarize
 from dropformer.prune.outline import BlockOutline, BranchOutline, Outline, StackOutline
 
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")

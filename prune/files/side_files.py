@@ -67,7 +67,8 @@ def sort_side_files(names: Iterable[str], modules: Collection[str] = ()) -> Side
     names = sorted(name for name in names if not any(_untold(part) for part in PurePosixPath(name).parts))
     heavy = {PurePosixPath(name).parts[0] for name in names if "/" in name and _is_weight(name)}
     whole = {folder for folder in heavy if MODULE_FOLDER.fullmatch(folder) or folder in modules}
-    carried, left = [], []
+    carried: list[str] = []
+    left: list[str] = []
     for name in names:
         top = PurePosixPath(name).parts[0]
         if name in REWRITTEN or ("/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))):

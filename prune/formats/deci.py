@@ -29,7 +29,7 @@ from dropformer.prune.formats.stored_tensors import new_tensor, stored_dtype
 from dropformer.prune.formats.writing import ExportJob, replacements, write_pruned
 from dropformer.prune.loading import configuration_decilm
 from dropformer.prune.loading.deci_families import check_family
-from dropformer.prune.surgery.surgery import config_from
+from dropformer.prune.loading.described import config_from
 
 ARCHITECTURE = "DeciLMForCausalLM"
 CODE_FILE = "configuration_decilm.py"

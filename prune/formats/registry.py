@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropformer.prune.errors import OutputError, PlanError
+from dropformer.prune.loading.deci_families import check_family
 from dropformer.prune.registry import Registry, imported
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     Check = Callable[["ExportFacts"], None]
 
 _HERE = "dropformer.prune.formats"
+UNEVEN = ("hybrid_override_pattern", "layers_block_type")  # config keys of models whose blocks hold one branch each
 PACKED = "The layers that remain pair up, so this is a stock, shorter model: it loads wherever the base model does."
 
 
@@ -88,6 +90,12 @@ class Format:
         return "a stock, shorter model: loads anywhere" if packed and self.packs else self.brief
 
 
+def _check_deci(facts: ExportFacts) -> None:
+    """Raises ArchitectureError for a family that DeciLM cannot carry, unless what remains may pack."""
+    if facts.config and not facts.may_pack and not any(key in facts.config for key in UNEVEN):
+        check_family(facts.config)
+
+
 FORMATS: Registry[Format] = Registry(
     "format",
     {
@@ -116,7 +124,7 @@ FORMATS: Registry[Format] = Registry(
             "A DeciLMForCausalLM: `vllm serve` runs it where dropformer is installed, else with `--trust-remote-code`, "
             "which reads the small `configuration_decilm.py` in this folder.",
             help="vLLM",
-            check="dropformer.prune.loading.deci_families:check_export",
+            check=_check_deci,
             reloads=True,
             packs=True,
             maps=False,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -117,7 +117,7 @@ class _Pieces:
                 empty = buffer.is_meta  # of a dropped module, which took the device of what it stands for
                 setattr(module, name, torch.empty_like(buffer, device=self.device) if empty else buffer.to(self.device))
         self.how = LoadStateDictConfig(
-            weight_mapping=get_model_conversion_mapping(self.built),
+            weight_mapping=cast(Any, get_model_conversion_mapping(self.built)),
             dtype=model.dtype,
             dtype_plan=self.built._get_dtype_plan(model.dtype),
             device_map={"": str(self.device)},

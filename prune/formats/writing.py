@@ -107,7 +107,8 @@ def write_pruned(writing: ExportJob, folder: Path) -> CopyReport:
     that loads it."""
     heads = numbered_heads(writing.outline, writing.block_map, writing.names, writing.prefix)
     config = without_heads(writing.config, writing.outline, heads)
-    fields, notes = pruned_config(config, writing.outline, writing.block_map), []
+    fields = pruned_config(config, writing.outline, writing.block_map)
+    notes: list[str] = []
     if not writing.block_map.in_place(writing.outline):
         fields, notes = settled_patterns(fields)
     write_config(folder, fields, writing.autos)

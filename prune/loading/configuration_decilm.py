@@ -1,7 +1,7 @@
 """The config of a DeciLM checkpoint: Llama blocks of which some lack their attention or their MLP.
 
 This file is self-contained (transformers only, 4 or 5).  A copy lies beside the weights of every checkpoint
-of the format `deci`, where `trust_remote_code` finds it; `deci_plugin` registers it where dropformer is
+of the format `deci`, where `trust_remote_code` finds it; `registration` registers it where dropformer is
 installed.  Engines read `config.block_configs[i].attention.no_op`, so entries answer to attributes and are JSON.
 """
 

@@ -14,10 +14,9 @@ from dropformer.prune.errors import CheckpointError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading.deci_families import FAMILIES
-from dropformer.prune.loading.load import check_whole
+from dropformer.prune.loading.described import check_whole, config_from
 from dropformer.prune.loading.modeling import MODEL_TYPE, pruned_config_class
 from dropformer.prune.loading.quiet import quiet_transformers
-from dropformer.prune.surgery.surgery import config_from
 
 ATTENTION = {"self_attn": ["zeros", None], "input_layernorm": "input"}
 MLP = {"mlp": "zeros", "post_attention_layernorm": "input"}

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dropformer.prune.errors import ArchitectureError
 
-if TYPE_CHECKING:
-    from dropformer.prune.formats.registry import ExportFacts
-
-UNEVEN = ("hybrid_override_pattern", "layers_block_type")  # config keys of models whose blocks hold one branch each
 DECI = "nemotron-nas"  # the model type of a DeciLM
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 FOREIGN = (
@@ -18,12 +14,6 @@ FOREIGN = (
     "that comes with it can build it"
 )
 QK_NORMS = ("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3", "gemma3_text")
-
-
-def check_export(facts: ExportFacts) -> None:
-    """Raises ArchitectureError for a family that DeciLM cannot carry, unless what remains may pack."""
-    if facts.config and not facts.may_pack and not any(key in facts.config for key in UNEVEN):
-        check_family(facts.config)
 
 
 def is_own_deci(config: Mapping[str, Any]) -> bool:

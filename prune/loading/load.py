@@ -19,6 +19,7 @@ from dropformer.prune.files import open_checkpoint
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading import modeling
 from dropformer.prune.loading.deci_families import is_own_deci
+from dropformer.prune.loading.described import check_whole, config_from
 from dropformer.prune.loading.quiet import quiet_transformers
 
 HEADS = (
@@ -166,7 +167,6 @@ def read_model_config(path: Path, trust_remote_code: bool = False) -> PreTrained
     fields = read_config(path)
     if is_own_deci(fields):
         from dropformer.prune.loading.deci import dropformer_config
-        from dropformer.prune.surgery.surgery import config_from
 
         with one_line_errors(path):
             return config_from(dropformer_config(fields))
@@ -197,14 +197,3 @@ def _autos() -> dict[str, Any]:
     """Every Auto class of models by name, the usual heads first."""
     names = [*HEADS, *(name for name in vars(modeling_auto) if name.startswith("AutoModel") and name not in HEADS)]
     return {name: getattr(modeling_auto, name) for name in names}
-
-
-def check_whole(path: Path, info: dict[str, Any]) -> None:
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        found = sorted(map(str, info.get(problem) or []))
-        if found:
-            what = problem.replace("_", " ")
-            raise CheckpointError(
-                f"{path} does not hold the model its config describes: {len(found)} {what}, the first {found[0]}; "
-                "get a complete copy of the checkpoint"
-            )

@@ -135,8 +135,9 @@ def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
             new.to_empty(device=held.device) if new.weight.is_meta else new.to(held.device)
         keep_settings(old, new)
         setattr(owner, name, new)
-        for setter in setters(type(owner)):
-            if _assigns(getattr(type(owner), setter), name):
+        kind: Any = type(owner)
+        for setter in setters(kind):
+            if _assigns(getattr(kind, setter), name):
                 setattr(owner, setter, ignore)
 
 
@@ -148,7 +149,8 @@ def keep_settings(old: nn.Module, new: nn.Module) -> None:
     for key, buffer in old.named_buffers(recurse=False):
         if key in old._non_persistent_buffers_set and buffer.numel() == max(buffer.shape) and not hasattr(new, key):
             new.register_buffer(key, buffer, persistent=False)
-    for setter in setters(type(old)):
+    kind: Any = type(old)
+    for setter in setters(kind):
         setattr(new, setter, ignore)
 
 
@@ -157,7 +159,7 @@ def ignore(*_args: Any, **_kwargs: Any) -> None:
 
 
 @cache
-def setters(kind: type[nn.Module]) -> list[str]:
+def setters(kind: Any) -> list[str]:
     """The methods of a module's class that set something in it."""
     return [name for name in dir(kind) if name.startswith("set_") and not hasattr(nn.Module, name)]
 

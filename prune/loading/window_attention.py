@@ -42,7 +42,7 @@ def first_real(mask: Tensor | None) -> Tensor | None:
 
 
 def windowed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Any]:
     """Attention of a windowed layer: [B, H, Q, D], [B, H', K, D] -> [B, Q, H, D], as transformers' interface has it.
 
@@ -81,8 +81,8 @@ def windowed_attention(
         rows = attention_mask
         if rows is not None and rows.ndim == 4 and rows.shape[2] == query.shape[2]:
             rows = rows[:, :, start : start + band]
-        mask = None if one else _allowed(q_slots, near, first, window, rows, query.dtype)
-        found.append(run(module, part, k, v, mask, **kwargs)[0])
+        allowed = None if one else _allowed(q_slots, near, first, window, rows, query.dtype)
+        found.append(run(module, part, k, v, allowed, **kwargs)[0])
     return torch.cat(found, 1), None
 
 
@@ -106,7 +106,7 @@ def _allowed(q: Tensor, k: Tensor, first: Tensor | None, window: Window, mask: T
     return own.masked_fill(~seen, torch.finfo(dtype).min)
 
 
-def _implementation(module: nn.Module) -> Any:
+def _implementation(module: Any) -> Any:
     """What computes attention elsewhere in the model; its sdpa where that has no masks (flash attention)."""
     name = module.model_config._attn_implementation
     return (
@@ -116,7 +116,7 @@ def _implementation(module: nn.Module) -> Any:
     )
 
 
-def window_attention(module: nn.Module, window: Window) -> None:
+def window_attention(module: Any, window: Window) -> None:
     """Give an attention module of transformers a window, in place; its weights stay.
 
     Raises ValueError where the module has no entry in a cache, does not go through the attention interface, or has
@@ -142,14 +142,14 @@ def unfit(module: nn.Module) -> str:
     return ""
 
 
-def _enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _enter(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Before a windowed attention: its cache entry is one of a window, and knows where each row begins."""
     cache = kwargs.get("past_key_values")
     cache = getattr(cache, "self_attention_cache", cache)
     module.entry = None
     if cache is None:
         return
-    entry = window_entry(cache, module.layer_idx, module.window)  # type: ignore[arg-type]
+    entry = window_entry(cache, module.layer_idx, module.window)
     if isinstance(entry, (WindowLayer, StaticWindowLayer)):
         entry.first = first_real(kwargs.get("attention_mask"))
         module.entry = entry
@@ -160,9 +160,10 @@ def _enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 def prepare_windows(model: nn.Module, cache: Any, recording: bool = False) -> None:
     """Make a new cache's entries fit the model's windows before anything is written into it."""
     cache = getattr(cache, "self_attention_cache", cache)
+    module: Any
     for module in model.modules():
         if isinstance(getattr(module, "window", None), Window):
-            window_entry(cache, module.layer_idx, module.window)  # type: ignore[arg-type]
+            window_entry(cache, module.layer_idx, module.window)
     if recording:
         cache.activate_past_recording()
 

@@ -55,6 +55,8 @@ class WindowLayer(DynamicLayer):
     """
 
     is_sliding = True
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, window: Window) -> None:
         super().__init__()
@@ -128,7 +130,7 @@ class WindowLayer(DynamicLayer):
     def prefetch(self) -> None:
         """Nothing was offloaded."""
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -151,6 +153,8 @@ class StaticWindowLayer(StaticLayer):
     """
 
     is_sliding = True
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, window: Window, max_cache_len: int) -> None:
         super().__init__(window.sinks + window.width)
@@ -205,7 +209,7 @@ class StaticWindowLayer(StaticLayer):
     def get_max_length(self) -> int:
         return self.longest
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         super().reorder_cache(beam_idx)
         self.first = None if self.first is None else self.first.index_select(0, beam_idx.to(self.first.device))
 

@@ -13,11 +13,11 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import BlockMap, Surgery, attention_module, map_blocks, skipped_modules
-from dropformer.prune.discovery.signature import settings
+from dropformer.prune.discovery.summarize import settings
 from dropformer.prune.errors import ArchitectureError, ModelError, PlanError
+from dropformer.prune.loading.described import config_from
 from dropformer.prune.loading.device import ON_DEVICE, hooks_of
 from dropformer.prune.loading.modeling import (
-    DropformerConfig,
     empty_cache_entries,
     number_attentions,
     pruned_model_class,
@@ -35,8 +35,8 @@ def plan_surgery(
     outline: Outline,
     layers: Sequence[Layer],
     model: nn.Module,
-    mapped: dict[Layer, dict[str, Any]] | None = None,
-    windows: dict[Layer, Window] | None = None,
+    mapped: Mapping[Layer, Mapping[str, Any]] | None = None,
+    windows: Mapping[Layer, Window] | None = None,
     folder: Path | None = None,
 ) -> Surgery:
     """Decide how `layers` leave: the shortest form whose blocks come out as they are now.
@@ -136,16 +136,6 @@ def _install(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         device = like.device if old.is_meta else old.device
         new = nn.Parameter(tensor.to(device, like.dtype, copy=True), requires_grad=old.requires_grad)
         setattr(model.get_submodule(owner), leaf, new)
-
-
-def config_from(fields: dict[str, Any]) -> PreTrainedConfig:
-    """The config object that a config.json describes, pruned or stock."""
-    from transformers import CONFIG_MAPPING
-
-    fields = PreTrainedConfig._decode_special_floats(fields)  # JSON has no infinity; transformers writes it as a tag
-    if fields["model_type"] == DropformerConfig.model_type:
-        return DropformerConfig.from_dict(fields)
-    return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
 
 
 def _adopt(config: PreTrainedConfig, new: PreTrainedConfig) -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from dropformer.prune.errors import PlanError
-from dropformer.prune.formats.zeros import beside_weight, zero_byte
+from dropformer.prune.formats.dense import beside_weight, zero_byte
 
 WEIGHTS = "weight bias qweight weight_packed gate_up_proj gate_up_proj_blocks down_proj_bias A_log dt_bias"
 BESIDE = """weight_scale weight_scale_inv weight_scale_2 input_scale activation_scale k_scale scales qzeros g_idx absmax

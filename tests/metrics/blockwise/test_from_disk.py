@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dropformer.metrics.blockwise.from_disk import open_source_of_blocks
 from dropformer.metrics.blockwise.provider import InMemory, Offloaded
 from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.metrics.calibration.windows import Windows
-from dropformer.metrics.offload.from_disk import open_source_of_blocks
 from dropformer.metrics.offload.keeper import Keeper
 from dropformer.metrics.search.improve import Improver, improve
 from dropformer.metrics.search.strategy import Target, quality
