@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
@@ -12,17 +12,15 @@ from transformers import PreTrainedModel
 
 from dropformer.metrics.analysis.analyze import analyze_model, calibrated
 from dropformer.metrics.analysis.planning import plan_from as plan
+from dropformer.metrics.analysis.planning import windows_of
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.data import calibration_data, default_settings
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.repair.base import Repair
-from dropformer.prune.architecture import Architecture, of_images
+from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.block_map import Surgery
-from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.modalities import with_images
-from dropformer.prune.discovery.proof import prove
-from dropformer.prune.discovery.summarize import summarize
+from dropformer.prune.discovery.proof import outline as outline
 from dropformer.prune.errors import ModelError, OutputError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.formats.export import Exported, export, save_in_memory
@@ -32,7 +30,7 @@ from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.loading.load import load
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, PublishedLists, choose, make_plan
-from dropformer.prune.spec import parse_spec
+from dropformer.prune.spec import without_windows
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 from dropformer.prune.surgery.views import proven, sharing_copy
 from dropformer.recipes.opening import LoadedModel, open_model
@@ -72,19 +70,18 @@ def analyze(
 
 
 def plan_unscored(
-    ref: ModelRef, outline: Outline, spec: str, keep: Sequence[int], published: PublishedLists | None
+    ref: ModelRef,
+    outline: Outline,
+    spec: str,
+    keep: Sequence[int],
+    published: PublishedLists | None,
+    losses: Mapping[Layer, float] | None = None,
 ) -> Plan:
-    """A plan from explicit or published lists, which need no scores.  Raises PlanError."""
-    layers = choose(outline, spec, None, keep, published)
-    return make_plan(outline, ref, spec, layers, keep=list(keep))
-
-
-def outline(model: nn.Module, spec: str = "") -> Outline:
-    """The proven anatomy of a model, with its vision tower where a drop spec names it.  Raises ArchitectureError."""
-    inputs = with_images(model) if any(of_images(s.stack) for s in parse_spec(spec or "attn:1")) else None
-    architecture = discover(model, inputs)
-    prove(model, architecture, inputs)
-    return summarize(model, architecture)
+    """A plan from explicit or published lists, which need no scores; `losses` rank windows.  Raises PlanError."""
+    drops = without_windows(spec)
+    layers = choose(outline, drops, None, keep, published) if drops else []
+    windows = windows_of(outline, spec, layers, losses, keep)
+    return make_plan(outline, ref, spec, layers, windows=windows, keep=list(keep))
 
 
 @overload

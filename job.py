@@ -36,10 +36,11 @@ from dropformer.prune.spec import parse_spec
 from dropformer.recipes import open_source
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import Request
-from dropformer.scoring import get_scores, open_to_score
+from dropformer.scoring import get_scores, losses_by_window, open_to_score
 from dropformer.selection import given_plan, improved
 from dropformer.validate import check_empty
 
+LONG = 8192  # tokens at which a plan with windows says what its cache holds
 SWEEP = Setting(prompt=256, new=16)
 """What a sweep times each model at."""
 
@@ -63,16 +64,17 @@ def make_plan(opened: LoadedModel, request: Request, progress: Progress) -> tupl
         return plan.unrepaired(), None
     spec, keep = request.target.spec, request.target.keep
     published = opened.recipe.published if opened.recipe else None
-    if all(s.published or s.indices is not None for s in parse_spec(spec)):
+    losses = losses_by_window(opened, request, progress)
+    if all(s.published or s.window or s.indices is not None for s in parse_spec(spec)):
         outline = api.outline(opened.model, spec)
-        return api.plan_unscored(opened.ref, outline, spec, keep, published), None
+        return api.plan_unscored(opened.ref, outline, spec, keep, published, losses), None
     if seen := next((s for s in parse_spec(spec) if of_images(s.stack)), None):
         raise PlanError(
             f"`{seen}` needs scores on images with their texts; name the layers, as in {seen.stack}.{seen.kind}=1,2, "
             "or use dropformer.analyze(model, batches) in Python"
         )
     scores = get_scores(opened, request, progress)
-    return api.plan(scores, spec, keep, published), scores
+    return api.plan(scores, spec, keep, published, losses=losses), scores
 
 
 def plan_only(request: Request, progress: Progress | None = None) -> Plan:
@@ -101,7 +103,11 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
         plan, repair = improved(opened, request, progress)
     else:
         plan, scores = make_plan(opened, request, progress)
-    progress.say(f"dropping {', '.join(map(str, plan.layers))}")
+    if plan.layers:
+        progress.say(f"dropping {', '.join(map(str, plan.layers))}")
+    if plan.windows:
+        progress.say("windows: " + ", ".join(f"{layer}@{window}" for layer, window in plan.windows.items()))
+        progress.say(f"KV cache at {LONG:,} tokens: {plan.savings.kv_share(LONG):.0%} of the dense model's")
     if any(layer.kind == "attn" and layer.index == 0 for layer in plan.layers):
         progress.say("warning: the attention of block 0 goes; vLLM and llama.cpp cannot load a model without it")
     with plan_kept(plan, out, always=request.selection.strategy is not None):
@@ -134,7 +140,7 @@ def _carried_out(
     def finish(folder: Path, copied: CopyReport) -> list[str]:
         kept = pruned if FORMATS[request.export.format].saves else opened.model
         made.append(reports.report_of((opened.model, kept), plan, copied, quality, speed))
-        _write_artifacts(folder, made[0], plan, chosen.scores)
+        reports.write_artifacts(folder, made[0], plan, chosen.scores)
         return reports.card_lines(made[0])
 
     with progress.stage("exporting, reloading and verifying") as tick:
@@ -222,15 +228,6 @@ def _likeness(opened: LoadedModel, pruned: Any, request: Request, progress: Prog
     with progress.stage(f"outputs on {name}"):
         data = calibration_data(pruned, opened.tokenizer, opened.path, chosen)
         return output_similarity(opened.model, pruned, data.batches(1), name)
-
-
-def _write_artifacts(folder: Path, report: reports.Report, plan: Plan, scores: Scores | None) -> None:
-    report.portable().write(folder / "report.json")
-    plan.portable().write(folder / "plan.json")
-    if scores:
-        scores = scores.portable()
-        scores.write(folder / "scores.json")
-        similarity_by_depth(scores, folder / "similarity.png", plan.outline.branch_layers(plan.layers))
 
 
 def follow(request: Request, progress: Progress | None = None) -> Written:

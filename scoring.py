@@ -10,17 +10,23 @@ from dropformer.metrics.analysis.measure import Measuring, measure
 from dropformer.metrics.analysis.score_cache import keep, kept_scores, score_file
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.analysis.stability import check_spec
+from dropformer.metrics.analysis.window_loss import TIMES, window_losses
 from dropformer.metrics.calibration.data import CalibrationData, calibration_data, default_settings
 from dropformer.metrics.calibration.images import PIXELS, Pictures
-from dropformer.metrics.calibration.settings import check_length
-from dropformer.metrics.calibration.windows import computed_tokens
+from dropformer.metrics.calibration.settings import check_length, context_of
+from dropformer.metrics.calibration.windows import computed_tokens, windows
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.progress import Progress
+from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.inputs import takes_pictures
+from dropformer.prune.discovery.proof import outline
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
+from dropformer.prune.spec import parse_spec
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import CalibrationOptions, Request
+
+WINDOW_TOKENS = 8192  # read to rank windows by: about two texts several windows long
 
 
 def open_to_score(request: Request, progress: Progress) -> LoadedModel:
@@ -136,3 +142,18 @@ def _streamed(opened: LoadedModel, data: CalibrationData, request: Request, prog
     streamed = open_streamed(opened.path, dtype, place.trust_remote_code)  # type: ignore[arg-type]
     with progress.stage("scoring windows, block by block", len(data)) as tick:
         return stream_scores(streamed, data, opened.ref, parse_bytes(memory), request.scoring.batch_size, tick)
+
+
+def losses_by_window(opened: LoadedModel, request: Request, progress: Progress) -> dict[Layer, float] | None:
+    """What the first window that a spec gives to a number of layers takes from each; None where it names them all."""
+    counted = next((s for s in parse_spec(request.target.spec) if s.window and s.indices is None), None)
+    if counted is None or counted.window is None:
+        return None
+    settings = request.calibration.of(opened.recipe)
+    limit = context_of(opened.model.config) or TIMES * counted.window.width
+    length = request.calibration.length or min(limit, max(settings.length, TIMES * counted.window.width))
+    samples = request.calibration.samples or max(2, WINDOW_TOKENS // length)
+    data = windows(replace(settings, length=length, samples=samples), opened.tokenizer)
+    with progress.stage(f"what a window of {counted.window} takes, {samples} x {length} tokens of {settings.name}"):
+        batches = [inputs for inputs, _ in data.batches(1)]
+        return window_losses(opened.model, outline(opened.model), batches, counted.window, counted.stack)

@@ -35,6 +35,10 @@ class Savings(FrozenRecord):
     kv_after: int
     kv_windows: int = 0
 
+    def kv_share(self, context: int) -> float:
+        """The KV cache at a context beyond every window, over the dense model's there."""
+        return (self.kv_after * context + self.kv_windows) / (self.kv * context) if self.kv else 1.0
+
 
 class Plan(Artifact):
     """Which layers go, why, and what that saves.  Indices are those of the original model.
@@ -111,8 +115,9 @@ def choose(
     Raises PlanError when the spec asks for more than there is, for a protected or unknown layer, or lacks what
     it needs, and where no attention would be left.
     """
-    drops = [selector for selector in parse_spec(spec) if selector.kind != "window"]
-    selectors = sorted(drops, key=lambda s: s.kind != "block")  # what a whole block takes is gone
+    selectors = sorted(parse_spec(spec), key=lambda s: s.kind != "block")  # a block is dropped with all its branches
+    if windowed := next((selector for selector in selectors if selector.window), None):
+        raise PlanError(f"`{windowed}` keeps its layers, and only `prune` and a plan take windows; leave it out here")
     chosen: list[Layer] = []
     for selector in selectors:
         free = _candidates(outline, selector, keep, chosen)

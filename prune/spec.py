@@ -94,6 +94,11 @@ def _selector(text: str, match: re.Match[str]) -> Selector:
     return selector
 
 
+def without_windows(spec: str) -> str:
+    """The items of a spec that drop something; empty where all of them are windows.  Raises PlanError."""
+    return ",".join(str(selector) for selector in parse_spec(spec) if not selector.window)
+
+
 def parse_keep(text: str) -> tuple[int, ...]:
     """Block indices that `--keep` protects; negative ones count from the end."""
     try:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -57,3 +58,15 @@ def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DROPFORMER_CACHE", str(tmp_path / "cache"))
     return tmp_path
+
+
+@pytest.fixture
+def lettered(llama_folder, here) -> Path:
+    """A tiny Llama with a tokenizer of 64 tokens: letters, digits, punctuation."""
+    letters = [chr(c) for c in range(97, 123)] + list("0123456789 .,:;()_-'\"`*=<>/[]{}\n#")
+    vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *letters][:64])}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=inner, **special).save_pretrained(llama_folder)
+    return llama_folder

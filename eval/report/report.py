@@ -14,6 +14,8 @@ from dropformer.eval.cost.speed import quick
 from dropformer.eval.quality.cliff import Trend, trend
 from dropformer.eval.quality.output_similarity import OutputSimilarity
 from dropformer.eval.quality.perplexity import side_by_side
+from dropformer.metrics.analysis.plots import similarity_by_depth
+from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.prune.artifact import Artifact, FrozenRecord, ModelRef
 from dropformer.prune.files import CopyReport
@@ -144,6 +146,16 @@ def report_of(
         **quality.fields,
         **speed.fields,
     )
+
+
+def write_artifacts(folder: Path, report: Report, plan: Plan, scores: Scores | None) -> None:
+    """report.json, plan.json and, where layers were scored, scores.json with its picture, for other machines too."""
+    report.portable().write(folder / "report.json")
+    plan.portable().write(folder / "plan.json")
+    if scores:
+        scores = scores.portable()
+        scores.write(folder / "scores.json")
+        similarity_by_depth(scores, folder / "similarity.png", plan.outline.branch_layers(plan.layers))
 
 
 def card_lines(report: Report) -> list[str]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dropformer.metrics.analysis.scores import Scores
+from dropformer.prune.architecture import Layer
+from dropformer.prune.errors import PlanError
+from dropformer.prune.outline import Outline
 from dropformer.prune.packable import choose_packable
-from dropformer.prune.plan import Plan, PublishedLists, choose, make_plan
+from dropformer.prune.plan import Plan, PublishedLists, choose, choose_windows, make_plan
+from dropformer.prune.spec import parse_spec, without_windows
+from dropformer.prune.window import Window
 
 
 def plan_from(
@@ -17,18 +22,22 @@ def plan_from(
     keep: Sequence[int] = (),
     published: PublishedLists | None = None,
     packable: bool = False,
+    losses: Mapping[Layer, float] | None = None,
 ) -> Plan:
     """Which layers a drop spec takes, by these scores (or those in a scores.json).
 
-    `packable`: in pairs, so that the pruned model is a stock, shorter one.  Raises PlanError.
+    `packable`: in pairs, so that the pruned model is a stock, shorter one.  `losses`: what a window takes from each
+    attention layer (`window_loss`), by which windows are given.  Raises PlanError.
     """
     found = scores if isinstance(scores, Scores) else Scores.read(scores)
     similarity = found.similarity()
     cost = None
+    drops = without_windows(spec)
     if packable:
         layers, cost = choose_packable(found.outline, spec, similarity, keep)
     else:
-        layers = choose(found.outline, spec, similarity, keep, published)
+        layers = choose(found.outline, drops, similarity, keep, published) if drops else []
+    windows = windows_of(found.outline, spec, layers, losses, keep)
     calibration = found.calibration.model_dump() if found.calibration else None
     fields: dict[str, Any] = {
         "keep": list(keep),
@@ -36,4 +45,22 @@ def plan_from(
         "calibration": calibration,
         "packing_cost": cost,
     }
-    return make_plan(found.outline, found.model, spec, layers, similarity, **fields)
+    return make_plan(found.outline, found.model, spec, layers, similarity, windows, **fields)
+
+
+def windows_of(
+    outline: Outline,
+    spec: str,
+    layers: Sequence[Layer],
+    losses: Mapping[Layer, float] | None = None,
+    keep: Sequence[int] = (),
+) -> dict[Layer, Window]:
+    """The windows of a spec, least loss first.  Raises PlanError where a number of them is asked for without losses."""
+    counted = next((s for s in parse_spec(spec) if s.window and s.indices is None), None)
+    if counted and losses is None:
+        raise PlanError(
+            f"`{counted}` is ranked by what a window takes from each layer, which only the model tells: use "
+            f"`prune --model ... --drop {counted}`, or name the layers as in window=3,7@{counted.window}"
+        )
+    ranking = {layer: -loss for layer, loss in (losses or {}).items()}
+    return choose_windows(outline, spec, layers, ranking, keep)

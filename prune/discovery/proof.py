@@ -6,10 +6,14 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from dropformer.prune.architecture import Architecture, Block, Branch
-from dropformer.prune.discovery.modalities import sample_batches
+from dropformer.prune.architecture import Architecture, Block, Branch, of_images
+from dropformer.prune.discovery.discover import discover
+from dropformer.prune.discovery.modalities import sample_batches, with_images
 from dropformer.prune.discovery.replay import Replay, evaluating, on_tap, reading, skipped
+from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.outline import Outline
+from dropformer.prune.spec import parse_spec
 
 __all__ = ["on_tap", "prove", "prove_block"]
 
@@ -93,3 +97,11 @@ def _close(x: Tensor, y: Tensor, tolerance: float) -> bool:
 def _tolerance(tensor: Tensor) -> float:
     """What rounding in the stream's own dtype may cost."""
     return 1e-5 if tensor.itemsize >= 4 else 2e-2
+
+
+def outline(model: nn.Module, spec: str = "") -> Outline:
+    """The proven anatomy of a model, with its vision tower where a drop spec names it.  Raises ArchitectureError."""
+    inputs = with_images(model) if any(of_images(s.stack) for s in parse_spec(spec or "attn:1")) else None
+    architecture = discover(model, inputs)
+    prove(model, architecture, inputs)
+    return summarize(model, architecture)

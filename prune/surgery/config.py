@@ -17,7 +17,7 @@ from dropformer.prune.surgery.block_numbers import OTHERS, PAIRS, BlockNumbers
 STAGES = ("depths", "block_sizes")
 # One entry a block: the entries of blocks that stay.
 _BLOCK = "layer_types attention_layers layers_block_type block_types no_rope_layers indexer_types layer_rope_theta"
-PER_BLOCK = {*_BLOCK.split(), "num_attention_heads_per_layer", "attention_window"}
+PER_BLOCK = {*_BLOCK.split(), "attn_layers", "num_attention_heads_per_layer", "attention_window"}
 NOT_THE_DECODERS = {"attention_window"}  # LED's sparse windows are its encoder's alone
 # One letter a block.
 PATTERNS = {"hybrid_override_pattern"}

@@ -12,7 +12,6 @@ from dropformer import api
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import PlanError
 from dropformer.prune.loading import window_attention
-from dropformer.prune.plan import choose, choose_windows, make_plan
 
 WIDTH, SINKS = 5, 2
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -20,9 +19,7 @@ GREEDY = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_t
 
 def windowed(dense, spec=f"window=0,2@{WIDTH}+{SINKS}"):
     outline = api.outline(dense)
-    layers = choose(outline, spec)
-    windows = choose_windows(outline, spec, layers)
-    return api.drop(dense, make_plan(outline, ModelRef(name="tiny"), spec, layers, windows=windows))
+    return api.drop(dense, api.plan_unscored(ModelRef(name="tiny"), outline, spec, (), None))
 
 
 def by_hand(dense, ids, layers, real):
@@ -115,8 +112,7 @@ def test_a_checkpoint_with_windows_loads_as_it_was_with_and_without_dropformer(t
     opened = api.open_model(tmp_path / "dense")
     outline = api.outline(opened.model)
     spec = "attn=3,window=1,2@5+2"
-    layers = choose(outline, spec)
-    plan = make_plan(outline, opened.ref, spec, layers, windows=choose_windows(outline, spec, layers))
+    plan = api.plan_unscored(opened.ref, outline, spec, (), None)
     model = api.drop(opened, plan)
     api.save(model, tmp_path / "out")
     ids = torch.arange(3, 33)[None]
