@@ -91,12 +91,18 @@ def prune(
         out, revision, dry_run, given,
     )  # fmt: skip
     validate.validate(request)
-    from dropformer import console, job
+    from dropformer import console
 
     progress = console.Terminal(quiet)
     if request.on_files:
-        console.show_export(job.follow(request, progress), request.model, as_json)
-    elif memory is not None:
+        from dropformer.recipes.follow import follow_plan
+
+        written = follow_plan(plan, request.model, request.folder, request.export, revision, progress)
+        console.show_export(written, request.model, as_json)
+        return
+    from dropformer import job
+
+    if memory is not None:
         console.show_export(job.run_from_disk(request, progress), request.model, as_json)
     elif dry_run:
         console.show_plan(job.plan_only(request, progress), as_json)

@@ -105,7 +105,7 @@ def show_outcome(outcome: Outcome, as_json: bool) -> None:
 
 def show_export(written: Written, model: str, as_json: bool) -> None:
     """What following a plan on the files wrote."""
-    notes = [done(written.path, written.record)]
+    notes = [done(written.path, written.record, ran=False)]
     if FORMATS[written.record["format"]].reloads:
         notes.insert(0, f"not measured: `prune evaluate {model} {written.path}` does it, and --measure here")
     show(json.dumps(written.record, indent=1) if as_json else None, record_table(written.record), *notes)
@@ -245,11 +245,11 @@ def record_table(record: Mapping[str, Any]) -> Table:
     return table
 
 
-def done(out: Any, record: Mapping[str, Any], difference: float | None = None) -> str:
-    """Where the checkpoint is, how it is loaded, and how it was checked."""
+def done(out: Any, record: Mapping[str, Any], difference: float | None = None, ran: bool = True) -> str:
+    """Where the checkpoint is, how it is loaded, and how it was checked; `ran`: it was to be reloaded as well."""
     form = FORMATS[record["format"]]
     checked = form.checked if difference is None else f"reloaded, logits equal to {difference:.1e}"
-    if form.reloads and difference is None:
+    if ran and form.reloads and difference is None:
         checked += ", but no memory was left to reload it and compare logits"
     notes = "".join(f"\nnote: {note}" for note in record["notes"])
     return f"wrote {out} ({form.summary(record['packed'])}); {checked}{notes}"

@@ -20,7 +20,7 @@ from dropformer.metrics.calibration.images import PIXELS
 from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
 from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.metrics.repair.base import Repair
-from dropformer.progress import Progress, Silent, Tick
+from dropformer.progress import Progress, Silent
 from dropformer.prune.architecture import of_images
 from dropformer.prune.discovery.inputs import takes_pictures, writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
@@ -30,10 +30,9 @@ from dropformer.prune.files.output_paths import check_place
 from dropformer.prune.formats.export import Exported, export
 from dropformer.prune.formats.export_plan import Written, plan_kept, write_by_plan
 from dropformer.prune.formats.registry import FORMATS
-from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.plan import Plan
 from dropformer.prune.spec import parse_spec
-from dropformer.recipes import open_source
+from dropformer.recipes.follow import in_percent
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import Request
 from dropformer.scoring import get_scores, losses_by_window, open_to_score
@@ -174,7 +173,7 @@ def run_from_disk(request: Request, progress: Progress | None = None) -> Written
     plan, repair = improved(replace(opened, model=cast(Any, blocks.model)), request, progress, blocks)
     progress.say(f"dropping {', '.join(map(str, plan.layers))}")
     with progress.stage("copying", 100) as tick:
-        return write_by_plan(plan, opened.path, request.folder, _copying(request, opened.file, tick), repair)
+        return write_by_plan(plan, opened.path, request.folder, in_percent(request.export, opened.file, tick), repair)
 
 
 def _measure(
@@ -228,24 +227,6 @@ def _likeness(opened: LoadedModel, pruned: Any, request: Request, progress: Prog
     with progress.stage(f"outputs on {name}"):
         data = calibration_data(pruned, opened.tokenizer, opened.path, chosen)
         return output_similarity(opened.model, pruned, data.batches(1), name)
-
-
-def follow(request: Request, progress: Progress | None = None) -> Written:
-    """Follow a plan on the files alone: copy byte ranges, without a model in memory.  Raises as `write_by_plan`."""
-    progress, path = progress or Silent(), request.selection.plan
-    if path is None:
-        raise PlanError("there is no plan to follow; give one with --plan")
-    plan = Plan.read(path)
-    source = open_source(request.model, request.revision, progress.say)
-    if plan.repairs:
-        progress.say(plan.lost_repairs(path))
-    with progress.stage("copying", 100) as tick:
-        return write_by_plan(plan, source.path, request.folder, _copying(request, source.file, tick))
-
-
-def _copying(request: Request, gguf: Path | None, tick: Tick) -> ExportOptions:
-    """The export options, with progress in percent."""
-    return replace(request.export, gguf=gguf, progress=lambda done, total: tick(100 * done // max(1, total), 0))
 
 
 def analyze(request: Request, progress: Progress | None = None) -> Scores:

@@ -190,7 +190,7 @@ class _Pieces:
         written = getattr(owner, leaf)
         ours = self._in_memory(name)
         if ours is None:
-            if self.dense_names and bool(written.any()):
+            if self.dense_names and self._of_a_branch(name) and bool(written.any()):
                 raise VerificationError(f"the written checkpoint holds numbers in {name}, which was dropped")
             return
         with ours as (holder, held):
@@ -203,6 +203,15 @@ class _Pieces:
                 raise VerificationError(
                     f"{name} of the written checkpoint is not that of the model in memory; nothing was kept"
                 )
+
+    def _of_a_branch(self, name: str) -> bool:
+        """Is a parameter one of a branch, and not of what the branches of a block share?"""
+        for stack in self.surgery.outline.stacks:
+            index, _, rest = name.removeprefix(f"{stack.path}.").partition(".")
+            if name.startswith(f"{stack.path}.") and index.isdecimal():
+                modules = [module for branch in stack.of_block(int(index)) for module in branch.modules]
+                return any(rest == module or rest.startswith(f"{module}.") for module in modules)
+        return False
 
     def _in_memory(self, name: str) -> Any:
         """A `with` that gives the module and the attribute that hold a parameter of the pruned model, offloaded ones
