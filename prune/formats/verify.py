@@ -152,10 +152,17 @@ class _Pieces:
         return [name for name, _ in self.built.named_parameters() if name not in read | tied]
 
     def _grouped(self) -> dict[str, list[str]]:
-        """The tensors of each block by its path, the others by the parameter that they make."""
+        """The tensors of each block by its path, the others by the parameter that they make.
+
+        A tensor that makes none is one that the model's class leaves out on loading (prediction heads): `load` has
+        checked that no other is there.
+        """
         groups = defaultdict(list)
+        own = {name for name, _ in [*self.built.named_parameters(remove_duplicate=False), *self.built.named_buffers()]}
         for tensor in self.files.tensors:
             parameter = self.rename(tensor)[0]
+            if parameter not in own:
+                continue
             block = next((path for path in self.blocks if parameter.startswith(path + ".")), parameter)
             groups[block].append(tensor)
         return dict(groups)
