@@ -63,9 +63,9 @@ def make_plan(opened: LoadedModel, request: Request, progress: Progress) -> tupl
         return plan.unrepaired(), None
     spec, keep = request.target.spec, request.target.keep
     published = opened.recipe.published if opened.recipe else None
-    losses = losses_by_window(opened, request, progress)
     if all(s.published or s.window or s.indices is not None for s in parse_spec(spec)):
         outline = api.outline(opened.model, spec)
+        losses = losses_by_window(opened, request, outline, progress)
         return api.plan_unscored(opened.ref, outline, spec, keep, published, losses), None
     if seen := next((s for s in parse_spec(spec) if of_images(s.stack)), None):
         raise PlanError(
@@ -73,6 +73,7 @@ def make_plan(opened: LoadedModel, request: Request, progress: Progress) -> tupl
             "or use dropformer.analyze(model, batches) in Python"
         )
     scores = get_scores(opened, request, progress)
+    losses = losses_by_window(opened, request, scores.outline, progress)
     return api.plan(scores, spec, keep, published, losses=losses), scores
 
 

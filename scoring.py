@@ -19,9 +19,9 @@ from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.progress import Progress
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.inputs import takes_pictures
-from dropformer.prune.discovery.proof import outline
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
+from dropformer.prune.outline import Outline
 from dropformer.prune.spec import parse_spec
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import CalibrationOptions, Request
@@ -144,7 +144,9 @@ def _streamed(opened: LoadedModel, data: CalibrationData, request: Request, prog
         return stream_scores(streamed, data, opened.ref, parse_bytes(memory), request.scoring.batch_size, tick)
 
 
-def losses_by_window(opened: LoadedModel, request: Request, progress: Progress) -> dict[Layer, float] | None:
+def losses_by_window(
+    opened: LoadedModel, request: Request, outline: Outline, progress: Progress
+) -> dict[Layer, float] | None:
     """What the first window that a spec gives to a number of layers takes from each; None where it names them all."""
     counted = next((s for s in parse_spec(request.target.spec) if s.window and s.indices is None), None)
     if counted is None or counted.window is None:
@@ -156,4 +158,4 @@ def losses_by_window(opened: LoadedModel, request: Request, progress: Progress) 
     data = windows(replace(settings, length=length, samples=samples), opened.tokenizer)
     with progress.stage(f"what a window of {counted.window} takes, {samples} x {length} tokens of {settings.name}"):
         batches = [inputs for inputs, _ in data.batches(1)]
-        return window_losses(opened.model, outline(opened.model), batches, counted.window, counted.stack)
+        return window_losses(opened.model, outline, batches, counted.window, counted.stack)

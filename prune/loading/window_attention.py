@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .window_cache import Slots, StaticWindowLayer, Window, WindowLayer, sink_slots, window_entry
+from .window_cache import Slots, StaticWindowLayer, Window, WindowLayer, sink_slots, tokens_at, window_entry
 
 ATTENTION = f"windows of {__name__}"  # a copy beside a checkpoint has a name of its own
 BAND = 256  # queries computed at once where a window is narrower than that
@@ -61,8 +61,8 @@ def windowed_attention(
     sinks = key[:, :, : slots.sinks], value[:, :, : slots.sinks]
     key, value = key[:, :, slots.sinks :], value[:, :, slots.sinks :]
     if not slots.sinks and window.sinks:
-        at = (sink_slots(first, window.sinks, key) - slots.start).clamp(0, key.shape[2] - 1)[:, None, :, None]
-        sinks = tuple(t.gather(2, at.expand(-1, t.shape[1], -1, t.shape[3])) for t in (key, value))  # type: ignore[assignment]
+        at = sink_slots(first, window.sinks, key) - slots.start
+        sinks = tokens_at(key, at), tokens_at(value, at)
     found = []
     band = max(window.width, BAND)
     for start in range(0, query.shape[2], band):

@@ -42,6 +42,12 @@ def sink_slots(first: Tensor | None, sinks: int, like: Tensor) -> Tensor:
     return slots.expand(len(like), -1) if first is None else first[:, None] + slots
 
 
+def tokens_at(states: Tensor, places: Tensor) -> Tensor:
+    """The tokens at these places, the nearest for places outside: [B, H, T, D], [B, S] -> [B, H, S, D]"""
+    at = places.clamp(0, states.shape[2] - 1)[:, None, :, None]
+    return states.gather(2, at.expand(len(states), states.shape[1], -1, states.shape[3]))
+
+
 def _last(states: Tensor, count: int) -> Tensor:
     """The last tokens in memory of their own, so that a long prompt's are freed."""
     whole = states.shape[-2]
@@ -93,9 +99,8 @@ class WindowLayer(DynamicLayer):
             return
         place = sink_slots(self.first, self.window.sinks, keys) - self.cumulative_length  # [B, S], among the new
         here = ((place >= 0) & (place < keys.shape[-2]))[:, None, :, None]
-        at = place.clamp(0, keys.shape[-2] - 1)[:, None, :, None]
         for name, new in (("sink_keys", keys), ("sink_values", values)):
-            found = new.gather(2, at.expand(-1, new.shape[1], -1, new.shape[3]))
+            found = tokens_at(new, place)
             old = getattr(self, name)
             setattr(self, name, torch.where(here, found, torch.zeros_like(found) if old is None else old))
 
@@ -198,10 +203,9 @@ class StaticWindowLayer(StaticLayer):
         self.values.index_copy_(2, place, values[..., new - last :, :])
         if sinks:
             at = sink_slots(self.first, sinks, keys) - before
-            here, at = ((at >= 0) & (at < new))[:, None, :, None], at.clamp(0, new - 1)[:, None, :, None]
+            here = ((at >= 0) & (at < new))[:, None, :, None]
             for buffer, source in ((self.keys, keys), (self.values, values)):
-                found = source.gather(2, at.expand(len(source), source.shape[1], -1, source.shape[3]))
-                buffer[:, :, :sinks].copy_(torch.where(here, found, buffer[:, :, :sinks]))
+                buffer[:, :, :sinks].copy_(torch.where(here, tokens_at(source, at), buffer[:, :, :sinks]))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.longest, 0
