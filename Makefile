@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 PACKAGES := prune metrics recipes eval
 
-.PHONY: venv demo test check clean
+.PHONY: venv demo test check costs clean
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.installed
@@ -47,6 +47,9 @@ check: $(VENV)/.installed-dev
 	for part in $(wildcard *.py) py.typed $(PACKAGES); do ln -s ../../../$$part build/types/dropformer/; done
 	cd build/types && PYTHONPATH=. $(abspath $(BIN))/lint-imports --no-cache --no-logo $(CURDIR)/setup.cfg
 	cd build/types && MYPYPATH=. $(abspath $(BIN))/mypy --config-file $(CURDIR)/mypy.ini --cache-dir ../mypy -p dropformer
+
+costs: $(VENV)/.installed
+	$(BIN)/python -c "from dropformer.eval.cost.estimate import write_costs; write_costs()"
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis demo

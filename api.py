@@ -14,6 +14,7 @@ from dropformer.metrics.analysis.analyze import analyze_model, calibrated
 from dropformer.metrics.analysis.planning import plan_from as plan
 from dropformer.metrics.analysis.planning import windows_of
 from dropformer.metrics.analysis.scores import Scores
+from dropformer.metrics.calibration.batching import samples_at_once
 from dropformer.metrics.calibration.data import calibration_data, default_settings
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.repair.base import Repair
@@ -45,7 +46,7 @@ def analyze(
     model: str | Path | LoadedModel | nn.Module,
     batches: Iterable[Any] | None = None,
     calibration: Calibration | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     architecture: Architecture | None = None,
 ) -> Scores:
@@ -65,7 +66,9 @@ def analyze(
     opened = model if isinstance(model, LoadedModel) else open_model(model)
     settings = calibration or default_settings(opened.model, recipe_calibration(opened.recipe))
     data = calibration_data(opened.model, opened.tokenizer, opened.path, settings)
-    scores = analyze_model(opened.model, data.batches(batch_size), ref=opened.ref, progress=progress)
+    scores = analyze_model(
+        opened.model, data.batches(batch_size or samples_at_once(opened.model, data)), ref=opened.ref, progress=progress
+    )
     return calibrated(scores, data)
 
 

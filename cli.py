@@ -43,7 +43,7 @@ def prune(
     length: options.Length = None,
     seed: options.Seed = None,
     skip_first: options.SkipFirst = None,
-    batch_size: options.BatchSize = 1,
+    batch_size: options.BatchSize = None,
     quality: options.Quality = None,
     metric: options.Metric = None,
     select: options.Select = None,

@@ -133,7 +133,10 @@ SkipFirst = Annotated[
     int | None,
     typer.Option(min=0, help="Leading tokens of a window that are run but not scored.", rich_help_panel=TEXT),
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Windows run at once.", rich_help_panel=TEXT)]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Windows run at once; by default what keeps the device busy.", rich_help_panel=TEXT),
+]
 UntilStable = Annotated[Text, typer.Option(help="A drop spec; stop once the layers that it drops are settled.")]
 Memory = Annotated[Text, typer.Option(help="Read the weights block by block, in no more RAM than this: 2GiB.")]
 Tokenizer = Annotated[Text, typer.Option(help="Tokenize with this one's tokenizer, not the first's.")]

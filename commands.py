@@ -31,7 +31,7 @@ def analyze(
     length: options.Length = None,
     seed: options.Seed = None,
     skip_first: options.SkipFirst = None,
-    batch_size: options.BatchSize = 1,
+    batch_size: options.BatchSize = None,
     until_stable: options.UntilStable = None,
     memory: options.Memory = None,
     dtype: options.Dtype = None,
@@ -100,6 +100,7 @@ def sweep(
     out: options.SweepOut = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
+    device_map: options.DeviceMap = None,
     trust_remote_code: options.TrustRemoteCode = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -116,10 +117,9 @@ def sweep(
         model,
         asked.Target(f"{kind}:{counts[-1]}", parse_keep(keep)),
         calibration=asked.CalibrationOptions(asked.calibration_texts(calibration)),
-        placement=asked.Placement(dtype, device, None, trust_remote_code),
-        report=asked.ReportOptions(text=text),
-        dry_run=True,
-    )
+        placement=asked.Placement(dtype, device, device_map, trust_remote_code),
+        report=asked.ReportOptions(text=text), dry_run=True,
+    )  # fmt: skip
     validate(request)
     folder = out or request.named("sweep")
     check_out(folder, "sweep.json")
@@ -239,7 +239,7 @@ def compare(
     samples: options.Samples = None,
     length: options.Length = None,
     seed: options.Seed = None,
-    batch_size: options.BatchSize = 1,
+    batch_size: options.BatchSize = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
     device_map: options.DeviceMap = None,

@@ -15,6 +15,7 @@ from dropformer.eval.report import report as reports
 from dropformer.metrics.analysis.distributed import rank
 from dropformer.metrics.analysis.plots import similarity_by_depth
 from dropformer.metrics.analysis.scores import Scores
+from dropformer.metrics.calibration.batching import samples_at_once
 from dropformer.metrics.calibration.data import calibration_data, default_settings
 from dropformer.metrics.calibration.images import PIXELS
 from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
@@ -30,6 +31,7 @@ from dropformer.prune.files.output_paths import check_place
 from dropformer.prune.formats.export import Exported, export
 from dropformer.prune.formats.export_plan import Written, plan_kept, write_by_plan
 from dropformer.prune.formats.registry import FORMATS
+from dropformer.prune.loading.load import usable_device
 from dropformer.prune.plan import Plan
 from dropformer.prune.spec import parse_spec
 from dropformer.recipes.follow import in_percent
@@ -158,8 +160,8 @@ def run_from_disk(request: Request, progress: Progress | None = None) -> Written
     from dropformer.metrics.offload.process_memory import parse_bytes
 
     progress, place = progress or Silent(), request.placement
-    if place.device_map or place.device not in (None, "cpu"):
-        raise ModelError("--memory computes on the CPU; leave out --device and --device-map, or --memory")
+    if place.device_map:
+        raise ModelError("--memory brings the weights block by block itself; leave out --device-map, or --memory")
     budget = request.target.budget
     if budget and budget.startswith("measured"):
         raise ModelError(
@@ -168,9 +170,9 @@ def run_from_disk(request: Request, progress: Progress | None = None) -> Written
     check_empty(request.folder)
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, place, progress.say, False)
-        dtype = torch_dtype(place.dtype or "float32")
+        dtype, device = torch_dtype(place.computes_in(opened.path)), usable_device(place.device)
         allowed = parse_bytes(request.scoring.memory or "")
-        blocks = open_source_of_blocks(opened.path, allowed, dtype or "float32", place.trust_remote_code)
+        blocks = open_source_of_blocks(opened.path, allowed, dtype or "float32", place.trust_remote_code, device)
     plan, repair = improved(replace(opened, model=cast(Any, blocks.model)), request, progress, blocks)
     progress.say(f"dropping {', '.join(map(str, plan.layers))}")
     with progress.stage("copying", 100) as tick:
@@ -227,7 +229,8 @@ def _likeness(opened: LoadedModel, pruned: Any, request: Request, progress: Prog
     chosen = replace(default_settings(pruned, replace(HELD_OUT, length=length)), name=name)
     with progress.stage(f"outputs on {name}"):
         data = calibration_data(pruned, opened.tokenizer, opened.path, chosen)
-        return output_similarity(opened.model, pruned, data.batches(1), name)
+        batches = data.batches(samples_at_once(pruned, data))
+        return output_similarity(opened.model, pruned, batches, name)
 
 
 def analyze(request: Request, progress: Progress | None = None) -> Scores:

@@ -83,9 +83,9 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """How scores are measured: windows at once, a spec to stop at once it is stable, a bound on RAM to stream in."""
+    """How scores are measured: windows at once (None: chosen), a spec to stop at once it is stable, a bound on RAM."""
 
-    batch_size: int = 1
+    batch_size: int | None = None
     until_stable: str | None = None
     memory: str | None = None
 

@@ -11,6 +11,7 @@ from dropformer.metrics.analysis.score_cache import keep, kept_scores, score_fil
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.analysis.stability import check_spec
 from dropformer.metrics.analysis.window_loss import TIMES, window_losses
+from dropformer.metrics.calibration.batching import busy_tokens, windows_at_once
 from dropformer.metrics.calibration.data import CalibrationData, calibration_data, default_settings
 from dropformer.metrics.calibration.images import PIXELS, Pictures
 from dropformer.metrics.calibration.settings import check_length, context_of
@@ -21,6 +22,7 @@ from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.inputs import takes_pictures
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
+from dropformer.prune.loading.load import usable_device
 from dropformer.prune.outline import Outline
 from dropformer.prune.spec import parse_spec
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
@@ -56,7 +58,7 @@ def get_scores(opened: LoadedModel, request: Request, progress: Progress) -> Sco
             )
         return scores.model_copy(update={"model": opened.ref})
     data = _material(opened, request, progress)
-    dtype = request.placement.computes_in(opened.path, streamed=request.scoring.memory is not None)
+    dtype = request.placement.computes_in(opened.path)
     kept = score_file(opened.ref.fingerprint or "", data.ref, dtype)
     if reused := _reused(kept, opened, data):
         progress.say(f"scores: reused, same weights and same tokens ({kept})")
@@ -115,7 +117,7 @@ def _measured(opened: LoadedModel, data: CalibrationData, request: Request, rows
     if request.scoring.memory is not None:
         return _streamed(opened, data, request, progress)
     how = Measuring(request.scoring.batch_size, request.scoring.until_stable, tuple(request.target.keep), rows)
-    size = request.scoring.batch_size
+    size = how.size(opened.model, data)
     needed, computed = sum(data.lengths()), computed_tokens(data.lengths(), size)
     if len(set(data.lengths())) > 1 and not request.scoring.until_stable:
         progress.say(f"tokens: {computed:,} computed for {needed:,} needed, {size} windows at a time")
@@ -136,12 +138,13 @@ def _streamed(opened: LoadedModel, data: CalibrationData, request: Request, prog
             "--until-stable stops between windows, but with --memory all windows pass each block together; use one"
         )
     place, memory = request.placement, request.scoring.memory or ""
-    if place.device_map or place.device not in (None, "cpu"):
-        raise ModelError("--memory computes on the CPU; leave out --device and --device-map, or --memory")
-    dtype = torch_dtype(place.dtype or "float32")
-    streamed = open_streamed(opened.path, dtype, place.trust_remote_code)  # type: ignore[arg-type]
+    if place.device_map:
+        raise ModelError("--memory brings the weights block by block itself; leave out --device-map, or --memory")
+    dtype, device = torch_dtype(place.computes_in(opened.path)), usable_device(distributed.own_device(place.device))
+    streamed = open_streamed(opened.path, dtype or "float32", place.trust_remote_code, device)
+    size = request.scoring.batch_size or max(1, busy_tokens(device) // max(data.lengths()))
     with progress.stage("scoring windows, block by block", len(data)) as tick:
-        return stream_scores(streamed, data, opened.ref, parse_bytes(memory), request.scoring.batch_size, tick)
+        return stream_scores(streamed, data, opened.ref, parse_bytes(memory), size, tick)
 
 
 def losses_by_window(
@@ -157,5 +160,5 @@ def losses_by_window(
     samples = request.calibration.samples or max(2, WINDOW_TOKENS // length)
     data = windows(replace(settings, length=length, samples=samples), opened.tokenizer)
     with progress.stage(f"what a window of {counted.window} takes, {samples} x {length} tokens of {settings.name}"):
-        batches = [inputs for inputs, _ in data.batches(1)]
+        batches = [inputs for inputs, _ in data.batches(windows_at_once(opened.model, length))]
         return window_losses(opened.model, outline, batches, counted.window, counted.stack)

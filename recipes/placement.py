@@ -18,15 +18,12 @@ class Placement:
     device_map: str | None = None
     trust_remote_code: bool = False
 
-    def computes_in(self, folder: Path | None = None, streamed: bool = False) -> str:
-        """The dtype that `load` computes a folder's model in: the one asked for, else `default_dtype`.
-
-        `streamed` weights are computed with on the CPU.
-        """
+    def computes_in(self, folder: Path | None = None) -> str:
+        """The dtype that `load` computes a folder's model in: the one asked for, else `default_dtype`."""
         if self.dtype:
             return self.dtype
         from dropformer.prune.files.config_json import read_config
         from dropformer.prune.loading.load import default_dtype, usable_device
 
-        on_cpu = streamed or (self.device_map is None and usable_device(self.device).type == "cpu")
+        on_cpu = self.device_map is None and usable_device(self.device).type == "cpu"
         return str(default_dtype(read_config(folder) if folder else {}, on_cpu)).removeprefix("torch.")

@@ -16,6 +16,7 @@ from dropformer.eval.compare.downloads import Downloads
 from dropformer.metrics.analysis.analyze import analyze_model, calibrated
 from dropformer.metrics.analysis.score_cache import keep, kept_scores, score_file
 from dropformer.metrics.analysis.scores import Scores
+from dropformer.metrics.calibration.batching import samples_at_once
 from dropformer.metrics.calibration.settings import Calibration, check_length
 from dropformer.progress import Progress, Silent
 from dropformer.prune.artifact import ModelRef
@@ -54,7 +55,7 @@ class CompareRequest:
     revisions: Sequence[str] = ()
     tokenizer: str | None = None
     calibration: Calibration = field(default_factory=Calibration)
-    batch_size: int = 1
+    batch_size: int | None = None
     placement: Placement = field(default_factory=Placement)
     keep_downloads: bool = False
 
@@ -191,7 +192,7 @@ class Run:
         if embedding is not None:
             self.tokens.check_vocabulary(checkpoint.label, embedding.shape[0])
         with self.progress.stage(f"scoring {title}", len(data)) as tick:
-            batches = data.batches(self.request.batch_size)
+            batches = data.batches(self.request.batch_size or samples_at_once(opened.model, data))
             scores = analyze_model(opened.model, batches, ref=opened.ref, progress=tick)
         del opened, embedding
         gc.collect()

@@ -29,6 +29,8 @@ from dropformer.recipes import Recipe, open_config, recipes
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+SHIPPED = Path(__file__).parents[2] / "recipes" / "costs"
+
 
 @dataclass(frozen=True)
 class Speedup:
@@ -103,14 +105,39 @@ def _deepest(free: Sequence[Layer], count: int, _: Sequence[Layer]) -> list[Laye
 def cost_of_name(name: str, revision: str | None = None) -> ModelCost:
     """The cost of a model by recipe name, folder or Hub id; a recipe that holds a config needs no network.
 
-    Kept in the cache folder, so that a second estimate of the same config imports neither torch nor transformers.
-    Raises ModelError if the model cannot be found.
+    Costs of recipes come with the package (`make costs`), others are kept in the cache folder: a second estimate of
+    the same config imports neither torch nor transformers.  Raises ModelError if the model cannot be found.
     """
     known = recipes().get(name)
     if known is not None and known.config and revision is None:
+        if cost := shipped_cost(name, known.config):
+            return cost
         return _kept(json.dumps(dict(known.config), sort_keys=True), partial(_count, dict(known.config)))
     path = open_config(name, revision).path
     return _kept((path / "config.json").read_text(encoding="utf-8"), partial(_count, path))
+
+
+def shipped_cost(name: str, config: Mapping[str, Any], folder: Path = SHIPPED) -> ModelCost | None:
+    """The cost of a recipe's config that comes with the package; None where there is none of this very config."""
+    try:
+        kept = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    except OSError:
+        return None
+    return TypeAdapter(ModelCost).validate_python(kept["cost"]) if kept["config"] == _digest(config) else None
+
+
+def write_costs(folder: Path = SHIPPED) -> None:
+    """Count every recipe that holds a config anew, for the package (`make costs`)."""
+    folder.mkdir(exist_ok=True)
+    for name, recipe in recipes().items():
+        if recipe.config:
+            cost = TypeAdapter(ModelCost).dump_python(_count(dict(recipe.config)), mode="json")
+            kept = json.dumps({"config": _digest(recipe.config), "cost": cost}, separators=(",", ":"))
+            (folder / f"{name}.json").write_text(kept + "\n", encoding="utf-8")
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(dict(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _count(config: dict[str, Any] | Path) -> ModelCost:

@@ -1,25 +1,29 @@
 """Perplexity over fixed windows, and the KL divergence of a pruned model from the dense one.
 
-Windows are rows of token ids [N, T]. Each is read alone, without padding and without a token put before it,
-so the first token of a window is context and T - 1 tokens are scored. Sums are float64.
+Windows are rows of token ids [N, T], several at a time where that is faster.  Each is read without a token put
+before it, so the first token of a window is context and T - 1 tokens are scored. Sums are float64.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dropformer.eval.quality.head import SplitModel
+from dropformer.metrics.calibration.batching import Fitting, windows_at_once
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.prune.errors import EvaluationError
 
 HELD_OUT = Calibration("heldout", samples=8, length=512, seed=1)
 """The windows on which `prune` and `prune evaluate` measure perplexity unless told otherwise."""
+
+Result = TypeVar("Result")
 
 
 def plus_minus(value: float, stderr: float | None, digits: int) -> str:
@@ -82,12 +86,22 @@ def token_losses(model: PreTrainedModel, windows: Tensor, every: int = 1, scored
 
     The trunk reads whole windows; the head, most of a small model's time, only those positions.
     """
-    windows, split, found = _checked(windows), SplitModel(model), []
+    windows, split = _checked(windows), SplitModel(model)
     with torch.inference_mode():
-        for window, counts in _rows(windows, scored):
-            hidden, targets = _hidden(split, window)[:-1][counts][::every], window[1:][counts][::every]
-            found.append(torch.cat([_losses(split, hidden[piece], targets[piece]) for piece in split.pieces(hidden)]))
-    return found
+        return _in_batches([model], windows, lambda rows: _batch_losses(split, windows, scored, rows, every))
+
+
+def _batch_losses(
+    split: SplitModel, windows: Tensor, scored: Tensor | None, rows: Sequence[int], every: int
+) -> list[Tensor]:
+    """The losses of some windows; one transfer for all of them."""
+    ids, counts = _cut(windows, scored, rows)
+    counts &= (counts.cumsum(1) - 1) % every == 0
+    ids = ids.to(split.device)
+    hidden = _hidden(split, ids)
+    hidden, targets = hidden[:, :-1][counts.to(hidden.device)], ids[:, 1:][counts.to(ids.device)].to(hidden.device)
+    found = torch.cat([_losses(split, hidden[piece], targets[piece]) for piece in split.pieces(hidden)])
+    return list(found.cpu().double().split(counts.sum(1).tolist()))
 
 
 def side_by_side(
@@ -115,7 +129,7 @@ def all_side_by_side(
                 "KL divergence needs one vocabulary: compare a model with its own pruned form"
             )
     with torch.inference_mode():
-        rows = [_compare(one, others, window, None if scored is None else c) for window, c in _rows(windows, scored)]
+        rows = _in_batches([dense, *pruned], windows, lambda rows: _compare(one, others, windows, scored, rows))
     end = None if scored is not None else -1  # the last position's choice is compared, not scored
     left = [losses[:end] for losses, _ in rows]
     return [_side(left, [table[k] for _, table in rows], end) for k in range(len(others))]
@@ -135,44 +149,75 @@ def _side(dense: list[Tensor], tables: list[Tensor], end: int | None) -> SideByS
     return SideBySide(_perplexity(losses[0]), _perplexity(losses[1]), divergence, losses)
 
 
-def _rows(windows: Tensor, scored: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each window [t] up to its last scored token, and which of its tokens but the first are scored, [t - 1]."""
-    for i, window in enumerate(windows):
-        if scored is None:
-            yield window, torch.ones(len(window) - 1, dtype=torch.bool)
-        else:
-            end = int(scored[i].nonzero().max()) + 1
-            yield window[:end], scored[i, 1:end]
+def _in_batches(
+    models: Sequence[PreTrainedModel], windows: Tensor, run: Callable[[Sequence[int]], list[Result]]
+) -> list[Result]:
+    """What `run` gives for every window, as many at once as all models' device takes."""
+    size, count = min(windows_at_once(model, windows.shape[1]) for model in models), len(windows)
+    fitting = Fitting(run)
+    parts = [part for i in range(0, count, size) for part in fitting(range(i, min(i + size, count)))]
+    return [each for part in parts for each in part]
+
+
+def _cut(windows: Tensor, scored: Tensor | None, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Some windows [B, t] up to their last scored token, and which of their tokens but the first are, [B, t - 1].
+
+    A shorter one is run to the end of the longest: no token sees those behind it.
+    """
+    ids = windows[list(rows)]
+    if scored is None:
+        return ids, torch.ones_like(ids[:, 1:], dtype=torch.bool)
+    counts = scored[list(rows)]
+    end = int(counts.any(0).nonzero().max()) + 1
+    return ids[:, :end], counts[:, 1:end].clone()
 
 
 def _compare(
-    one: SplitModel, others: Sequence[SplitModel], window: Tensor, counts: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """One window [T]: the dense losses [T], and for each other model loss, KL and equal first choice [K, T, 3].
+    one: SplitModel, others: Sequence[SplitModel], windows: Tensor, scored: Tensor | None, rows: Sequence[int]
+) -> list[tuple[Tensor, Tensor]]:
+    """Each of some windows [T]: the dense losses [T], and for each other model loss, KL and equal first choice
+    [K, T, 3].
 
     With logits a and b, KL(p || q) = sum p (a - b) - log sum exp a + log sum exp b: three passes over the vocabulary
-    where two log-softmaxes would take eight.  counts [T - 1]: which tokens but the first are scored; None: all, and KL
-    at the last position too.
+    where two log-softmaxes would take eight.  scored [N, T]: which tokens count, the first never; None: all, and KL
+    at the last position too.  Figures stay on the device until all of the batch's are there.
     """
-    left, rights = _hidden(one, window), [_hidden(other, window) for other in others]
-    targets = torch.cat([window[1:], window[:1]])
-    if counts is not None:
-        left, rights, targets = left[:-1][counts], [right[:-1][counts] for right in rights], window[1:][counts]
-    losses, rows = [], []
-    for piece in one.pieces(left):
-        a = one.logits(left[piece])
-        total, first = a.logsumexp(-1, keepdim=True), a.argmax(-1)
-        losses.append(total[:, 0] - _picked(a, targets[piece]))
-        p = (a - total).exp_()
-        columns = []
-        for other, right in zip(others, rights, strict=True):
-            b = other.logits(right[piece]).to(a.device)
-            other_total, same = b.logsumexp(-1), b.argmax(-1) == first
-            loss = other_total - _picked(b, targets[piece])
-            kl = torch.einsum("nv,nv->n", p, b.neg_().add_(a)) - total[:, 0] + other_total
-            columns.append(torch.stack([loss, kl, same.float()], dim=-1).double().cpu())
-        rows.append(torch.stack(columns))
-    return torch.cat(losses).double().cpu(), torch.cat(rows, dim=1)
+    ids, counts = _cut(windows, scored, rows)
+    ids, every = ids.to(one.device), scored is None
+    chosen = torch.ones_like(ids, dtype=torch.bool, device="cpu")
+    if not every:
+        chosen[:, :-1], chosen[:, -1] = counts, False
+    left, *rights = [_hidden(split, ids) for split in (one, *others)]
+    left, *rights = [hidden[chosen.to(hidden.device)] for hidden in (left, *rights)]
+    targets = ids.roll(-1, 1)[chosen.to(ids.device)].to(left.device)
+    found = [_piece(one, others, piece, left, rights, targets) for piece in one.pieces(left)]
+    losses, table = (torch.cat(parts, dim=-1).cpu().double() for parts in zip(*found, strict=True))
+    sizes = chosen.sum(1).tolist()
+    each = zip(losses.split(sizes), table.split(sizes, dim=-1), strict=True)
+    return [(loss, figures.transpose(1, 2)) for loss, figures in each]
+
+
+def _piece(
+    one: SplitModel,
+    others: Sequence[SplitModel],
+    piece: slice,
+    left: Tensor,
+    rights: Sequence[Tensor],
+    targets: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Some positions [n]: the dense losses [n], and loss, KL and equal first choice of each other model [K, 3, n]."""
+    a = one.logits(left[piece])
+    total, first = a.logsumexp(-1, keepdim=True), a.argmax(-1)
+    dense = total[:, 0] - _picked(a, targets[piece])
+    p = (a - total).exp_()
+    columns = []
+    for other, right in zip(others, rights, strict=True):
+        b = other.logits(right[piece]).to(a.device)
+        other_total, same = b.logsumexp(-1), b.argmax(-1) == first
+        loss = other_total - _picked(b, targets[piece])
+        kl = torch.einsum("nv,nv->n", p, b.neg_().add_(a)) - total[:, 0] + other_total
+        columns.append(torch.stack([loss, kl, same.float()]))
+    return dense, torch.stack(columns)
 
 
 def _picked(logits: Tensor, targets: Tensor) -> Tensor:
@@ -181,14 +226,14 @@ def _picked(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _losses(split: SplitModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Loss of each target [n] after hidden states [n, D], in float64."""
+    """Loss of each target [n] after hidden states [n, D]."""
     logits = split.logits(hidden)
-    return (logits.logsumexp(-1) - _picked(logits, targets)).double().cpu()
+    return logits.logsumexp(-1) - _picked(logits, targets)
 
 
-def _hidden(split: SplitModel, window: Tensor) -> Tensor:
-    """Hidden states [T, D] of one window [T]."""
-    return split.hidden(window.unsqueeze(0).to(split.device), use_cache=False).last_hidden_state[0]
+def _hidden(split: SplitModel, ids: Tensor) -> Tensor:
+    """Hidden states [B, T, D] of windows [B, T]."""
+    return split.hidden(ids, use_cache=False).last_hidden_state
 
 
 def _perplexity(losses: list[Tensor]) -> Perplexity:

@@ -11,8 +11,13 @@ from dropformer.eval.report.evaluation import Candidate, Evaluation, EvaluationO
 from dropformer.eval.report.page import Picture, html
 from dropformer.eval.report.prepare import labels
 from dropformer.metrics.analysis.distributed import own_device
+from dropformer.metrics.offload.process_memory import shown
 from dropformer.progress import Progress
+from dropformer.prune.files.config_json import read_config
+from dropformer.prune.loading.device import input_device
 from dropformer.prune.plan import Plan
+from dropformer.prune.surgery.views import share_equal
+from dropformer.recipes import open_source
 from dropformer.recipes.opening import LoadedModel, open_model
 from dropformer.recipes.placement import Placement
 
@@ -37,7 +42,7 @@ def evaluate_models(
     """Evaluate whatever `--model` takes; the first is the dense model.  Raises as `open_model` and `evaluate`."""
     if not placement.device_map:
         placement = replace(placement, device=own_device(placement.device))
-    opened = [open_model(name, None, placement, progress.say) for name in names]
+    opened = opened_together(names, placement, progress)
     models = [
         Candidate(label, one.model, one.tokenizer, plan_of(one, opened[0]))
         for label, one in zip(labels(names), opened, strict=True)
@@ -48,6 +53,28 @@ def evaluate_models(
         if (one.path / "similarity.png").is_file()
     ]
     return EvaluationRun(evaluate(models, options, progress), pictures)
+
+
+def opened_together(names: Sequence[str], placement: Placement, progress: Progress) -> list[LoadedModel]:
+    """Models of which each further one shares the weights that are the first's, bit for bit.
+
+    On a GPU the others are read into host memory first, so that the device never holds a kept weight twice.  Not where
+    a device map places the weights, or they are quantized: then equal weights are held twice while one is loaded.
+    """
+    dense = open_model(names[0], None, placement, progress.say)
+    found, device = [dense], input_device(dense.model)
+    for name in names[1:]:
+        near = device.type == "cpu" or placement.device_map or _quantized(name, progress)
+        place = placement if near else replace(placement, device="cpu", dtype=placement.dtype or "auto")
+        one = open_model(name, None, place, progress.say)
+        if shared := share_equal(one.model, dense.model):
+            progress.say(f"{shown(shared)} of {name}'s weights are those of {names[0]}, and held once")
+        found.append(one if near else replace(one, model=one.model.to(device)))
+    return found
+
+
+def _quantized(name: str, progress: Progress) -> bool:
+    return bool(read_config(open_source(name, None, progress.say).path).get("quantization_config"))
 
 
 def plan_of(pruned: LoadedModel, dense: LoadedModel) -> Plan | None:

@@ -16,20 +16,26 @@ from typing import Any
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dropformer.eval.cost.memory import kv_bytes_per_token
 from dropformer.eval.tasks.packing import Limits
 from dropformer.eval.tasks.prefix_cache import PrefixCache, longest_stem
 from dropformer.eval.tasks.scorer import Score, Scorer, ScoreRequest, Stats
+from dropformer.metrics.calibration.batching import SHARE, activation_bytes
 from dropformer.prune.errors import EvaluationError
+from dropformer.prune.loading.device import free_bytes, gpus_of
 from dropformer.prune.loading.quiet import quiet_logger
 
 Tokenized = tuple[tuple[str, str] | None, list[int], list[int]]
 
 Progress = Callable[[int, int], None]
 """Called with the requests answered and all that were asked."""
+
+TOGETHER_CPU, TOGETHER_GPU = 8, 64  # prompts that generate together at most
 
 AT_ONCE = 16384
 """Requests tokenized at a time: a few-shot prompt's token ids take more memory than its text."""
@@ -40,6 +46,7 @@ class FastLM(HFLM):
 
     model: a causal LM in memory, dense or pruned. options: those of lm-eval's `hf` model (max_length,
     add_bos_token, prefix_token_id, ...). limits: how large a packed row may be. pack=False pads instead.
+    batch_size: prompts that generate together; None: by their length and the memory that is free.
     """
 
     def __init__(
@@ -48,10 +55,13 @@ class FastLM(HFLM):
         tokenizer: PreTrainedTokenizerBase,
         limits: Limits | None = None,
         pack: bool = True,
+        batch_size: int | None = None,
         **options: Any,
     ) -> None:
+        size = batch_size or 1
         with without_remarks():
-            super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, **options)
+            super().__init__(pretrained=model, backend="causal", tokenizer=tokenizer, batch_size=size, **options)
+        self._chooses = batch_size is None
         self.scorer = Scorer(model, limits, pack)
         self._encoded: dict[str, list[int]] = {}
         self._stem: PrefixCache | None = None
@@ -95,17 +105,21 @@ class FastLM(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy or sampled text for each request, by lm-eval's own loop behind the prompts' common stem."""
-        self._stem = self._common_stem([request.args[0] for request in requests])
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        self._stem = self._common_stem(prompts)
+        if self._chooses and requests:
+            settings = [normalize_gen_kwargs(request.args[1], self.max_gen_toks) for request in requests]
+            new = max(each["max_gen_toks"] for each in settings)
+            self.batch_size_per_gpu = prompts_at_once(self.model, min(max(map(len, prompts)) + new, self.max_length))
         try:
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
         finally:
             self._stem = None
 
-    def _common_stem(self, contexts: Sequence[str]) -> PrefixCache | None:
+    def _common_stem(self, prompts: Sequence[list[int]]) -> PrefixCache | None:
         """What all prompts begin with, computed; None where it is short, or the model has shown no trunk."""
-        if not self.scorer.packs or len(contexts) < 2:
+        if not self.scorer.packs or len(prompts) < 2:
             return None
-        prompts = [self.tok_encode(context) for context in contexts]
         length = longest_stem(prompts)
         if length < self.scorer.limits.shared or max(map(len, prompts)) > self.scorer.longest:
             return None
@@ -176,6 +190,18 @@ class FastLM(HFLM):
         if add_special_tokens is None and not left_truncate_len and string in self._encoded:
             return list(self._encoded[string])
         return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
+
+
+def prompts_at_once(model: nn.Module, length: int) -> int:
+    """How many prompts generate together, with up to `length` tokens each, answers included.
+
+    A decode step reads the weights once for all of them.  On a GPU, as many as fit with their keys and values.
+    """
+    gpus = gpus_of(model)
+    if not gpus:
+        return TOGETHER_CPU
+    each = length * (activation_bytes(model, length) + kv_bytes_per_token(model))
+    return max(1, min(TOGETHER_GPU, *(int(SHARE * free_bytes(gpu)) // each for gpu in gpus)))
 
 
 def without_remarks() -> AbstractContextManager[None]:

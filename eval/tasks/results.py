@@ -17,8 +17,9 @@ class TaskOptions:
 
     shots: few-shot examples, None for each task's own. limit: questions for each named task or group, drawn
     by `seed` in proportion to its parts. mmlu_data: folder of MMLU's CSV files. include: folder of further
-    task files. backend: "fast" or lm-eval's own "hf", the latter with batch_size. cache: folder in which
-    answers are kept; a run that was cut off goes on from them. lm: further arguments of lm-eval's hf model.
+    task files. backend: "fast" or lm-eval's own "hf". batch_size: prompts that generate together, and with
+    "hf" requests that are scored together (None: chosen). cache: folder in which answers are kept; a run that
+    was cut off goes on from them. lm: further arguments of lm-eval's hf model.
     """
 
     shots: int | None = None
@@ -27,7 +28,7 @@ class TaskOptions:
     mmlu_data: Path | None = None
     include: Path | None = None
     backend: Literal["fast", "hf"] = "fast"
-    batch_size: int = 1
+    batch_size: int | None = None
     cache: Path | None = None
     lm: Mapping[str, Any] | None = None
 

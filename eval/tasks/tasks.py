@@ -27,8 +27,11 @@ from dropformer.eval.tasks.registry import Found, find_tasks, leaves_of
 from dropformer.eval.tasks.responses import RememberingLM, SharingLM, fingerprint
 from dropformer.eval.tasks.results import Metric, TaskOptions, TaskResult, TaskResults
 from dropformer.eval.tasks.sampling import stratified
+from dropformer.metrics.calibration.batching import windows_at_once
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.quiet import quiet_logger
+
+HF_TOKENS = 2048  # of a request, by which the batch of lm-eval's own backend is chosen: it keeps whole logits
 
 
 def evaluate_tasks(
@@ -104,7 +107,8 @@ def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     if options.backend == "fast":
         return FastLM(model, tokenizer, batch_size=options.batch_size, **more)
     with without_remarks():
-        return HFLM(model, backend="causal", tokenizer=tokenizer, batch_size=options.batch_size, **more)
+        size = options.batch_size or windows_at_once(model, HF_TOKENS)
+        return HFLM(model, backend="causal", tokenizer=tokenizer, batch_size=size, **more)
 
 
 def _remembered(

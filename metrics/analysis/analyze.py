@@ -78,6 +78,7 @@ def measuring(model: nn.Module, architecture: Architecture) -> Iterator[Callable
 
         def run(batch: Batch, scored: Tensor | None) -> WindowScores:
             inputs = as_inputs(part, batch)
+            capture.clear()
             capture.scored = scored
             capture.batch = batch_size(inputs)
             with _same_attention(part):
@@ -167,12 +168,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def as_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """Forward arguments on the model's device; a lone tensor goes to the first parameter of forward."""
+def as_inputs(model: nn.Module, batch: Batch, device: torch.device | None = None) -> dict[str, Any]:
+    """Forward arguments on a device (None: the model's); a lone tensor goes to the first parameter of forward."""
     names = inspect.signature(model.forward).parameters
     fields = {next(iter(names)): batch} if isinstance(batch, Tensor) else dict(batch)
-    device = input_device(model)
-    device = torch.device("cpu") if device.type == "meta" else device  # streamed weights come later
+    device = device or input_device(model)
+    device = torch.device("cpu") if device.type == "meta" else device  # a blueprint: only shapes matter
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in fields.items()}
     two = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" in names
     if two and "input_ids" in moved and "decoder_input_ids" not in moved:

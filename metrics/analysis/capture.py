@@ -62,6 +62,10 @@ class Capture:
         self._held: dict[Tap, Stream] = {}
         self._last: tuple[Tensor, Stream] | None = None
 
+    def clear(self) -> None:
+        """Forget what a pass that failed has left."""
+        self._similarity, self._held, self._last = {}, {}, None
+
     def take(self) -> WindowScores:
         """Sums over the scored tokens since the last call, and how many those were.
 
@@ -74,7 +78,7 @@ class Capture:
         for columns in _alike(found):
             total, counted = self._sum(torch.stack([found[i] for i in columns]))
             sums[:, columns], tokens[:, columns] = total.T.cpu(), counted[:, None].cpu()
-        self._similarity, self._held, self._last = {}, {}, None
+        self.clear()
         return WindowScores(sums, tokens)
 
     def hold(self, tap: Tap, stream: Tensor, inplace: bool = False) -> None:

@@ -19,25 +19,34 @@ from dropformer.metrics.analysis.capture import WindowScores
 from dropformer.metrics.analysis.resume import Header, RowsFile
 from dropformer.metrics.analysis.scores import Scores, Settled
 from dropformer.metrics.analysis.stability import Stopper, first
+from dropformer.metrics.calibration.batching import Fitting, samples_at_once
 from dropformer.metrics.calibration.data import CalibrationData
 from dropformer.metrics.calibration.windows import by_length
 from dropformer.prune.architecture import Architecture
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.summarize import summarize
 
+STOPS_AFTER = 4  # windows at once where the analysis may stop before the last
+
 
 @dataclass(frozen=True)
 class Measuring:
     """How to run an analysis.
 
+    `batch_size`: windows at once (None: as many as keep the device busy and fit); fewer once memory runs out.
     `until_stable`: a drop spec; stop once the layers that it drops are settled.  `rows`: a file to keep
     the windows' rows in until all are measured, so that a killed run goes on.
     """
 
-    batch_size: int = 1
+    batch_size: int | None = None
     until_stable: str | None = None
     keep: tuple[int, ...] = ()
     rows: Path | None = None
+
+    def size(self, model: nn.Module, data: CalibrationData) -> int:
+        """Windows at once; few where it may stop early, which is seen after each round."""
+        chosen = samples_at_once(model, data)
+        return self.batch_size or (min(chosen, STOPS_AFTER) if self.until_stable else chosen)
 
 
 def measure(
@@ -54,13 +63,14 @@ def measure(
     """
     how = how or Measuring()
     architecture = proven(model)
+    size = how.size(model, data)
     stopper = None
     if how.until_stable:
         outline = summarize(model, architecture)
         stopper = Stopper(outline, architecture.layers(), how.until_stable, len(data), how.keep)
     with ExitStack() as stack:
         done, kept = _earlier(model, data, ref, how, architecture, stack)
-        rows, settled = _run(model, architecture, data, done, _Watch(stopper, kept, progress), how.batch_size)
+        rows, settled = _run(model, architecture, data, done, _Watch(stopper, kept, progress), size)
         if kept and not settled:
             kept.remove()
     scores = calibrated(scores_of(model, architecture, rows, ref), data)
@@ -118,6 +128,7 @@ def _run(
     done = dict(earlier)
     settled = watch.see(done, {}) if done else None
     with measuring(model, architecture) as run:
+        fitting = Fitting(lambda rows: run(*data.batch(rows)))
         missing = [i for i in range(len(data)) if i not in done]
         if watch.stopper is None:  # else the first windows are needed first
             lengths = data.lengths()
@@ -126,7 +137,7 @@ def _run(
             if settled:
                 break
             mine = batches[distributed.rank()] if distributed.rank() < len(batches) else []
-            rows = run(*data.batch(mine)) if mine else None
+            rows = joined(list(fitting(mine))) if mine else None
             new = exchanged(mine, rows, size, len(architecture.layers()))
             done |= new
             settled = watch.see(done, new)

@@ -16,6 +16,7 @@ from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import attention_module
 from dropformer.prune.errors import CalibrationError
 from dropformer.prune.loading import window_cache
+from dropformer.prune.loading.device import OVERRIDES
 from dropformer.prune.loading.modeling import hidden_states
 from dropformer.prune.loading.window_attention import unfit, window_attention
 from dropformer.prune.outline import Outline
@@ -34,7 +35,7 @@ def window_losses(
     pass per layer; this takes one, and each attention twice.  Batches: model inputs [B, T] without padding, T well
     beyond the window.  Raises CalibrationError where none is.
     """
-    sums: dict[Layer, float] = {}
+    sums: dict[Layer, Tensor] = {}
     counted = 0
     with torch.inference_mode(), _comparing(model, outline, window, stack, sums):
         for batch in batches:
@@ -47,12 +48,12 @@ def window_losses(
             f"no calibration window is longer than the attention window {window}; raise --length to about "
             f"{TIMES * window.width}"
         )
-    return {layer: total / counted for layer, total in sums.items()}
+    return {layer: float(total) / counted for layer, total in sums.items()}
 
 
 @contextmanager
 def _comparing(
-    model: nn.Module, outline: Outline, window: Window, stack: str, sums: dict[Layer, float]
+    model: nn.Module, outline: Outline, window: Window, stack: str, sums: dict[Layer, Tensor]
 ) -> Iterator[None]:
     """Inside the `with`, every forward pass adds each layer's loss at positions beyond the window to `sums`."""
     with ExitStack() as hooks:
@@ -71,6 +72,8 @@ def _comparing(
 def windowed_twin(module: nn.Module, window: Window) -> nn.Module:
     """The same attention module with a window: its own settings and hooks, the same weights."""
     twin = copy.copy(module)
+    for name in OVERRIDES:
+        twin.__dict__.pop(name, None)
     twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
     twin._forward_pre_hooks_with_kwargs, twin._forward_hooks_with_kwargs = OrderedDict(), OrderedDict()
     window_attention(twin, window_cache.Window(window.width, window.sinks))
@@ -84,13 +87,14 @@ def _note(entered: list[Tensor]) -> Any:
     return hook
 
 
-def _compare(layer: Layer, twin: nn.Module, window: Window, entered: list[Tensor], sums: dict[Layer, float]) -> Any:
+def _compare(layer: Layer, twin: nn.Module, window: Window, entered: list[Tensor], sums: dict[Layer, Tensor]) -> Any:
     def hook(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         beyond = slice(window.width + window.sinks, None)
         full, seen = (_first(result)[:, beyond].float() for result in (output, twin(*args, **kwargs)))
-        stream = entered[0][:, beyond].float()
+        stream = entered[0][:, beyond].to(full.device).float()
         lost = (seen - full).square().sum(-1) / stream.square().sum(-1).clamp_min(1e-12)
-        sums[layer] = sums.get(layer, 0.0) + float(lost.sum())
+        total = lost.sum(dtype=torch.float64)  # read once all have passed: the device does not wait
+        sums[layer] = sums[layer] + total if layer in sums else total
 
     return hook
 

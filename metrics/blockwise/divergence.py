@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from dropformer.metrics.blockwise.runner import BlockRunner, replaced
 from dropformer.metrics.blockwise.variant import Variant, dropped_forms
+from dropformer.metrics.calibration.batching import busy_tokens
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.loading.modeling import Skipped
-
-BUSY_CPU, BUSY_GPU = 256, 8192  # tokens in a pass beyond which more variants at once gain nothing
 
 
 def kl_divergence(dense: Tensor, changed: Tensor) -> Tensor:
@@ -67,7 +66,7 @@ class DenseReference:
             streams = [self.streams[batch][first] for batch in range(len(self.runner))]
             for block in self.runner.walk(first):
                 streams = [self.runner.step(block, batch, stream) for batch, stream in enumerate(streams)]
-            return self._summary([self._log_probabilities(batch, stream) for batch, stream in enumerate(streams)])
+            return self._summary(self._log_probabilities(batch, stream) for batch, stream in enumerate(streams))
 
     def compare_each(self, variants: Sequence[Variant], batches: Sequence[int] | None = None) -> list[Divergence]:
         """The damage of each variant by itself, on some of the batches (None: all).
@@ -108,8 +107,7 @@ class DenseReference:
 
     def _together(self, stream: Tensor) -> int:
         """How many variants run as one batch."""
-        busy = BUSY_CPU if self.runner.start(0).device.type == "cpu" else BUSY_GPU
-        most = max(1, busy // stream.shape[:2].numel())
+        most = max(1, busy_tokens(self.runner.start(0).device) // stream.shape[:2].numel())
         return most if most == 1 or self._stacks else 1
 
     @cached_property
@@ -135,7 +133,7 @@ class DenseReference:
     def _log_probabilities(self, batch: int, stream: Tensor) -> Tensor:
         return torch.log_softmax(self.runner.logits(batch, stream, self._positions(batch)).float(), -1)
 
-    def _summary(self, found: list[Tensor]) -> Divergence:
+    def _summary(self, found: Iterable[Tensor]) -> Divergence:
         return self._joined([self._rows(batch, log_probs) for batch, log_probs in enumerate(found)])
 
     def _joined(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Divergence:

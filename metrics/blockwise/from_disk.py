@@ -61,14 +61,19 @@ class BlockSource:
 
 
 def open_source_of_blocks(
-    path: Path, memory: int, dtype: torch.dtype | str = torch.float32, trust_remote_code: bool = False
+    path: Path,
+    memory: int,
+    dtype: torch.dtype | str = torch.float32,
+    trust_remote_code: bool = False,
+    device: torch.device = torch.device("cpu"),
 ) -> BlockSource:
     """Open a checkpoint for an improver that takes about `memory` bytes of RAM.
 
-    Raises ModelError where what belongs to no block, the largest block and the moments of its largest slot do not
-    fit, CheckpointError or ArchitectureError.
+    On a GPU, weights and moments are there, and RAM holds what is kept between blocks.  Raises ModelError where what
+    belongs to no block, the largest block and the moments of its largest slot do not fit, CheckpointError or
+    ArchitectureError.
     """
-    streamed = open_streamed(path, dtype, trust_remote_code)
+    streamed = open_streamed(path, dtype, trust_remote_code, device)
     model, weights = streamed.model, streamed.weights
     blocks = [block.path for block in blocks_of(streamed.architecture)]
     outside = [
@@ -78,6 +83,8 @@ def open_source_of_blocks(
     ]
     needed = streamed.largest_block() + _moments(streamed)
     held = sum(weights.nbytes(name) for name in outside)  # embeddings tied to the head count once too often
+    if device.type != "cpu":  # these are on the GPU, which says itself where they do not fit
+        held = needed = 0
     free = int(memory * (1 - MARGIN)) - resident() - held - needed
     if free < 0:
         raise ModelError(

@@ -12,7 +12,6 @@ x and y are the residual stream before and after the layer, at scored tokens.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -71,12 +70,14 @@ def mean_over_tokens(score: PairScore) -> Metric:
     """A metric from a number per token.  One forward pass; memory: one block's streams and those that enter it."""
 
     def metric(bench: MetricContext) -> dict[Layer, float]:
-        sums: dict[Layer, float] = defaultdict(float)
+        sums: dict[Layer, Tensor] = {}
         with torch.inference_mode():
             weights = [bench.weight(batch) for batch in range(len(bench.runner))]
             for batch, layer, x, y in residual_pairs(bench.runner):
-                sums[layer] += float((score(x, y.to(x.device)).double() * weights[batch].to(x.device)).sum())
-        return {layer: total / float(sum(w.sum() for w in weights)) for layer, total in sums.items()}
+                found = (score(x, y.to(x.device)).double() * weights[batch].to(x.device)).sum()
+                sums[layer] = sums[layer].to(found.device) + found if layer in sums else found
+        counted = float(sum(w.sum() for w in weights))
+        return {layer: float(total) / counted for layer, total in sums.items()}
 
     return metric
 

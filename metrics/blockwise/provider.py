@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from dropformer.prune.architecture import Architecture
+from dropformer.prune.loading.device import hooks_of, is_offloaded
 
 
 class Provider(Protocol):
@@ -70,13 +71,6 @@ class Offloaded:
         self._in, self._path = [], ""
 
 
-def hooks_of(module: nn.Module) -> list[Any]:
-    """accelerate's hooks on a module."""
-    hook = getattr(module, "_hf_hook", None)
-    return list(getattr(hook, "hooks", [hook])) if hook is not None else []
-
-
 def provider_for(model: nn.Module) -> Provider:
     """How a model that was loaded whole gives its blocks."""
-    offloads = any(getattr(hook, "offload", False) for module in model.modules() for hook in hooks_of(module))
-    return Offloaded(model) if offloads else InMemory()
+    return Offloaded(model) if is_offloaded(model) else InMemory()

@@ -24,6 +24,7 @@ from dropformer.metrics.offload.keeper import Keeper
 from dropformer.prune.architecture import Architecture, Stack, Tap
 from dropformer.prune.discovery.trace import outputs_of
 from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.loading.device import hooks_of
 from dropformer.prune.loading.modeling import Skipped
 
 SIMILARITY = "use --metric similarity with --select one-shot and no --repair"
@@ -144,6 +145,7 @@ class BlockRunner:
             return Call(args, kwargs).on(_one(first.input), stream)
 
         few = positions is not None and "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        few = few and next(hooks_of(self.model), None) is None  # over several GPUs they would come to another one
         with replaced(self.model, self._passing):
             hook = self.model.get_submodule(first.path).register_forward_pre_hook(inject, with_kwargs=True)
             try:
@@ -152,7 +154,7 @@ class BlockRunner:
                 hook.remove()
         logits = getattr(output, "logits", None)
         logits = next(iter(outputs_of(output).values())) if logits is None else logits
-        return logits if few or positions is None else logits[:, positions]
+        return logits if few or positions is None else logits[:, positions.to(logits.device)]
 
     def _record(self, batch: Mapping[str, Any]) -> list[Call]:
         calls: list[Call] = []

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from dropformer.prune.loading.device import OVERRIDES
+
 
 def device_of(model: nn.Module, path: str) -> torch.device:
     """Where the module at a path computes: the device of its weights, or of the nearest ones around it."""
@@ -23,7 +25,7 @@ def device_of(model: nn.Module, path: str) -> torch.device:
 def with_parameters_of(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     """A module like the one given, with some parameters of its own replaced; the module stays.  No hooks."""
     new = copy.copy(module)
-    for name in ("_hf_hook", "_old_forward", "forward"):  # accelerate's, which would call the old module
+    for name in OVERRIDES:
         new.__dict__.pop(name, None)
     device = next((p.device for p in module.parameters() if not p.is_meta), next(iter(values.values())).device)
     new._parameters = {

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from dropformer.prune.errors import ModelError
 
 if TYPE_CHECKING:
+    import torch
+
     from dropformer.metrics.offload.spill import Spill
 
 MARGIN = 0.05  # of the budget, left free
@@ -21,24 +23,42 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "M
 class Budget:
     """Shares out `memory` bytes: what the process takes anyway, one block, and the rest for waiting passes.
 
-    How much a block's forward pass takes is measured on the first one.  Raises ModelError where not even
-    the largest block fits.
+    How much a block's forward pass takes is measured on the first one.  Where a GPU computes, blocks and waiting
+    passes are there instead.  Raises ModelError where not even the largest block fits.
     """
 
-    def __init__(self, memory: int, largest: int) -> None:
-        self.memory, self.largest = memory, largest
+    def __init__(self, memory: int, largest: int, device: torch.device | None = None) -> None:
+        self.memory, self.largest, self.device = memory, largest, device
         self._observed = False
-        needed = resident() + largest
+        if self._on_gpu and largest > self._free():
+            raise ModelError(
+                f"the largest block takes {shown(largest)}, and {device} has {shown(self._free())} free; compute in "
+                "--dtype bfloat16, or on the CPU (--device cpu)"
+            )
+        here = 0 if self._on_gpu else largest
+        needed = resident() + here
         if needed > memory * (1 - MARGIN):
             raise ModelError(
                 f"--memory {shown(memory)} is too little: the program takes {shown(resident())} and the largest block "
-                f"{shown(largest)}; give at least {shown(int(needed * 1.25))}, or compute in --dtype bfloat16"
+                f"{shown(here)}; give at least {shown(int(needed * 1.25))}, or compute in --dtype bfloat16"
             )
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device is not None and self.device.type == "cuda"
+
+    def _free(self) -> int:
+        from dropformer.prune.loading.device import free_bytes  # imports torch, which names and sizes do without
+
+        return free_bytes(self.device) if self.device is not None else 0
 
     def observe(self, spill: Spill, block: int) -> None:
         """Once a first batch has passed a block of `block` bytes: allow what is left of the budget."""
         if not self._observed:
             self._observed = True
+            if self._on_gpu:
+                spill.allowance = self._free() // 2
+                return
             left = self.memory * (1 - MARGIN) - peak() - (self.largest - block)
             spill.allowance = max(0, int(left))
 

@@ -1,9 +1,9 @@
 """Score a model whose weights do not fit in memory: block by block, each read from its files once.
 
-The model's own forward runs.  Each batch of windows has its forward pass in a greenlet, a function that
-can be suspended in the middle; a hook in front of every block suspends it until the weights of that
-block are there.  All batches pass through a block before the next one is read, so the work is that of
-an ordinary pass, the reading that of one copy of the files, and the memory that of one block.
+The model's own forward runs.  Each batch of windows has its forward pass in a greenlet, a function that can be
+suspended in the middle; a hook in front of every block suspends it until the weights of that block are there.  All
+batches pass through a block before the next one is read, so the work is that of an ordinary pass, the reading that of
+one copy of the files, and the memory that of one block.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -39,7 +38,7 @@ from dropformer.prune.discovery.proof import prove_block
 from dropformer.prune.discovery.replay import Replay
 from dropformer.prune.errors import ModelError
 from dropformer.prune.files import open_checkpoint
-from dropformer.prune.loading.load import auto_class, read_model_config
+from dropformer.prune.loading.load import build, read_model_config
 from dropformer.prune.loading.quiet import quiet_transformers
 
 LARGE_EMBEDDING = 32 << 20  # bytes from which an embedding is read row by row
@@ -60,15 +59,13 @@ class Streamed:
         return max(self.weights.nbytes(block.path) for block in blocks_of(self.architecture))
 
 
-def _builder(loader: Any) -> Any:
-    """How an Auto class, or a model's own class, builds from a config."""
-    if hasattr(loader, "from_config"):
-        return loader.from_config
-    return lambda config, dtype, trust_remote_code: loader._from_config(config, dtype=dtype)
-
-
-def open_streamed(path: Path, dtype: torch.dtype | str = torch.float32, trust_remote_code: bool = False) -> Streamed:
-    """Read a checkpoint's config and headers only; `dtype` "auto" is the config's.
+def open_streamed(
+    path: Path,
+    dtype: torch.dtype | str = torch.float32,
+    trust_remote_code: bool = False,
+    device: torch.device = torch.device("cpu"),
+) -> Streamed:
+    """Read a checkpoint's config and headers only; `dtype` "auto" is the config's, `device` where it computes.
 
     Raises CheckpointError, ArchitectureError or ModelError.
     """
@@ -77,14 +74,16 @@ def open_streamed(path: Path, dtype: torch.dtype | str = torch.float32, trust_re
         dtype = getattr(config, "dtype", None) or torch.float32
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{path} is quantized, and quantized weights cannot be streamed; leave out --memory")
-    build = _builder(auto_class(config))
     with quiet_transformers():
         with torch.device("meta"):
             # bfloat16, since the grouped products of experts have no other form there; the dtype is of no matter
             blueprint = build(_unpadded(config), dtype=torch.bfloat16, trust_remote_code=trust_remote_code).eval()
         with init_empty_weights(include_buffers=False):  # buffers such as rotary frequencies are computed, not read
             model = build(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
-    return Streamed(model, blueprint, discover(blueprint), Weights(model, open_checkpoint(path)))
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+    return Streamed(model, blueprint, discover(blueprint), Weights(model, open_checkpoint(path), device))
 
 
 def _unpadded(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -103,6 +102,8 @@ def stream_scores(
     progress: Progress | None = None,
 ) -> Scores:
     """Scores of a model on calibration windows, `size` at a time, in about `memory` bytes of RAM.
+
+    On a GPU, that holds one block, and of what waits between blocks as much as fits in half of the rest.
 
     Several processes share the windows.  Raises ModelError where the largest block does not fit, and
     ArchitectureError where a block does not prove to be what it was taken for.
@@ -129,7 +130,7 @@ def stream(
         stack.enter_context(torch.no_grad())
         stack.enter_context(evaluating(streamed.model))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dropformer-")))
-        run = _Run(streamed, Budget(memory, streamed.largest_block()), Spill(folder))
+        run = _Run(streamed, Budget(memory, streamed.largest_block(), streamed.weights.device), Spill(folder))
         stack.enter_context(run.gates())
         run.capture = stack.enter_context(capturing(streamed.model, streamed.architecture))
         stack.callback(run.abandon)
@@ -202,7 +203,7 @@ class _Run:
         part = trunk(self.model)
 
         def run() -> None:
-            part(**as_inputs(part, inputs))
+            part(**as_inputs(part, inputs, self.weights.device))
 
         return greenlet(run)
 

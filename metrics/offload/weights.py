@@ -1,8 +1,8 @@
 """Weights read from a checkpoint's files module by module, into a model that has none.
 
-A tensor is read in pieces and cast on the way, so that no more than the module and one piece is in
-memory.  What a module leaves behind is filled again for the next of its shape: memory does not grow
-with the number of modules.
+A tensor is read in pieces, moved to the device where there is one and cast on the way, so that no more than the
+module and one piece is in memory.  What a module leaves behind is filled again for the next of its shape: memory
+does not grow with the number of modules.
 """
 
 from __future__ import annotations
@@ -38,15 +38,17 @@ class Weights:
     `bytes_read` counts what came from the files.  Raises CheckpointError where the files lack a tensor.
     """
 
-    def __init__(self, model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-        self.model, self.checkpoint = model, checkpoint
+    def __init__(
+        self, model: PreTrainedModel, checkpoint: Checkpoint, device: torch.device = torch.device("cpu")
+    ) -> None:
+        self.model, self.checkpoint, self.device = model, checkpoint, device
         self.bytes_read = 0
         self._plain, self._converted = _sources(model, checkpoint)
         self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
         self._mapping = get_model_conversion_mapping(model)
         self._spare: dict[tuple, list[Tensor]] = defaultdict(list)
         self._rows: dict[str, Tensor] = {}  # embeddings read row by row, and which rows are there
-        self._piece = bytearray(PIECE)
+        self._piece = torch.empty(PIECE, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
     def nbytes(self, path: str, loaded: bool = False) -> int:
         """Bytes of the parameters below a module: of those still to be loaded, or of those that are."""
@@ -86,8 +88,8 @@ class Weights:
         self._rows[path][wanted] = True
 
     def has_rows(self, path: str) -> bool:
-        """Can an embedding be read row by row?  Not where it is made from other tensors."""
-        return f"{path}.weight" in self._plain
+        """Can an embedding be read row by row?  Not on a GPU, nor where it is made from other tensors."""
+        return self.device.type == "cpu" and f"{path}.weight" in self._plain
 
     def release(self, path: str, recurse: bool = True) -> None:
         """Empty a module again."""
@@ -101,22 +103,22 @@ class Weights:
         if span.shape != tuple(empty.shape):
             raise CheckpointError(f"tensor {name} has shape {list(span.shape)}, the model wants {list(empty.shape)}")
         spare = self._spare.get((empty.shape, empty.dtype))
-        target = spare.pop() if spare else torch.empty(empty.shape, dtype=empty.dtype)
+        target = spare.pop() if spare else torch.empty(empty.shape, dtype=empty.dtype, device=self.device)
         flat, at = target.view(-1), 0
         for values in self._pieces(span):
-            flat[at : at + len(values)] = values
+            flat[at : at + len(values)] = values.to(self.device)  # in the file's type, cast there
             at += len(values)
         return target
 
     def _pieces(self, span: TensorSpan) -> Iterator[Tensor]:
-        view, dtype = memoryview(self._piece), _dtype(span)
+        view, dtype = memoryview(self._piece.numpy()), _dtype(span)
         with self.checkpoint.shards[span.shard].opened() as file:
             for start in range(span.start, span.end, PIECE):
                 size = min(PIECE, span.end - start)
                 if os.preadv(file, [view[:size]], start) != size:
                     raise CheckpointError(f"{span.shard} ended early; get a complete copy of the checkpoint")
                 self.bytes_read += size
-                yield torch.frombuffer(self._piece, dtype=dtype, count=size // dtype.itemsize)
+                yield self._piece[:size].view(dtype)
 
     def _convert(self, path: str, recurse: bool) -> None:
         """Load tensors that the model holds in another form, merged experts for example, as transformers does."""
@@ -128,7 +130,8 @@ class Weights:
         tensors = {name: t.view(self.checkpoint.tensors[name].shape) for name, t in tensors.items()}
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         with quiet_transformers():
-            how = LoadStateDictConfig(weight_mapping=self._mapping, dtype=dtype)  # type: ignore[arg-type]
+            place = {"": str(self.device)}
+            how = LoadStateDictConfig(weight_mapping=self._mapping, dtype=dtype, device_map=place)  # type: ignore[arg-type]
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, how)
         if info.conversion_errors or info.mismatched_keys or info.unexpected_keys:
             raise CheckpointError(f"{names[0]} and its like cannot be converted for {type(self.model).__name__}")

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,8 +28,7 @@ from dropformer.metrics.repair.ridge import token_weights
 from dropformer.metrics.repair.sequential import DenseStreams, StreamSite, sites, target
 from dropformer.prune.architecture import Architecture, Layer, Stack
 from dropformer.prune.discovery.trace import outputs_of
-
-HOOKS = ("_hf_hook", "_old_forward", "forward")  # accelerate's, which would bring the old weights
+from dropformer.prune.loading.device import OVERRIDES
 
 
 @dataclass(frozen=True)
@@ -221,26 +221,26 @@ def run_block(runner: BlockRunner, block: int, module: nn.Module, batch: int, st
     found = runner.blocks[block]
     device = next((p.device for p in module.parameters()), stream.device)
     runner.work.add(found.path, module, stream.shape[:2].numel() * (3 if torch.is_grad_enabled() else 1))
-    args, kwargs = tree_map(_free, runner.arguments(block, batch, stream.to(device)))
+    args, kwargs = tree_map(partial(_free, device), runner.arguments(block, batch, stream.to(device)))
     quick: AbstractContextManager = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     with quick:
         return outputs_of(module(*args, **kwargs))[found.output.key]  # type: ignore[index]
 
 
-def _free(value: Any) -> Any:
-    """A tensor that training may use, floating-point numbers in float32."""
+def _free(device: torch.device, value: Any) -> Any:
+    """A tensor that training may use, where the block is: floating-point numbers in float32."""
     if not isinstance(value, Tensor):
         return value
-    value = value.float() if value.is_floating_point() else value
+    value = (value.float() if value.is_floating_point() else value).to(device)
     return value.clone() if value.is_inference() else value
 
 
 def _copy(block: nn.Module) -> nn.Module:
     """A block of its own in float32, which does not ask for gradients yet."""
-    hooks = [module.__dict__.get(name) for module in block.modules() for name in HOOKS]
+    hooks = [module.__dict__.get(name) for module in block.modules() for name in OVERRIDES]
     new = copy.deepcopy(block, {id(hook): hook for hook in hooks if hook is not None}).float()
     for module in new.modules():
-        for name in HOOKS:
+        for name in OVERRIDES:
             module.__dict__.pop(name, None)
     for p in new.parameters():
         p.requires_grad_(False)

@@ -26,6 +26,7 @@ from dropformer.metrics.repair.base import Changes, RepairContext
 from dropformer.metrics.repair.distill import padding, relative_error
 from dropformer.prune.architecture import Block
 from dropformer.prune.discovery.trace import outputs_of
+from dropformer.prune.loading.device import hooks_of
 from dropformer.prune.surgery.views import sharing_copy
 
 Progress = Callable[[int, int], None]
@@ -181,11 +182,12 @@ def streams(model: nn.Module, blocks: Sequence[Block]) -> Iterator[list[Tensor]]
 def log_probabilities(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
     """[B, positions, V] in float32."""
     few = "logits_to_keep" in inspect.signature(model.forward).parameters
+    few = few and next(hooks_of(model), None) is None  # over several GPUs they would come to another one
     positions = positions.to(inputs["input_ids"].device)
     output = model(**inputs, **({"logits_to_keep": positions} if few else {}))
     logits = getattr(output, "logits", None)
     logits = next(iter(outputs_of(output).values())) if logits is None else logits
-    logits = logits if few else logits[:, positions]
+    logits = logits if few else logits[:, positions.to(logits.device)]
     return torch.log_softmax(logits.float(), -1)
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dropformer.metrics.calibration.batching import BUSY_GPU
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.repair.ridge import Group, group_of
 
-BATCH_GPU = 8192  # tokens that pass a block at once on a GPU; on a CPU windows run one by one
 GATE_SHARE = 8  # a gate measures on at most this share of the calibration's tokens, on two windows at least
 
 
@@ -26,15 +26,21 @@ class Batch:
     windows: int
 
 
-def batches_of(data: Sequence[Windows], device: torch.device) -> list[Batch]:
-    """Every window of every domain; those of one group share a batch on a GPU."""
+def batches_of(data: Sequence[Windows], device: torch.device, alone: int = 0) -> list[Batch]:
+    """Every window of every domain; those of one group share a batch on a GPU, but for the first `alone` of all.
+
+    A search measures on these, and what it foresees is not fitted on them.
+    """
     found = []
+    alone = -(-alone // max(1, len(data)))
     for domain, windows in enumerate(data):
-        size = 1 if device.type == "cpu" else max(1, BATCH_GPU // windows.ids.shape[1])
+        size = 1 if device.type == "cpu" else max(1, BUSY_GPU // windows.ids.shape[1])
         groups: dict[Group, list[int]] = {}
-        for n in range(len(windows)):
+        first = range(min(alone, len(windows)))
+        for n in range(len(first), len(windows)):
             groups.setdefault(group_of(domain, n), []).append(n)
-        parts = [(group, rows[i : i + size]) for group, rows in groups.items() for i in range(0, len(rows), size)]
+        parts = [(group_of(domain, n), [n]) for n in first]
+        parts += [(group, rows[i : i + size]) for group, rows in groups.items() for i in range(0, len(rows), size)]
         for group, rows in sorted(parts, key=lambda part: part[1][0]):
             inputs, counts = windows.batch(rows)
             found.append(Batch(inputs, None if counts.all() else counts, domain, group, len(rows)))
@@ -77,7 +83,7 @@ def gate_batches(
     """
     length, most = other.ids.shape[1], tokens // GATE_SHARE
     count = min(len(other), max(2, most // length))
-    size = 1 if device.type == "cpu" else max(1, BATCH_GPU // length)
+    size = 1 if device.type == "cpu" else max(1, BUSY_GPU // length)
     whole = [other.batch(range(i, min(i + size, count))) for i in range(0, count, size)]
     short = min(length, max(64, most // count)) if other.scored.all() else length
     inputs = [{name: tensor[:, :short] for name, tensor in batch.items()} for batch, _ in whole]

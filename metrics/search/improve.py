@@ -63,7 +63,8 @@ class Improver:
         traced = self.source.blueprint if self.source else self.model
         self.outline: Outline = summarize(traced, self.architecture)
         self.outputs = branch_outputs(traced, self.architecture)
-        self.parts: list[Batch] = batches_of(self.data, _device(self.model))
+        alone = self.quality.cost_windows if self.quality.searches else 0
+        self.parts: list[Batch] = batches_of(self.data, _device(self.model), alone)
         self.groups = [part.group for part in self.parts]
         inputs = [part.inputs for part in self.parts]
         runner = BlockRunner(self.model, self.architecture, inputs, self.provider, None, self.keeper)
@@ -150,7 +151,9 @@ class Improver:
     def fitted_on(self) -> tuple[int, ...]:
         """Batches to fit on: all but those that a search measures its candidates on, where enough are left."""
         few = set(self._few(self._search_size().windows)) if self.quality.searches else set()
-        return tuple(i for i in range(len(self.groups)) if 2 * len(few) > len(self.groups) or i not in few)
+        held = sum(self.parts[i].windows for i in few)
+        everything = 2 * held > sum(part.windows for part in self.parts)
+        return tuple(i for i in range(len(self.groups)) if everything or i not in few)
 
     def _few(self, count: int) -> list[int]:
         """Batches, in turn from each domain."""

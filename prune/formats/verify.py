@@ -31,6 +31,7 @@ from dropformer.prune.loading.device import hooks_of, input_device
 from dropformer.prune.loading.load import build, load, read_model_config
 from dropformer.prune.loading.quiet import quiet_transformers
 from dropformer.prune.loading.tensor_names import renamed_on_load
+from dropformer.prune.surgery.views import equal_bits
 
 LOGITS = 1e-4  # of the largest logit
 ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 1e-2}  # of the largest weight; 1e-6 in float32
@@ -202,7 +203,7 @@ class _Pieces:
             return
         with ours as (holder, held):
             value = getattr(holder, held)
-            if _equal(written, value):
+            if equal_bits(written, value):
                 if not value.is_meta and value.device == written.device and next(hooks_of(holder), None) is None:
                     setattr(owner, leaf, value)
                     self.shared.add(id(value))
@@ -253,14 +254,6 @@ def _entries(model: nn.Module, path: str, names: set[str]) -> Iterator[tuple[nn.
                 name = ".".join(part for part in (base, inner, leaf) if part)
                 if not parameter.is_meta and (path or name in names):
                     yield module, leaf, name
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Bit for bit, NaN included."""
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    left, right = one.detach().contiguous(), other.detach().to(one.device).contiguous()
-    return torch.equal(left.view(torch.uint8), right.view(torch.uint8)) if left.ndim else torch.equal(left, right)
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

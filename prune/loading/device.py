@@ -9,15 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-ON_DEVICE = "give a --device-map without cpu or disk, or leave out --quality and --repair"
-
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where inputs belong: the first weight's device or, where weights are offloaded, the one they are moved to."""
+    """Where inputs belong: the first weight's device or, where weights are offloaded, the one they are moved to.
+
+    Weights that are not there yet, on the meta device without a hook, are passed over; meta where all are.
+    """
+    found: torch.device | None = None
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            return next(executions(module), parameter.device) if parameter.is_meta else parameter.device
-    return torch.device("cpu")
+            found = next(executions(module), parameter.device) if parameter.is_meta else parameter.device
+            if found.type != "meta":
+                return found
+    return found or torch.device("cpu")
 
 
 def gpus_of(model: nn.Module) -> list[torch.device]:
@@ -36,6 +40,10 @@ def hooks_of(module: nn.Module) -> Iterator[Any]:
     """accelerate's hooks on one module; none where it has no device map."""
     hook = getattr(module, "_hf_hook", None)
     yield from getattr(hook, "hooks", () if hook is None else (hook,))
+
+
+OVERRIDES = ("_hf_hook", "_old_forward", "forward")
+"""Attributes by which accelerate has a module move its inputs and weights; in a copy they still call the original."""
 
 
 def executions(module: nn.Module) -> Iterator[torch.device]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import BlockMap, Surgery, attention_module, map_blocks, skipped_modules
 from dropformer.prune.discovery.summarize import settings
-from dropformer.prune.errors import ArchitectureError, ModelError, PlanError
+from dropformer.prune.errors import ArchitectureError, PlanError
 from dropformer.prune.loading.described import config_from
-from dropformer.prune.loading.device import ON_DEVICE, hooks_of
+from dropformer.prune.loading.device import hooks_of
 from dropformer.prune.loading.modeling import (
     empty_cache_entries,
     number_attentions,
@@ -131,11 +132,22 @@ def _install(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         old = getattr(model.get_submodule(owner), leaf)
-        if old.is_meta and next(hooks_of(model.get_submodule(owner)), None) is not None:
-            raise ModelError(f"{name} is offloaded, and its hook would put the old weights back; {ON_DEVICE}")
+        if old.is_meta and _offload_instead(model.get_submodule(owner), leaf, tensor.to("cpu", old.dtype, copy=True)):
+            continue
         device = like.device if old.is_meta else old.device
         new = nn.Parameter(tensor.to(device, like.dtype, copy=True), requires_grad=old.requires_grad)
         setattr(model.get_submodule(owner), leaf, new)
+
+
+def _offload_instead(module: nn.Module, leaf: str, tensor: Tensor) -> bool:
+    """Have accelerate's hook bring a new tensor in the place of an offloaded one; False where no hook brings it.
+
+    The hooks of a sharing copy are its own, and the map that they share with the dense model stays as it is.
+    """
+    hooks = [hook for hook in hooks_of(module) if getattr(hook, "offload", False)]
+    for hook in hooks:
+        hook.weights_map = ChainMap({leaf: tensor}, hook.weights_map)
+    return bool(hooks)
 
 
 def _adopt(config: PreTrainedConfig, new: PreTrainedConfig) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,44 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     held = [getattr(hook, name, None) for m in model.modules() for hook in hooks_of(m) for name in OFFLOADED]
     shared: dict[int, Any] = {id(x): x for x in (*model.parameters(), *model.buffers(), *held) if x is not None}
     return copy.deepcopy(model, shared)
+
+
+def share_equal(model: nn.Module, dense: nn.Module) -> int:
+    """Give a model the dense one's parameters wherever its own are the same bit for bit; the bytes that are shared.
+
+    Names do not matter, so that blocks may have moved.  Parameters on the CPU are shared with equal ones on another
+    device too, where the model has no device map: what is left then belongs on that device (`model.to`).
+    Time: one comparison of each pair of equal tensors; memory: one tensor.
+    """
+    known: dict[Hashable, list[nn.Parameter]] = defaultdict(list)
+    for parameter in dense.parameters():
+        if not parameter.is_meta:
+            known[_sample(parameter)].append(parameter)
+    shared: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        anywhere = next(hooks_of(module), None) is None
+        for leaf, own in module.named_parameters(recurse=False):
+            for twin in () if own.is_meta or own is shared.get(id(own)) else known.get(_sample(own), ()):
+                near = twin.device == own.device or (anywhere and own.device.type == "cpu")
+                if near and equal_bits(twin, own):
+                    module._parameters[leaf] = shared[id(twin)] = twin
+                    break
+    return sum(twin.numel() * twin.element_size() for twin in shared.values())
+
+
+def _sample(tensor: Tensor) -> Hashable:
+    """Equal for equal tensors, and hardly ever for others: shape, type and some of the numbers."""
+    flat = tensor.detach().reshape(-1)
+    some = flat[:: max(1, flat.numel() // 64)][:64].cpu().contiguous()
+    return tensor.shape, tensor.dtype, some.view(torch.uint8).numpy().tobytes()
+
+
+def equal_bits(one: Tensor, other: Tensor) -> bool:
+    """Bit for bit, NaN included."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    left, right = one.detach().contiguous(), other.detach().to(one.device).contiguous()
+    return torch.equal(left.view(torch.uint8), right.view(torch.uint8)) if left.ndim else torch.equal(left, right)
 
 
 def without(model: nn.Module, outline: Outline, layers: Sequence[Layer]) -> Any:

@@ -8,12 +8,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dropformer.eval.cost.counting import cost_of_config
-from dropformer.eval.cost.estimate import cost_of_name, estimate, estimate_lines, published_speedup
+from dropformer.eval.cost.estimate import cost_of_name, estimate, estimate_lines, published_speedup, shipped_cost
 from dropformer.eval.cost.hardware import HARDWARE, hardware, measure_cpu
 from dropformer.eval.cost.memory import kv_bytes, parameter_bytes
 from dropformer.eval.cost.roofline import KERNELS, Workload
 from dropformer.prune.errors import ArchitectureError, EvaluationError, ModelError, PlanError
-from dropformer.recipes import recipe
+from dropformer.recipes import recipe, recipes
 
 SMALL = {
     "model_type": "llama",
@@ -196,3 +196,21 @@ def test_this_machine_is_measured_in_plausible_units():
     assert 1e8 < here.bandwidth < 1e13
     assert 0 < here.launch < 1e-3
     assert here.seconds(here.flops, 0) == pytest.approx(1)
+
+
+def test_the_costs_that_come_with_the_package_are_those_of_every_recipes_config():
+    held = {name: recipe.config for name, recipe in recipes().items() if recipe.config}
+    assert held and all(shipped_cost(name, config) for name, config in held.items())
+    assert shipped_cost("llama-3-8b", {**held["llama-3-8b"], "num_hidden_layers": 3}) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "smollm2-135m",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama-2-70b", "qwen2.5-7b", "pythia-1b")),
+    ],
+)
+def test_a_cost_that_comes_with_the_package_is_what_counting_gives(name):
+    config = dict(recipes()[name].config)
+    assert shipped_cost(name, config) == cost_of_config(config)

@@ -219,3 +219,16 @@ def test_pruned_models_are_packed_and_agree_too(spec, llama, tokenizer, mmlu_dat
     assert fast.scorer.packs
     pairs = mmlu_pairs(mmlu_data, shots=2)[:80] + endings_pairs(tiny.sentence, 6, 1)
     assert_same(fast, hf(pruned, tokenizer), pairs)
+
+
+def test_generation_takes_as_many_prompts_at_once_as_fit(llama, monkeypatch):
+    from dropformer.eval.cost.memory import kv_bytes_per_token
+    from dropformer.eval.tasks import backend
+    from dropformer.metrics.calibration.batching import activation_bytes
+
+    assert backend.prompts_at_once(llama, 1000) == backend.TOGETHER_CPU
+    each = 1000 * (activation_bytes(llama, 1000) + kv_bytes_per_token(llama))
+    monkeypatch.setattr(backend, "gpus_of", lambda model: [torch.device("cuda:0")])
+    for room, expected in ((6.5, 3), (1e6, backend.TOGETHER_GPU), (0.1, 1)):
+        monkeypatch.setattr(backend, "free_bytes", lambda gpu, room=room: int(room * each))
+        assert backend.prompts_at_once(llama, 1000) == expected

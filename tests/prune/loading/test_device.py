@@ -9,12 +9,18 @@ from accelerate import cpu_offload, disk_offload
 from torch import nn
 
 import dropformer
+from dropformer import api
+from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.calibration.windows import scored_windows
+from dropformer.metrics.search.improve import Improver
+from dropformer.metrics.search.strategy import Strategy
+from dropformer.prune.architecture import Layer
+from dropformer.prune.artifact import ModelRef
 from dropformer.prune.block_map import Surgery, map_blocks
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.discovery.proof import prove
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.discovery.trace import tracing
-from dropformer.prune.errors import ModelError
 from dropformer.prune.loading.device import free_bytes, gpus_of, input_device, is_offloaded
 from dropformer.prune.surgery.surgery import apply_surgery
 from dropformer.prune.surgery.views import sharing_copy
@@ -93,13 +99,35 @@ def test_a_pruned_copy_shares_what_the_hooks_hold(tiny):
         assert one is not two and one.weights_map is two.weights_map
 
 
-def test_a_repaired_weight_that_is_offloaded_is_refused(offloaded):
-    model = offloaded("llama")
-    outline = summarize(model, discover(model))
+def test_an_offloaded_weight_is_repaired_in_the_copy_alone(tiny, offloaded, ids):
+    plain, model = tiny("llama"), offloaded("llama")
+    outline = summarize(plain, discover(plain))
     name = "model.layers.0.mlp.down_proj.weight"
-    surgery = Surgery(outline, (), map_blocks(outline, ()), tensors={name: torch.zeros(32, 48)})
-    with pytest.raises(ModelError, match=r"is offloaded.*--device-map without cpu or disk"):
-        apply_surgery(model, surgery)
+    new = {name: torch.full((32, 48), 0.1)}
+    surgery = Surgery(outline, (), map_blocks(outline, ()), tensors=new)
+    with torch.no_grad():
+        before = plain(ids).logits
+        one, two = (apply_surgery(sharing_copy(each), surgery)(ids).logits for each in (plain, model))
+        assert torch.equal(one, two) and not torch.equal(one, before)
+        assert torch.equal(model(ids).logits, before)
+
+
+@pytest.mark.parametrize("repair", ["refit", "refit-all", "linear"])
+def test_an_offloaded_model_is_repaired_like_one_in_memory(tiny, offloaded, ids, repair):
+    found = []
+    for model in (tiny("llama"), offloaded("llama")):
+        improver = Improver(model, [made_up()], Strategy(repair=(repair,)))
+        layers = [Layer("attn", 1), Layer("mlp", 2)]
+        repaired, _ = improver.repair(layers)
+        plan = api.plan_unscored(ModelRef(name="m"), improver.outline, "attn=1,mlp=2", (), None)
+        with torch.no_grad():
+            found.append(dropformer.drop(model, plan, repaired)(ids).logits)
+    torch.testing.assert_close(*found)
+
+
+def made_up():
+    ids = torch.randint(3, 64, (8, 24), generator=torch.Generator().manual_seed(0))
+    return scored_windows(Calibration("made up", 8, 24), ids, torch.ones_like(ids).bool(), ids > 0)
 
 
 def test_free_bytes_stay_below_the_processs_own_limit(monkeypatch):
