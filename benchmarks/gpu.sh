@@ -17,9 +17,11 @@ begun=$SECONDS
 
 if [ "${1:-}" = --wheels ]; then
     python=${2:-$(python3 -c 'import sys; print(f"{sys.version_info[0]}.{sys.version_info[1]}")')}
-    exec python3 -m pip download -q --no-deps --only-binary=:all: --python-version "$python" --platform manylinux2014_x86_64 \
-        -d "$wheels" transformers==5.23.* pydantic pydantic-core annotated-types typing-inspection platformdirs \
-        greenlet gguf matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six pillow
+    python3 -m pip download -q --no-deps --only-binary=:all: --python-version "$python" --platform manylinux2014_x86_64 \
+        -d "$wheels" transformers==5.23.* pydantic pydantic-core annotated-types typing-inspection typing-extensions platformdirs \
+        greenlet gguf matplotlib contourpy cycler fonttools kiwisolver pyparsing python-dateutil six pillow || exit
+    du -sh "$wheels"
+    exit
 fi
 
 out=$(realpath -m "${1:-${OUT:-gpu-results}}")

@@ -6,7 +6,6 @@ CUDA's do.
 
 import pytest
 import torch
-from conftest import build
 from fake_gpus import fake_gpus, gpu, spread
 
 from dropformer import api
@@ -26,9 +25,9 @@ from dropformer.prune.window import Window
 IDS = torch.randint(3, 64, (12, 24), generator=torch.Generator().manual_seed(0))
 
 
-def model(**changes):
+def model(tiny):
     """A tiny Llama whose layers do something."""
-    found = build("llama", **changes)
+    found = tiny("llama")
     with torch.no_grad():
         for name, parameter in found.named_parameters():
             if "layers" in name and parameter.ndim == 2:
@@ -96,12 +95,12 @@ def scored(dense):
      searched, distilled, scored],
     ids=lambda function: function.__qualname__.partition(".")[0],
 )  # fmt: skip
-def test_over_two_gpus_the_figures_are_those_of_a_cpu(measured, monkeypatch):
+def test_over_two_gpus_the_figures_are_those_of_a_cpu(measured, tiny, monkeypatch):
     if measured is not searched:  # a relative error is a mean over batches
         monkeypatch.setattr("dropformer.metrics.search.calibration.BUSY_GPU", 1)
-    expected = measured(model())
+    expected = measured(model(tiny))
     with fake_gpus():
-        over_two = spread(model(), "model.layers")
+        over_two = spread(model(tiny), "model.layers")
         assert {str(p.device) for p in over_two.parameters()} == {gpu(0), gpu(1)}
         assert measured(over_two) == pytest.approx(expected, rel=1e-3, abs=1e-5) and expected
 
@@ -111,9 +110,9 @@ def test_a_tensor_on_another_gpu_is_an_error_here_too():
         torch.ones(3, device=gpu(0)) + torch.ones(3, device=gpu(1))
 
 
-def test_perplexity_waits_for_the_gpu_once_a_batch_and_not_once_a_window():
+def test_perplexity_waits_for_the_gpu_once_a_batch_and_not_once_a_window(tiny):
     with fake_gpus() as gpus:
-        dense, counts = model().to(gpu(0)), []
+        dense, counts = model(tiny).to(gpu(0)), []
         for rows in (2, 12):
             gpus.waits.clear()
             token_losses(dense, IDS[:rows])

@@ -53,6 +53,7 @@ HARDWARE: dict[str, Hardware] = {
         Hardware("a6000", 154.8e12, 768e9, 48e9, "NVIDIA RTX A6000 datasheet (309.7 TFLOPS with sparsity)"),
         Hardware("a100-80g", 312e12, 2039e9, 80e9, "NVIDIA A100 datasheet, SXM 80 GB"),
         Hardware("h100-sxm", 989.4e12, 3350e9, 80e9, "NVIDIA H100 datasheet, SXM (1,979 TFLOPS with sparsity)"),
+        Hardware("h200", 989.4e12, 4800e9, 141e9, "NVIDIA H200 datasheet, SXM (1,979 TFLOPS with sparsity)"),
         Hardware("rtx4090", 165.2e12, 1008e9, 24e9, "NVIDIA Ada GPU architecture whitepaper, appendix A"),
         Hardware("l4", 121e12, 300e9, 24e9, "NVIDIA L4 datasheet (242 TFLOPS with sparsity)"),
     )
