@@ -15,7 +15,6 @@ from dropformer.eval.report import report as reports
 from dropformer.metrics.analysis.distributed import rank
 from dropformer.metrics.analysis.plots import similarity_by_depth
 from dropformer.metrics.analysis.scores import Scores
-from dropformer.metrics.calibration.batching import samples_at_once
 from dropformer.metrics.calibration.data import calibration_data, default_settings
 from dropformer.metrics.calibration.images import PIXELS
 from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
@@ -229,8 +228,7 @@ def _likeness(opened: LoadedModel, pruned: Any, request: Request, progress: Prog
     chosen = replace(default_settings(pruned, replace(HELD_OUT, length=length)), name=name)
     with progress.stage(f"outputs on {name}"):
         data = calibration_data(pruned, opened.tokenizer, opened.path, chosen)
-        batches = data.batches(samples_at_once(pruned, data))
-        return output_similarity(opened.model, pruned, batches, name)
+        return output_similarity(opened.model, pruned, data.batches(1), name)
 
 
 def analyze(request: Request, progress: Progress | None = None) -> Scores:

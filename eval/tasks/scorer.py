@@ -155,9 +155,9 @@ class Scorer:
         if packed.is_chain:
             return None
         dtype, size = self.split.model.dtype, len(packed.tokens)
-        mask = torch.zeros(1, 1, size, start + size, dtype=dtype)
-        mask[..., start:].masked_fill_(~torch.from_numpy(packed.visible), torch.finfo(dtype).min)
-        return mask.to(self.device)
+        mask = torch.zeros(1, 1, size, start + size, dtype=dtype, device=self.device)
+        mask[..., start:].masked_fill_(~torch.from_numpy(packed.visible).to(self.device), torch.finfo(dtype).min)
+        return mask
 
     def _read(self, hidden: Tensor, found: list[tuple[_Asked, np.ndarray]], keep: Callable) -> None:
         """Scores from hidden states [N, D]: each sequence with the places of its asked positions."""

@@ -147,8 +147,9 @@ def train(
             loss = nn.functional.kl_div(found, goal, log_target=True, reduction="sum") / goal.shape[:-1].numel()
             masks = padding(inputs), runner.counted[batch]
             errors = [relative_error(x, y.to(x.device), *masks) for x, y in zip(given, dense, strict=True)]
-            (loss + how.streams * sum(errors) / max(len(errors), 1)).backward()
-        del dense, given, errors
+            apart = sum(error.to(loss.device) for error in errors) / max(len(errors), 1)
+            (loss + how.streams * apart).backward()
+        del dense, given, errors, apart
         nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad()
