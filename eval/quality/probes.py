@@ -12,7 +12,6 @@ needle    facts scattered in a long text of filler, asked for at its end, agains
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -130,18 +129,18 @@ def needle(seed: int = 0, count: int = 12, sentences: int = 60) -> Probe:
     draw = random.Random(seed)
     names = draw.sample(NAMES, count)
     codes = draw.sample(range(1000, 10000), count)
-    text = [filler(draw) for _ in range(sentences)]
+    filler = [draw.choice(_FILLER).format(*draw.sample(_WORDS, 2)) for _ in range(sentences)]
     for place, (name, code) in enumerate(zip(names, codes, strict=True)):
         depth = (2 * place + 1) * sentences // (2 * count) + place
-        text.insert(depth, f"The secret number of {name} is {code}.")
+        filler.insert(depth, f"The secret number of {name} is {code}.")
     questions = tuple(
         Question(
             f"The secret number of {name} is",
-            tuple(f" {code}" for code in (codes[place], *others(draw, codes, place))),
+            tuple(f" {code}" for code in (codes[place], *_others(draw, codes, place))),
         )
         for place, name in enumerate(names)
     )
-    return Probe("needle", " ".join(text) + "\n", questions)
+    return Probe("needle", " ".join(filler) + "\n", questions)
 
 
 PROBES: dict[str, Callable[[int], Probe]] = {"copy": copying, "addition": addition, "needle": needle}
@@ -163,40 +162,19 @@ def run_probes(
     return [score(model, tokenizer, probe) for probe in probes if probe.tokens(tokenizer) <= room]
 
 
+@torch.inference_mode()
 def score(model: nn.Module, tokenizer: Any, probe: Probe) -> ProbeResult:
     """Accuracy and mean log-likelihood of the right answers.
 
     The shared text is computed once; each question continues a copy of its cache, and all answers of a
     question go through the model together.
     """
-    return result_of(probe, answer_scores(model, tokenizer, probe, read(model, tokenizer, probe.shared)))
-
-
-@torch.inference_mode()
-def read(model: nn.Module, tokenizer: Any, text: str) -> DynamicCache:
-    """The cache of a text; an empty one for no text."""
-    cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
-    if text:
-        ids = _ids(tokenizer, text, model, special=True)[None]
-        model(input_ids=ids, past_key_values=cache, use_cache=True, **_last_logits(model))
-    return cache
-
-
-@torch.inference_mode()
-def answer_scores(model: nn.Module, tokenizer: Any, probe: Probe, shared: Any, together: bool = True) -> list[Tensor]:
-    """Log-likelihood of each answer to each question behind the text in the cache `shared`, which stays as it is.
-
-    `together`: the answers of a question share a batch, which holds a copy of the cache for each.
-    """
-    found = []
-    for question in probe.questions:
-        parts = [question] if together else [Question(question.text, (answer,)) for answer in question.answers]
-        found.append(torch.cat([_answer_scores(model, tokenizer, copy.deepcopy(shared), part) for part in parts]))
-    return found
-
-
-def result_of(probe: Probe, scores: Sequence[Tensor]) -> ProbeResult:
-    """The result from the log-likelihoods of every question's answers, the right one first."""
+    shared = DynamicCache(config=model.config)  # type: ignore[arg-type]
+    if probe.shared:
+        model(
+            input_ids=_ids(tokenizer, probe.shared, model, special=True)[None], past_key_values=shared, use_cache=True
+        )
+    scores = [_answer_scores(model, tokenizer, copy.deepcopy(shared), question) for question in probe.questions]
     count = len(scores)
     accuracy = sum(int(score.argmax() == 0) for score in scores) / count
     return ProbeResult(
@@ -207,10 +185,6 @@ def result_of(probe: Probe, scores: Sequence[Tensor]) -> ProbeResult:
         questions=count,
         chance=probe.chance,
     )
-
-
-def _last_logits(model: nn.Module) -> dict[str, int]:
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _answer_scores(model: nn.Module, tokenizer: Any, cache: Any, question: Question) -> Tensor:
@@ -236,11 +210,5 @@ def _ids(tokenizer: Any, text: str, model: nn.Module, special: bool) -> Tensor:
     return torch.tensor(ids, dtype=torch.long, device=input_device(model))
 
 
-def filler(draw: random.Random) -> str:
-    """A sentence that says nothing."""
-    return draw.choice(_FILLER).format(*draw.sample(_WORDS, 2))
-
-
-def others(draw: random.Random, codes: Sequence[int], place: int) -> list[int]:
-    """Four other codes than that of a place."""
+def _others(draw: random.Random, codes: Sequence[int], place: int) -> list[int]:
     return draw.sample([code for code in codes if code != codes[place]], 4)

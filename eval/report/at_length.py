@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from dropformer.eval.cost.decoding import decode_behind
 from dropformer.eval.cost.memory import kv_bytes_at
-from dropformer.eval.quality.long_context import ask, band, by_position
-from dropformer.eval.quality.perplexity import token_losses
-from dropformer.eval.report.prepare import Candidate, LongInputs
+from dropformer.eval.quality.long_context import LongText, ask, band, bands, needle, read
+from dropformer.eval.report.prepare import Candidate
 from dropformer.eval.report.results import ModelResult
 from dropformer.progress import Progress
 
@@ -20,40 +19,48 @@ NEAR = 1024  # positions told apart where no layer has a window
 
 
 def at_length(
-    results: Sequence[ModelResult], models: Sequence[Candidate], inputs: LongInputs, progress: Progress
+    results: Sequence[ModelResult],
+    models: Sequence[Candidate],
+    texts: Sequence[LongText],
+    context: int,
+    progress: Progress,
 ) -> list[ModelResult]:
-    """The results with `long`.  Two forward passes over the texts' length a model and text, and 30 questions."""
+    """The results with `long`.  Time: a forward pass a model and text, 30 questions behind each, and a few tokens.
+
+    Memory: the logits of a piece of a text, and the caches of all models with the last text.
+    """
     losses: list[list[Tensor]] = []
     found: list[dict[str, Any]] = []
     caches = {}
     for candidate in models:
-        with progress.stage(f"perplexity by position, {inputs.ids.shape[1]:,} tokens: {candidate.name}"):
-            losses.append(token_losses(candidate.model, inputs.ids))
-        with progress.stage(f"facts from five depths: {candidate.name}"):
-            needle, caches[candidate.name] = ask(candidate.model, candidate.tokenizer, inputs.needle)
-        dense = losses[0] if len(losses) > 1 else None
-        found.append(
-            {
-                "context": inputs.ids.shape[1],
-                "texts": len(inputs.ids),
-                "bands": [asdict(one) for one in by_position(losses[-1], dense)],
-                "needle": asdict(needle),
-                "kv_bytes": kv_bytes_at(candidate.model, inputs.ids.shape[1]),
-            }
-        )
+        with progress.stage(f"{context:,} tokens: {candidate.name}", len(texts)) as tick:
+            own, answers = [], []
+            for i, text in enumerate(texts):
+                lost, caches[candidate.name] = read(candidate.model, text)
+                own.append(lost)
+                answers.append(ask(candidate.model, text, caches[candidate.name]))
+                tick(i + 1, (i + 1) * len(text.ids))
+        losses.append(own)
+        told, kv = asdict(needle(answers)), kv_bytes_at(candidate.model, context)
+        found.append({"context": context, "texts": len(texts), "needle": told, "kv_bytes": kv})
+    for one, own in zip(found, losses, strict=True):
+        dense = losses[0] if own is not losses[0] else None
+        one["bands"] = [asdict(band(texts, own, dense, *bounds)) for bounds in bands(len(texts[0].ids))]
     for one, candidate, own in zip(found[1:], models[1:], losses[1:], strict=True):
-        one["beyond"] = _beyond(candidate.model, own, losses[0])
-    with progress.stage(f"decode speed behind {inputs.ids.shape[1]:,} tokens, interleaved"):
+        one["beyond"] = _beyond(candidate.model, texts, own, losses[0])
+    with progress.stage(f"decode speed behind {len(texts[-1].ids):,} tokens, interleaved"):
         speeds = decode_behind({candidate.name: candidate.model for candidate in models}, caches)
     rows = zip(results, models, found, strict=True)
     return [r.model_copy(update={"long": one | {"decoding": asdict(speeds[c.name])}}) for r, c, one in rows]
 
 
-def _beyond(model: nn.Module, losses: Sequence[Tensor], dense: Sequence[Tensor]) -> dict[str, Any] | None:
+def _beyond(
+    model: nn.Module, texts: Sequence[LongText], losses: Sequence[Tensor], dense: Sequence[Tensor]
+) -> dict[str, Any] | None:
     """What is lost at positions within the widest window of the model's layers, and at those beyond."""
     seen = [m.window.width + m.window.sinks for m in model.modules() if hasattr(getattr(m, "window", None), "sinks")]
-    edge, context = max(seen, default=NEAR), len(losses[0]) + 1
-    if edge >= context:
+    edge, context = max(seen, default=NEAR), len(texts[0].ids)
+    if edge + 1 >= context:
         return None
-    within, past = band(losses, dense, 1, edge), band(losses, dense, edge, context)
+    within, past = band(texts, losses, dense, 1, edge), band(texts, losses, dense, edge, context)
     return {"window": edge if seen else None, "within": asdict(within), "past": asdict(past)}

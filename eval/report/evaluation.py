@@ -47,7 +47,7 @@ def evaluate(models: Sequence[Candidate], options: EvaluationOptions, progress: 
     results, device, said = _with_speed(results, models, options, progress)
     results = _with_stream(results, models, inputs, progress)
     if inputs.long:
-        results = at_length(results, models, inputs.long, progress)
+        results = at_length(results, models, inputs.long, options.long, progress)
     text = inputs.text.ref.model_dump() if inputs.text else None
     return Evaluation(text=text, device=device, models=results, warnings=[*warnings(results), *said])
 

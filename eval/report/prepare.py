@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from dropformer.eval.compare.compatibility import SharedTokens
 from dropformer.eval.cost.sinks import Sinks, fitting, sink_cache
 from dropformer.eval.cost.timing import Setting
-from dropformer.eval.quality.long_context import long_needle
-from dropformer.eval.quality.probes import Probe
+from dropformer.eval.quality.long_context import LongText, text_tokens, with_facts
+from dropformer.eval.quality.perplexity import HELD_OUT
 from dropformer.eval.tasks.results import TaskOptions
 from dropformer.metrics.calibration.settings import Calibration, context_of
 from dropformer.metrics.calibration.windows import Windows, windows
@@ -24,7 +24,6 @@ from dropformer.prune.plan import Plan
 from dropformer.recipes.source import short_name
 
 LONG_TEXTS = 2  # texts in which perplexity by position is measured
-ROOM = 128  # tokens left behind the needle's text for a question and for what is decoded
 
 
 @dataclass(frozen=True)
@@ -62,21 +61,13 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class LongInputs:
-    """Texts [N, T] of token ids, and the facts to ask for behind as many tokens."""
-
-    ids: Tensor
-    needle: Probe
-
-
-@dataclass(frozen=True)
 class Inputs:
-    """The windows for perplexity, and the token ids [T] to stream with the window that they are read in."""
+    """The windows for perplexity, the token ids [T] to stream with the window that they are read in, long texts."""
 
     text: Windows | None = None
     stream: Tensor | None = None
     shape: Sinks | None = None
-    long: LongInputs | None = None
+    long: tuple[LongText, ...] = ()
 
 
 def prepare(models: Sequence[Candidate], options: EvaluationOptions) -> Inputs:
@@ -87,7 +78,7 @@ def prepare(models: Sequence[Candidate], options: EvaluationOptions) -> Inputs:
     for candidate in models:
         _check(candidate, dense, options)
     data = _shared_windows(models, options.text) if options.text else None
-    long = _long_inputs(models, options) if options.long else None
+    long = _long_texts(models, options) if options.long else ()
     if not options.stream:
         return Inputs(data, long=long)
     if options.stream < 2:
@@ -100,14 +91,14 @@ def prepare(models: Sequence[Candidate], options: EvaluationOptions) -> Inputs:
     return Inputs(data, ids, shape, long)
 
 
-def _long_inputs(models: Sequence[Candidate], options: EvaluationOptions) -> LongInputs:
+def _long_texts(models: Sequence[Candidate], options: EvaluationOptions) -> tuple[LongText, ...]:
     """Raises EvaluationError for tokens beyond a context, and for so few that they do not hold the facts."""
     for candidate in models:
         _check_context(candidate, options.long, "give fewer tokens to --long")
-    name = options.text.name if options.text else "heldout"
-    seed = options.text.seed if options.text else 0
-    text = Calibration(name, LONG_TEXTS, options.long, seed)
-    return LongInputs(_shared_windows(models, text).ids, long_needle(models[0].tokenizer, options.long - ROOM))
+    chosen, tokenizer = options.text or HELD_OUT, models[0].tokenizer
+    text = Calibration(chosen.name, LONG_TEXTS, text_tokens(options.long, tokenizer), chosen.seed)
+    rows = _shared_windows(models, text).ids
+    return tuple(with_facts(row, tokenizer, seed) for seed, row in enumerate(rows))
 
 
 def _shared_windows(models: Sequence[Candidate], text: Calibration) -> Windows:

@@ -119,10 +119,11 @@ def long(evaluation: Evaluation) -> Table:
     if len(found) > 1:
         body.append(("  within and beyond its windows", "", *(_beyond_cell(one.get("beyond")) for one in found[1:])))
     needles = [one["needle"] for one in found]
-    whole = needles[0]["whole"]
-    label = f"needle, {whole['questions']} facts in {needles[0]['tokens']:,} tokens (chance {whole['chance']:.0%})"
-    body.append((label, *(f"{n['whole']['accuracy']:.0%} ± {n['whole']['stderr']:.0%}" for n in needles)))
-    body.append(("  at 10, 30, 50, 70, 90% of them", *(" ".join(f"{x:.0%}" for x in n["by_depth"]) for n in needles)))
+    label = f"needle: {needles[0]['facts']} facts asked for again"
+    body.append((label, *(f"{n['accuracy']:.0%} ± {n['stderr']:.0%}, {n['logprob']:.2f} nats" for n in needles)))
+    body.append(
+        ("  at 10, 30, 50, 70, 90% of the text", *(" ".join(f"{x:.0%}" for x in n["by_depth"]) for n in needles))
+    )
     speeds = [one["decoding"] for one in found]
     body.append((f"KV cache at {found[0]['context']:,} tokens", *(mebibytes(one["kv_bytes"]) for one in found)))
     body.append(("  decode tokens/s", *(f"{one['speed']['median']:,.1f}" for one in speeds)))
