@@ -71,7 +71,8 @@ STREAMED = (
 )
 LONG = (
     "Perplexity by position in the text, over dense in brackets; the windows are those of the model's layers, 1,024 "
-    "tokens where it has none. A fact counts where each token of its answer is the likeliest. Models decode in turn, quartiles in brackets."
+    "tokens where it has none. A fact counts where each token of its answer is the likeliest. Models decode in turn, "
+    "quartiles in brackets."
 )
 SUBJECTS = "In brackets: answers that only the dense model has right, and that only the pruned one has."
 
