@@ -36,12 +36,30 @@ class Savings(FrozenRecord):
     kv_windows: int = 0
 
 
+class DraftRef(FrozenRecord):
+    """What a plan gives as the draft of its dense model: `tokens` drafted at a time, and what that is expected to give.
+
+    `acceptance`: mean of sum over the vocabulary of min(p, q) at `temperature` (greedy agreement at 0), on the
+    calibration text; `cost`: a draft step over a dense step at this context and batch; `speedup`: expected tokens
+    per second over those of the dense model alone.
+    """
+
+    tokens: int
+    acceptance: float
+    cost: float
+    speedup: float
+    temperature: float
+    context: int
+    batch: int
+
+
 class Plan(Artifact):
     """Which layers go, why, and what that saves.  Indices are those of the original model.
 
     `repairs`: the gates that repairs passed; `not_repaired`: what they could not mend, and why.
     `packing_cost`: the mean similarity given up so that what is left packs into a stock model.  `windows`: attention
-    layers that stay and see a window, such as {"attn:3": "1024+4"}, most redundant first.
+    layers that stay and see a window, such as {"attn:3": "1024+4"}, most redundant first.  `draft`: for a plan that was
+    chosen to draft for its dense model.
     """
 
     kind = "plan"
@@ -54,6 +72,7 @@ class Plan(Artifact):
     not_repaired: list[str] = []
     packing_cost: float | None = None
     windows: dict[str, str] = {}
+    draft: DraftRef | None = None
     drops: list[Drop]
     outline: Outline
     savings: Savings
