@@ -183,6 +183,12 @@ Compile = Annotated[
 ]
 Stream = Annotated[int, typer.Option(min=0, help="Read this many tokens with attention sinks.")]
 Window = Annotated[int | None, typer.Option(min=8, help="Tokens that attention sees while it streams; default 1024.")]
+Long = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Perplexity by position, facts from five depths, KV cache and decode speed at so many tokens."
+    ),
+]
 AnswerCache = Annotated[
     Path | None, typer.Option("--cache", help="Folder of answers, so that an interrupted run resumes.")
 ]

@@ -32,6 +32,7 @@ from dropformer.prune.formats.export_plan import Written, plan_kept, write_by_pl
 from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.plan import Plan
 from dropformer.prune.spec import parse_spec
+from dropformer.prune.window import CONTEXT
 from dropformer.recipes.follow import in_percent
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import Request
@@ -39,7 +40,6 @@ from dropformer.scoring import get_scores, losses_by_window, open_to_score, writ
 from dropformer.selection import given_plan, improved
 from dropformer.validate import check_empty
 
-LONG = 8192  # tokens at which a plan with windows says what its cache holds
 SWEEP = Setting(prompt=256, new=16)
 """What a sweep times each model at."""
 
@@ -107,7 +107,7 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
         progress.say(f"dropping {', '.join(map(str, plan.layers))}")
     if plan.windows:
         progress.say("windows: " + ", ".join(f"{layer}@{window}" for layer, window in plan.windows.items()))
-        progress.say(f"KV cache at {LONG:,} tokens: {plan.savings.kv_share(LONG):.0%} of the dense model's")
+        progress.say(f"KV cache at {CONTEXT:,} tokens: {plan.kv_share(CONTEXT):.0%} of the dense model's")
     if any(layer.kind == "attn" and layer.index == 0 for layer in plan.layers):
         progress.say("warning: the attention of block 0 goes; vLLM and llama.cpp cannot load a model without it")
     with plan_kept(plan, out, always=request.selection.strategy is not None):
