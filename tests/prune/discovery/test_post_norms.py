@@ -38,10 +38,7 @@ CASES = [
     ("CausalLM", "openai-gpt", {}, {"": {"attn": "attn.c_proj", "mlp": "mlp.c_proj"}}),
     ("CausalLM", "opt", {"do_layer_norm_before": False}, {"": BART}),
     ("CausalLM", "git", {}, {"": BERT}),
-    *(
-        ("Seq2SeqLM", name, {}, {"encoder": BART, "decoder": CROSS})
-        for name in ["bart", "plbart", "mvp", "marian", "fsmt"]
-    ),
+    *(("Seq2SeqLM", name, {}, {"encoder": BART, "decoder": CROSS}) for name in BARTS),
     ("Seq2SeqLM", "led", {}, {"encoder": {**BART, "attn": "self_attn.output"}, "decoder": CROSS}),
     (
         "Seq2SeqLM",
@@ -93,18 +90,6 @@ def samples(model):
         yield {**inputs, "target_mapping": targets, "perm_mask": hidden}
 
 
-    "camembert",
-    "convbert",
-    "layoutlm",
-    "roformer",
-    "ernie",
-    "ibert",
-    "plbart",
-    "mvp",
-    "marian",
-    "blenderbot-small",
-    "big_bird",
-]  # slow
 ALL = [
     pytest.param(
         *(head, family, changes, stack, kind, end),
