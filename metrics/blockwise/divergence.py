@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dropformer.metrics.blockwise.runner import BlockRunner, replaced
-from dropformer.metrics.blockwise.variant import Variant, dropped_forms
+from dropformer.metrics.blockwise.variant import Variant, dropped_forms, skipped_at
 from dropformer.metrics.calibration.batching import busy_tokens
 from dropformer.prune.architecture import Architecture, Layer
-from dropformer.prune.loading.modeling import Skipped
 
 
 def kl_divergence(dense: Tensor, changed: Tensor) -> Tensor:
@@ -155,9 +154,9 @@ class DenseReference:
         return (kl * share).sum(1), (nll * share).sum(1)
 
 
-def dropped_modules(architecture: Architecture, layers: Iterable[Layer]) -> dict[str, nn.Module]:
-    """Module path -> what stands there once these layers are dropped."""
-    return {path: Skipped(form) for path, form in dropped_forms(architecture, layers).items()}
+def dropped_modules(model: nn.Module, architecture: Architecture, layers: Iterable[Layer]) -> dict[str, nn.Module]:
+    """Module path -> what takes its place once these layers are dropped."""
+    return skipped_at(model, dropped_forms(architecture, layers))
 
 
 def first_block(layers: Iterable[Layer]) -> int:
