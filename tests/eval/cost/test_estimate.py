@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -162,32 +163,34 @@ def test_a_published_list_is_estimated_as_it_stands():
     assert listed.pruned.parameters == estimate(cost(known.name), "attn:8", GPU).pruned.parameters
 
 
-def test_a_kept_cost_is_the_counted_one(monkeypatch):
-    first = cost_of_name("mistral-7b")
+def test_a_kept_cost_is_the_counted_one(llama_folder, here, monkeypatch):
+    first = cost_of_name(str(llama_folder))
     monkeypatch.setattr("dropformer.eval.cost.counting.cost_of_config", None)
-    assert cost_of_name("mistral-7b") == first
-    assert cost_of_name("mistral-7b").outline == first.outline
+    assert cost_of_name(str(llama_folder)) == first
+    assert cost_of_name(str(llama_folder)).outline == first.outline
+    config = json.loads((llama_folder / "config.json").read_text())
+    (llama_folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 64}))
     with pytest.raises(TypeError):  # another config is counted anew
-        cost_of_name("llama-3-8b")
+        cost_of_name(str(llama_folder))
 
 
-def test_a_second_estimate_imports_neither_torch_nor_transformers(tmp_path):
+def test_a_recipes_estimate_and_a_second_one_import_neither_torch_nor_transformers(llama_folder, tmp_path):
     code = """import sys
 from dropformer.cli import app
 try:
-    app(["estimate", "mistral-7b", "--drop", "attn:8"])
+    app(["estimate", sys.argv[1], "--drop", "attn:1"])
 except SystemExit as end:
     assert not end.code
 print([name for name in ("torch", "transformers", "lm_eval", "datasets", "matplotlib") if name in sys.modules])
 """
     env = {**os.environ, "DROPFORMER_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    first, second = (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
-        for _ in range(2)
+    first, second, recipes_own = (
+        subprocess.run([sys.executable, "-c", code, name], capture_output=True, text=True, env=env, check=True).stdout
+        for name in (str(llama_folder), str(llama_folder), "mistral-7b")
     )
     assert first.splitlines()[:-1] == second.splitlines()[:-1]
     assert first.splitlines()[-1] == "['torch', 'transformers']"
-    assert second.splitlines()[-1] == "[]"
+    assert second.splitlines()[-1] == recipes_own.splitlines()[-1] == "[]"
 
 
 def test_this_machine_is_measured_in_plausible_units():
