@@ -16,8 +16,8 @@ from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.prune.artifact import ModelRef
+from dropformer.prune.choosing import choose
 from dropformer.prune.loading.load import load
-from dropformer.prune.plan import choose
 
 REF = ModelRef(name="tiny", fingerprint="f" * 64)
 
@@ -50,6 +50,12 @@ def forwards(monkeypatch):
 
     monkeypatch.setattr(module, "measuring", Counting)
     return ran
+
+
+@pytest.fixture(autouse=True)
+def one_at_a_time(monkeypatch):
+    """Windows run one by one where a test does not say how many at once: it counts them."""
+    monkeypatch.setattr(module, "samples_at_once", lambda model, data: 1)
 
 
 @pytest.mark.parametrize("size", [1, 5])
@@ -98,20 +104,14 @@ def interrupt(done, _tokens):
 
 def interrupted(model, kept, windows=None):
     with pytest.raises(KeyboardInterrupt):
-        measure(model, windows or data(), REF, Measuring(batch_size=1, rows=kept), interrupt)
+        measure(model, windows or data(), REF, Measuring(rows=kept), interrupt)
     assert kept.exists()
 
 
 def test_going_on_counts_no_tokens_that_an_earlier_run_measured(tiny, tmp_path):
     told = []
     interrupted(tiny("llama"), tmp_path / "rows.jsonl")
-    measure(
-        tiny("llama"),
-        data(),
-        REF,
-        Measuring(batch_size=1, rows=tmp_path / "rows.jsonl"),
-        lambda *both: told.append(both),
-    )
+    measure(tiny("llama"), data(), REF, Measuring(rows=tmp_path / "rows.jsonl"), lambda *both: told.append(both))
     assert told[0] == (6, 0) and told[-1] == (12, 6 * 16)
 
 
@@ -120,7 +120,7 @@ def test_a_torn_line_is_measured_again(tiny, tmp_path, forwards):
     interrupted(tiny("llama"), kept)
     kept.write_text(kept.read_text()[:-30])
     forwards.clear()
-    resumed = measure(tiny("llama"), data(), REF, Measuring(batch_size=1, rows=kept))
+    resumed = measure(tiny("llama"), data(), REF, Measuring(rows=kept))
     assert len(forwards) == 7
     assert resumed == measure(tiny("llama"), data(), REF)
 
@@ -138,7 +138,7 @@ def test_rows_of_anything_else_are_not_used(change, tiny, tmp_path, forwards):
     else:
         kept.write_bytes(b"\xff\x00 not ours\n")
     forwards.clear()
-    measure(model, windows, ref, Measuring(batch_size=1, rows=kept))
+    measure(model, windows, ref, Measuring(rows=kept))
     assert len(forwards) == 12
 
 
@@ -147,7 +147,7 @@ def test_while_one_run_writes_another_measures_without_the_file(tiny, tmp_path):
 
     def meanwhile(done, _tokens):
         if done == 6:
-            inner.append(measure(tiny("llama"), data(), REF, Measuring(batch_size=1, rows=kept)))
+            inner.append(measure(tiny("llama"), data(), REF, Measuring(rows=kept)))
             assert kept.exists()
 
     outer = measure(tiny("llama"), data(), REF, Measuring(rows=kept), meanwhile)

@@ -42,6 +42,13 @@ def test_eager_attention_counts_its_scores(tiny):
     assert activation_bytes(model, 4096) > activation_bytes(model, 512) + 4 * 4 * 3000
 
 
+def test_an_analysis_that_may_stop_early_looks_after_few_windows(tiny):
+    windows = data(torch.ones(64, 8, dtype=torch.long))
+    assert Measuring().size(tiny("llama"), windows) == BUSY_CPU // 8
+    assert Measuring(until_stable="attn:1").size(tiny("llama"), windows) == 4
+    assert Measuring(batch_size=7, until_stable="attn:1").size(tiny("llama"), windows) == 7
+
+
 def short_of_memory(limit: int, seen: list[int]):
     def run(rows):
         seen.append(len(rows))
