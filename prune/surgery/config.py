@@ -24,7 +24,7 @@ NOT_THE_DECODERS = {"attention_window"}  # LED's sparse windows are its encoder'
 # One letter a block.
 PATTERNS = {"hybrid_override_pattern"}
 # One entry a block, following the MLP.
-PER_MLP = {"mlp_layer_types", "moe_layer_freq"}
+PER_MLP = {"mlp_layer_types", "moe_layer_freq", "intermediate_size", "activation_sparsity_pattern"}
 # Indices of blocks: those that stay, renumbered.
 INDICES = {"mlp_only_layers": "mlp", "moe_layers": "mlp", "attn_layer_indices": "source", "hybrid_layer_ids": "source"}
 INDICES |= {"full_attn_idxs": "source", "cross_attention_layers": "source", "global_attn_indexes": "source"}

@@ -19,6 +19,8 @@ import tiny_models
 BLOCKS, DROPPED = tiny_models.LAYERS, 1
 COUNTS = [name for value, names in tiny_models._SIZES if value == BLOCKS for name in names.split() if "layer" in name]
 
+OTHERS = ("vision", "audio", "encoder", "qformer", "perceiver", "depth")  # sections that describe other stacks
+
 
 def stack(name, path):
     made = {"attn": "self_attn", "mlp": "mlp"}
@@ -43,7 +45,9 @@ def config_of(family, blocks):
 def fields(config, place=""):
     """Every field of a config by its path, those of other stacks apart."""
     for key, value in config.items():
-        if isinstance(value, dict) and not key.startswith(("vision", "audio", "encoder", "qformer", "perceiver", "depth")):
+        if isinstance(value, dict) and not key.startswith(
+            ("vision", "audio", "encoder", "qformer", "perceiver", "depth")
+        ):
             yield from fields(value, f"{place}{key}.")
         else:
             yield f"{place}{key}", value
@@ -54,6 +58,8 @@ def check(family):
     dense, short = config_of(family, BLOCKS), config_of(family, BLOCKS - 1)
     if dense is None or getattr(dense.get_text_config(decoder=True), "num_hidden_layers", None) != BLOCKS:
         return None
+    if getattr(short and short.get_text_config(decoder=True), "num_hidden_layers", None) != BLOCKS - 1:
+        short = None  # its defaults list four blocks
     two = getattr(dense, "is_encoder_decoder", False)
     stacks = [stack(name, f"model.{name}.layers") for name in ("encoder", "decoder")] if two else []
     outline = Outline(stacks=stacks or [stack("", "model.layers")], parameters=9)
@@ -68,8 +74,10 @@ def check(family):
     shorter = dict(fields(short.to_dict())) if short is not None else {}
     checked = {}
     for place, value in fields(dense.to_dict()):
-        if short is None and value == BLOCKS and place.rpartition(".")[2] in COUNTS:  # lists of four in its defaults
+        if short is None and value == BLOCKS and place.rpartition(".")[2] in COUNTS:
             checked[place] = BLOCKS - 1
+        elif short is None and isinstance(value, list) and len(value) == BLOCKS and place.endswith("block_type"):
+            checked[place] = [v for i, v in enumerate(value) if i != DROPPED]
         elif isinstance(value, list) and len(value) == BLOCKS and isinstance(shorter.get(place), list):
             if len(shorter[place]) == BLOCKS - 1 and "_ids" not in place and "ind" not in place and "idx" not in place:
                 checked[place] = [v for i, v in enumerate(value) if i != DROPPED]
