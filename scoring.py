@@ -138,8 +138,7 @@ def _streamed(opened: LoadedModel, data: CalibrationData, request: Request, prog
     place, memory = request.placement, request.scoring.memory or ""
     if place.device_map or place.device not in (None, "cpu"):
         raise ModelError("--memory computes on the CPU; leave out --device and --device-map, or --memory")
-    dtype = torch_dtype(place.dtype or "float32")
-    streamed = open_streamed(opened.path, dtype, place.trust_remote_code)  # type: ignore[arg-type]
+    streamed = open_streamed(opened.path, torch_dtype(place.dtype or "float32") or "float32", place.trust_remote_code)
     with progress.stage("scoring windows, block by block", len(data)) as tick:
         return stream_scores(streamed, data, opened.ref, parse_bytes(memory), request.scoring.batch_size, tick)
 

@@ -31,6 +31,7 @@ from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.metrics.offload.keeper import Keeper
 from dropformer.metrics.search.improve import Improver, improve
 from dropformer.metrics.search.strategy import Strategy, Target, quality
+from dropformer.prune.artifact import ModelRef
 
 WIKITEXT = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "wikitext-2" / "valid.txt"
 SOURCES = (
@@ -157,7 +158,7 @@ class Judge:
         return found
 
 
-def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: str, ref: object) -> Row:
+def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: str, ref: ModelRef) -> Row:
     improver.quality = replace(
         METHODS[method],
         stride=improver.quality.stride,
@@ -166,7 +167,7 @@ def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: 
     )
     start = time.process_time()
     spent = improver.work.spent
-    plan, repair, variant = improve(improver, ref, Target(drop), gate)  # type: ignore[arg-type]
+    plan, repair, variant = improve(improver, ref, Target(drop), gate)
     seconds = time.process_time() - start
     passes = (improver.work.spent - spent) / (improver.work.blocks * improver.work.tokens)
     damage = judge(variant)

@@ -71,8 +71,8 @@ class Comparison(Artifact):
     @property
     def steps(self) -> list[int] | None:
         """The training steps, None unless every checkpoint's is known."""
-        found = [checkpoint.step for checkpoint in self.checkpoints]
-        return None if None in found else found  # type: ignore[return-value]
+        found = [checkpoint.step for checkpoint in self.checkpoints if checkpoint.step is not None]
+        return found if len(found) == len(self.checkpoints) else None
 
     def spearman_to_last(self, kind: str) -> list[float | None]:
         return [row[-1] for row in self.spearman[kind]]

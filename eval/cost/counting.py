@@ -17,6 +17,7 @@ from dropformer.prune.discovery.inputs import writes_text
 from dropformer.prune.discovery.weightless import outline_without_weights
 from dropformer.prune.errors import ArchitectureError, ModelError
 from dropformer.prune.loading.load import auto_class
+from dropformer.prune.loading.parts import text_config
 from dropformer.prune.outline import StackOutline
 
 EXPERTS_USED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
@@ -70,7 +71,7 @@ def _twin(model: nn.Module) -> nn.Module | None:
 def _counted(model: nn.Module) -> ModelCost:
     outline = outline_without_weights(model)
     stack = next((s for s in outline.stacks if s.name in ("", "decoder")), outline.stacks[0])
-    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    config = text_config(model)
     modules = model.get_submodule(stack.path).children()
     experts = [_experts(block, config) for block in modules]
     blocks = tuple(_block(config, stack, index, found) for index, found in enumerate(experts))

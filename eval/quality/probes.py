@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
 
 from dropformer.metrics.calibration.settings import context_of
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.device import input_device
+from dropformer.prune.loading.parts import empty_cache
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def score(model: nn.Module, tokenizer: Any, probe: Probe) -> ProbeResult:
     The shared text is computed once; each question continues a copy of its cache, and all answers of a
     question go through the model together.
     """
-    shared = DynamicCache(config=model.config)  # type: ignore[arg-type]
+    shared = empty_cache(model)
     if probe.shared:
         model(
             input_ids=_ids(tokenizer, probe.shared, model, special=True)[None], past_key_values=shared, use_cache=True

@@ -10,10 +10,11 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from dropformer.metrics.blockwise.runner import BlockRunner, replaced
+from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import Variant, dropped_forms
 from dropformer.prune.architecture import Architecture, Layer
-from dropformer.prune.loading.modeling import Skipped
+from dropformer.prune.loading.parts import replaced
+from dropformer.prune.loading.skipped_modules import Skipped
 
 BUSY_CPU, BUSY_GPU = 256, 8192  # tokens in a pass beyond which more variants at once gain nothing
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dropformer.metrics.analysis import distributed
-from dropformer.metrics.analysis.analyze import Progress, as_inputs, calibrated, evaluating, joined, scores_of, trunk
+from dropformer.metrics.analysis.analyze import Progress, as_inputs, calibrated, joined, scores_of, trunk
 from dropformer.metrics.analysis.capture import Capture, WindowScores, capturing
 from dropformer.metrics.analysis.measure import exchanged
 from dropformer.metrics.analysis.scores import Scores
@@ -40,6 +40,7 @@ from dropformer.prune.discovery.replay import Replay
 from dropformer.prune.errors import ModelError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.loading.load import auto_class, read_model_config
+from dropformer.prune.loading.parts import evaluating, input_embeddings
 from dropformer.prune.loading.quiet import quiet_transformers
 
 LARGE_EMBEDDING = 32 << 20  # bytes from which an embedding is read row by row
@@ -262,7 +263,7 @@ class _Run:
             self.proving, self.capture.listening = False, True
 
     def _at_other(self, path: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if module is trunk(self.model).get_input_embeddings() and self._is_large(path):  # type: ignore[operator]
+        if module is input_embeddings(trunk(self.model)) and self._is_large(path):
             self.weights.load_rows(path, args[0] if args else kwargs["input"])
         elif path not in self.outside:
             self.weights.load(path, recurse=False)

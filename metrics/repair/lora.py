@@ -21,11 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from dropformer.metrics.blockwise.divergence import first_changed
-from dropformer.metrics.blockwise.runner import BlockRunner, replaced
+from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.repair.base import Changes, RepairContext
 from dropformer.metrics.repair.distill import padding, relative_error
 from dropformer.prune.architecture import Block
 from dropformer.prune.discovery.trace import outputs_of
+from dropformer.prune.loading.parts import replaced
 from dropformer.prune.surgery.views import sharing_copy
 
 Progress = Callable[[int, int], None]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropformer.prune.errors import OutputError, PlanError
-from dropformer.prune.loading.deci_families import check_family
+from dropformer.prune.loading.deci.families import check_family
 from dropformer.prune.registry import Registry, imported
 
 if TYPE_CHECKING:

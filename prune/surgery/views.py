@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import Surgery, map_blocks
 from dropformer.prune.discovery.modalities import sample_batches
-from dropformer.prune.discovery.replay import evaluating
+from dropformer.prune.discovery.replay import traceable
 from dropformer.prune.loading.device import hooks_of
 from dropformer.prune.outline import Outline
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
@@ -57,7 +57,7 @@ def proven(model: nn.Module, surgery: Surgery) -> Surgery:
 
 
 def _output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    with evaluating(model):
+    with traceable(model):
         return model(**inputs)[0].float()
 
 

@@ -18,7 +18,7 @@ def outline(blocks: int = 6) -> Outline:
 
 
 def scored(**values: list[float]) -> dict[Layer, float]:
-    return {Layer(kind, i): v for kind, numbers in values.items() for i, v in enumerate(numbers)}  # type: ignore[arg-type]
+    return {Layer(kind, i): v for kind, numbers in values.items() for i, v in enumerate(numbers)}
 
 
 ATTN = [0.1, 0.9, 0.5, 0.9, 0.2, 0.3]
