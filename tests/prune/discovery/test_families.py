@@ -22,7 +22,7 @@ from dropformer.prune.plan import choose
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-from tiny_models import tiny_model
+from families.tiny_models import tiny_model
 
 
 def pruned(model, spec, shorten=True):

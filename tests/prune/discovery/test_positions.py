@@ -14,8 +14,8 @@ from dropformer.prune.discovery.modalities import modalities, sample_batches
 from dropformer.prune.discovery.positions import reads_numbers
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-from tiny_models import tiny_model
-from trial import silenced
+from families.tiny_models import tiny_model
+from families.trial import silenced
 
 # Families that add image features after text blocks, with these features in four blocks.
 QWEN3 = {"vision_config": {"deepstack_visual_indexes": [0, 1, 2]}}

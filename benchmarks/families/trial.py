@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_models import VOCAB
+from families.tiny_models import VOCAB
 from torch import nn
 
 import dropformer
