@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import map_blocks
+from dropformer.prune.choosing import choose
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import choose
 from dropformer.prune.spec import parse_spec
 
 WAY_OUT = "write joint:N with an even N (N/2 pairs of attention and MLP), or block:N, which packs as it is"

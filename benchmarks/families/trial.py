@@ -24,6 +24,7 @@ from dropformer.eval.cost.counting import cost_of_config
 from dropformer.eval.cost.model_cost import ModelCost
 from dropformer.metrics.analysis.analyze import analyze_model
 from dropformer.prune.architecture import Architecture, Layer, Stack
+from dropformer.prune.choosing import choose
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.discovery.inputs import sample_inputs
 from dropformer.prune.discovery.modalities import with_images
@@ -32,7 +33,6 @@ from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ArchitectureError, ModelError, PlanError
 from dropformer.prune.formats.export import reference
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import choose
 
 NEW_TOKENS = 4
 SILENT = "the sample's output is the same without"

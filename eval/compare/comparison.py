@@ -12,8 +12,8 @@ from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.prune.architecture import KIND_NAMES, Layer
 from dropformer.prune.artifact import Artifact, FrozenRecord, ModelRef
+from dropformer.prune.choosing import choose
 from dropformer.prune.errors import PlanError
-from dropformer.prune.plan import choose
 from dropformer.prune.spec import parse_spec
 
 Matrix = list[list[float | None]]

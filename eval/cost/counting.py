@@ -18,7 +18,7 @@ from dropformer.prune.discovery.inputs import writes_text
 from dropformer.prune.discovery.weightless import outline_without_weights
 from dropformer.prune.errors import ArchitectureError, ModelError
 from dropformer.prune.loading.load import auto_class
-from dropformer.prune.loading.parts import text_config
+from dropformer.prune.loading.parts import text_config, windows_of
 from dropformer.prune.outline import Outline, StackOutline
 from dropformer.prune.window import Window
 
@@ -63,10 +63,9 @@ def _windows(model: nn.Module, outline: Outline) -> dict[Layer, Window]:
     """The windows that a plan gave the attention layers of a model, by their present places."""
     paths = {f"{stack.path}.": stack.name for stack in outline.stacks if stack.name in ("", "decoder")}
     found = {}
-    for name, module in model.named_modules():
-        window = getattr(module, "window", None)
+    for name, window in windows_of(model).items():
         path = next((path for path in paths if name.startswith(path)), None)
-        if path and hasattr(window, "sinks"):
+        if path:
             index = int(name.removeprefix(path).partition(".")[0])
             found[Layer("attn", index, paths[path])] = Window(window.width, window.sinks)
     return found

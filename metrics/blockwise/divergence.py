@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -163,11 +163,6 @@ def dropped_modules(architecture: Architecture, layers: Iterable[Layer]) -> dict
     return {path: Skipped(form) for path, form in dropped_forms(architecture, layers).items()}
 
 
-def first_block(layers: Iterable[Layer]) -> int:
-    """The first block that dropping these layers changes; 0 where there are none."""
-    return min((layer.index for layer in layers), default=0)
-
-
 def first_changed(runner: BlockRunner, paths: Iterable[str]) -> int:
     """The first block that other modules at these paths change; 0 where there are none."""
     blocks = [f"{block.path}." for block in runner.blocks]
@@ -181,8 +176,3 @@ def _joint(streams: Sequence[Tensor]) -> Tensor:
 
 def _parts(items: Sequence[int], size: int) -> list[Sequence[int]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def with_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Those of some modules that have parameters: repairs, not what merely takes a dropped layer's place."""
-    return {path: module for path, module in modules.items() if any(True for _ in module.parameters())}

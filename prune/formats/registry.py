@@ -97,7 +97,7 @@ def _check_deci(facts: ExportFacts) -> None:
 
 
 FORMATS: Registry[Format] = Registry(
-    "format",
+    "--format",
     {
         "dropformer": Format(
             f"{_HERE}.writing:write_pruned",

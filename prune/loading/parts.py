@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import DynamicCache
 
+from dropformer.prune.loading.window_cache import Window
+
 
 def text_config(owner: Any) -> Any:
     """The config of the text part of a model or of a composite config; its own where all of it is text."""
@@ -19,6 +21,12 @@ def text_config(owner: Any) -> Any:
 def input_embeddings(model: Any) -> nn.Module | None:
     """The module that turns token ids into vectors; None for a model that has none."""
     return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+
+
+def windows_of(model: nn.Module) -> dict[str, Window]:
+    """Module path -> the window of each attention layer that has one."""
+    found: dict[str, Any] = {path: getattr(module, "window", None) for path, module in model.named_modules()}
+    return {path: window for path, window in found.items() if hasattr(window, "sinks")}
 
 
 def empty_cache(model: Any) -> DynamicCache:

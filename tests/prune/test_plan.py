@@ -4,9 +4,10 @@ import pytest
 
 from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import ModelRef
+from dropformer.prune.choosing import choose
 from dropformer.prune.errors import DropformerError, PlanError
 from dropformer.prune.outline import BranchOutline, Outline, StackOutline
-from dropformer.prune.plan import Plan, choose, make_plan
+from dropformer.prune.plan import Plan, make_plan
 from dropformer.prune.spec import parse_keep, parse_spec
 
 
