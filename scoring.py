@@ -19,10 +19,10 @@ from dropformer.metrics.calibration.windows import computed_tokens
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.progress import Progress
 from dropformer.prune.architecture import Layer
-from dropformer.prune.discovery.inputs import takes_pictures
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.outline import Outline
+from dropformer.prune.samples.inputs import takes_pictures
 from dropformer.prune.spec import parse_spec
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import CalibrationOptions, Request

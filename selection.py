@@ -21,11 +21,11 @@ from dropformer.metrics.search.improve import improve as improved_plan
 from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named
 from dropformer.progress import Progress, Silent
-from dropformer.prune.discovery.inputs import writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading.device import input_device
 from dropformer.prune.plan import Plan, make_plan
+from dropformer.prune.samples.inputs import writes_text
 from dropformer.recipes.opening import LoadedModel, open_model
 from dropformer.request import GATE, Request, recipe_calibration
 from dropformer.scoring import writer

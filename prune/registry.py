@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T]):
-    """Entries by name, in the order in which they apply.  `option` takes a name: --metric, or "probe" in Python only."""
+    """Entries by name, in the order in which they apply.  `option` takes a name: --metric, or "probe" in Python."""
 
     def __init__(self, option: str, entries: dict[str, T], error: type[DropformerError] = PlanError) -> None:
         self.option, self._entries, self._error = option, dict(entries), error

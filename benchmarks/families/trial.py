@@ -26,13 +26,13 @@ from dropformer.metrics.analysis.analyze import analyze_model
 from dropformer.prune.architecture import Architecture, Layer, Stack
 from dropformer.prune.choosing import choose
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.inputs import sample_inputs
-from dropformer.prune.discovery.modalities import with_images
 from dropformer.prune.discovery.proof import prove
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ArchitectureError, ModelError, PlanError
 from dropformer.prune.formats.export import reference
 from dropformer.prune.outline import Outline
+from dropformer.prune.samples.inputs import sample_inputs
+from dropformer.prune.samples.modalities import with_images
 
 NEW_TOKENS = 4
 SILENT = "the sample's output is the same without"
@@ -170,7 +170,11 @@ def _silencer(form: Any) -> Any:
         given = {**dict(enumerate(args)), **kwargs}
         return given[int(key) if key.isdecimal() else key] if key else value
 
-    def hook(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if isinstance(form, dict) and "norm" in form:
+            norm = module.get_submodule(form["norm"])
+            given = _silencer(form["of"])(module, args, kwargs, output)
+            return tuple(g if g is None or g is o else norm(g) for g, o in zip(given, output, strict=True))
         if isinstance(form, list):
             return tuple(replace(f, v, args, kwargs) for f, v in zip(form, output, strict=True))
         if isinstance(form, dict) and "list" in form:

@@ -14,12 +14,12 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from dropformer.eval.cost.memory import parameter_count
 from dropformer.eval.cost.model_cost import BlockCost, Experts, ModelCost
 from dropformer.prune.architecture import Layer
-from dropformer.prune.discovery.inputs import writes_text
 from dropformer.prune.discovery.weightless import outline_without_weights
 from dropformer.prune.errors import ArchitectureError, ModelError
 from dropformer.prune.loading.load import auto_class
 from dropformer.prune.loading.parts import text_config, windows_of
 from dropformer.prune.outline import Outline, StackOutline
+from dropformer.prune.samples.inputs import writes_text
 from dropformer.prune.window import Window
 
 EXPERTS_USED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dropformer.metrics.blockwise.runner import BlockRunner
-from dropformer.metrics.blockwise.variant import Variant, dropped_forms
+from dropformer.metrics.blockwise.variant import Variant, dropped_forms, skipped_at
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.loading.parts import replaced
-from dropformer.prune.loading.skipped_modules import Skipped
 
 BUSY_CPU, BUSY_GPU = 256, 8192  # tokens in a pass beyond which more variants at once gain nothing
 
@@ -158,9 +157,9 @@ class DenseReference:
         return (kl * share).sum(1), (nll * share).sum(1)
 
 
-def dropped_modules(architecture: Architecture, layers: Iterable[Layer]) -> dict[str, nn.Module]:
-    """Module path -> what stands there once these layers are dropped."""
-    return {path: Skipped(form) for path, form in dropped_forms(architecture, layers).items()}
+def dropped_modules(model: nn.Module, architecture: Architecture, layers: Iterable[Layer]) -> dict[str, nn.Module]:
+    """Module path -> what takes its place once these layers are dropped."""
+    return skipped_at(model, dropped_forms(architecture, layers))
 
 
 def first_changed(runner: BlockRunner, paths: Iterable[str]) -> int:

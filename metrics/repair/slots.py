@@ -17,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from dropformer.prune.architecture import Architecture, Block, Branch, Layer, Tap
 from dropformer.prune.discovery.dataflow import ADDS, KEEPS_PLACE, SCALES, Flow, Term
-from dropformer.prune.discovery.inputs import sample_inputs
 from dropformer.prune.discovery.replay import traceable
 from dropformer.prune.discovery.trace import Call, Op, Trace, tracing
+from dropformer.prune.samples.inputs import sample_inputs
 
 
 @dataclass(frozen=True)

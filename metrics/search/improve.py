@@ -31,12 +31,12 @@ from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.choosing import check_attention_left, choose, unprotected
-from dropformer.prune.discovery.inputs import writes_text
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.loading.parts import evaluating
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, make_plan
+from dropformer.prune.samples.inputs import writes_text
 from dropformer.prune.spec import parse_spec
 
 Tell = Callable[[str], None]

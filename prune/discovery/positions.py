@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from dropformer.prune.architecture import Stack
-from dropformer.prune.discovery.dataflow import CARRIES, stream_ends, within
-from dropformer.prune.discovery.modalities import modalities, with_modality
+from dropformer.prune.architecture import Stack, within
+from dropformer.prune.discovery.dataflow import CARRIES, stream_ends
 from dropformer.prune.discovery.replay import traceable
 from dropformer.prune.discovery.trace import Call, Trace, tracing
+from dropformer.prune.samples.modalities import modalities, with_modality
 
 LISTS = {"layer_types", "layers_block_type", "layer_rope_theta", "block_types"}  # by block in the config: they follow
 

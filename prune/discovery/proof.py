@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from dropformer.prune.architecture import Architecture, Block, Branch, of_images
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.modalities import sample_batches, with_images
 from dropformer.prune.discovery.replay import Replay, on_tap, reading, skipped, traceable
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.outline import Outline
+from dropformer.prune.samples.modalities import sample_batches, with_images
 from dropformer.prune.spec import parse_spec
 
 __all__ = ["on_tap", "prove", "prove_block"]

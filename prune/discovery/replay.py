@@ -18,7 +18,7 @@ from dropformer.prune.discovery.dataflow import Flow, Term
 from dropformer.prune.discovery.trace import outputs_of
 from dropformer.prune.loading.device import is_offloaded
 from dropformer.prune.loading.parts import evaluating, replaced
-from dropformer.prune.loading.skipped_modules import Skipped
+from dropformer.prune.loading.skipped_modules import Skipped, keep_settings
 
 
 @contextmanager
@@ -50,8 +50,16 @@ class _OnMeta(TorchDispatchMode):
 @contextmanager
 def skipped(model: nn.Module, block: str, modules: Mapping[str, Any]) -> Iterator[None]:
     """Inside the `with`, these modules of a block are `Skipped`; the model's own are restored on exit."""
-    with replaced(model, {f"{block}.{name}": Skipped(form) for name, form in modules.items()}):
+    with replaced(model, {f"{block}.{name}": _skip(model, f"{block}.{name}", form) for name, form in modules.items()}):
         yield
+
+
+def _skip(model: nn.Module, path: str, form: Any) -> Skipped:
+    """The module that takes the place of the one at a path."""
+    old = model.get_submodule(path)
+    new = Skipped(form).keep(old)
+    keep_settings(old, new)
+    return new
 
 
 @contextmanager
@@ -122,8 +130,13 @@ class Replay:
 
     def run(self, block: str, call: int = 0) -> Any:
         """The block's output on a fresh copy of the inputs of one of its calls."""
+        args, kwargs = self.inputs(block, call)
+        return self.model.get_submodule(block)(*args, **kwargs)
+
+    def inputs(self, block: str, call: int = 0) -> tuple[tuple, dict]:
+        """A fresh copy of the inputs of one of the block's calls."""
         args, kwargs = self.seen[block][call]
-        return self.model.get_submodule(block)(*_copied(args), **_copied(kwargs))
+        return _copied(args), _copied(kwargs)
 
     def problem(self, block: str, modules: Mapping[str, Any]) -> str:
         """What goes wrong in the block with these modules skipped; "" when it runs."""

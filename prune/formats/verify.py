@@ -22,8 +22,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from dropformer.prune.architecture import owns
 from dropformer.prune.block_map import Surgery, new_name
-from dropformer.prune.discovery.modalities import sample_batches
 from dropformer.prune.errors import CheckpointError, VerificationError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.files.config_json import read_config
@@ -32,6 +32,7 @@ from dropformer.prune.loading.load import build, load, read_model_config
 from dropformer.prune.loading.parts import evaluating
 from dropformer.prune.loading.quiet import quiet_transformers
 from dropformer.prune.loading.tensor_names import renamed_on_load
+from dropformer.prune.samples.modalities import sample_batches
 
 LOGITS = 1e-4  # of the largest logit
 ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 1e-2}  # of the largest weight; 1e-6 in float32
@@ -207,8 +208,7 @@ class _Pieces:
         for stack in self.surgery.outline.stacks:
             index, _, rest = name.removeprefix(f"{stack.path}.").partition(".")
             if name.startswith(f"{stack.path}.") and index.isdecimal():
-                modules = [module for branch in stack.of_block(int(index)) for module in branch.modules]
-                return any(rest == module or rest.startswith(f"{module}.") for module in modules)
+                return any(owns(branch.modules, rest) for branch in stack.of_block(int(index)))
         return False
 
     def _in_memory(self, name: str) -> Any:

@@ -13,9 +13,9 @@ import transformers
 import dropformer
 from dropformer import api
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.inputs import longest_text, sample_inputs
-from dropformer.prune.discovery.modalities import with_images
 from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.samples.inputs import longest_text, sample_inputs
+from dropformer.prune.samples.modalities import with_images
 from dropformer.prune.surgery.config import pruned_config
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))

@@ -10,8 +10,8 @@ import transformers
 from dropformer import api
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.modalities import modalities, sample_batches
 from dropformer.prune.discovery.positions import reads_numbers
+from dropformer.prune.samples.modalities import modalities, sample_batches
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from families.tiny_models import tiny_model
