@@ -19,10 +19,10 @@ from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.discovery.proof import prove
 from dropformer.prune.discovery.summarize import summarize
-from dropformer.prune.discovery.trace import members_of, tensors_in
+from dropformer.prune.discovery.trace import members_of
 from dropformer.prune.errors import CalibrationError
 from dropformer.prune.loading.device import input_device
-from dropformer.prune.loading.parts import evaluating
+from dropformer.prune.loading.parts import evaluating, tensors_in
 
 Progress = Callable[[int, int], None]  # windows done, tokens done
 Batch = Mapping[str, Tensor] | Tensor

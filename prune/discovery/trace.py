@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from dropformer.prune.loading.parts import tensors_in
+
 STATE_NAMES = re.compile(r"^(\w+_)?(state|past|cache)$")  # as parameters of forward; hidden_states are none
 
 
@@ -197,18 +199,6 @@ def shape_of(output: Any) -> str:
     if isinstance(output, dict) or hasattr(output, "_fields") or dataclasses.is_dataclass(output):
         return "fields"
     return "tuple" if type(output) is tuple else "list" if type(output) is list else ""
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and dicts."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from tensors_in(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from tensors_in(item)
 
 
 def _holds_tensors(item: Any) -> bool:
