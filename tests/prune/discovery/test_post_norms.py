@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 
+from dropformer.prune.choosing import choose
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.discovery.summarize import summarize
-from dropformer.prune.plan import choose
 from dropformer.prune.samples.inputs import sample_inputs
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 
