@@ -103,7 +103,7 @@ def heal(
 
 def activations(student: nn.Module, adapted: Iterable[str], runner: BlockRunner) -> int:
     """About how many bytes a pass keeps for its gradients: what linear modules read and write, three times over."""
-    widths = sum(sum(student.get_submodule(path).weight.shape) for path in adapted)
+    widths = sum(sum(student.get_parameter(f"{path}.weight").shape) for path in adapted)
     most = max(inputs["input_ids"].numel() for inputs in runner.batches)
     return 3 * widths * most * runner.start(0).element_size()
 
