@@ -97,6 +97,7 @@ class BlockRunner:
     def walk(self, first: int = 0, last: int | None = None) -> Iterator[int]:
         """The blocks from `first` to before `last` in order, each with its weights there while it is dealt with."""
         for block in range(first, len(self.blocks) if last is None else last):
+            self.keeper.release()
             self.provider.enter(self.blocks[block].path)
             yield block
 
