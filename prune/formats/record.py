@@ -17,7 +17,7 @@ from dropformer.prune.files import CopyReport
 from dropformer.prune.formats.card import model_card
 from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.formats.writing import MODEL_TYPE
-from dropformer.prune.loading.deci_families import DECI, FOREIGN, is_own_deci
+from dropformer.prune.loading.deci.families import DECI, FOREIGN, is_own_deci
 from dropformer.prune.plan import Plan
 from dropformer.prune.window import CONTEXT, KV_AT
 from dropformer.version import __version__

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropformer.prune.errors import OutputError, PlanError
-from dropformer.prune.loading.deci_families import check_family
+from dropformer.prune.loading.deci.families import check_family
 from dropformer.prune.registry import Registry, imported
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _check_deci(facts: ExportFacts) -> None:
 
 
 FORMATS: Registry[Format] = Registry(
-    "format",
+    "--format",
     {
         "dropformer": Format(
             f"{_HERE}.writing:write_pruned",
