@@ -1,4 +1,4 @@
-"""What each way of choosing and repairing keeps of a model: perplexity relative to dense, on three kinds of text.
+"""What each way of choosing and repairing keeps of a model: perplexity relative to dense, on three domains.
 
     python benchmarks/quality.py [--quick] [--wikitext FILE] [--drops attn:8,block:4] [--methods refit,best]
 

@@ -78,7 +78,7 @@ def _answered(messages: Any) -> Any:
 
 
 def _rows(name: str) -> Iterator[tuple[str, Any]]:
-    """Where each row stands, for an error, and what it holds; None where it is no JSON."""
+    """Each row's place, for error messages, and its content; None where it is not JSON."""
     with Path(name).open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 PENALTIES = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-SKETCH = 48  # random mixtures of the outputs that stand for all of them where penalties are compared
+SKETCH = 48  # random projections of the outputs on which penalties are compared
 PANELS = 6  # of a symmetric product, so that 7/12 of it are computed
 OUT_OF_DOMAIN_WEIGHT = 1 / 3  # weight of leave-one-domain-out error against in-domain validation error
 HOLD_OUT = 4  # every so many windows of a domain validate penalties
@@ -214,7 +214,7 @@ def _average(parts: Sequence[tuple[Tensor, Tensor]], into: bool = False) -> tupl
 def _left_over(
     domains: Sequence[Mean], held_out: Mean | None, targets: Sequence[Sequence[int]], mix: Tensor | None, penalty: float
 ) -> list[float]:
-    """For each choice of targets, what a fit with this penalty leaves on text that it did not see."""
+    """The held-out error of a fit with this penalty, for each choice of targets."""
     abroad = [
         _validated([m for m in domains if m is not domain], domain, targets, mix, penalty)
         for domain in domains

@@ -27,7 +27,7 @@ EXPECTED = (
 class Budget:
     """What to save: a share of the KV cache or of the parameters, or decoding that much faster.
 
-    `amount` is the share that must go, in (0, 1); for decode and measured that of the time a token takes.
+    `amount` is the share to save, in (0, 1); for decode and measured that of the time a token takes.
     """
 
     what: str

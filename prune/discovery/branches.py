@@ -276,7 +276,7 @@ def form_of(call: Call, members: Mapping[int | str | None, str | None]) -> Any:
 
 
 def _alike(given: torch.Size, wanted: torch.Size) -> bool:
-    """The same numbers a token, though tokens may be flattened into rows: [B, T, D] for [B * T, D]."""
+    """The same numbers per token, though tokens may be flattened into rows: [B, T, D] for [B * T, D]."""
     return given == wanted or (bool(given) and given.numel() == wanted.numel() and given[-1] == wanted[-1])
 
 

@@ -261,7 +261,7 @@ def _parent(path: str) -> str:
 
 
 def _whole_form(flows: list[Flow]) -> Any:
-    """What stands for a whole block: its input where the stream came out, and what it merely passed on."""
+    """The output form of a dropped block: its input as the stream, and the inputs that it returned unchanged."""
     call: Call = flows[0].call
     streams = {flow.out_key: flow.in_key for flow in flows}
 
