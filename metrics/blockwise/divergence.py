@@ -59,7 +59,7 @@ class DenseReference:
             self._log_probs = [
                 keep(self._log_probabilities(batch, streams[-1]).half()) for batch, streams in enumerate(self.streams)
             ]
-            self.damage = self._summary(self._log_probs)
+            self.divergence = self._summary(self._log_probs)
 
     def compare(self, first: int = 0) -> Divergence:
         """The divergence of the model in its present state, whose blocks before `first` are unchanged."""

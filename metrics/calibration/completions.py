@@ -2,7 +2,7 @@
 
 A row of a .jsonl is {"prompt": ..., "completion": ...} or {"messages": [{"role": ..., "content": ...}, ...]}, with
 the tokenizer's chat template applied; the assistant's turns are the completions.  Depth pruning breaks reasoning
-first, and prose does not show it: what a model is for is what it should be ranked, repaired and judged on.
+first, and prose does not show it: a model should be ranked, repaired and validated on what it is used for.
 """
 
 from __future__ import annotations

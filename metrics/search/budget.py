@@ -110,7 +110,7 @@ def meter(
 
 
 def within(goal: Meter, candidates: Iterable[Layer], cost: Cost, how: Greedily | None = None) -> Choice:
-    """Layers that meet the budget, chosen jointly by damage for each unit saved; none that it can do without.
+    """Layers that meet the budget, selected jointly by KL per unit saved; then redundant picks are removed.
 
     Greedy overshoots with its last layer, so layers that the budget no longer needs come back, those that save
     most first.  Time: as for `greedy`, and one cost more.  Raises PlanError where all candidates together save
