@@ -49,7 +49,7 @@ def write_record(
     """dropformer.json, which is returned, and the model card; `results` are lines of measurements for the card."""
     record = provenance(plan, block_map, copied, format)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    loading = FORMATS[format].loading(block_map.packed)
+    loading = FORMATS[format].loading(block_map.packed, bool(record["notes"]))
     (folder / "README.md").write_text(model_card(plan, record, loading, results), encoding="utf-8")
     return record
 
