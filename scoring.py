@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from dropformer.eval.draft.options import DraftOptions
 from dropformer.metrics.analysis import distributed
 from dropformer.metrics.analysis.measure import Measuring, measure
 from dropformer.metrics.analysis.score_cache import keep, kept_scores, score_file
@@ -13,7 +14,7 @@ from dropformer.metrics.analysis.stability import check_spec
 from dropformer.metrics.analysis.window_loss import TIMES, window_losses
 from dropformer.metrics.calibration.data import CalibrationData, calibration_data, default_settings
 from dropformer.metrics.calibration.images import PIXELS, Pictures
-from dropformer.metrics.calibration.settings import check_length, context_of
+from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
 from dropformer.metrics.calibration.windows import computed_tokens, windows
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.progress import Progress
@@ -159,3 +160,13 @@ def losses_by_window(
     with progress.stage(f"what a window of {counted.window} takes, {samples} x {length} tokens of {settings.name}"):
         batches = [inputs for inputs, _ in data.batches(1)]
         return window_losses(opened.model, outline, batches, counted.window, counted.stack)
+
+
+def draft_texts(opened: LoadedModel, said: CalibrationOptions, options: DraftOptions) -> list[Calibration]:
+    """Windows of the context that a draft is for, of each text; two in all where nobody said how many."""
+    if opened.tokenizer is None:
+        raise ModelError(f"{opened.ref.name} has no tokenizer, so acceptance cannot be measured on text")
+    names = said.of(opened.recipe).name.split(",")
+    check_length(read_config(opened.path), options.context, opened.ref.name)
+    each = max(1, (said.samples or 2) // len(names))
+    return [Calibration(name, each, options.context, said.seed or 0) for name in names]
