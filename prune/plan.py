@@ -35,10 +35,6 @@ class Savings(FrozenRecord):
     kv_after: int
     kv_windows: int = 0
 
-    def kv_share(self, context: int) -> float:
-        """The KV cache at a context beyond every window, over the dense model's there."""
-        return (self.kv_after * context + self.kv_windows) / (self.kv * context) if self.kv else 1.0
-
 
 class DraftRef(FrozenRecord):
     """What a plan gives as the draft of its dense model: `tokens` drafted at a time, and what that is expected to give.
@@ -90,6 +86,13 @@ class Plan(Artifact):
     def windowed(self) -> dict[Layer, Window]:
         """The attention layers that see a window only."""
         return {Layer.parse(layer): Window.parse(text) for layer, text in self.windows.items()}
+
+    def kv_share(self, context: int) -> float:
+        """The KV cache of a sequence of `context` tokens, over the dense model's."""
+        if not self.savings.kv:
+            return 1.0
+        windows = sum(self.outline.branch(layer).kv * window.held(context) for layer, window in self.windowed.items())
+        return (self.savings.kv_after * context + windows) / (self.savings.kv * context)
 
     def dropped(self) -> dict[str, Any]:
         """{attention: [..], mlp: [..], blocks: [..]} in original indices; one such entry a stack where several."""

@@ -13,8 +13,7 @@ from dropformer.eval.draft.cost import MeasuredSteps, Steps, measured_steps
 from dropformer.eval.draft.options import DraftOptions, parse_rungs
 from dropformer.metrics.analysis.analyze import analyze_model
 from dropformer.metrics.analysis.window_loss import TIMES, window_losses
-from dropformer.metrics.calibration.settings import Calibration, check_length
-from dropformer.metrics.calibration.windows import Windows, windows
+from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.draft.acceptance import DenseText, spread
 from dropformer.metrics.draft.formula import MOST, PAYS, best
 from dropformer.metrics.draft.search import Candidate, DraftSearch, Rung, draft_in_place
@@ -53,20 +52,18 @@ class DraftFound:
 def choose_draft(
     opened: LoadedModel,
     options: DraftOptions,
-    texts: Sequence[Calibration],
+    data: Sequence[Windows],
     keep: Sequence[int],
     outline: Outline,
     progress: Progress,
 ) -> DraftFound:
     """The plan and the number of drafted tokens that give the most tokens per second.
 
-    Time: two forward passes for rankings, one over the windows of `texts`, and for each draft a few passes of DEPTH
+    Time: two forward passes for rankings, one over the windows, and for each draft a few passes of DEPTH
     tokens.  Raises ModelError, PlanError, CalibrationError or EvaluationError.
     """
     if not writes_text(opened.model) or len(outline.stacks) != 1:
         raise ModelError(f"{opened.ref.name} is no decoder of one stack, and only such a model drafts for itself")
-    check_length(opened.model.config, options.context, opened.ref.name)
-    data = [windows(text, opened.tokenizer) for text in texts]
     length = data[0].ids.shape[1]
     device = hardware(options.hardware)
     dtype = str(opened.model.dtype).removeprefix("torch.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,16 +21,6 @@ from dropformer.prune.loading.device import gpus_of
 from dropformer.prune.window import Window
 
 
-def with_windows(cost: ModelCost, windows: Mapping[Layer, Window]) -> ModelCost:
-    """The cost where these attention layers see a window: they read and hold W + S keys and values."""
-    blocks = list(cost.blocks)
-    for layer, window in windows.items():
-        seen = window.width + window.sinks
-        block = blocks[layer.index]
-        blocks[layer.index] = replace(block, window=min(seen, block.window or seen))
-    return replace(cost, blocks=tuple(blocks))
-
-
 @dataclass(frozen=True)
 class Steps:
     """Decode steps of one model on a device at a context and a batch, by the roofline.
@@ -45,7 +35,7 @@ class Steps:
 
     def draft(self, layers: Sequence[Layer], windows: Mapping[Layer, Window]) -> float:
         """c: a step without these layers and with these windows, over a dense step."""
-        return self._seconds(with_windows(self.cost, windows).without(layers)) / self._seconds(self.cost)
+        return self._seconds(self.cost.windowed(windows).without(layers)) / self._seconds(self.cost)
 
     def verify(self, tokens: int) -> float:
         """v: a dense pass over so many tokens, over a dense step."""

@@ -68,6 +68,14 @@ class SideBySide:
     divergence: Divergence
     losses: tuple[list[Tensor], list[Tensor]]
 
+    @property
+    def ratio_stderr(self) -> float | None:
+        """Standard error of pruned over dense perplexity, the windows paired; None for one window."""
+        sums = torch.stack([(b - a).sum() for a, b in zip(*self.losses, strict=True)])
+        counts = torch.tensor([float(len(a)) for a in self.losses[0]], dtype=torch.float64)
+        stderr = _stderr(sums, counts)
+        return None if stderr is None else self.pruned.value / self.dense.value * stderr
+
 
 def perplexity(model: PreTrainedModel, windows: Tensor, scored: Tensor | None = None) -> Perplexity:
     """Perplexity of a causal LM over windows [N, T] of token ids; of tokens [N, T] that are scored (None: all).
@@ -86,7 +94,7 @@ def token_losses(model: PreTrainedModel, windows: Tensor, every: int = 1, scored
     with torch.inference_mode():
         for window, counts in _rows(windows, scored):
             hidden, targets = _hidden(split, window)[:-1][counts][::every], window[1:][counts][::every]
-            found.append(torch.cat([_losses(split, hidden[piece], targets[piece]) for piece in split.pieces(hidden)]))
+            found.append(torch.cat([losses_of(split, hidden[piece], targets[piece]) for piece in split.pieces(hidden)]))
     return found
 
 
@@ -180,7 +188,7 @@ def _picked(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(1, targets[:, None].to(logits.device)).squeeze(1)
 
 
-def _losses(split: SplitModel, hidden: Tensor, targets: Tensor) -> Tensor:
+def losses_of(split: SplitModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """Loss of each target [n] after hidden states [n, D], in float64."""
     logits = split.logits(hidden)
     return (logits.logsumexp(-1) - _picked(logits, targets)).double().cpu()
