@@ -9,6 +9,7 @@ from typing import Any
 
 from dropformer.eval.cost.hardware import HARDWARE
 from dropformer.eval.draft.options import parse_rungs
+from dropformer.eval.tasks.backends import BACKENDS
 from dropformer.metrics.analysis.distributed import world
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.images import PIXELS, image_files
@@ -26,7 +27,6 @@ from dropformer.prune.spec import check_drop, check_keep, check_stacks, parse_sp
 from dropformer.recipes.source import is_gguf, locate
 from dropformer.request import Request
 
-BACKENDS = ("fast", "hf")
 PLACE = ("device", "dtype", "device_map")
 DRAFTING = ("context_tokens", "batch", "max_drop", "rungs", "temperature", "hardware", "write_anyway")
 DRAWN = ("samples", "seed", "skip_first")  # which windows are drawn, whatever the text
@@ -173,8 +173,7 @@ def validate_evaluation(facts: EvaluationFacts) -> None:
         check_name(facts.text)
     if facts.out:
         check_out(facts.out, "report.html")
-    if facts.backend not in BACKENDS:
-        raise EvaluationError(f"backend `{facts.backend}` is unknown; expected one of {', '.join(BACKENDS)}")
+    BACKENDS.in_order([facts.backend])
     for option, others, advice in NEEDED:
         idle = [other for other in others if other in facts.given]
         if idle and option not in facts.given:
