@@ -33,7 +33,7 @@ class Point(FrozenRecord):
     perplexity: float
     kl: float
     kl_stderr: float | None  # None: one window
-    window_nll: list[float] = []  # nats a token of each window, which say how sure a rise is
+    window_nll: list[float] = []  # nats per token of each window, which say how sure a rise is
     parameters: int
     decode_bound: float
     prefill: tuple[float, float, float] | None = None
