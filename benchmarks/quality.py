@@ -1,4 +1,4 @@
-"""What each way of choosing and repairing keeps of a model: perplexity relative to dense, on three kinds of text.
+"""What each way of choosing and repairing keeps of a model: perplexity relative to dense, on three domains.
 
     python benchmarks/quality.py [--quick] [--wikitext FILE] [--drops attn:8,block:4] [--methods refit,best]
 
@@ -29,8 +29,10 @@ from dropformer.metrics.blockwise.variant import Variant
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.metrics.offload.keeper import Keeper
+from dropformer.metrics.offload.process_memory import peak
 from dropformer.metrics.search.improve import Improver, improve
 from dropformer.metrics.search.strategy import Strategy, Target, quality
+from dropformer.prune.artifact import ModelRef
 
 WIKITEXT = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "wikitext-2" / "valid.txt"
 SOURCES = (
@@ -69,7 +71,8 @@ class Row:
     """One method on one drop.  Ratios are perplexity over dense perplexity; stderr that of the geometric mean.
 
     Seconds are of CPU time, passes forward passes over the calibration, those of choosing and repairing that an
-    earlier row of the same run has not spent."""
+    earlier row of the same run has not spent.  Peak: the most memory of the process so far, weights and judging too.
+    """
 
     method: str
     drop: str
@@ -81,6 +84,7 @@ class Row:
     seconds: float
     gates: list[str]
     passes: float = 0.0
+    peak_gib: float = 0.0
 
 
 def rows_in(file: Path | None) -> list[Row]:
@@ -136,7 +140,7 @@ def _docstrings() -> str:
 
 
 class Judge:
-    """Damage of a variant of the model on the judged texts; what lost layers and was not repaired is judged once."""
+    """Divergence of a variant on the validation texts; one without repairs is measured once per set of drops."""
 
     def __init__(self, improver: Improver, judged: dict[str, Windows]) -> None:
         self.names = list(judged)
@@ -157,7 +161,7 @@ class Judge:
         return found
 
 
-def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: str, ref: object) -> Row:
+def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: str, ref: ModelRef) -> Row:
     improver.quality = replace(
         METHODS[method],
         stride=improver.quality.stride,
@@ -166,11 +170,11 @@ def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: 
     )
     start = time.process_time()
     spent = improver.work.spent
-    plan, repair, variant = improve(improver, ref, Target(drop), gate)  # type: ignore[arg-type]
+    plan, repair, variant = improve(improver, ref, Target(drop), gate)
     seconds = time.process_time() - start
     passes = (improver.work.spent - spent) / (improver.work.blocks * improver.work.tokens)
     damage = judge(variant)
-    logs = {name: damage[name].nll - judge.dense[name].damage.nll for name in judge.names}
+    logs = {name: damage[name].nll - judge.dense[name].divergence.nll for name in judge.names}
     means = {name: float(log.mean()) for name, log in logs.items()}
     variance = sum(float(log.var(correction=len(log) > 1)) / len(log) for log in logs.values()) / len(logs) ** 2
     mean = math.exp(sum(means.values()) / len(means))
@@ -185,6 +189,7 @@ def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: 
         round(seconds, 1),
         [str(g) for g in repair.gates],
         round(passes, 2),
+        round(peak() / 2**30, 2),
     )
 
 
@@ -203,7 +208,7 @@ def show(row: Row) -> None:
     ratios = "  ".join(f"{name} {value:.3f}" for name, value in row.ratios.items())
     print(
         f"{row.drop:9} {row.method:22} {ratios}  mean {row.mean:.3f} ± {row.stderr:.3f}  KL {row.kl:.3f}"
-        f"  {row.seconds:.0f} s  {row.passes:.1f} passes  {','.join(row.layers)}",
+        f"  {row.seconds:.0f} s  {row.passes:.1f} passes  {row.peak_gib:.1f} GiB  {','.join(row.layers)}",
         flush=True,
     )
     for line in row.gates:
@@ -247,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "benchmark": "quality",
         "calibration_tokens": sum(w.ids.numel() for w in found.calibration),
         "judged_tokens": {name: w.ids.numel() for name, w in found.judged.items()},
-        "dense_perplexity": {name: round(dense.damage.perplexity, 3) for name, dense in judge.dense.items()},
+        "dense_perplexity": {name: round(dense.divergence.perplexity, 3) for name, dense in judge.dense.items()},
         "rows": [asdict(row) for row in rows],
     }
     print(json.dumps(summary))

@@ -1,7 +1,7 @@
 """A causal LM as its trunk and its head: hidden states of every token, logits only where they are needed.
 
 A window of 2048 tokens over a vocabulary of 128k is a gigabyte of float32 logits, of which an evaluation
-keeps one number a token. So the trunk runs once, and the head runs over bounded pieces of its hidden states.
+keeps one number per token. So the trunk runs once, and the head runs over bounded pieces of its hidden states.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class SplitModel:
             out = self.model(input_ids=input_ids, **inputs)
             out["last_hidden_state"] = out.logits
             return out
-        return self.trunk(input_ids=input_ids, **inputs)  # type: ignore[misc]
+        assert self.trunk is not None  # else "whole"
+        return self.trunk(input_ids=input_ids, **inputs)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits of hidden states [..., D] -> [..., V], all at once: see `pieces` for many."""
@@ -67,7 +68,8 @@ class SplitModel:
             output["last_hidden_state"] = hidden
             return output
 
-        hook = self.trunk.register_forward_hook(replace)  # type: ignore[union-attr]
+        assert self.trunk is not None
+        hook = self.trunk.register_forward_hook(replace)
         try:
             return self.model(input_ids=self._probe()[:, :1], use_cache=False).logits
         finally:

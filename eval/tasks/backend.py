@@ -25,7 +25,7 @@ from dropformer.eval.cost.memory import kv_bytes_per_token
 from dropformer.eval.tasks.packing import Limits
 from dropformer.eval.tasks.prefix_cache import PrefixCache, longest_stem
 from dropformer.eval.tasks.scorer import Score, Scorer, ScoreRequest, Stats
-from dropformer.metrics.calibration.batching import SHARE, activation_bytes
+from dropformer.metrics.calibration.batching import SHARE, activation_bytes, windows_at_once
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.device import free_bytes, gpus_of
 from dropformer.prune.loading.quiet import quiet_logger
@@ -35,6 +35,7 @@ Tokenized = tuple[tuple[str, str] | None, list[int], list[int]]
 Progress = Callable[[int, int], None]
 """Called with the requests answered and all that were asked."""
 
+OWN_TOKENS = 2048  # of a request, by which the batch of lm-eval's own class is chosen
 TOGETHER_CPU, TOGETHER_GPU = 8, 64  # prompts that generate together at most
 
 AT_ONCE = 16384
@@ -207,3 +208,12 @@ def prompts_at_once(model: nn.Module, length: int) -> int:
 def without_remarks() -> AbstractContextManager[None]:
     """lm-eval warns that a model in memory ignores loading options; here that is the purpose."""
     return quiet_logger("lm_eval.models.huggingface")
+
+
+def own_lm(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None = None, **options: Any
+) -> HFLM:
+    """lm-eval's own model class, for comparison; it keeps whole logits, so its batch is chosen for long requests."""
+    size = batch_size or windows_at_once(model, OWN_TOKENS)
+    with without_remarks():
+        return HFLM(model, backend="causal", tokenizer=tokenizer, batch_size=size, **options)

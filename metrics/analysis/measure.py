@@ -1,6 +1,6 @@
 """The whole analysis of a model on calibration windows.
 
-Shared among processes, kept on disk as it goes, and stopped early where that is asked for and safe.
+Shared among processes, written to disk window by window, and stopped early where that was asked for and is safe.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Measuring:
 
     `batch_size`: windows at once (None: as many as keep the device busy and fit); fewer once memory runs out.
     `until_stable`: a drop spec; stop once the layers that it drops are settled.  `rows`: a file to keep
-    the windows' rows in until all are measured, so that a killed run goes on.
+    the windows' rows in until all are measured, so that a killed run resumes.
     """
 
     batch_size: int | None = None
@@ -58,7 +58,7 @@ def measure(
 ) -> Scores:
     """Scores of a model on calibration windows, the same whatever the number of processes.
 
-    Started again after a kill, it goes on with the first window that is missing.  Raises
+    Started again after a kill, it resumes at the first missing window.  Raises
     ArchitectureError, CalibrationError, or PlanError for a spec that the model cannot satisfy.
     """
     how = how or Measuring()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from dropformer.metrics.blockwise.runner import BlockRunner, replaced
+from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import Variant, dropped_forms, skipped_at
 from dropformer.metrics.calibration.batching import busy_tokens
 from dropformer.prune.architecture import Architecture, Layer
+from dropformer.prune.loading.parts import replaced
 
 
 def kl_divergence(dense: Tensor, changed: Tensor) -> Tensor:
@@ -23,7 +24,7 @@ def kl_divergence(dense: Tensor, changed: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Means over the scored positions, a number for each window [N] in float64."""
+    """Means over the scored positions, one number per window [N] in float64."""
 
     kl: Tensor
     nll: Tensor
@@ -57,10 +58,10 @@ class DenseReference:
             self._log_probs = [
                 keep(self._log_probabilities(batch, streams[-1]).half()) for batch, streams in enumerate(self.streams)
             ]
-            self.damage = self._summary(self._log_probs)
+            self.divergence = self._summary(self._log_probs)
 
     def compare(self, first: int = 0) -> Divergence:
-        """The damage of the model as it stands now, whose blocks before `first` are unchanged."""
+        """The divergence of the model in its present state, whose blocks before `first` are unchanged."""
         with torch.inference_mode():
             streams = [self.streams[batch][first] for batch in range(len(self.runner))]
             for block in self.runner.walk(first):
@@ -68,7 +69,7 @@ class DenseReference:
             return self._summary(self._log_probabilities(batch, stream) for batch, stream in enumerate(streams))
 
     def compare_each(self, variants: Sequence[Variant], batches: Sequence[int] | None = None) -> list[Divergence]:
-        """The damage of each variant by itself, on some of the batches (None: all).
+        """The divergence of each variant alone, on some of the batches (None: all).
 
         All of them pass a block before the next is entered.
 
@@ -159,11 +160,6 @@ def dropped_modules(model: nn.Module, architecture: Architecture, layers: Iterab
     return skipped_at(model, dropped_forms(architecture, layers))
 
 
-def first_block(layers: Iterable[Layer]) -> int:
-    """The first block that dropping these layers changes; 0 where there are none."""
-    return min((layer.index for layer in layers), default=0)
-
-
 def first_changed(runner: BlockRunner, paths: Iterable[str]) -> int:
     """The first block that other modules at these paths change; 0 where there are none."""
     blocks = [f"{block.path}." for block in runner.blocks]
@@ -177,8 +173,3 @@ def _joint(streams: Sequence[Tensor]) -> Tensor:
 
 def _parts(items: Sequence[int], size: int) -> list[Sequence[int]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def with_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Those of some modules that have parameters: repairs, not what merely takes a dropped layer's place."""
-    return {path: module for path, module in modules.items() if any(True for _ in module.parameters())}

@@ -1,7 +1,7 @@
 """Distil the blocks around each gap, one after the other, so that the pruned stream follows the dense one.
 
 The dense and the pruned model run side by side, block by block, on the same windows.  A block that lost a branch, or
-that stands before a gap, is trained to give the dense stream where the next kept branch reads it, from the pruned
+precedes a gap, is trained to give the dense stream where the next kept branch reads it, from the pruned
 stream that it is given: errors that earlier blocks left are seen and do not compound.  Gradients stay in one block,
 and reach what no closed form does: experts, norms behind a projection, and everything before the projection.
 NVIDIA's Puzzletron distils replaced layers one by one as well, on the dense stream (arXiv 2411.19146).
@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dropformer.metrics.blockwise.divergence import first_changed
-from dropformer.metrics.blockwise.runner import BlockRunner, replaced
+from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.repair.base import Changes, RepairContext
 from dropformer.metrics.repair.ridge import token_weights
 from dropformer.metrics.repair.sequential import DenseStreams, StreamSite, sites, target
 from dropformer.prune.architecture import Architecture, Layer, Stack
+from dropformer.prune.discovery.replay import picked
 from dropformer.prune.discovery.trace import outputs_of
 from dropformer.prune.loading.device import OVERRIDES
+from dropformer.prune.loading.parts import replaced
 
 
 @dataclass(frozen=True)
@@ -224,7 +226,7 @@ def run_block(runner: BlockRunner, block: int, module: nn.Module, batch: int, st
     args, kwargs = tree_map(partial(_free, device), runner.arguments(block, batch, stream.to(device)))
     quick: AbstractContextManager = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     with quick:
-        return outputs_of(module(*args, **kwargs))[found.output.key]  # type: ignore[index]
+        return picked(outputs_of(module(*args, **kwargs)), found.output.key)
 
 
 def _free(device: torch.device, value: Any) -> Any:

@@ -1,8 +1,8 @@
 """Heal a pruned model with low-rank adapters (LoRA, arXiv 2106.09685), distilled from the dense model.
 
-The pruned model learns to give the dense model's probabilities (arXiv 1503.02531) and its streams between blocks on
-the calibration windows: what is learned is not the text but the dense model's answer to it.  The adapters are merged
-into the weights afterwards, so that a checkpoint stays in its format and costs nothing more to run.  Needs peft.
+The pruned model learns to give the dense model's probabilities (arXiv 1503.02531) on the calibration windows: what is
+learned is not the text but the dense model's answer to it.  The adapters are merged into the weights afterwards, so
+that a checkpoint stays in its format and costs nothing more to run.  Needs peft.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from dropformer.metrics.blockwise.divergence import first_changed
-from dropformer.metrics.blockwise.runner import BlockRunner, replaced
+from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.repair.base import Changes, RepairContext
-from dropformer.metrics.repair.distill import padding, relative_error
-from dropformer.prune.architecture import Block
 from dropformer.prune.discovery.trace import outputs_of
 from dropformer.prune.loading.device import hooks_of
+from dropformer.prune.loading.parts import replaced
 from dropformer.prune.surgery.views import sharing_copy
 
 Progress = Callable[[int, int], None]
@@ -34,8 +33,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Healing:
-    """How to train: ranks, the highest learning rate, passes over the windows, every how many positions' logits count,
-    and what the error of the streams between blocks counts beside them.
+    """How to train: ranks, the highest learning rate, passes over the windows, every how many positions' logits count.
 
     `room`: bytes of a pass that may be kept for its gradients; where they take more, blocks run again instead.
     """
@@ -45,7 +43,6 @@ class Healing:
     epochs: int = 2
     stride: int = 4
     warm_up: int = 8
-    streams: float = 1.0
     room: int = 2 << 30
 
     def factor(self, step: int, steps: int) -> float:
@@ -80,7 +77,7 @@ def heal(
 ) -> dict[str, Tensor]:
     """Parameter name -> merged weight, of every linear module in the blocks from `first` on; the model does not change.
 
-    `modules` stand in for the dense model's.  Time: a dense forward pass, and two forward passes and a backward pass
+    `modules` replace the dense model's.  Time: a dense forward pass, and two forward passes and a backward pass
     of the pruned model, for each batch and epoch.  Memory: the stream of a batch between blocks and one block's
     activations, which are computed again for the backward pass, its logits twice, and the adapters with two moments
     each; the merged weights go to the runner's keeper one by one.  A batch whose activations fit into `room` keeps
@@ -95,7 +92,7 @@ def heal(
         behind = [block.path for block in runner.blocks[first:]]
         again = behind if activations(student, adapted, runner) > how.room else []
         with recomputing(student, again):
-            train(student, adapted.values(), runner, first, how, progress)
+            train(student, adapted.values(), runner, how, progress)
         passes = 4 if again else 3
         runner.work.spent += (len(runner.blocks) + passes * len(behind)) * runner.tokens * how.epochs
         return {f"{path}.weight": runner.keeper.keep(merged(adapted.pop(path))) for path in list(adapted)}
@@ -103,13 +100,13 @@ def heal(
 
 def activations(student: nn.Module, adapted: Iterable[str], runner: BlockRunner) -> int:
     """About how many bytes a pass keeps for its gradients: what linear modules read and write, three times over."""
-    widths = sum(sum(student.get_submodule(path).weight.shape) for path in adapted)
+    widths = sum(sum(student.get_parameter(f"{path}.weight").shape) for path in adapted)
     most = max(inputs["input_ids"].numel() for inputs in runner.batches)
     return 3 * widths * most * runner.start(0).element_size()
 
 
 def shuffled(count: int, seed: int) -> list[int]:
-    """0 ... count - 1 in an order of its own for each seed: kinds of text are mixed, so that none is learned last."""
+    """0 ... count - 1 in an order of its own for each seed: domains are mixed, so that none is learned last."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
@@ -141,12 +138,10 @@ def train(
     student: nn.Module,
     adapted: Iterable[Any],
     runner: BlockRunner,
-    first: int,
     how: Healing,
     progress: Progress | None,
 ) -> None:
-    """Bring KL(dense || student) and the errors of the streams behind each block from `first` on down, one batch a
-    step, domains mixed, positions in turn."""
+    """Bring KL(dense || student) down, one batch a step, domains mixed, positions in turn."""
     steps = [batch for epoch in range(how.epochs) for batch in shuffled(len(runner), epoch)]
     learned = [p for adapter in adapted for p in adapter.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=how.rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -155,16 +150,12 @@ def train(
         positions = _positions(inputs["input_ids"], runner.counted[batch], step % how.stride, how.stride)
         for group in optimizer.param_groups:
             group["lr"] = how.rate * how.factor(step, len(steps))
-        with torch.no_grad(), streams(runner.model, runner.blocks[first:]) as dense:
+        with torch.no_grad():
             goal = log_probabilities(runner.model, inputs, positions)
-        with torch.enable_grad(), streams(student, runner.blocks[first:]) as given:
+        with torch.enable_grad():
             found = log_probabilities(student, inputs, positions)
             loss = nn.functional.kl_div(found, goal, log_target=True, reduction="sum") / goal.shape[:-1].numel()
-            masks = padding(inputs), runner.counted[batch]
-            errors = [relative_error(x, y.to(x.device), *masks) for x, y in zip(given, dense, strict=True)]
-            apart = sum(error.to(loss.device) for error in errors) / max(len(errors), 1)
-            (loss + how.streams * apart).backward()
-        del dense, given, errors, apart
+            loss.backward()
         nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -178,21 +169,6 @@ def _positions(ids: Tensor, counted: Tensor | None, first: int, stride: int) -> 
         return torch.arange(first, ids.shape[1], stride)
     found = counted[:, 1:].any(0).nonzero()[:, 0].cpu()
     return found[min(first, len(found) - 1) :: stride]
-
-
-@contextmanager
-def streams(model: nn.Module, blocks: Sequence[Block]) -> Iterator[list[Tensor]]:
-    """What these blocks give, in the order in which they run, during a pass inside the `with`.  [B, T, D] each."""
-    found: list[Tensor] = []
-
-    def note(key: Any, _m: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        found.append(outputs_of(output)[key])
-
-    with ExitStack() as hooks:
-        for block in blocks:
-            module = model.get_submodule(block.path)
-            hooks.callback(module.register_forward_hook(partial(note, block.output.key)).remove)
-        yield found
 
 
 def log_probabilities(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:

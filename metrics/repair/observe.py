@@ -17,7 +17,7 @@ from dropformer.metrics.blockwise.stand_ins import with_parameters_of
 from dropformer.metrics.repair.slots import BranchOutput, OutputProjection
 from dropformer.prune.architecture import Layer, Tap
 from dropformer.prune.discovery.proof import on_tap
-from dropformer.prune.loading.modeling import hidden_states
+from dropformer.prune.loading.skipped_modules import hidden_states
 
 
 @dataclass
@@ -42,7 +42,7 @@ def observe(
     slots: Iterable[OutputProjection] = (),
     outputs: Mapping[Layer, BranchOutput] | None = None,
 ) -> Observation:
-    """Run a block as the model stands now, and read its slots and the outputs of some of its branches."""
+    """Run a block in the model's present state, and read its slots and the outputs of some of its branches."""
     found, outputs = Observation(stream), outputs or {}
     parts = runner.blocks[block]
     branches = {Layer(b.kind, parts.index, runner.stack.name): b for b in parts.branches}

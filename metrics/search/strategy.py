@@ -12,7 +12,7 @@ from dropformer.prune.errors import PlanError
 
 if TYPE_CHECKING:
     from dropformer.metrics.search.budget import Latency
-    from dropformer.prune.plan import PublishedLists
+    from dropformer.prune.choosing import PublishedLists
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Strategy:
         return found + (", refined" if self.refine else "")
 
     def under(self, budget: str | None) -> Strategy:
-        """These settings where a budget says how much goes: a greedy search meets it.  Raises PlanError with swaps."""
+        """These settings under a budget, which a greedy search meets.  Raises PlanError with swaps."""
         if not budget:
             return self
         if self.refine:

@@ -1,11 +1,11 @@
 """The export format `deci`: the pruned model as DeciLMForCausalLM, for vLLM, SGLang and TensorRT-LLM.
 
-Nemotron's architecture is Llama's with one entry a block that says what the block lacks:
+Nemotron's architecture is Llama's with one entry per block that says what the block lacks:
 
     "block_configs": [{"attention": {"no_op": false, "n_heads_in_group": 3, "replace_with_linear": false},
                        "ffn": {"no_op": true, "ffn_mult": null, "replace_with_linear": false}}, ...]
 
-Tensors have the names of Llama; a branch that is gone has no norm either.  What the architecture cannot
+Tensors have the names of Llama; a dropped branch has no norm either.  What the architecture cannot
 carry is refused here, with the reason, rather than by an engine or by nobody.
 """
 
@@ -27,8 +27,8 @@ from dropformer.prune.files import CopyReport
 from dropformer.prune.files.layout import NewTensor
 from dropformer.prune.formats.stored_tensors import new_tensor, stored_dtype
 from dropformer.prune.formats.writing import ExportJob, replacements, write_pruned
-from dropformer.prune.loading import configuration_decilm
-from dropformer.prune.loading.deci_families import check_family
+from dropformer.prune.loading.deci import configuration_decilm
+from dropformer.prune.loading.deci.families import check_family
 from dropformer.prune.loading.described import config_from
 
 ARCHITECTURE = "DeciLMForCausalLM"

@@ -24,14 +24,15 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from dropformer.prune.architecture import owns
 from dropformer.prune.block_map import Surgery, new_name
-from dropformer.prune.discovery.modalities import sample_batches
 from dropformer.prune.errors import CheckpointError, VerificationError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading.device import hooks_of, input_device
 from dropformer.prune.loading.load import build, load, read_model_config
+from dropformer.prune.loading.parts import evaluating
 from dropformer.prune.loading.quiet import quiet_transformers
 from dropformer.prune.loading.tensor_names import renamed_on_load
+from dropformer.prune.samples.modalities import sample_batches
 from dropformer.prune.surgery.views import equal_bits
 
 LOGITS = 1e-4  # of the largest logit
@@ -52,7 +53,7 @@ def verify(folder: Path, model: PreTrainedModel, surgery: Surgery, dense_names: 
     """
     checked = load(folder, dtype=model.dtype, device="meta")  # names and shapes, nothing read
     try:
-        with torch.inference_mode(), _evaluating(model), ExitStack() as stack:
+        with torch.inference_mode(), evaluating(model), ExitStack() as stack:
             pieces = _Pieces(folder, model, surgery, dense_names) if _in_pieces(folder, checked, surgery) else None
             if pieces and not pieces.computed():
                 again = stack.enter_context(pieces.running())
@@ -94,16 +95,6 @@ def _in_pieces(folder: Path, checked: PreTrainedModel, surgery: Surgery) -> bool
     return not quantized and not any(name.startswith(stacks) for pair in tied.items() for name in pair)
 
 
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
 class _Pieces:
     """A model that is built from a checkpoint's config and filled from its files one block at a time."""
 
@@ -116,7 +107,7 @@ class _Pieces:
             self.built = build(config, dtype=model.dtype).eval()
         for module in self.built.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                empty = buffer.is_meta  # of a dropped module, which took the device of what it stands for
+                empty = buffer.is_meta  # of a dropped module, which took the device of the one it replaces
                 setattr(module, name, torch.empty_like(buffer, device=self.device) if empty else buffer.to(self.device))
         self.how = LoadStateDictConfig(
             weight_mapping=cast(Any, get_model_conversion_mapping(self.built)),

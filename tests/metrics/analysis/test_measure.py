@@ -55,7 +55,7 @@ def forwards(monkeypatch):
 @pytest.fixture(autouse=True)
 def one_at_a_time(monkeypatch):
     """Windows run one by one where a test does not say how many at once: it counts them."""
-    monkeypatch.setattr(module, "samples_at_once", lambda model, data: 1)
+    monkeypatch.setattr("dropformer.metrics.analysis.measure.samples_at_once", lambda model, data: 1)
 
 
 @pytest.mark.parametrize("size", [1, 5])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_models import byte_tokenizer, in_memory, on_disk, shape
+from on_gpu.models import byte_tokenizer, in_memory, on_disk, shape
 from torch import nn
 
 GIB = 2**30
@@ -60,7 +60,7 @@ def tests(_bench: Bench) -> Figures:
     import dropformer.cli
     import dropformer.job  # noqa: F401
 
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rs", str(root / "tests" / "test_gpu.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     print(done.stdout, done.stderr)
@@ -164,7 +164,7 @@ def small(bench: Bench, name: str) -> Figures:
 def table(bench: Bench, name: str, counts: Iterable[int]) -> Figures:
     """The paper's table: 2,048 tokens in and 2,048 out at the largest batch, beside the published speed-ups.
 
-    A prefill of 2,048 tokens, and the decode steps half-way, whose time stands for all: it grows linearly.
+    A prefill of 2,048 tokens, and the decode steps half-way, whose time is the mean of all: it grows linearly.
     """
     from dropformer.eval.cost.largest_batch import with_batch
     from dropformer.eval.cost.speed import PAPER, Setting, measure
