@@ -49,6 +49,8 @@ def prune(
     select: options.Select = None,
     refine: options.Refine = None,
     budget: options.Budget = None,
+    rungs: options.Rungs = None,
+    tokens: options.BudgetContext = None,
     repair: options.RepairMethods = None,
     gate: options.Gate = "docstrings",
     text: options.ReportText = "heldout",
@@ -70,18 +72,17 @@ def prune(
     """The main job: score, plan, drop, export, reload, verify, report."""
     from dropformer import request as asked
     from dropformer import validate
-    from dropformer.prune.spec import parse_keep
 
     given = commands.given(context)
     if context.invoked_subcommand:
         validate.check_subcommand(given, context.invoked_subcommand)
         return
     validate.check_target(given)
-    strategy = asked.chosen_strategy(quality, metric, select, repair, refine, budget)
+    strategy = asked.chosen_strategy(quality, metric, select, repair, refine, None if rungs else budget)
     texts = asked.calibration_texts(calibration, several=strategy is not None)
     request = asked.Request(
         model or "",
-        asked.Target(drop or "", parse_keep(keep), budget),
+        asked.chosen_target(drop, keep, budget, rungs, tokens),
         asked.SelectionOptions(strategy, plan, scores, gate),
         asked.CalibrationOptions(texts, samples, length, seed, skip_first),
         asked.ScoringOptions(batch_size, memory=memory),

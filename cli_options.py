@@ -107,6 +107,19 @@ Budget = Annotated[
         rich_help_panel=CHOICE,
     ),
 ]
+Rungs = Annotated[
+    Text,
+    typer.Option(
+        help="What a --budget may make of attention layers, by commas: drop,window:512+4.", rich_help_panel=CHOICE
+    ),
+]
+BudgetContext = Annotated[
+    int | None,
+    typer.Option(
+        "--context", min=2, help="Tokens at which a --budget counts the KV cache; 8192 with --rungs, else 2048.",
+        rich_help_panel=CHOICE,
+    ),
+]  # fmt: skip
 RepairMethods = Annotated[
     Text, typer.Option("--repair", help=f"By commas: {', '.join(REPAIRS)}.", rich_help_panel=CHOICE)
 ]

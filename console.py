@@ -174,15 +174,12 @@ def _cell(value: float, error: float | None, rank: int) -> Text:
 
 def plan_table(plan: Plan) -> Table:
     """The layers to drop, in the order of the choice, with their scores where they were ranked."""
-    table = Table(title=f"{plan.model.name}: {plan.spec}", title_justify="left")
     scored = any(drop.similarity is not None for drop in plan.drops)
     alone = f"by {plan.metric}" if plan.metric else "layer"
-    for name in ("layer", plan.metric or "similarity") if scored else (alone,):
-        table.add_column(name, justify="right")
-    for drop in plan.drops:
-        score = "" if drop.similarity is None else f"{drop.similarity:.4f}"
-        table.add_row(drop.layer, *([score] if scored else []))
-    return table
+    rows = [(drop.layer, "" if drop.similarity is None else f"{drop.similarity:.4f}") for drop in plan.drops]
+    rows += [(f"{layer}@{window}", "") for layer, window in plan.windows.items()]
+    head = ("layer", plan.metric or "similarity") if scored else (alone,)
+    return plain_table(head, [row[: len(head)] for row in rows], f"{plan.model.name}: {plan.spec}")
 
 
 def savings_line(plan: Plan) -> str:
@@ -200,16 +197,14 @@ def savings_line(plan: Plan) -> str:
 
 def report_table(report: Report) -> Table:
     """Dense and pruned side by side."""
-    table = Table(title=f"{report.model.name}: {report.spec}", title_justify="left")
-    for name in ("", "dense", "pruned", "change"):
-        table.add_column(name, justify="left" if not name else "right")
+    rows = []
     for label, key, form in ROWS:
         before, after = getattr(report.dense, key), getattr(report.pruned, key)
         if before is not None and after is not None:
             label = label.format(context=report.kv_context or 0)
             change = f"{after / before:.3f}x" if key in RATIOS and before else _change(before, after)
-            table.add_row(label, form(before), form(after), change)
-    return table
+            rows.append((label, form(before), form(after), change))
+    return plain_table(SIDES, rows, f"{report.model.name}: {report.spec}")
 
 
 def report_notes(report: Report) -> list[str]:
@@ -237,9 +232,7 @@ def report_notes(report: Report) -> list[str]:
 
 def record_table(record: Mapping[str, Any]) -> Table:
     """What dropformer.json says of a checkpoint's sizes."""
-    table = Table(title=f"{record['model']['name']}: {record['spec']}", title_justify="left")
-    for name in ("", "dense", "pruned", "change"):
-        table.add_column(name, justify="left" if not name else "right")
+    rows = []
     forms = {"parameters": "{:,}".format, "bytes": _bytes, "kv_bytes_per_token": _bytes, KV_AT: _bytes}
     names = {
         "bytes": "checkpoint",
@@ -249,8 +242,8 @@ def record_table(record: Mapping[str, Any]) -> Table:
     for key, form in forms.items():
         before, after = record["before"].get(key), record["after"].get(key)
         if before:
-            table.add_row(names.get(key, key), form(before), form(after), _change(before, after))
-    return table
+            rows.append((names.get(key, key), form(before), form(after), _change(before, after)))
+    return plain_table(SIDES, rows, f"{record['model']['name']}: {record['spec']}")
 
 
 def done(out: Any, record: Mapping[str, Any], difference: float | None = None, ran: bool = True) -> str:
@@ -284,6 +277,7 @@ ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("prefill tokens/s", "prefill_tokens_per_s", lambda v: f"{v:,.1f}"),
     ("decode tokens/s", "decode_tokens_per_s", lambda v: f"{v:,.1f}"),
 )
+SIDES = ("", "dense", "pruned", "change")
 RATIOS = {"perplexity", "prefill_tokens_per_s", "decode_tokens_per_s"}
 
 

@@ -36,7 +36,7 @@ from dropformer.prune.window import CONTEXT
 from dropformer.recipes.follow import in_percent
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import Request
-from dropformer.scoring import get_scores, losses_by_window, open_to_score
+from dropformer.scoring import get_scores, losses_by_window, open_to_score, plan_of_rungs
 from dropformer.selection import given_plan, improved
 from dropformer.validate import check_empty
 
@@ -61,6 +61,8 @@ def make_plan(opened: LoadedModel, request: Request, progress: Progress) -> tupl
         if plan.repairs:
             progress.say(plan.lost_repairs(path))
         return plan.unrepaired(), None
+    if request.target.rungs:
+        return plan_of_rungs(opened, request, progress), None
     spec, keep = request.target.spec, request.target.keep
     published = opened.recipe.published if opened.recipe else None
     if all(s.published or s.window or s.indices is not None for s in parse_spec(spec)):
@@ -83,8 +85,14 @@ def plan_only(request: Request, progress: Progress | None = None) -> Plan:
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
     if request.selection.strategy:
-        return improved(opened, request, progress)[0]
+        return _improved(opened, request, progress)[0]
     return make_plan(opened, request, progress)[0]
+
+
+def _improved(opened: LoadedModel, request: Request, progress: Progress) -> tuple[Plan, Repair]:
+    """`improved`, of a plan of rungs where those are asked for."""
+    plan = plan_of_rungs(opened, request, progress) if request.target.rungs else None
+    return improved(opened, request, progress, plan=plan)
 
 
 def run(request: Request, progress: Progress | None = None) -> Outcome:
@@ -100,7 +108,7 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
     held_out = _held_out(opened, request)  # a text that is too short is said before anything is measured
     scores, repair = None, None
     if request.selection.strategy:
-        plan, repair = improved(opened, request, progress)
+        plan, repair = _improved(opened, request, progress)
     else:
         plan, scores = make_plan(opened, request, progress)
     if plan.layers:

@@ -31,6 +31,7 @@ SPOKEN = {
     "as_json": "json",
     "include": "include_path",
     "prompt": "context",
+    "tokens": "context",
 }  # parameters whose options have other names
 
 
@@ -45,6 +46,14 @@ class Rule:
 
 
 RULES = (
+    Rule(
+        lambda r: not r.target.budget, ("rungs", "tokens"), "without a budget, which chooses among rungs",
+        "add one, as in --budget kv:-50%",
+    ),
+    Rule(
+        lambda r: r.target.rungs, ("metric", "select", "refine", "memory"),
+        "with --rungs, which are chosen by the damage of each in one pass of the whole model",
+    ),
     Rule(
         lambda r: r.scoring.memory, ("text", "seconds", "measure", "dry_run"),
         "with --memory, which writes a checkpoint and measures nothing",

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dropformer.metrics.calibration.recall import recall
 from dropformer.prune.errors import CalibrationError
 
 HELD_OUT_SHARE = 4  # one builtin topic in four is never calibrated on
@@ -44,6 +45,11 @@ def _builtin() -> Iterator[str]:
 def _held_out() -> Iterator[str]:
     """The documentation topics that `builtin` never gives: for perplexity after calibration on it."""
     return (text for key, text in _topics() if _is_held_out(key))
+
+
+def _recall() -> Iterator[str]:
+    """Text that needs its far past, made of the builtin topics."""
+    return recall(_builtin())
 
 
 def _docstrings() -> Iterator[str]:
@@ -85,6 +91,7 @@ NAMED: dict[str, Callable[[], Iterator[str]]] = {
     "builtin": _builtin,
     "heldout": _held_out,
     "docstrings": _docstrings,
+    "recall": _recall,
     "c4": lambda: _hub("allenai/c4", "en", "validation"),
     "wikitext": lambda: _hub("Salesforce/wikitext", "wikitext-2-raw-v1", "validation"),
 }
