@@ -234,11 +234,8 @@ def record_table(record: Mapping[str, Any]) -> Table:
     """What dropformer.json says of a checkpoint's sizes."""
     rows = []
     forms = {"parameters": "{:,}".format, "bytes": _bytes, "kv_bytes_per_token": _bytes, KV_AT: _bytes}
-    names = {
-        "bytes": "checkpoint",
-        "kv_bytes_per_token": "KV cache per token",
-        KV_AT: f"KV cache at {CONTEXT:,} tokens",
-    }
+    at = f"KV cache at {CONTEXT:,} tokens"
+    names = {"bytes": "checkpoint", "kv_bytes_per_token": "KV cache per token", KV_AT: at}
     for key, form in forms.items():
         before, after = record["before"].get(key), record["after"].get(key)
         if before:

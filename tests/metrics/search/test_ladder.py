@@ -74,11 +74,15 @@ def test_rungs_that_a_budget_cannot_choose_among_are_refused(text, said):
 
 def test_a_plan_of_rungs_meets_its_budget_and_keeps_an_attention(tiny, ids):
     model = tiny("llama", initializer_range=0.3)
-    target = Target(budget="kv:-70%", keep=(0,), context=CONTEXT, rungs=(DROP, WINDOW))
-    batches = [{"input_ids": ids.repeat(1, 2)}]
-    plan = rung_plan(model, api.outline(model), ModelRef(name="tiny"), target, batches)
-    assert plan.kv_share(CONTEXT) <= 0.3 + 1e-9 and plan.windows and plan.layers
-    assert not any(layer.index == 0 for layer in [*plan.layers, *plan.windowed])
-    with pytest.raises(PlanError):
-        rung_plan(model, api.outline(model), ModelRef(name="tiny"), Target(budget="kv:-90%", keep=(0,), context=CONTEXT,
-                  rungs=(DROP, WINDOW)), batches)  # fmt: skip
+    outline, batches = api.outline(model), [{"input_ids": ids.repeat(1, 2)}]
+
+    def made(budget, keep=()):
+        target = Target(budget=budget, keep=keep, context=CONTEXT, rungs=(DROP, WINDOW))
+        return rung_plan(model, outline, ModelRef(name="tiny"), target, batches)
+
+    plan = made("kv:-90%")
+    assert plan.kv_share(CONTEXT) <= 0.1 + 1e-9 and len(plan.layers) == 3 and len(plan.windows) == 1
+    kept = made("kv:-50%", keep=(0,))
+    assert kept.kv_share(CONTEXT) <= 0.5 and not any(layer.index == 0 for layer in [*kept.layers, *kept.windowed])
+    with pytest.raises(PlanError, match="ask for less"):
+        made("kv:-97%")
