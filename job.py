@@ -221,7 +221,7 @@ def _held_out(opened: LoadedModel, request: Request) -> Windows | None:
 
 def _calibrated_on(opened: LoadedModel, plan: Plan, request: Request) -> list[str]:
     """The texts that layers were chosen on, or repaired; none where a list names the layers."""
-    chosen = [str(plan.calibration["name"])] if plan.calibration else []
+    chosen = str(plan.calibration["name"]).split(",") if plan.calibration else []
     repaired = request.calibration.of(opened.recipe).name.split(",") if request.selection.strategy else []
     return chosen + repaired
 

@@ -427,7 +427,10 @@ def test_a_budget_over_rungs_windows_layers_and_states_the_cache_at_the_context(
     ("options", "said"),
     [
         (("--drop", "attn:1", "--rungs", "drop,window:4"), "--rungs has no effect without a budget"),
-        (("--budget", "kv:-9%", "--rungs", "drop,window:4", "--metric", "cca"), "--metric has no effect with --rungs"),
+        (
+            ("--budget", "kv:-9%", "--rungs", "drop,window:4", "--metric", "angular"),
+            "--metric has no effect with --rungs",
+        ),
         (("--budget", "kv:-9%", "--rungs", "window:64", "--context", "64"), "saves nothing at 64 tokens"),
         (("--budget", "measured:1.2x", "--rungs", "window:4"), "rungs are told by bytes"),
     ],
