@@ -18,7 +18,10 @@ Text = str | None
 # Headings of `prune --help`
 CHOICE, TEXT, REPORT = "Selection and repair", "Calibration", "Report"
 FILES, MACHINE = "Export", "Device and precision"
-TEXTS = "builtin, c4, wikitext, or a .txt, .jsonl (texts, prompts with completions, or messages) or .parquet file"
+TEXTS = (
+    "builtin, c4, wikitext, self or self:FILE (what the model writes, to builtin or FILE's prompts), or a .txt, "
+    ".jsonl (texts, prompts with completions, or messages) or .parquet file"
+)
 SPECS = "attn:8, mlp:25%, block:4, joint:12, attn=20,21, published:attn:8, or several by commas"
 ANY = "A folder, a Hub id or id@revision, a .gguf file, or a recipe (see `prune recipes`)."
 

@@ -148,8 +148,7 @@ def show_comparison(found: Comparison, page: Path, as_json: bool) -> None:
 
 def scores_table(scores: Scores) -> Table:
     """Every layer's similarity by depth, the most redundant of each kind marked with its rank."""
-    calibration = scores.calibration
-    on = f", {calibration.name}" if calibration else ""
+    on = f", {scores.calibration.name}" if scores.calibration else ""
     table = Table(title=f"{scores.model.name}: similarity over {scores.tokens:,} tokens{on}", title_justify="left")
     similarity, stderr = scores.similarity(), scores.stderr()
     columns = list(dict.fromkeys((layer.stack, layer.kind) for layer in similarity))
@@ -202,9 +201,13 @@ def report_table(report: Report) -> Table:
         before, after = getattr(report.dense, key), getattr(report.pruned, key)
         if before is not None and after is not None:
             label = label.format(context=report.kv_context or 0)
-            change = f"{after / before:.3f}x" if key in RATIOS and before else _change(before, after)
-            rows.append((label, form(before), form(after), change))
+            cells = (_spread(form(getattr(s, key)), getattr(s, f"{key}_stderr", None)) for s in report.sides)
+            rows.append((label, *cells, report.ratio(key) or _change(before, after)))
     return plain_table(SIDES, rows, f"{report.model.name}: {report.spec}")
+
+
+def _spread(value: str, stderr: float | None) -> str:
+    return value if stderr is None else f"{value} ± {stderr:.2f}"
 
 
 def report_notes(report: Report) -> list[str]:
@@ -275,7 +278,6 @@ ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("decode tokens/s", "decode_tokens_per_s", lambda v: f"{v:,.1f}"),
 )
 SIDES = ("", "dense", "pruned", "change")
-RATIOS = {"perplexity", "prefill_tokens_per_s", "decode_tokens_per_s"}
 
 
 def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", caption: str = "") -> Table:
@@ -289,9 +291,7 @@ def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str =
 
 
 def show_recipes(recipes: Mapping[str, Recipe], as_json: bool) -> None:
-    table = Table()
-    for name in ("recipe", "model", "calibration", "published lists"):
-        table.add_column(name)
+    table = Table("recipe", "model", "calibration", "published lists")
     for name, recipe in recipes.items():
         c = recipe.calibration
         lists = ", ".join(f"{kind}:{len(layers)}" for kind, layers in dict(recipe.lists).items())

@@ -11,10 +11,11 @@ from dropformer.metrics.analysis.score_cache import keep, kept_scores, score_fil
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.analysis.stability import check_spec
 from dropformer.metrics.analysis.window_loss import TIMES, window_losses
-from dropformer.metrics.calibration.data import CalibrationData, calibration_data, default_settings
+from dropformer.metrics.calibration.data import CalibrationData, calibration_data, default_settings, text_windows
+from dropformer.metrics.calibration.generated import Writer
 from dropformer.metrics.calibration.images import PIXELS, Pictures
 from dropformer.metrics.calibration.settings import check_length, context_of
-from dropformer.metrics.calibration.windows import computed_tokens, windows
+from dropformer.metrics.calibration.windows import computed_tokens
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.metrics.search.ladder import check_rungs
 from dropformer.metrics.search.rungs import rung_plan
@@ -32,6 +33,11 @@ from dropformer.request import CalibrationOptions, Request
 
 RECALL = "recall"  # beside any calibration text where windows are chosen
 WINDOW_TOKENS = 8192  # read to rank windows by: about two texts several windows long
+
+
+def writer(opened: LoadedModel, progress: Progress) -> Writer:
+    """The model as it writes calibration text itself, kept by its weights."""
+    return Writer(opened.model, opened.tokenizer, opened.ref.fingerprint, progress.say)
 
 
 def open_to_score(request: Request, progress: Progress) -> LoadedModel:
@@ -83,7 +89,7 @@ def _material(opened: LoadedModel, request: Request, progress: Progress) -> Cali
     )
     if not takes_pictures(opened.model):
         check_length(read_config(opened.path), settings.length, opened.ref.name)
-    data = calibration_data(opened.model, opened.tokenizer, opened.path, settings)
+    data = calibration_data(opened.model, opened.tokenizer, opened.path, settings, opened.ref.fingerprint)
     progress.say(f"calibration: {wording(data, opened)} ({_origin(said, opened)})")
     return data
 
@@ -164,7 +170,8 @@ def plan_of_rungs(opened: LoadedModel, request: Request, progress: Progress) -> 
     check_length(read_config(opened.path), length, opened.ref.name)
     names = list(dict.fromkeys([*settings.name.split(","), RECALL]))
     each = max(1, (request.calibration.samples or max(2, WINDOW_TOKENS // length)) // len(names))
-    data = [windows(replace(settings, name=name, length=length, samples=each), opened.tokenizer) for name in names]
+    write = writer(opened, progress)
+    data = [text_windows(replace(settings, name=name, length=length, samples=each), write) for name in names]
     progress.say("calibration: " + "; ".join(f"{w.ref.name}, {len(w)} windows of {length}" for w in data))
     ref = {"name": ",".join(names), "texts": [w.ref.model_dump() for w in data]}
     with progress.stage(f"damage of {', '.join(map(str, target.rungs))}, one pass"):
@@ -184,7 +191,7 @@ def losses_by_window(
     limit = context_of(opened.model.config) or TIMES * counted.window.width
     length = request.calibration.length or min(limit, max(settings.length, TIMES * counted.window.width))
     samples = request.calibration.samples or max(2, WINDOW_TOKENS // length)
-    data = windows(replace(settings, length=length, samples=samples), opened.tokenizer)
+    data = text_windows(replace(settings, length=length, samples=samples), writer(opened, progress))
     with progress.stage(f"what a window of {counted.window} takes, {samples} x {length} tokens of {settings.name}"):
         batches = [inputs for inputs, _ in data.batches(1)]
         return window_losses(opened.model, outline, batches, counted.window, counted.stack)

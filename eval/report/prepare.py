@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +16,9 @@ from dropformer.eval.cost.timing import Setting
 from dropformer.eval.quality.long_context import LongText, text_tokens, with_facts
 from dropformer.eval.quality.perplexity import HELD_OUT
 from dropformer.eval.tasks.results import TaskOptions
+from dropformer.metrics.calibration.generated import Writer, written_windows
 from dropformer.metrics.calibration.settings import Calibration, context_of
+from dropformer.metrics.calibration.text import writes_itself
 from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.device import input_device
@@ -104,6 +106,9 @@ def _long_texts(models: Sequence[Candidate], options: EvaluationOptions) -> tupl
 def _shared_windows(models: Sequence[Candidate], text: Calibration) -> Windows:
     """The windows that every model's own tokenizer gives; ids of one tokenizer say nothing about another's model."""
     dense, *others = models
+    if writes_itself(text.name):
+        _shared_windows(models, replace(text, name="builtin", samples=1))  # refuses other tokens
+        return written_windows(text, Writer(dense.model, dense.tokenizer))
     tokens = SharedTokens(text, dense.name, dense.tokenizer)
     for candidate in others:
         if candidate.tokenizer is not None:
