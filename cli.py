@@ -11,6 +11,7 @@ import typer
 
 from dropformer import cli_options as options
 from dropformer import commands
+from dropformer.eval.draft.options import RUNGS, DraftOptions
 from dropformer.prune.errors import DropformerError
 
 app = typer.Typer(
@@ -49,8 +50,14 @@ def prune(
     select: options.Select = None,
     refine: options.Refine = None,
     budget: options.Budget = None,
+    draft: options.Draft = False,
+    context_tokens: options.BudgetContext = None,
+    batch: options.DraftBatch = 1,
+    max_drop: options.MaxDrop = None,
     rungs: options.Rungs = None,
-    tokens: options.BudgetContext = None,
+    temperature: options.Temperature = 1.0,
+    hardware: options.DraftHardware = "cpu",
+    write_anyway: options.Anyway = False,
     repair: options.RepairMethods = None,
     gate: options.Gate = "docstrings",
     text: options.ReportText = "heldout",
@@ -82,7 +89,7 @@ def prune(
     texts = asked.calibration_texts(calibration, several=strategy is not None)
     request = asked.Request(
         model or "",
-        asked.chosen_target(drop, keep, budget, rungs, tokens),
+        asked.chosen_target(drop, keep, budget, *((None, None) if draft else (rungs, context_tokens))),
         asked.SelectionOptions(strategy, plan, scores, gate),
         asked.CalibrationOptions(texts, samples, length, seed, skip_first),
         asked.ScoringOptions(batch_size, memory=memory),
@@ -90,6 +97,9 @@ def prune(
         asked.ReportOptions(measure, text, seconds),
         asked.ExportOptions(format, link, verify, trust_remote_code=trust_remote_code),
         out, revision, dry_run, given,
+        DraftOptions(
+            context_tokens or DraftOptions.context, batch, max_drop, rungs or RUNGS, temperature, hardware, write_anyway
+        ) if draft else None,
     )  # fmt: skip
     validate.validate(request)
     from dropformer import console
@@ -103,7 +113,12 @@ def prune(
         return
     from dropformer import job
 
-    if memory is not None:
+    if draft:
+        from dropformer.eval.draft import verdict as drafts
+
+        found, outcome = job.draft(request, progress)
+        console.show(*drafts.shown(found, request.draft, request.model, outcome.out if outcome else None, as_json))
+    elif memory is not None:
         console.show_export(job.run_from_disk(request, progress), request.model, as_json)
     elif dry_run:
         console.show_plan(job.plan_only(request, progress), as_json)

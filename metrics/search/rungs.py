@@ -10,9 +10,10 @@ from dropformer.metrics.search.budget import parse_budget
 from dropformer.metrics.search.ladder import Option, check_rungs, climb, saved_share
 from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import ModelRef
+from dropformer.prune.choosing import check_attention_left, unprotected
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import Plan, check_attention_left, make_plan, unprotected
+from dropformer.prune.plan import Plan, make_plan
 from dropformer.prune.rungs.registry import Rung
 from dropformer.prune.rungs.window import Windowed
 from dropformer.prune.window import Window
