@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from dropformer import api
 from dropformer.eval.cost.timing import Setting
+from dropformer.eval.draft.choose import DraftFound, choose_draft
 from dropformer.eval.quality.output_similarity import OutputSimilarity, output_similarity
 from dropformer.eval.quality.perplexity import HELD_OUT
 from dropformer.eval.quality.sweep import AT, Sweep, find_cliff, point, with_speed
@@ -22,7 +23,6 @@ from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.repair.base import Repair
 from dropformer.progress import Progress, Silent
 from dropformer.prune.architecture import of_images
-from dropformer.prune.discovery.inputs import takes_pictures, writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.files.folder import new_files
@@ -31,12 +31,13 @@ from dropformer.prune.formats.export import Exported, export
 from dropformer.prune.formats.export_plan import Written, plan_kept, write_by_plan
 from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.plan import Plan
+from dropformer.prune.samples.inputs import takes_pictures, writes_text
 from dropformer.prune.spec import parse_spec
 from dropformer.prune.window import CONTEXT
 from dropformer.recipes.follow import in_percent
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import Request
-from dropformer.scoring import get_scores, losses_by_window, open_to_score, writer
+from dropformer.scoring import draft_windows, get_scores, losses_by_window, open_to_score, writer
 from dropformer.selection import given_plan, improved
 from dropformer.validate import check_empty
 
@@ -85,6 +86,24 @@ def plan_only(request: Request, progress: Progress | None = None) -> Plan:
     if request.selection.strategy:
         return improved(opened, request, progress)[0]
     return make_plan(opened, request, progress)[0]
+
+
+def draft(request: Request, progress: Progress | None = None) -> tuple[DraftFound, Outcome | None]:
+    """Find the model's own draft, and write it where it pays or was asked for anyway.  Raises a DropformerError."""
+    progress, options = progress or Silent(), request.draft
+    assert options is not None
+    if not request.dry_run:
+        check_empty(request.folder)
+    with progress.stage("opening the model"):
+        opened = open_model(request.model, request.revision, request.placement, progress.say)
+    data = draft_windows(opened, request.calibration, options, progress)
+    found = choose_draft(opened, options, data, request.target.keep, api.outline(opened.model), progress)
+    if request.dry_run or not (found.pays or options.anyway):
+        return found, None
+    with plan_kept(found.plan, request.folder, always=True):
+        held_out, chosen = _held_out(opened, request, progress), _Chosen(found.plan, None, None)
+        report, exported = _carried_out(opened, chosen, request.folder, held_out, request, progress)
+    return found, Outcome(request.folder, found.plan, report, exported)
 
 
 def run(request: Request, progress: Progress | None = None) -> Outcome:

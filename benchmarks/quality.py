@@ -32,6 +32,7 @@ from dropformer.metrics.offload.keeper import Keeper
 from dropformer.metrics.offload.process_memory import peak
 from dropformer.metrics.search.improve import Improver, improve
 from dropformer.metrics.search.strategy import Strategy, Target, quality
+from dropformer.prune.artifact import ModelRef
 
 WIKITEXT = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "wikitext-2" / "valid.txt"
 SOURCES = (
@@ -160,7 +161,7 @@ class Judge:
         return found
 
 
-def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: str, ref: object) -> Row:
+def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: str, ref: ModelRef) -> Row:
     improver.quality = replace(
         METHODS[method],
         stride=improver.quality.stride,
@@ -169,7 +170,7 @@ def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: 
     )
     start = time.process_time()
     spent = improver.work.spent
-    plan, repair, variant = improve(improver, ref, Target(drop), gate)  # type: ignore[arg-type]
+    plan, repair, variant = improve(improver, ref, Target(drop), gate)
     seconds = time.process_time() - start
     passes = (improver.work.spent - spent) / (improver.work.blocks * improver.work.tokens)
     damage = judge(variant)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,21 +24,10 @@ from dropformer.metrics.offload.keeper import Keeper
 from dropformer.prune.architecture import Architecture, Stack, Tap
 from dropformer.prune.discovery.trace import outputs_of
 from dropformer.prune.errors import ArchitectureError
-from dropformer.prune.loading.modeling import Skipped
+from dropformer.prune.loading.parts import replaced
+from dropformer.prune.loading.skipped_modules import Skipped
 
 SIMILARITY = "use --metric similarity with --select one-shot and no --repair"
-
-
-@contextmanager
-def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside the `with`, other modules stand at these paths; afterwards the model's own are back."""
-    with ExitStack() as undo:
-        for path, module in modules.items():
-            parent, _, leaf = path.rpartition(".")
-            owner = model.get_submodule(parent)
-            undo.callback(setattr, owner, leaf, getattr(owner, leaf))
-            setattr(owner, leaf, module)
-        yield
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from dropformer.metrics.blockwise.divergence import first_changed
-from dropformer.metrics.blockwise.runner import BlockRunner, replaced
+from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.repair.base import Changes, RepairContext
 from dropformer.prune.discovery.trace import outputs_of
+from dropformer.prune.loading.parts import replaced
 from dropformer.prune.surgery.views import sharing_copy
 
 Progress = Callable[[int, int], None]
@@ -98,7 +99,7 @@ def heal(
 
 def activations(student: nn.Module, adapted: Iterable[str], runner: BlockRunner) -> int:
     """About how many bytes a pass keeps for its gradients: what linear modules read and write, three times over."""
-    widths = sum(sum(student.get_submodule(path).weight.shape) for path in adapted)
+    widths = sum(sum(student.get_parameter(f"{path}.weight").shape) for path in adapted)
     most = max(inputs["input_ids"].numel() for inputs in runner.batches)
     return 3 * widths * most * runner.start(0).element_size()
 

@@ -77,6 +77,6 @@ def register_in_vllm() -> None:
     """vLLM's entry point: its processes read a deci checkpoint's config without --trust-remote-code."""
     from transformers import AutoConfig
 
-    from dropformer.prune.loading.configuration_decilm import DeciLMConfig
+    from dropformer.prune.loading.deci.configuration_decilm import DeciLMConfig
 
     AutoConfig.register(DeciLMConfig.model_type, DeciLMConfig, exist_ok=True)
