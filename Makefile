@@ -8,6 +8,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_FLAGS ?= -q
+# Each worker computes on one thread and holds up to 2 GiB.
+WORKERS ?= auto --maxprocesses 8
 MODEL ?= smollm2-135m
 DROP ?= attn:4
 DEMO ?= demo/smollm2-135m-attn4
@@ -37,7 +39,7 @@ demo: venv
 	$(BIN)/prune --model $(MODEL) --drop $(DROP) --out $(DEMO)
 
 test: venv
-	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m 'not slow and not engine and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -n $(WORKERS) --dist loadfile -m 'not slow and not engine and not gpu'
 
 # The package is this folder under another name, which import-linter and mypy find through a folder of links.
 check: $(VENV)/.installed-dev

@@ -21,11 +21,13 @@ if TYPE_CHECKING:  # what the table below imports on first use, so that type che
     from dropformer.api import LoadedModel as LoadedModel
     from dropformer.api import Placement as Placement
     from dropformer.api import analyze as analyze
+    from dropformer.api import draft as draft
     from dropformer.api import drop as drop
     from dropformer.api import load as load
     from dropformer.api import open_model as open_model
     from dropformer.api import plan as plan
     from dropformer.api import save as save
+    from dropformer.api import speculate_with as speculate_with
     from dropformer.metrics.analysis.scores import Scores as Scores
     from dropformer.metrics.calibration.settings import Calibration as Calibration
     from dropformer.metrics.search.strategy import Strategy as Strategy
@@ -44,7 +46,7 @@ if TYPE_CHECKING:  # what the table below imports on first use, so that type che
     from dropformer.selection import improve as improve
 
 _API = {
-    "dropformer.api": "DropRecord LoadedModel Placement analyze drop load open_model plan save",
+    "dropformer.api": "DropRecord LoadedModel Placement analyze draft drop load open_model plan save speculate_with",
     "dropformer.metrics.analysis.scores": "Scores",
     "dropformer.metrics.calibration.settings": "Calibration",
     "dropformer.metrics.search.strategy": "Strategy",

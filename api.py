@@ -1,7 +1,8 @@
-"""The public functions: analyze, plan, drop, save, load."""
+"""The public functions: analyze, plan, drop, draft, save, load."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.block_map import Surgery
 from dropformer.prune.discovery.proof import outline as outline
+from dropformer.prune.draft.generation import speculation
 from dropformer.prune.errors import ModelError, OutputError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.formats.export import Exported, export, save_in_memory
@@ -37,8 +39,12 @@ from dropformer.recipes.opening import LoadedModel, open_model
 from dropformer.recipes.placement import Placement
 from dropformer.request import recipe_calibration
 
+DRAFT_TOKENS = 4  # drafted at a time where neither the plan nor anyone says how many
 RECORD = "dropformer"  # the attribute of a model that `drop` returns
-__all__ = ["Calibration", "LoadedModel", "Placement", "analyze", "drop", "load", "open_model", "plan", "save"]
+__all__ = [
+    "Calibration", "LoadedModel", "Placement", "analyze", "draft", "drop", "load", "open_model", "plan", "save",
+    "speculate_with",
+]  # fmt: skip
 
 
 def analyze(
@@ -120,6 +126,37 @@ def drop(model: str | Path | LoadedModel | nn.Module, plan: Plan, repair: Repair
     files = (opened.path, opened.file) if opened else (None, None)
     setattr(pruned, RECORD, DropRecord(plan, surgery, *files))
     return pruned
+
+
+def draft(
+    model: str | Path | LoadedModel | PreTrainedModel,
+    plan: Plan,
+    tokens: int | None = None,
+    repair: Repair | None = None,
+) -> PreTrainedModel:
+    """A draft for speculative decoding: what `drop` returns, set to draft `tokens` at a time.
+
+    By default as many as the plan says.  It shares every kept tensor with the dense model, which stays as it is.
+    `model.generate(assistant_model=draft)` gives the dense model's text, and so does
+    `model.generate(custom_generate=speculate_with(draft))`, which also shares the KV cache.  Raises as `drop`, and
+    ModelError for a model that generates no text.
+    """
+    made = drop(model, plan, repair)
+    if not isinstance(made, PreTrainedModel) or not made.can_generate():
+        raise ModelError(f"{type(made).__name__} generates no text, so nothing can be drafted for it")
+    settings = made.generation_config = copy.deepcopy(made.generation_config)
+    settings.num_assistant_tokens = tokens or (plan.draft.tokens if plan.draft else DRAFT_TOKENS)
+    settings.num_assistant_tokens_schedule, settings.assistant_confidence_threshold = "constant", 0.0
+    return made
+
+
+def speculate_with(draft: PreTrainedModel, counts: list[tuple[int, int]] | None = None) -> Callable[..., Any]:
+    """For `model.generate(custom_generate=...)`: the draft reads the dense model's KV cache instead of its own.
+
+    `counts` receives (drafted, accepted) of each round.  Batch 1, as transformers' assisted decoding.  Raises
+    OutputError for a model that `draft` did not return, ModelError for a decoder of several stacks.
+    """
+    return speculation(draft, drop_record(draft).surgery, counts)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,10 @@ Text = str | None
 # Headings of `prune --help`
 CHOICE, TEXT, REPORT = "Selection and repair", "Calibration", "Report"
 FILES, MACHINE = "Export", "Device and precision"
-TEXTS = "builtin, c4, wikitext, or a .txt, .jsonl (texts, prompts with completions, or messages) or .parquet file"
+TEXTS = (
+    "builtin, c4, wikitext, self or self:FILE (what the model writes, to builtin or FILE's prompts), or a .txt, "
+    ".jsonl (texts, prompts with completions, or messages) or .parquet file"
+)
 SPECS = "attn:8, mlp:25%, block:4, joint:12, attn=20,21, published:attn:8, or several by commas"
 ANY = "A folder, a Hub id or id@revision, a .gguf file, or a recipe (see `prune recipes`)."
 
@@ -180,6 +183,12 @@ Compile = Annotated[
 ]
 Stream = Annotated[int, typer.Option(min=0, help="Read this many tokens with attention sinks.")]
 Window = Annotated[int | None, typer.Option(min=8, help="Tokens that attention sees while it streams; default 1024.")]
+Long = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Perplexity by position, facts from five depths, KV cache and decode speed at so many tokens."
+    ),
+]
 AnswerCache = Annotated[
     Path | None, typer.Option("--cache", help="Folder of answers, so that an interrupted run resumes.")
 ]

@@ -28,6 +28,7 @@ from rich.text import Text
 
 from dropformer.progress import Tick
 from dropformer.prune.formats.registry import FORMATS
+from dropformer.prune.window import CONTEXT, KV_AT
 
 if TYPE_CHECKING:
     from dropformer.eval.compare.comparison import Comparison
@@ -190,6 +191,8 @@ def savings_line(plan: Plan) -> str:
     text = f"parameters {saved.parameters:,} → {saved.parameters_after:,} ({change})"
     if saved.kv:
         text += f", KV cache {_change(saved.kv, saved.kv_after)} per token"
+    if plan.windows:
+        text += f" beyond the windows, {plan.kv_share(CONTEXT) - 1:+.1%} at {CONTEXT:,} tokens"
     if plan.packing_cost is not None:
         text += f"; packs into a stock model for {plan.packing_cost:.4f} of mean similarity"
     return text
@@ -203,6 +206,7 @@ def report_table(report: Report) -> Table:
     for label, key, form in ROWS:
         before, after = getattr(report.dense, key), getattr(report.pruned, key)
         if before is not None and after is not None:
+            label = label.format(context=report.kv_context or 0)
             change = f"{after / before:.3f}x" if key in RATIOS and before else _change(before, after)
             table.add_row(label, form(before), form(after), change)
     return table
@@ -236,10 +240,14 @@ def record_table(record: Mapping[str, Any]) -> Table:
     table = Table(title=f"{record['model']['name']}: {record['spec']}", title_justify="left")
     for name in ("", "dense", "pruned", "change"):
         table.add_column(name, justify="left" if not name else "right")
-    forms = {"parameters": "{:,}".format, "bytes": _bytes, "kv_bytes_per_token": _bytes}
-    names = {"bytes": "checkpoint", "kv_bytes_per_token": "KV cache per token"}
+    forms = {"parameters": "{:,}".format, "bytes": _bytes, "kv_bytes_per_token": _bytes, KV_AT: _bytes}
+    names = {
+        "bytes": "checkpoint",
+        "kv_bytes_per_token": "KV cache per token",
+        KV_AT: f"KV cache at {CONTEXT:,} tokens",
+    }
     for key, form in forms.items():
-        before, after = record["before"][key], record["after"][key]
+        before, after = record["before"].get(key), record["after"].get(key)
         if before:
             table.add_row(names.get(key, key), form(before), form(after), _change(before, after))
     return table
@@ -271,6 +279,7 @@ ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("parameters", "parameters", lambda v: f"{v:,}"),
     ("checkpoint", "checkpoint_bytes", _bytes),
     ("KV cache per token", "kv_bytes_per_token", _bytes),
+    ("KV cache at {context:,} tokens", "kv_bytes", _bytes),
     ("perplexity", "perplexity", lambda v: f"{v:.2f}"),
     ("prefill tokens/s", "prefill_tokens_per_s", lambda v: f"{v:,.1f}"),
     ("decode tokens/s", "decode_tokens_per_s", lambda v: f"{v:,.1f}"),

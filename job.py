@@ -15,10 +15,10 @@ from dropformer.eval.report import report as reports
 from dropformer.metrics.analysis.distributed import rank
 from dropformer.metrics.analysis.plots import similarity_by_depth
 from dropformer.metrics.analysis.scores import Scores
-from dropformer.metrics.calibration.data import calibration_data, default_settings
+from dropformer.metrics.calibration.data import calibration_data, default_settings, text_windows
 from dropformer.metrics.calibration.images import PIXELS
 from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
-from dropformer.metrics.calibration.windows import Windows, windows
+from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.repair.base import Repair
 from dropformer.progress import Progress, Silent
 from dropformer.prune.architecture import of_images
@@ -32,14 +32,14 @@ from dropformer.prune.formats.export_plan import Written, plan_kept, write_by_pl
 from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.plan import Plan
 from dropformer.prune.spec import parse_spec
+from dropformer.prune.window import CONTEXT
 from dropformer.recipes.follow import in_percent
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import Request
-from dropformer.scoring import get_scores, losses_by_window, open_to_score
+from dropformer.scoring import get_scores, losses_by_window, open_to_score, writer
 from dropformer.selection import given_plan, improved
 from dropformer.validate import check_empty
 
-LONG = 8192  # tokens at which a plan with windows says what its cache holds
 SWEEP = Setting(prompt=256, new=16)
 """What a sweep times each model at."""
 
@@ -97,7 +97,7 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
     check_empty(out)
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
-    held_out = _held_out(opened, request)  # a text that is too short is said before anything is measured
+    held_out = _held_out(opened, request, progress)  # a text that is too short is said before anything is measured
     scores, repair = None, None
     if request.selection.strategy:
         plan, repair = improved(opened, request, progress)
@@ -107,7 +107,7 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
         progress.say(f"dropping {', '.join(map(str, plan.layers))}")
     if plan.windows:
         progress.say("windows: " + ", ".join(f"{layer}@{window}" for layer, window in plan.windows.items()))
-        progress.say(f"KV cache at {LONG:,} tokens: {plan.savings.kv_share(LONG):.0%} of the dense model's")
+        progress.say(f"KV cache at {CONTEXT:,} tokens: {plan.kv_share(CONTEXT):.0%} of the dense model's")
     if any(layer.kind == "attn" and layer.index == 0 for layer in plan.layers):
         progress.say("warning: the attention of block 0 goes; vLLM and llama.cpp cannot load a model without it")
     with plan_kept(plan, out, always=request.selection.strategy is not None):
@@ -200,13 +200,13 @@ def _measure(
     return quality, speed
 
 
-def _held_out(opened: LoadedModel, request: Request) -> Windows | None:
+def _held_out(opened: LoadedModel, request: Request, progress: Progress) -> Windows | None:
     """The report's text, None where perplexity is not measured.  Raises CalibrationError where there is too little."""
     if not request.measures or opened.tokenizer is None or not writes_text(opened.model):
         return None
     length = min(HELD_OUT.length, context_of(opened.model.config) or HELD_OUT.length)
     try:
-        return windows(replace(HELD_OUT, name=request.report.text, length=length), opened.tokenizer)
+        return text_windows(replace(HELD_OUT, name=request.report.text, length=length), writer(opened, progress))
     except CalibrationError as error:
         raise CalibrationError(f"--text: {error}") from None
 
@@ -260,7 +260,7 @@ def sweep(
     check_length(opened.model.config, max(shape[1], SWEEP.prompt + SWEEP.new if speed else 0), opened.ref.name)
     scores = get_scores(opened, request, progress)
     plans = [api.plan(scores, f"{kind}:{count}", request.target.keep) for count in counts if count]
-    data = windows(Calibration(request.report.text, *shape, seed=HELD_OUT.seed), opened.tokenizer)
+    data = text_windows(Calibration(request.report.text, *shape, seed=HELD_OUT.seed), writer(opened, progress))
     models = [opened.model, *(api.drop(opened, plan) for plan in plans)]
     setting = SWEEP if speed else AT
     points = []

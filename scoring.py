@@ -11,10 +11,11 @@ from dropformer.metrics.analysis.score_cache import keep, kept_scores, score_fil
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.analysis.stability import check_spec
 from dropformer.metrics.analysis.window_loss import TIMES, window_losses
-from dropformer.metrics.calibration.data import CalibrationData, calibration_data, default_settings
+from dropformer.metrics.calibration.data import CalibrationData, calibration_data, default_settings, text_windows
+from dropformer.metrics.calibration.generated import Writer
 from dropformer.metrics.calibration.images import PIXELS, Pictures
 from dropformer.metrics.calibration.settings import check_length, context_of
-from dropformer.metrics.calibration.windows import computed_tokens, windows
+from dropformer.metrics.calibration.windows import computed_tokens
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.progress import Progress
 from dropformer.prune.architecture import Layer
@@ -27,6 +28,11 @@ from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import CalibrationOptions, Request
 
 WINDOW_TOKENS = 8192  # read to rank windows by: about two texts several windows long
+
+
+def writer(opened: LoadedModel, progress: Progress) -> Writer:
+    """The model as it writes calibration text itself, kept by its weights."""
+    return Writer(opened.model, opened.tokenizer, opened.ref.fingerprint, progress.say)
 
 
 def open_to_score(request: Request, progress: Progress) -> LoadedModel:
@@ -78,7 +84,7 @@ def _material(opened: LoadedModel, request: Request, progress: Progress) -> Cali
     )
     if not takes_pictures(opened.model):
         check_length(read_config(opened.path), settings.length, opened.ref.name)
-    data = calibration_data(opened.model, opened.tokenizer, opened.path, settings)
+    data = calibration_data(opened.model, opened.tokenizer, opened.path, settings, opened.ref.fingerprint)
     progress.say(f"calibration: {wording(data, opened)} ({_origin(said, opened)})")
     return data
 
@@ -155,7 +161,7 @@ def losses_by_window(
     limit = context_of(opened.model.config) or TIMES * counted.window.width
     length = request.calibration.length or min(limit, max(settings.length, TIMES * counted.window.width))
     samples = request.calibration.samples or max(2, WINDOW_TOKENS // length)
-    data = windows(replace(settings, length=length, samples=samples), opened.tokenizer)
+    data = text_windows(replace(settings, length=length, samples=samples), writer(opened, progress))
     with progress.stage(f"what a window of {counted.window} takes, {samples} x {length} tokens of {settings.name}"):
         batches = [inputs for inputs, _ in data.batches(1)]
         return window_losses(opened.model, outline, batches, counted.window, counted.stack)

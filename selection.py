@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dropformer.eval.cost.latency import layer_latency
-from dropformer.metrics.calibration.data import default_settings
+from dropformer.metrics.calibration.data import default_settings, text_windows
 from dropformer.metrics.calibration.settings import Calibration, check_length
-from dropformer.metrics.calibration.windows import Windows, windows
+from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.offload.process_memory import PeakMemory
 from dropformer.metrics.repair.base import Repair, reasons
 from dropformer.metrics.search.budget import Latency
@@ -20,13 +20,14 @@ from dropformer.metrics.search.improve import Improver
 from dropformer.metrics.search.improve import improve as improved_plan
 from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named
-from dropformer.progress import Progress
+from dropformer.progress import Progress, Silent
 from dropformer.prune.discovery.inputs import writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.plan import Plan, make_plan
 from dropformer.recipes.opening import LoadedModel, open_model
 from dropformer.request import GATE, Request, recipe_calibration
+from dropformer.scoring import writer
 
 if TYPE_CHECKING:
     from dropformer.metrics.blockwise.from_disk import BlockSource
@@ -45,8 +46,9 @@ def improve(
     opened = model if isinstance(model, LoadedModel) else open_model(model)
     how = quality if isinstance(quality, Strategy) else named(quality)
     texts = texts or [default_settings(opened.model, _plenty(recipe_calibration(opened.recipe), how))]
-    data = [windows(text, need_tokenizer(opened)) for text in texts]
-    other = gate_windows(opened) if how.repair else None
+    need_tokenizer(opened)
+    data = [text_windows(text, writer(opened, Silent())) for text in texts]
+    other = gate_windows(opened, Silent()) if how.repair else None
     plan, repair, _ = improved_plan(Improver(opened.model, data, how), opened.ref, Target(spec), other)
     return noted(plan, repair, opened.model), repair
 
@@ -75,9 +77,9 @@ def improved(
     strategy, chosen, target = request.selection.strategy, request.selection, request.target
     assert strategy is not None
     need_tokenizer(opened)
-    calibration = calibrated_on(opened, request)
+    calibration = calibrated_on(opened, request, progress)
     progress.say("calibration: " + "; ".join(f"{w.ref.name}, {len(w)} windows of {w.ref.length}" for w in calibration))
-    other = gate_windows(opened, chosen.gate) if strategy.repair else None
+    other = gate_windows(opened, progress, chosen.gate) if strategy.repair else None
     memory = PeakMemory(_device_type(opened.model))
     improver = Improver(opened.model, calibration, strategy, progress.say, **(blocks.given() if blocks else {}))
     total = improver.steps(chooses=chosen.plan is None, budget=target.budget is not None)
@@ -139,7 +141,7 @@ def wording(quality: Strategy) -> str:
     return ", ".join([chosen, *(["refined"] if quality.refine else []), *quality.repair])
 
 
-def calibrated_on(opened: LoadedModel, request: Request) -> list[Windows]:
+def calibrated_on(opened: LoadedModel, request: Request, progress: Progress) -> list[Windows]:
     """The calibration windows, one entry a text."""
     settings = request.calibration.of(opened.recipe)
     if request.calibration.length is None:
@@ -151,13 +153,14 @@ def calibrated_on(opened: LoadedModel, request: Request) -> list[Windows]:
     if settings.samples < len(names):
         raise PlanError(f"{settings.samples} calibration windows do not go round {len(names)} texts; raise --samples")
     each = settings.samples // len(names)
-    return [windows(replace(settings, name=name, samples=each), opened.tokenizer) for name in names]
+    pen = writer(opened, progress)
+    return [text_windows(replace(settings, name=name, samples=each), pen) for name in names]
 
 
-def gate_windows(opened: LoadedModel, name: str = GATE.name) -> Windows:
+def gate_windows(opened: LoadedModel, progress: Progress, name: str = GATE.name) -> Windows:
     """Windows of the text that repairs are gated on, no longer than the model reads.  Raises CalibrationError."""
     try:
-        return windows(default_settings(opened.model, replace(GATE, name=name)), opened.tokenizer)
+        return text_windows(default_settings(opened.model, replace(GATE, name=name)), writer(opened, progress))
     except CalibrationError as error:
         raise CalibrationError(f"--gate: {error}") from None
 

@@ -35,9 +35,22 @@ class Savings(FrozenRecord):
     kv_after: int
     kv_windows: int = 0
 
-    def kv_share(self, context: int) -> float:
-        """The KV cache at a context beyond every window, over the dense model's there."""
-        return (self.kv_after * context + self.kv_windows) / (self.kv * context) if self.kv else 1.0
+
+class DraftRef(FrozenRecord):
+    """What a plan gives as the draft of its dense model: `tokens` drafted at a time, and what that is expected to give.
+
+    `acceptance`: mean of sum over the vocabulary of min(p, q) at `temperature` (greedy agreement at 0), on the
+    calibration text; `cost`: a draft step over a dense step at this context and batch; `speedup`: expected tokens
+    per second over those of the dense model alone.
+    """
+
+    tokens: int
+    acceptance: float
+    cost: float
+    speedup: float
+    temperature: float
+    context: int
+    batch: int
 
 
 class Plan(Artifact):
@@ -45,7 +58,8 @@ class Plan(Artifact):
 
     `repairs`: the gates that repairs passed; `not_repaired`: what they could not mend, and why.
     `packing_cost`: the mean similarity given up so that what is left packs into a stock model.  `windows`: attention
-    layers that stay and see a window, such as {"attn:3": "1024+4"}, most redundant first.
+    layers that stay and see a window, such as {"attn:3": "1024+4"}, most redundant first.  `draft`: for a plan that was
+    chosen to draft for its dense model.
     """
 
     kind = "plan"
@@ -58,6 +72,7 @@ class Plan(Artifact):
     not_repaired: list[str] = []
     packing_cost: float | None = None
     windows: dict[str, str] = {}
+    draft: DraftRef | None = None
     drops: list[Drop]
     outline: Outline
     savings: Savings
@@ -71,6 +86,13 @@ class Plan(Artifact):
     def windowed(self) -> dict[Layer, Window]:
         """The attention layers that see a window only."""
         return {Layer.parse(layer): Window.parse(text) for layer, text in self.windows.items()}
+
+    def kv_share(self, context: int) -> float:
+        """The KV cache of a sequence of `context` tokens, over the dense model's."""
+        if not self.savings.kv:
+            return 1.0
+        windows = sum(self.outline.branch(layer).kv * window.held(context) for layer, window in self.windowed.items())
+        return (self.savings.kv_after * context + windows) / (self.savings.kv * context)
 
     def dropped(self) -> dict[str, Any]:
         """{attention: [..], mlp: [..], blocks: [..]} in original indices; one such entry a stack where several."""

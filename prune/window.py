@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from dropformer.prune.errors import PlanError
 
+CONTEXT = 8192  # tokens at which a plan with windows says what its cache holds
+KV_AT = f"kv_bytes_at_{CONTEXT}_tokens"  # the key of that in dropformer.json
+
 
 @dataclass(frozen=True, order=True)
 class Window:

@@ -13,11 +13,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from dropformer.eval.cost.memory import parameter_count
 from dropformer.eval.cost.model_cost import BlockCost, Experts, ModelCost
+from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.inputs import writes_text
 from dropformer.prune.discovery.weightless import outline_without_weights
 from dropformer.prune.errors import ArchitectureError, ModelError
 from dropformer.prune.loading.load import auto_class
-from dropformer.prune.outline import StackOutline
+from dropformer.prune.outline import Outline, StackOutline
+from dropformer.prune.window import Window
 
 EXPERTS_USED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
@@ -42,16 +44,31 @@ def cost_of_config(config: PreTrainedConfig | Mapping[str, Any]) -> ModelCost:
 
 
 def cost_of(model: nn.Module) -> ModelCost:
-    """The cost of a decoder, dense or pruned.
+    """The cost of a decoder, dense or pruned, with the windows that a plan gave its attention layers.
 
     Its structure is read off a twin without weights, so that nothing is computed; a model that its config alone
     does not describe, or whose forward pass needs numbers, is traced itself.  Raises ArchitectureError where no
     layer can be dropped.
     """
+    found: ModelCost | None = None
     with suppress(ArchitectureError):
         if (twin := _twin(model)) is not None:
-            return _counted(twin)
-    return _counted(model)
+            found = _counted(twin)
+    found = found or _counted(model)
+    return found.windowed(_windows(model, found.outline))
+
+
+def _windows(model: nn.Module, outline: Outline) -> dict[Layer, Window]:
+    """The windows that a plan gave the attention layers of a model, by their present places."""
+    paths = {f"{stack.path}.": stack.name for stack in outline.stacks if stack.name in ("", "decoder")}
+    found = {}
+    for name, module in model.named_modules():
+        window = getattr(module, "window", None)
+        path = next((path for path in paths if name.startswith(path)), None)
+        if path and hasattr(window, "sinks"):
+            index = int(name.removeprefix(path).partition(".")[0])
+            found[Layer("attn", index, paths[path])] = Window(window.width, window.sinks)
+    return found
 
 
 def _twin(model: nn.Module) -> nn.Module | None:

@@ -23,7 +23,9 @@ from dropformer.eval.cost.model_cost import ModelCost
 from dropformer.eval.cost.roofline import KERNELS, Side, Workload
 from dropformer.prune.architecture import Layer
 from dropformer.prune.files.output_paths import cache_folder
-from dropformer.prune.plan import PublishedLists, choose
+from dropformer.prune.outline import Outline
+from dropformer.prune.plan import PublishedLists, choose, choose_windows
+from dropformer.prune.spec import without_windows
 from dropformer.recipes import Recipe, open_config, recipes
 
 if TYPE_CHECKING:
@@ -89,9 +91,18 @@ def estimate(
         from dropformer.eval.cost.counting import cost_of_config
 
         config = cost_of_config(config)
-    layers = choose(config.outline, spec, published=published, pick=_deepest) if spec else []
+    drops = without_windows(spec) if spec else ""
+    layers = choose(config.outline, drops, published=published, pick=_deepest) if drops else []
+    windows = choose_windows(config.outline, spec, layers, _depths(config.outline)) if spec else {}
     workload = workload or Workload()
-    return Estimate(Side(config, workload, hardware), Side(config.without(layers), workload, hardware))
+    pruned = config.windowed(windows).without(layers)
+    return Estimate(Side(config, workload, hardware), Side(pruned, workload, hardware))
+
+
+def _depths(outline: Outline) -> dict[Layer, float]:
+    """A ranking of attention layers for windows as `_deepest` has it."""
+    found = [layer for stack in outline.stacks for layer in outline.layers("attn", stack.name)]
+    return {layer: -1.0 if layer.index == max(l.index for l in found) else float(layer.index) for layer in found}
 
 
 def _deepest(free: Sequence[Layer], count: int, _: Sequence[Layer]) -> list[Layer]:

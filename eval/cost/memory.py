@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import inspect
+import math
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,7 @@ from dropformer.prune.loading.device import input_device
 T = TypeVar("T")
 
 _LENGTHS = (16, 48)  # tokens of the two prefills whose difference is the cost of one more token
-_KV_NAMES = ("keys", "values", "indexer_keys", "_quantized_keys", "_quantized_values")
+_KV_NAMES = ("keys", "values", "sink_keys", "sink_values", "indexer_keys", "_quantized_keys", "_quantized_values")
 _STATE_NAMES = ("conv_states", "recurrent_states")
 
 
@@ -63,8 +64,9 @@ def layer_kv_bytes_per_token(model: nn.Module) -> list[int]:
     """What one more token of context adds to each layer's cache, in bytes, for one sequence.
 
     Two short prefills of the model itself, and the difference between them: a constant state cancels,
-    and a layer whose window is shorter than both adds nothing.  Works on a model of the meta device,
-    where nothing is computed.  Empty for a model that keeps no cache (an encoder, an image model).  Raises
+    and a layer whose window is shorter than both adds nothing.  A layer that a plan gave a window adds nothing
+    either, however long the window is: see `kv_bytes_at`.  Works on a model of the meta device, where nothing is
+    computed.  Empty for a model that keeps no cache (an encoder, an image model).  Raises
     EvaluationError if the model cannot be run on token ids alone.
     """
     caches = [_prefill(model, length) for length in _LENGTHS]
@@ -73,12 +75,49 @@ def layer_kv_bytes_per_token(model: nn.Module) -> list[int]:
     short, long = (layer_kv_bytes(cache) for cache in caches)
     step = _LENGTHS[1] - _LENGTHS[0]
     short += [0] * (len(long) - len(short))
-    return [(after - before) // step for before, after in zip(short, long, strict=True)]
+    added = [(after - before) // step for before, after in zip(short, long, strict=True)]
+    return [0 if _plan_window(layer) else one for layer, one in zip(_layers(caches[1]), added, strict=True)]
 
 
 def kv_bytes_per_token(model: nn.Module) -> int:
     """Bytes that one more token of context adds to the whole KV cache, measured: see the layered form."""
     return sum(layer_kv_bytes_per_token(model))
+
+
+@torch.inference_mode()
+def kv_bytes_at(model: nn.Module, context: int) -> int:
+    """Bytes of the KV cache of one sequence of `context` tokens, from one short prefill.
+
+    A layer with a window of W tokens and S sinks holds min(context, W + S) of them.  0 for a model that keeps no
+    cache.  Raises EvaluationError as `layer_kv_bytes_per_token`.
+    """
+    cache = _prefill(model, _LENGTHS[1])
+    if not hasattr(cache, "layers") and not hasattr(cache, "self_attention_cache"):
+        return 0
+    total = 0.0
+    for layer, held in zip(_layers(cache), layer_kv_bytes(cache), strict=True):
+        if tokens := _tokens_held(layer):
+            total += held / tokens * min(context, _most_tokens(layer))
+    return round(total)
+
+
+def _plan_window(layer: Any) -> Any:
+    """The window of a cache entry that a plan gave one; a copy of the entry's class lies beside each checkpoint."""
+    window = getattr(layer, "window", None)
+    return window if hasattr(window, "sinks") else None
+
+
+def _most_tokens(layer: Any) -> float:
+    """How many tokens a cache entry holds at most."""
+    if window := _plan_window(layer):
+        return window.width + window.sinks
+    return getattr(layer, "sliding_window", None) or math.inf
+
+
+def _tokens_held(layer: Any) -> int:
+    """How many tokens' keys a cache entry has room for now."""
+    parts = (getattr(layer, name, None) for name in ("keys", "sink_keys"))
+    return sum(part.shape[-2] for part in parts if isinstance(part, Tensor) and part.dim() == 4)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -8,11 +8,12 @@ every weight once and the keys and values of every kept token once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from dropformer.prune.architecture import Layer
 from dropformer.prune.outline import Outline
+from dropformer.prune.window import Window
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,14 @@ class ModelCost:
     def decode_elements(self, batch: int, context: int) -> float:
         """Elements that one decode step must read: weights once, every kept key and value once."""
         return self.read(batch) + batch * self.kv(context)
+
+    def windowed(self, windows: Mapping[Layer, Window]) -> ModelCost:
+        """The cost where attention layers of the main stack see a window, by their places in `blocks`."""
+        blocks = list(self.blocks)
+        for layer, window in windows.items():
+            seen = blocks[layer.index].seen(window.width + window.sinks)
+            blocks[layer.index] = replace(blocks[layer.index], window=seen)
+        return replace(self, blocks=tuple(blocks))
 
     def without(self, layers: Iterable[Layer]) -> ModelCost:
         """The cost after dropping layers of the main stack, by their indices in the original model.

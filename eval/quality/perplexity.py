@@ -86,7 +86,7 @@ def token_losses(model: PreTrainedModel, windows: Tensor, every: int = 1, scored
     with torch.inference_mode():
         for window, counts in _rows(windows, scored):
             hidden, targets = _hidden(split, window)[:-1][counts][::every], window[1:][counts][::every]
-            found.append(torch.cat([_losses(split, hidden[piece], targets[piece]) for piece in split.pieces(hidden)]))
+            found.append(torch.cat([losses_of(split, hidden[piece], targets[piece]) for piece in split.pieces(hidden)]))
     return found
 
 
@@ -180,7 +180,7 @@ def _picked(logits: Tensor, targets: Tensor) -> Tensor:
     return logits.gather(1, targets[:, None].to(logits.device)).squeeze(1)
 
 
-def _losses(split: SplitModel, hidden: Tensor, targets: Tensor) -> Tensor:
+def losses_of(split: SplitModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """Loss of each target [n] after hidden states [n, D], in float64."""
     logits = split.logits(hidden)
     return (logits.logsumexp(-1) - _picked(logits, targets)).double().cpu()

@@ -79,7 +79,7 @@ _WORDS = (
     "pencil", "rabbit", "saddle", "table", "umbrella", "valley", "wagon", "yellow", "basket", "castle",
     "dragon", "engine", "feather", "guitar", "harbor", "insect", "jungle", "kettle", "lemon", "magnet",
 )  # fmt: skip
-_NAMES = (
+NAMES = (
     "Anna", "Boris", "Clara", "David", "Elena", "Frank", "Greta", "Henry",
     "Irene", "Jacob", "Karen", "Louis", "Maria", "Nathan", "Olga", "Peter",
 )  # fmt: skip
@@ -127,7 +127,7 @@ def addition(seed: int = 0, count: int = 32, examples: int = 6) -> Probe:
 def needle(seed: int = 0, count: int = 12, sentences: int = 60) -> Probe:
     """`count` facts at even depths in `sentences` sentences of filler; 4 other facts' answers are wrong ones."""
     draw = random.Random(seed)
-    names = draw.sample(_NAMES, count)
+    names = draw.sample(NAMES, count)
     codes = draw.sample(range(1000, 10000), count)
     filler = [draw.choice(_FILLER).format(*draw.sample(_WORDS, 2)) for _ in range(sentences)]
     for place, (name, code) in enumerate(zip(names, codes, strict=True)):

@@ -13,6 +13,7 @@ from dropformer.eval.cost.streaming import stream, streaming_speed
 from dropformer.eval.quality.cliff import trend
 from dropformer.eval.quality.perplexity import all_side_by_side, perplexity
 from dropformer.eval.quality.probes import run_probes
+from dropformer.eval.report.at_length import at_length
 from dropformer.eval.report.prepare import Candidate, EvaluationOptions, Inputs, prepare
 from dropformer.eval.report.results import Evaluation, ModelResult
 from dropformer.eval.report.warnings import warnings
@@ -45,6 +46,8 @@ def evaluate(models: Sequence[Candidate], options: EvaluationOptions, progress: 
     results = _with_probes(results, models, options, progress)
     results, device, said = _with_speed(results, models, options, progress)
     results = _with_stream(results, models, inputs, progress)
+    if inputs.long:
+        results = at_length(results, models, inputs.long, options.long, progress)
     text = inputs.text.ref.model_dump() if inputs.text else None
     return Evaluation(text=text, device=device, models=results, warnings=[*warnings(results), *said])
 

@@ -48,6 +48,8 @@ def _sections(
         yield Section("Speed and memory", [*shown, table(*tables.speed(evaluation)), where])
     if (streamed := tables.streaming(evaluation))[1]:
         yield Section("Beyond the context", [table(*streamed), paragraph(STREAMED)])
+    if (far := tables.long(evaluation))[1]:
+        yield Section("At length", [table(*far), paragraph(LONG)])
     if (subjects := tables.subjects(evaluation))[1]:
         yield Section("Task by task", [table(*subjects), paragraph(SUBJECTS)])
 
@@ -66,6 +68,11 @@ TIMES = "Medians with half the interquartile range, ratios with quartiles; model
 STREAMED = (
     "The first four tokens and a rolling window stay in the cache, positions are those inside the cache "
     "(arXiv 2309.17453)."
+)
+LONG = (
+    "Perplexity by position in the text, over dense in brackets; the windows are those of the model's layers, 1,024 "
+    "tokens where it has none. A fact counts where each token of its answer is the likeliest. Models decode in turn, "
+    "quartiles in brackets."
 )
 SUBJECTS = "In brackets: answers that only the dense model has right, and that only the pruned one has."
 

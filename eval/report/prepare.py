@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -13,13 +13,19 @@ from transformers import PreTrainedModel
 from dropformer.eval.compare.compatibility import SharedTokens
 from dropformer.eval.cost.sinks import Sinks, fitting, sink_cache
 from dropformer.eval.cost.timing import Setting
+from dropformer.eval.quality.long_context import LongText, text_tokens, with_facts
+from dropformer.eval.quality.perplexity import HELD_OUT
 from dropformer.eval.tasks.results import TaskOptions
+from dropformer.metrics.calibration.generated import Writer, written_windows
 from dropformer.metrics.calibration.settings import Calibration, context_of
+from dropformer.metrics.calibration.text import writes_itself
 from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.device import input_device
 from dropformer.prune.plan import Plan
 from dropformer.recipes.source import short_name
+
+LONG_TEXTS = 2  # texts in which perplexity by position is measured
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,8 @@ class EvaluationOptions:
     text: windows for perplexity and KL (None: neither).  speed: settings to measure; empty with
     `seconds` > 0 chooses one that takes about that long.  compile: measure decoding through torch.compile
     beside it; None: where there is a GPU.  stream: tokens of text to read past the context with attention
-    sinks (0: none), `window` of them in sight (None: 1024, or the model's context).
+    sinks (0: none), `window` of them in sight (None: 1024, or the model's context).  long: tokens at which
+    perplexity by position, facts from five depths, KV bytes and decode speed are measured (0: not).
     """
 
     tasks: tuple[str, ...] = ()
@@ -42,6 +49,7 @@ class EvaluationOptions:
     compile: bool | None = None
     stream: int = 0
     window: int | None = None
+    long: int = 0
 
 
 @dataclass(frozen=True)
@@ -56,11 +64,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The windows for perplexity, and the token ids [T] to stream with the window that they are read in."""
+    """The windows for perplexity, the token ids [T] to stream with the window that they are read in, long texts."""
 
     text: Windows | None = None
     stream: Tensor | None = None
     shape: Sinks | None = None
+    long: tuple[LongText, ...] = ()
 
 
 def prepare(models: Sequence[Candidate], options: EvaluationOptions) -> Inputs:
@@ -71,8 +80,9 @@ def prepare(models: Sequence[Candidate], options: EvaluationOptions) -> Inputs:
     for candidate in models:
         _check(candidate, dense, options)
     data = _shared_windows(models, options.text) if options.text else None
+    long = _long_texts(models, options) if options.long else ()
     if not options.stream:
-        return Inputs(data)
+        return Inputs(data, long=long)
     if options.stream < 2:
         raise EvaluationError("a stream of 1 token has nothing to score; give 2 tokens or more")
     name = options.text.name if options.text else "heldout"
@@ -80,12 +90,25 @@ def prepare(models: Sequence[Candidate], options: EvaluationOptions) -> Inputs:
     shape = fitting(dense.model, options.window)
     for candidate in models:
         sink_cache(candidate.model, shape)  # refuses a model that cannot stream
-    return Inputs(data, ids, shape)
+    return Inputs(data, ids, shape, long)
+
+
+def _long_texts(models: Sequence[Candidate], options: EvaluationOptions) -> tuple[LongText, ...]:
+    """Raises EvaluationError for tokens beyond a context, and for so few that they do not hold the facts."""
+    for candidate in models:
+        _check_context(candidate, options.long, "give fewer tokens to --long")
+    chosen, tokenizer = options.text or HELD_OUT, models[0].tokenizer
+    text = Calibration(chosen.name, LONG_TEXTS, text_tokens(options.long, tokenizer), chosen.seed)
+    rows = _shared_windows(models, text).ids
+    return tuple(with_facts(row, tokenizer, seed) for seed, row in enumerate(rows))
 
 
 def _shared_windows(models: Sequence[Candidate], text: Calibration) -> Windows:
     """The windows that every model's own tokenizer gives; ids of one tokenizer say nothing about another's model."""
     dense, *others = models
+    if writes_itself(text.name):
+        _shared_windows(models, replace(text, name="builtin", samples=1))  # refuses other tokens
+        return written_windows(text, Writer(dense.model, dense.tokenizer))
     tokens = SharedTokens(text, dense.name, dense.tokenizer)
     for candidate in others:
         if candidate.tokenizer is not None:

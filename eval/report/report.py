@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from dropformer.eval.cost.memory import kv_bytes_per_token, parameter_count
+from dropformer.eval.cost.memory import kv_bytes_at, kv_bytes_per_token, parameter_count
 from dropformer.eval.cost.speed import quick
 from dropformer.eval.quality.cliff import Trend, trend
 from dropformer.eval.quality.output_similarity import OutputSimilarity
@@ -21,14 +21,19 @@ from dropformer.prune.artifact import Artifact, FrozenRecord, ModelRef
 from dropformer.prune.files import CopyReport
 from dropformer.prune.formats.record import kv_width
 from dropformer.prune.plan import Plan
+from dropformer.prune.window import CONTEXT
 
 
 class Side(FrozenRecord):
-    """One model's measurements.  Bytes are the checkpoint's; speeds in tokens/s are medians over repeats."""
+    """One model's measurements.  Bytes are the checkpoint's; speeds in tokens/s are medians over repeats.
+
+    `kv_bytes`: the cache of one sequence of `Report.kv_context` tokens, where layers have windows.
+    """
 
     parameters: int
     checkpoint_bytes: int
     kv_bytes_per_token: int
+    kv_bytes: int | None = None
     perplexity: float | None = None
     perplexity_stderr: float | None = None
     prefill_tokens_per_s: float | None = None
@@ -66,6 +71,7 @@ class Report(Artifact):
     dropped: dict[str, Any]
     dense: Side
     pruned: Side
+    kv_context: int | None = None
     text: TextRef | None = None
     kl: float | None = None
     kl_stderr: float | None = None
@@ -117,18 +123,19 @@ def measure_speed(dense: nn.Module, pruned: nn.Module, seconds: float) -> Measur
     return Measured(one, two, {"speed": speed})
 
 
-def sizes(model: PreTrainedModel, checkpoint_bytes: int, kv_width: float) -> dict[str, int]:
-    """Parameters, checkpoint bytes, and KV bytes per token (0 where nothing is written).
+def sizes(model: PreTrainedModel, checkpoint_bytes: int, kv_width: float, context: int | None = None) -> dict[str, int]:
+    """Parameters, checkpoint bytes, and KV bytes per token (0 where nothing is written), and at a context.
 
     Keys and values are counted in a real cache and stated at `kv_width` bytes a number, as `record.kv_width` gives
     it: what a model computes in here says nothing about the checkpoint.
     """
-    numbers = kv_bytes_per_token(model) / model.dtype.itemsize if hasattr(model, "generate") else 0
-    return {
+    width = kv_width / model.dtype.itemsize if hasattr(model, "generate") else 0
+    found = {
         "parameters": parameter_count(model),
         "checkpoint_bytes": checkpoint_bytes,
-        "kv_bytes_per_token": round(numbers * kv_width),
+        "kv_bytes_per_token": round(kv_bytes_per_token(model) * width) if width else 0,
     }
+    return found | ({"kv_bytes": round(kv_bytes_at(model, context) * width)} if context and width else {})
 
 
 def report_of(
@@ -136,13 +143,17 @@ def report_of(
 ) -> Report:
     """The report of an export: sizes of the dense model and of the one that was written, and what was measured."""
     width = kv_width(copied.bytes_before, plan.savings.parameters)
-    before, after = (sizes(m, n, width) for m, n in zip(models, (copied.bytes_before, copied.bytes_after), strict=True))
+    context = CONTEXT if plan.windows else None
+    before, after = (
+        sizes(m, n, width, context) for m, n in zip(models, (copied.bytes_before, copied.bytes_after), strict=True)
+    )
     return Report(
         model=plan.model,
         spec=plan.spec,
         dropped=plan.dropped(),
         dense=Side(**before, **quality.dense, **speed.dense),
         pruned=Side(**after, **quality.pruned, **speed.pruned),
+        kv_context=context,
         **quality.fields,
         **speed.fields,
     )

@@ -29,6 +29,7 @@ class ModelResult(FrozenRecord):
     probes: list[dict[str, Any]] = []
     speed: list[dict[str, Any]] = []
     stream: dict[str, Any] | None = None
+    long: dict[str, Any] | None = None
 
 
 class Evaluation(Artifact):

@@ -19,7 +19,8 @@ Table = tuple[list[str], list[Row]]
 def summary(evaluation: Evaluation) -> Table:
     """Everything, as the terminal shows it."""
     head, body = quality(evaluation)
-    return head, [*body, *_speed_rows(evaluation.models), *streaming(evaluation)[1]]
+    rows = [*body, *_speed_rows(evaluation.models), *streaming(evaluation)[1], *long(evaluation)[1]]
+    return head, rows
 
 
 def quality(evaluation: Evaluation) -> Table:
@@ -103,6 +104,48 @@ def streaming(evaluation: Evaluation) -> Table:
         faster = (f"{s['speedup_over_recompute']:.1f}x" for s in streams)
         body.append(("  a token, against recomputing the window", *faster))
     return head, body
+
+
+def long(evaluation: Evaluation) -> Table:
+    """Perplexity by position, the needle's accuracy by depth, the cache and decoding at length."""
+    found = [m.long or {} for m in evaluation.models]
+    head = ["", *(m.name for m in evaluation.models)]
+    if not found[0]:
+        return head, []
+    body: list[Row] = []
+    for rows in zip(*(one["bands"] for one in found), strict=True):
+        label = f"perplexity, positions {rows[0]['start']:,} to {rows[0]['stop'] - 1:,}"
+        body.append((label, *(_band_cell(row) for row in rows)))
+    if len(found) > 1:
+        body.append(("  within and beyond its windows", "", *(_beyond_cell(one.get("beyond")) for one in found[1:])))
+    needles = [one["needle"] for one in found]
+    label = f"needle: {needles[0]['facts']} facts asked for again"
+    body.append((label, *(f"{n['accuracy']:.0%} ± {n['stderr']:.0%}, {n['logprob']:.2f} nats" for n in needles)))
+    body.append(
+        ("  at 10, 30, 50, 70, 90% of the text", *(" ".join(f"{x:.0%}" for x in n["by_depth"]) for n in needles))
+    )
+    speeds = [one["decoding"] for one in found]
+    body.append((f"KV cache at {found[0]['context']:,} tokens", *(mebibytes(one["kv_bytes"]) for one in found)))
+    body.append(("  decode tokens/s", *(f"{one['speed']['median']:,.1f}" for one in speeds)))
+    body.append(("    ratio; bytes allow", *(_decode_cell(one) for one in speeds)))
+    return head, body
+
+
+def _band_cell(row: dict[str, Any]) -> str:
+    ratio = "" if row["lost"] is None else f" ({math.exp(min(700.0, row['lost'])):.3f}x)"
+    return f"{row['perplexity']:.3f}{ratio}"
+
+
+def _beyond_cell(beyond: dict[str, Any] | None) -> str:
+    if not beyond:
+        return ""
+    return "; ".join(f"{math.exp(min(700.0, beyond[part]['lost'])):.3f}x" for part in ("within", "past"))
+
+
+def _decode_cell(row: dict[str, Any]) -> str:
+    ratio, bound = row["ratio"], row["bound"]
+    noise = NOISE if ratio["median"] > bound else ""
+    return f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]{noise}; {bound:.2f}"
 
 
 def mebibytes(count: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
 
 CLEAR = 2.0  # standard errors from which on a fall, or a distance from chance, is believed
 LEAST = 0.05  # a fall of fewer points is not worth a line
+FAR = 0.005  # nor a loss, in nats, that is so little greater far into a text
 MMLU_CHANCE = 0.25
 
 
@@ -17,7 +19,7 @@ def warnings(results: Sequence[ModelResult]) -> list[str]:
     """One line each; none where there is no pruned model, or nothing to be careful about."""
     if len(results) < 2:
         return []
-    return [*_cliffs(results), *_falls(results), *_knowledge(results)]
+    return [*_cliffs(results), *_falls(results), *_far_losses(results), *_knowledge(results)]
 
 
 def _cliffs(results: Sequence[ModelResult]) -> Iterator[str]:
@@ -37,6 +39,22 @@ def _falls(results: Sequence[ModelResult]) -> Iterator[str]:
     guessed = [name for name, probe in dense.items() if probe["accuracy"] - probe["chance"] < CLEAR * probe["stderr"]]
     if guessed:
         yield f"{results[0].name} guesses on the probes {', '.join(guessed)}, so they cannot show a loss"
+
+
+def _far_losses(results: Sequence[ModelResult]) -> Iterator[str]:
+    """Models that lose more at positions beyond their windows (or 1,024 tokens) than at those within."""
+    for result in results[1:]:
+        beyond = result.long["beyond"] if result.long else None
+        if not beyond:
+            continue
+        within, past = beyond["within"], beyond["past"]
+        more = past["lost"] - within["lost"]
+        if more > FAR and more > CLEAR * math.hypot(within["stderr"] or 0.0, past["stderr"] or 0.0):
+            name = "its windows of attention" if beyond["window"] else "the first tokens"
+            yield (
+                f"{result.name}: positions beyond {name} ({past['start']:,} tokens) lose {past['lost']:.3f} nats a "
+                f"token, those within {within['lost']:.3f}: long texts suffer more than short ones show"
+            )
 
 
 def _knowledge(results: Sequence[ModelResult]) -> Iterator[str]:

@@ -20,15 +20,21 @@ EXPECTED = '"text", "prompt" with "completion", or "messages"'
 
 def has_completions(name: str) -> bool:
     """Is this a .jsonl file whose first row has completions that count apart from their prompts?"""
+    first = _first_row(name)
+    return "text" not in first and bool({"completion", "messages"} & first.keys())
+
+
+def _first_row(name: str) -> dict[str, Any]:
+    """The first row of a .jsonl file; empty for any other file, and for a row that is no object."""
     path = Path(name)
     if path.suffix != ".jsonl" or not path.is_file():
-        return False
+        return {}
     with path.open("rb") as lines:
         try:
             first = json.loads(next(lines, b""))
         except (ValueError, RecursionError):
-            return False
-    return isinstance(first, dict) and "text" not in first and bool({"completion", "messages"} & first.keys())
+            return {}
+    return first if isinstance(first, dict) else {}
 
 
 def completion_rows(name: str, tokenizer: Any, length: int) -> Iterator[Row]:
@@ -36,16 +42,50 @@ def completion_rows(name: str, tokenizer: Any, length: int) -> Iterator[Row]:
 
     Raises CalibrationError, with the line, for a row of another form and for a template that cannot be applied.
     """
+    for where, row in _rows(name):
+        ids, counts = _tokens(row, tokenizer, where)
+        if any(counts[1:length]):  # the first token of a text is predicted from nothing
+            yield ids[:length], counts[:length]
+
+
+def has_prompts(name: str) -> bool:
+    """Is this a .jsonl file whose first row is a prompt to answer: `prompt` or `messages`?"""
+    return bool({"prompt", "messages"} & _first_row(name).keys())
+
+
+def prompt_rows(name: str, tokenizer: Any) -> Iterator[list[int]]:
+    """The tokens of each row's prompt, or of its conversation up to the assistant's last turn.
+
+    Raises CalibrationError, with the line, for a row of another form and for a template that cannot be applied.
+    """
+    for where, row in _rows(name):
+        if isinstance(row, dict) and "messages" in row:
+            ids, counts = _conversation(_messages(_answered(row["messages"]), where), tokenizer, where)
+            start = next(i for i in reversed(range(len(ids))) if counts[i] and (i == 0 or not counts[i - 1]))
+            yield ids[:start]
+        elif isinstance(row, dict) and isinstance(row.get("prompt"), str):
+            ids, counts = _tokens({"prompt": row["prompt"], "completion": ""}, tokenizer, where)
+            yield ids[: len(ids) - sum(counts)]
+        else:
+            raise CalibrationError(f'{where}: expected a JSON object with "prompt" or "messages", as in line 1')
+
+
+def _answered(messages: Any) -> Any:
+    """A conversation with an empty turn of the assistant's where another spoke last."""
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    asks = isinstance(last, Mapping) and last.get("role") != "assistant"
+    return [*messages, {"role": "assistant", "content": ""}] if asks else messages
+
+
+def _rows(name: str) -> Iterator[tuple[str, Any]]:
+    """Where each row stands, for an error, and what it holds; None where it is no JSON."""
     with Path(name).open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 row = None
-            where = f"{name}, line {number}"
-            ids, counts = _tokens(row, tokenizer, where)
-            if any(counts[1:length]):  # the first token of a text is predicted from nothing
-                yield ids[:length], counts[:length]
+            yield f"{name}, line {number}", row
 
 
 def _tokens(row: Any, tokenizer: Any, where: str) -> Row:

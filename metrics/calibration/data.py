@@ -9,9 +9,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from dropformer.metrics.calibration.generated import Writer, written_windows
 from dropformer.metrics.calibration.images import PIXELS, pictures
 from dropformer.metrics.calibration.settings import Calibration, CalibrationRef
-from dropformer.metrics.calibration.windows import windows
+from dropformer.metrics.calibration.text import writes_itself
+from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.prune.discovery.inputs import longest_text, takes_pictures
 from dropformer.prune.errors import CalibrationError, ModelError
 from dropformer.prune.loading.tokenizer import why_no_tokenizer
@@ -44,8 +46,18 @@ def default_settings(model: Any, default: Calibration) -> Calibration:
     return replace(default, length=min(default.length, limit or default.length))
 
 
-def calibration_data(model: Any, tokenizer: Any, folder: Path, calibration: Calibration) -> CalibrationData:
+def text_windows(calibration: Calibration, writer: Writer) -> Windows:
+    """Windows of a text, or of what the model writes itself."""
+    itself = writes_itself(calibration.name)
+    return written_windows(calibration, writer) if itself else windows(calibration, writer.tokenizer)
+
+
+def calibration_data(
+    model: Any, tokenizer: Any, folder: Path, calibration: Calibration, fingerprint: str | None = None
+) -> CalibrationData:
     """The windows or images of a calibration for a model (None: not loaded) whose files are in `folder`.
+
+    `fingerprint` names the weights, where what the model writes is to be kept.
 
     Raises ModelError for a text model without a tokenizer, CalibrationError for data that the model cannot read.
     """
@@ -59,4 +71,4 @@ def calibration_data(model: Any, tokenizer: Any, folder: Path, calibration: Cali
     limit = longest_text(model) if model is not None else None
     if limit is not None and calibration.length > limit:
         raise CalibrationError(f"the model reads at most {limit} tokens, not {calibration.length}; lower --length")
-    return windows(calibration, tokenizer)
+    return text_windows(calibration, Writer(model, tokenizer, fingerprint))

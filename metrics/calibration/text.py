@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dropformer.prune.errors import CalibrationError
 
+SELF = "self"
 HELD_OUT_SHARE = 4  # one builtin topic in four is never calibrated on
 
 
@@ -21,19 +22,32 @@ def documents(name: str) -> Iterator[str]:
     if name in NAMED:
         return NAMED[name]()
     check_name(name)
+    if writes_itself(name):
+        raise CalibrationError(f"`{name}` is what one model writes itself, and no text for several; name another")
     return READERS[Path(name).suffix](Path(name))
 
 
 def check_name(name: str) -> None:
-    """Raise CalibrationError unless `name` is a text that `documents` can read."""
+    """Raise CalibrationError unless `name` is a text that `documents` can read, or prompts for the model to go on."""
+    name = prompts_of(name) if writes_itself(name) else name
     path = Path(name)
     if name in NAMED:
         return
     if path.suffix not in READERS:
-        names, kinds = ", ".join(NAMED), ", ".join(READERS)
+        names, kinds = ", ".join([*NAMED, SELF]), ", ".join(READERS)
         raise CalibrationError(f"text `{name}` is unknown; expected one of {names}, or a file ending in {kinds}")
     if not path.is_file():
         raise CalibrationError(f"text file {path} does not exist")
+
+
+def writes_itself(name: str) -> bool:
+    """Is this what the model writes itself: `self`, or `self:` with a text whose beginnings are the prompts?"""
+    return name == SELF or name.startswith(f"{SELF}:")
+
+
+def prompts_of(name: str) -> str:
+    """The text that gives the prompts: of `self:FILE` the file, of `self` the builtin one."""
+    return name.partition(":")[2] or "builtin"
 
 
 def _builtin() -> Iterator[str]:

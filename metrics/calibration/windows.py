@@ -100,9 +100,9 @@ def _completions(calibration: Calibration, tokenizer: Any) -> Windows:
     first = max(1, calibration.skip_first)
     found = completion_rows(calibration.name, tokenizer, calibration.length)
     rows = [row for row in found if any(row[1][first:])]
-    picked = _picked([ids for ids, _ in rows], calibration, "completions within")
-    ids, padding = padded([rows[i][0] for i in picked], tokenizer)
-    counts, _ = padded([rows[i][1] for i in picked], None)
+    which = picked([ids for ids, _ in rows], calibration, "completions within")
+    ids, padding = padded([rows[i][0] for i in which], tokenizer)
+    counts, _ = padded([rows[i][1] for i in which], None)
     counts[:, 0] = 0  # nothing predicts a text's first token
     return scored_windows(replace(calibration, packed=False), ids, padding, counts.bool())
 
@@ -141,10 +141,10 @@ def _one_document_each(calibration: Calibration, tokenizer: Any) -> tuple[Tensor
 
 
 def _sampled(rows: list[list[int]], calibration: Calibration, tokenizer: Any) -> tuple[Tensor, Tensor]:
-    return padded([rows[i] for i in _picked(rows, calibration, "windows of")], tokenizer)
+    return padded([rows[i] for i in picked(rows, calibration, "windows of")], tokenizer)
 
 
-def _picked(rows: Sequence[Any], calibration: Calibration, what: str) -> list[int]:
+def picked(rows: Sequence[Any], calibration: Calibration, what: str) -> list[int]:
     """Which rows the seed draws.  Raises CalibrationError where there are too few."""
     if len(rows) < calibration.samples:
         raise CalibrationError(

@@ -31,7 +31,7 @@ def model_card(plan: Plan, record: dict[str, Any], loading: str, results: list[s
     if plan.windows:
         lines += ["Attention windows (last tokens + first tokens): " + _windows(plan.windows) + ".", ""]
     lines += ["| | before | after |", "|---|---:|---:|"]
-    for key in ("parameters", "bytes", "kv_bytes_per_token"):
+    for key in record["before"]:
         lines.append(f"| {key.replace('_', ' ')} | {record['before'][key]:,} | {record['after'][key]:,} |")
     if plan.repairs:
         lines += ["", "Repaired: " + "; ".join(plan.repairs) + "."]

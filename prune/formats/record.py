@@ -19,6 +19,7 @@ from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.formats.writing import MODEL_TYPE
 from dropformer.prune.loading.deci_families import DECI, FOREIGN, is_own_deci
 from dropformer.prune.plan import Plan
+from dropformer.prune.window import CONTEXT, KV_AT
 from dropformer.version import __version__
 
 RECORD = "dropformer.json"
@@ -59,6 +60,9 @@ def provenance(plan: Plan, block_map: BlockMap, copied: CopyReport, format: str)
     width = kv_width(copied.bytes_before, saved.parameters)
     before = _sizes(saved.parameters, copied.bytes_before, saved.kv * width)
     after = _sizes(saved.parameters_after, copied.bytes_after, saved.kv_after * width)
+    if plan.windows:
+        before |= {KV_AT: round(saved.kv * CONTEXT * width)}
+        after |= {KV_AT: round(saved.kv * CONTEXT * plan.kv_share(CONTEXT) * width)}
     record = {
         "schema": 1,
         "artifact": "dropformer",

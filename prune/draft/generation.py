@@ -1,0 +1,82 @@
+"""Speculative decoding with a draft that reads the dense model's cache, through transformers' own loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation.candidate_generator import AssistedCandidateGenerator
+
+from dropformer.prune.block_map import Surgery
+from dropformer.prune.draft.shared_cache import view_of
+from dropformer.prune.errors import ModelError
+from dropformer.prune.loading.window_attention import first_real
+
+
+class DraftedCandidates(AssistedCandidateGenerator):
+    """transformers' candidates of an assistant, except that the assistant's cache is a view of the dense model's.
+
+    `counts`: for each round the number of tokens that were drafted and of those that were accepted.
+    """
+
+    sources: Sequence[int]
+    counts: list[tuple[int, int]]
+    cache: Any
+
+    def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+        """Nothing is drafted before the dense model has read the prompt."""
+        if self.cache.get_seq_length() != input_ids.shape[1] - 1:
+            return input_ids, None
+        return super().get_candidates(input_ids, **kwargs)
+
+    def _update_past_and_masks(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> bool:
+        mask = self.assistant_kwargs.get("attention_mask")
+        if mask is not None:
+            new = mask.new_ones(len(mask), input_ids.shape[1] - mask.shape[1])
+            mask = self.assistant_kwargs["attention_mask"] = torch.cat([mask, new], 1)
+        self.assistant_kwargs.pop("position_ids", None)  # generate makes them from the mask
+        first = None if mask is None else first_real(mask)
+        self.assistant_kwargs["past_key_values"] = view_of(self.cache, self.assistant_model, self.sources, first)
+        return True
+
+    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+        self.counts.append((scores.shape[1] - 1, int(num_matches)))
+        super().update_candidate_strategy(input_ids, scores, num_matches)
+
+
+def sources_of(surgery: Surgery) -> list[int]:
+    """For each block of the draft the dense model's block whose attention it has.
+
+    Raises ModelError for a model of several stacks, whose caches are not one.
+    """
+    if len(surgery.outline.stacks) != 1:
+        raise ModelError("a draft shares the cache of a decoder with one stack; use assistant_model=draft instead")
+    return [block.source for block in next(iter(surgery.block_map.stacks.values()))]
+
+
+def speculation(draft: PreTrainedModel, surgery: Surgery, counts: list[tuple[int, int]] | None = None) -> Callable:
+    """What `model.generate(custom_generate=...)` takes so that the draft drafts for the model.
+
+    The draft needs no prefill and, but for a window's tokens, no cache.  The model is not changed: a shallow copy of
+    it, with the same modules, runs transformers' assisted decoding.  `counts` receives (drafted, accepted) for each
+    round.
+    """
+    sources, kept = sources_of(surgery), counts if counts is not None else []
+
+    def decode(model: Any, input_ids: Tensor, **kwargs: Any) -> Any:
+        class Drafted(type(model)):  # type: ignore[misc]
+            def _get_candidate_generator(self, **given: Any) -> DraftedCandidates:
+                names = ("input_ids", "assistant_model", "generation_config", "model_kwargs", "logits_processor")
+                made = DraftedCandidates(**{name: given[name] for name in names})
+                made.sources, made.counts, made.cache = sources, kept, given["model_kwargs"]["past_key_values"]
+                return made
+
+        stand_in = copy.copy(model)
+        stand_in.__class__ = Drafted
+        return stand_in._assisted_decoding(input_ids, assistant_model=draft, **kwargs)
+
+    return decode
