@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from dropformer import cli_options as options
+from dropformer import file_commands
 
 if TYPE_CHECKING:
     from dropformer.recipes import Recipe
@@ -269,27 +270,6 @@ def compare(
     console.show_comparison(found, output.write(found, folder), as_json)
 
 
-def push(
-    folder: options.Pushed,
-    repo: options.Repository,
-    private: options.Private = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Publish a pruned checkpoint with its model card on the Hugging Face Hub."""
-    from dropformer import console
-    from dropformer.recipes.push import push as upload
-
-    console.show(None, f"pushed to {upload(folder, repo, private, console.Terminal(quiet).say)}")
-
-
-def recipes(as_json: options.Json = False) -> None:
-    """List the models that dropformer knows by name."""
-    from dropformer import console
-    from dropformer.recipes import recipes as known
-
-    console.show_recipes(known(), as_json)
-
-
 def _recipe(name: str, hub: str | None = None) -> Recipe | None:
     """The recipe of that name, else the one for that model on the Hub."""
     from dropformer.recipes.recipe import recipe_of, recipes
@@ -297,4 +277,14 @@ def _recipe(name: str, hub: str | None = None) -> Recipe | None:
     return recipes().get(name) or (recipe_of(hub) if hub else None)
 
 
-COMMANDS = (analyze, plan, push, recipes, compare, evaluate, estimate, sweep)
+COMMANDS = (
+    analyze,
+    plan,
+    file_commands.engines,
+    file_commands.push,
+    file_commands.recipes,
+    compare,
+    evaluate,
+    estimate,
+    sweep,
+)

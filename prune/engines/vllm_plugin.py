@@ -10,7 +10,7 @@ from typing import Any
 
 PREFIX = "Dropformer"
 MODELS = "dropformer.prune.engines.vllm_model"
-OURS = ("base_model_type", "auto_map", "per_layer_config")
+OURS = ("base_model_type", "auto_map", "per_layer_config", "model_file")
 
 
 class PrunedConfig:
@@ -35,16 +35,23 @@ class PrunedConfig:
         return base.from_dict(own, **kwargs)
 
 
-def register() -> None:
-    """Register the configs of both formats, and a twin of every architecture that vLLM has."""
+def register_configs() -> None:
+    """Let transformers' AutoConfig read both formats."""
     from transformers import AutoConfig
-    from vllm import ModelRegistry
-    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from dropformer.prune.loading.configuration_decilm import DeciLMConfig
 
     AutoConfig.register(DeciLMConfig.model_type, DeciLMConfig, exist_ok=True)
-    AutoConfig.register(PrunedConfig.model_type, PrunedConfig, exist_ok=True)  # type: ignore[arg-type]
+    CONFIG_MAPPING.register(PrunedConfig.model_type, PrunedConfig, exist_ok=True)
+
+
+def register() -> None:
+    """The entry point: the configs of both formats, and a twin of every architecture that vLLM has."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    register_configs()
     for name in [name for name in ModelRegistry.get_supported_archs() if not name.startswith(PREFIX)]:
         ModelRegistry.register_model(PREFIX + name, f"{MODELS}:{PREFIX}{name}")
         if name in MODELS_CONFIG_MAP:
