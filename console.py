@@ -207,9 +207,13 @@ def report_table(report: Report) -> Table:
         before, after = getattr(report.dense, key), getattr(report.pruned, key)
         if before is not None and after is not None:
             label = label.format(context=report.kv_context or 0)
-            change = f"{after / before:.3f}x" if key in RATIOS and before else _change(before, after)
-            table.add_row(label, form(before), form(after), change)
+            cells = (_spread(form(getattr(s, key)), getattr(s, f"{key}_stderr", None)) for s in report.sides)
+            table.add_row(label, *cells, report.ratio(key) or _change(before, after))
     return table
+
+
+def _spread(value: str, stderr: float | None) -> str:
+    return value if stderr is None else f"{value} ± {stderr:.2f}"
 
 
 def report_notes(report: Report) -> list[str]:
@@ -284,7 +288,6 @@ ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("prefill tokens/s", "prefill_tokens_per_s", lambda v: f"{v:,.1f}"),
     ("decode tokens/s", "decode_tokens_per_s", lambda v: f"{v:,.1f}"),
 )
-RATIOS = {"perplexity", "prefill_tokens_per_s", "decode_tokens_per_s"}
 
 
 def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", caption: str = "") -> Table:

@@ -139,7 +139,7 @@ def _carried_out(
 
     def finish(folder: Path, copied: CopyReport) -> list[str]:
         kept = pruned if FORMATS[request.export.format].saves else opened.model
-        made.append(reports.report_of((opened.model, kept), plan, copied, quality, speed))
+        made.append(reports.report_of((opened.model, kept), plan, copied, quality, speed, chosen.repair))
         reports.write_artifacts(folder, made[0], plan, chosen.scores)
         return reports.card_lines(made[0])
 

@@ -170,7 +170,11 @@ def _silencer(form: Any) -> Any:
         given = {**dict(enumerate(args)), **kwargs}
         return given[int(key) if key.isdecimal() else key] if key else value
 
-    def hook(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+        if isinstance(form, dict) and "norm" in form:
+            norm = module.get_submodule(form["norm"])
+            given = _silencer(form["of"])(module, args, kwargs, output)
+            return tuple(g if g is None or g is o else norm(g) for g, o in zip(given, output, strict=True))
         if isinstance(form, list):
             return tuple(replace(f, v, args, kwargs) for f, v in zip(form, output, strict=True))
         if isinstance(form, dict) and "list" in form:

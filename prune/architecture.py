@@ -7,7 +7,7 @@ surgery replaces the modules named in `Branch.modules`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +21,27 @@ KIND_NAMES: dict[str, str] = {"attn": "attention", "mlp": "MLP", "cross": "cross
 def of_images(stack: str) -> bool:
     """Is a stack of this name the vision tower of a vision-language model?"""
     return bool(re.search("vision|visual|image", stack))
+
+
+def owns(modules: Mapping[str, Any], name: str) -> bool:
+    """Does a module or parameter (by its path in the block) leave with these modules?  A norm that a form keeps stays.
+
+    {"rel_attn": {"norm": "layer_norm", "of": [...]}} owns rel_attn.r, and not rel_attn.layer_norm.weight.
+    """
+    return any(
+        within(name, path) and not (norm_of(form) and within(name, f"{path}.{norm_of(form)}"))
+        for path, form in modules.items()
+    )
+
+
+def norm_of(form: Any) -> str:
+    """The child module that a form keeps (`modeling.Skipped`), "" for none."""
+    return form.get("norm", "") if isinstance(form, dict) else ""
+
+
+def within(path: str, root: str) -> bool:
+    """Is a module path `root` or below it?"""
+    return path == root or path.startswith(root + ".")
 
 
 @dataclass(frozen=True, order=True)

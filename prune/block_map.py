@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from dropformer.prune.architecture import Layer
+from dropformer.prune.architecture import Layer, owns
 from dropformer.prune.outline import Outline, StackOutline
 from dropformer.prune.window import Window
 
@@ -180,16 +180,12 @@ def new_name(outline: Outline, block_map: BlockMap, name: str) -> str | None:
         if not index_text.isdecimal() or int(index_text) >= stack.blocks:
             return name
         index = int(index_text)
-        kind = next((b.kind for b in stack.of_block(index) if _owns(b.modules, rest)), None)
+        kind = next((b.kind for b in stack.of_block(index) if owns(b.modules, rest)), None)
         for new, block in enumerate(block_map.stacks[stack.name]):
             if (block.mlp if kind == "mlp" else block.source) == index:
                 if block.empty and stack.block(index).form is not None:
                     return None
                 forms = block_map.mapped.get(Layer(kind, index, stack.name), {}) if kind else {}
-                return None if kind in block.skipped or _owns(forms, rest) else f"{prefix}{new}.{rest}"
+                return None if kind in block.skipped or owns(forms, rest) else f"{prefix}{new}.{rest}"
         return None
     return name
-
-
-def _owns(modules: Mapping[str, Any], rest: str) -> bool:
-    return any(rest == module or rest.startswith(module + ".") for module in modules)

@@ -302,6 +302,8 @@ def test_a_repaired_model_is_exported_with_its_new_weights(model, here, capsys, 
     assert len(plan["repairs"]) == 1 and repair in plan["repairs"][0]
     report = json.loads((here / "llama-attn1" / "report.json").read_text())
     assert report["pruned"]["parameters"] == plan["savings"]["parameters_after"]
+    assert report["repair"]["passes"] > 0 and report["repair"]["extra_bytes"] >= 0
+    assert "(dense " in plan["repairs"][0]  # how much of the loss came back
     dense = dict(dropformer.open_model(model).model.named_parameters())
     pruned = dict(dropformer.load(here / "llama-attn1").named_parameters())
     assert any(name not in dense or not torch.equal(tensor, dense[name]) for name, tensor in pruned.items())
@@ -318,7 +320,8 @@ def test_a_given_plan_can_be_repaired(model, here, capsys):
     assert run("--model", model, "--drop", "attn=1", "--out", "one", *SMALL, capsys=capsys)[0] == 0
     options = ("--plan", "one/plan.json", "--repair", "linear", "--out", "two", *QUALITY)
     assert run("--model", model, *options, capsys=capsys)[0] == 0
-    assert json.loads((here / "two" / "plan.json").read_text())["repairs"]
+    plan = json.loads((here / "two" / "plan.json").read_text())
+    assert plan["repairs"] and plan["calibration"]["samples"] == int(QUALITY[QUALITY.index("--samples") + 1])
     _, _, err = run("--model", model, "--plan", "two/plan.json", "--dry-run", capsys=capsys)
     assert "add --repair to repeat them" in err
 

@@ -68,6 +68,14 @@ class SideBySide:
     divergence: Divergence
     losses: tuple[list[Tensor], list[Tensor]]
 
+    @property
+    def ratio_stderr(self) -> float | None:
+        """Standard error of pruned over dense perplexity, the windows paired; None for one window."""
+        sums = torch.stack([(b - a).sum() for a, b in zip(*self.losses, strict=True)])
+        counts = torch.tensor([float(len(a)) for a in self.losses[0]], dtype=torch.float64)
+        stderr = _stderr(sums, counts)
+        return None if stderr is None else self.pruned.value / self.dense.value * stderr
+
 
 def perplexity(model: PreTrainedModel, windows: Tensor, scored: Tensor | None = None) -> Perplexity:
     """Perplexity of a causal LM over windows [N, T] of token ids; of tokens [N, T] that are scored (None: all).

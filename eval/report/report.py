@@ -10,13 +10,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dropformer.eval.cost.memory import kv_bytes_at, kv_bytes_per_token, parameter_count
-from dropformer.eval.cost.speed import quick
+from dropformer.eval.cost.speed import Quartiles, quick
 from dropformer.eval.quality.cliff import Trend, trend
 from dropformer.eval.quality.output_similarity import OutputSimilarity
-from dropformer.eval.quality.perplexity import side_by_side
+from dropformer.eval.quality.perplexity import plus_minus, side_by_side
 from dropformer.metrics.analysis.plots import similarity_by_depth
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.windows import Windows
+from dropformer.metrics.repair.base import Repair
 from dropformer.prune.artifact import Artifact, FrozenRecord, ModelRef
 from dropformer.prune.files import CopyReport
 from dropformer.prune.formats.record import kv_width
@@ -50,6 +51,31 @@ class TextRef(FrozenRecord):
     calibrated_on: bool = False
 
 
+class Ratio(FrozenRecord):
+    """A measured speed over the dense model's: median and quartiles over the repeats, and what the work allows."""
+
+    median: float
+    low: float
+    high: float
+    bound: float
+
+    @property
+    def noise(self) -> bool:
+        """Is it more than the work that was saved can give?"""
+        return self.median > self.bound
+
+    def __str__(self) -> str:
+        said = f"{self.median:.3f}x [{self.low:.2f}, {self.high:.2f}]"
+        return said + (f" noise: more than {self.bound:.2f}x" if self.noise else "")
+
+
+class RepairCost(FrozenRecord):
+    """What choosing and repairing took: forward passes over the calibration windows, bytes beside the model's."""
+
+    passes: float
+    extra_bytes: int
+
+
 class SpeedRef(FrozenRecord):
     """How speed was measured: both models interleaved in one run, with the real KV cache."""
 
@@ -60,6 +86,8 @@ class SpeedRef(FrozenRecord):
     dtype: str
     decode_bound: float
     prefill_bound: float
+    prefill_ratio: Ratio | None = None
+    decode_ratio: Ratio | None = None
 
 
 class Report(Artifact):
@@ -73,11 +101,25 @@ class Report(Artifact):
     pruned: Side
     kv_context: int | None = None
     text: TextRef | None = None
+    perplexity_ratio_stderr: float | None = None
     kl: float | None = None
     kl_stderr: float | None = None
     trend: Trend | None = None
     speed: SpeedRef | None = None
     outputs: OutputSimilarity | None = None
+    repair: RepairCost | None = None
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        return self.dense, self.pruned
+
+    def ratio(self, figure: str) -> str:
+        """How many times the dense model's figure the pruned one's is, with its spread; empty for sizes."""
+        if figure == "perplexity" and self.dense.perplexity and self.pruned.perplexity:
+            spread = "" if self.perplexity_ratio_stderr is None else f" ± {self.perplexity_ratio_stderr:.3f}"
+            return f"{self.pruned.perplexity / self.dense.perplexity:.3f}x{spread}"
+        found = {"prefill_tokens_per_s": "prefill_ratio", "decode_tokens_per_s": "decode_ratio"}.get(figure)
+        return str(getattr(self.speed, found) or "") if found and self.speed else ""
 
 
 def same_text(one: str, other: str) -> bool:
@@ -102,7 +144,8 @@ def measure_quality(
     found = side_by_side(dense, pruned, data.ids, data.partly_scored)
     one, two = ({"perplexity": p.value, "perplexity_stderr": p.value_stderr} for p in (found.dense, found.pruned))
     kl = {"kl": found.divergence.value, "kl_stderr": found.divergence.stderr}
-    return Measured(one, two, {"text": text, **kl, "trend": trend(dense, plan, data, found)})
+    ratio = {"perplexity_ratio_stderr": found.ratio_stderr}
+    return Measured(one, two, {"text": text, **ratio, **kl, "trend": trend(dense, plan, data, found)})
 
 
 def measure_speed(dense: nn.Module, pruned: nn.Module, seconds: float) -> Measured:
@@ -119,8 +162,14 @@ def measure_speed(dense: nn.Module, pruned: nn.Module, seconds: float) -> Measur
         dtype=table.dtype,
         decode_bound=row.bound_decode,
         prefill_bound=row.bound_prefill,
+        prefill_ratio=_ratio(row.prefill_ratio, row.bound_prefill),
+        decode_ratio=_ratio(row.decode_ratio, row.bound_decode),
     )
     return Measured(one, two, {"speed": speed})
+
+
+def _ratio(found: Quartiles, bound: float) -> Ratio:
+    return Ratio(median=found.median, low=found.low, high=found.high, bound=bound)
 
 
 def sizes(model: PreTrainedModel, checkpoint_bytes: int, kv_width: float, context: int | None = None) -> dict[str, int]:
@@ -139,9 +188,15 @@ def sizes(model: PreTrainedModel, checkpoint_bytes: int, kv_width: float, contex
 
 
 def report_of(
-    models: tuple[PreTrainedModel, PreTrainedModel], plan: Plan, copied: CopyReport, quality: Measured, speed: Measured
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    plan: Plan,
+    copied: CopyReport,
+    quality: Measured,
+    speed: Measured,
+    repair: Repair | None = None,
 ) -> Report:
     """The report of an export: sizes of the dense model and of the one that was written, and what was measured."""
+    cost = RepairCost(passes=round(repair.passes, 2), extra_bytes=repair.extra_bytes) if repair else None
     width = kv_width(copied.bytes_before, plan.savings.parameters)
     context = CONTEXT if plan.windows else None
     before, after = (
@@ -154,6 +209,7 @@ def report_of(
         dense=Side(**before, **quality.dense, **speed.dense),
         pruned=Side(**after, **quality.pruned, **speed.pruned),
         kv_context=context,
+        repair=cost,
         **quality.fields,
         **speed.fields,
     )
@@ -173,17 +229,16 @@ def card_lines(report: Report) -> list[str]:
     """The measured results as the model card states them."""
     lines = []
     if report.text and report.dense.perplexity and report.pruned.perplexity:
-        ratio = report.pruned.perplexity / report.dense.perplexity
+        ratio = plus_minus(report.pruned.perplexity / report.dense.perplexity, report.perplexity_ratio_stderr, 3)
         lines.append(
             f"Perplexity on {report.text.windows} windows of {report.text.length} tokens of `{report.text.name}`: "
-            f"{report.dense.perplexity:.2f} dense, {report.pruned.perplexity:.2f} pruned ({ratio:.3f} times)."
+            f"{report.dense.perplexity:.2f} dense, {report.pruned.perplexity:.2f} pruned ({ratio} times)."
         )
     if report.outputs:
         lines.append(f"{str(report.outputs).capitalize()}.")
-    if report.speed and report.dense.decode_tokens_per_s and report.pruned.decode_tokens_per_s:
-        ratio = report.pruned.decode_tokens_per_s / report.dense.decode_tokens_per_s
+    if report.speed and report.speed.decode_ratio:
         lines.append(
-            f"Decode speed on {report.speed.device} ({report.speed.dtype}, batch {report.speed.batch}): "
-            f"{ratio:.2f} times dense."
+            f"Decode speed over dense on {report.speed.device} ({report.speed.dtype}, batch {report.speed.batch}), "
+            f"median and quartiles: {report.speed.decode_ratio}."
         )
     return lines

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dropformer.metrics.blockwise.runner import BlockRunner, replaced
-from dropformer.metrics.blockwise.variant import Variant, dropped_forms
+from dropformer.metrics.blockwise.variant import Variant, dropped_forms, skipped_at
 from dropformer.prune.architecture import Architecture, Layer
-from dropformer.prune.loading.modeling import Skipped
 
 BUSY_CPU, BUSY_GPU = 256, 8192  # tokens in a pass beyond which more variants at once gain nothing
 
@@ -157,9 +156,9 @@ class DenseReference:
         return (kl * share).sum(1), (nll * share).sum(1)
 
 
-def dropped_modules(architecture: Architecture, layers: Iterable[Layer]) -> dict[str, nn.Module]:
-    """Module path -> what stands there once these layers are dropped."""
-    return {path: Skipped(form) for path, form in dropped_forms(architecture, layers).items()}
+def dropped_modules(model: nn.Module, architecture: Architecture, layers: Iterable[Layer]) -> dict[str, nn.Module]:
+    """Module path -> what takes its place once these layers are dropped."""
+    return skipped_at(model, dropped_forms(architecture, layers))
 
 
 def first_block(layers: Iterable[Layer]) -> int:

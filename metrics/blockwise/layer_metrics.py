@@ -120,6 +120,8 @@ class Ranking:
     def __call__(self, gone: Sequence[Layer] = ()) -> dict[Layer, float]:
         key = frozenset(gone)
         if key not in self.measured:
-            with replaced(self.bench.runner.model, dropped_modules(self.bench.architecture, gone)):
+            with replaced(
+                self.bench.runner.model, dropped_modules(self.bench.runner.model, self.bench.architecture, gone)
+            ):
                 self.measured[key] = self.metric(self.bench)
         return self.measured[key]

@@ -59,7 +59,9 @@ class Variant:
 
     def modules(self, below: str = "") -> dict[str, nn.Module]:
         """What stands at the changed paths that begin with `below`; parameters that do not change are shared."""
-        found: dict[str, nn.Module] = {p: Skipped(form) for p, form in self.dropped.items() if p.startswith(below)}
+        found: dict[str, nn.Module] = skipped_at(
+            self.model, {p: form for p, form in self.dropped.items() if p.startswith(below)}
+        )
         for path, form in self.mapped.items():
             if path.startswith(below):
                 found[path] = replacement(form).to(device_of(self.model, path))
@@ -91,6 +93,11 @@ def variant(
     }
     dropped = dropped_forms(architecture, [layer for layer in gone if layer not in changes.maps])
     return Variant(model, {p: form for p, form in dropped.items() if p not in mapped}, mapped, changes.tensors)
+
+
+def skipped_at(model: nn.Module, forms: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """Module path -> what takes the module's place once it is dropped."""
+    return {path: Skipped(form).keep(model.get_submodule(path)) for path, form in forms.items()}
 
 
 def dropped_forms(architecture: Architecture, layers: Iterable[Layer]) -> dict[str, Any]:

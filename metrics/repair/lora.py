@@ -34,7 +34,10 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class Healing:
     """How to train: ranks, the highest learning rate, passes over the windows, every how many positions' logits count,
-    and what the error of the streams between blocks counts beside them."""
+    and what the error of the streams between blocks counts beside them.
+
+    `room`: bytes of a pass that may be kept for its gradients; where they take more, blocks run again instead.
+    """
 
     rank: int = 16
     rate: float = 1e-3
@@ -42,6 +45,7 @@ class Healing:
     stride: int = 4
     warm_up: int = 8
     streams: float = 1.0
+    room: int = 2 << 30
 
     def factor(self, step: int, steps: int) -> float:
         """The share of the learning rate at a step: up within `warm_up` steps, then down along a cosine."""
@@ -78,7 +82,8 @@ def heal(
     `modules` stand in for the dense model's.  Time: a dense forward pass, and two forward passes and a backward pass
     of the pruned model, for each batch and epoch.  Memory: the stream of a batch between blocks and one block's
     activations, which are computed again for the backward pass, its logits twice, and the adapters with two moments
-    each; the merged weights go to the runner's keeper one by one.
+    each; the merged weights go to the runner's keeper one by one.  A batch whose activations fit into `room` keeps
+    them, which spares a forward pass.
     """
     how = how or Healing()
     student = sharing_copy(runner.model)
@@ -86,10 +91,20 @@ def heal(
         stack.enter_context(replaced(student, modules))
         stack.enter_context(flags(runner.model, modules.values()))
         adapted = adapters(student, linear_paths(student, runner, first), how)
-        with recomputing(student, [block.path for block in runner.blocks[first:]]):
+        behind = [block.path for block in runner.blocks[first:]]
+        again = behind if activations(student, adapted, runner) > how.room else []
+        with recomputing(student, again):
             train(student, adapted.values(), runner, first, how, progress)
-        runner.work.spent += (len(runner.blocks) + 4 * (len(runner.blocks) - first)) * runner.tokens * how.epochs
+        passes = 4 if again else 3
+        runner.work.spent += (len(runner.blocks) + passes * len(behind)) * runner.tokens * how.epochs
         return {f"{path}.weight": runner.keeper.keep(merged(adapted.pop(path))) for path in list(adapted)}
+
+
+def activations(student: nn.Module, adapted: Iterable[str], runner: BlockRunner) -> int:
+    """About how many bytes a pass keeps for its gradients: what linear modules read and write, three times over."""
+    widths = sum(sum(student.get_submodule(path).weight.shape) for path in adapted)
+    most = max(inputs["input_ids"].numel() for inputs in runner.batches)
+    return 3 * widths * most * runner.start(0).element_size()
 
 
 def shuffled(count: int, seed: int) -> list[int]:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from dropformer.prune.architecture import BranchKind, Tap
-from dropformer.prune.discovery.dataflow import Flow, Term, within
+from dropformer.prune.architecture import BranchKind, Tap, within
+from dropformer.prune.discovery.dataflow import Flow, Term
+from dropformer.prune.discovery.norms import is_inside, norm_after_sum, replaced_paths
 from dropformer.prune.discovery.trace import Call
 
 # A branch's kind is read off its modules' names; where none fits, `discover` decides by experiment.
@@ -97,7 +98,7 @@ class BranchReader:
 
         Best are the outermost modules, also such that add to the stream themselves; then only those
         that add nothing themselves; then only what produces the summands, so that a norm stays behind;
-        last a module that takes a norm of the stream away with it.
+        last a module that norms the sum itself, and keeps that norm.
         """
         ops: set[int] = set().union(*(t.ops for t in mine))
         foreign = self.flow.kept.union(*(t.ops for t in others))
@@ -116,22 +117,22 @@ class BranchReader:
     def _cut(self, modules: Forms, mine: list[Term], parallel: bool) -> BranchRemoval:
         """Where the stream is read around a branch whose `modules` go.  Raises ValueError where it is not seen."""
         flow = self.flow
-        gone = [f"{self.path}.{name}" for name in modules]
         if not parallel and flow.mixed(flow.read_by(mine[0]), mine[-1].added_to):
             raise ValueError("it is several branches with a norm of the stream between them")
-        before = self._tap(flow.read_by(mine[0]), gone)
+        before = self._tap(flow.read_by(mine[0]), modules)
         if before is None:
             raise ValueError("no module sees the residual stream before it")
-        after = None if parallel else self._tap(self._leaving(mine[-1].result, gone), gone)
+        after = None if parallel else self._tap(self._leaving(mine[-1].result, modules), modules)
         if after:
             return BranchRemoval(modules, before, after, ())
-        taps = [self._tap(term.value, gone) for term in mine]
+        taps = [self._tap(term.value, modules) for term in mine]
         if not all(taps) or any(term.scaled for term in mine):
             raise ValueError("no module sees the residual stream after it")
         return BranchRemoval(modules, before, None, tuple(t for t in taps if t))
 
-    def _leaving(self, value: int, gone: list[str]) -> int:
+    def _leaving(self, value: int, modules: Forms) -> int:
         """`value`, or the stream where it leaves the replaced module that made it."""
+        gone = set(replaced_paths(self.path, modules))
         for call in self.flow.calls:
             if call.path in gone and call.first <= self.flow.made[value] < call.last:
                 return next((v for v in call.outputs.values() if v in self.flow.stream), value)
@@ -210,14 +211,9 @@ class BranchReader:
                 return None
             return self._word(call, value, "zeros" if self.flow.reaches(value, goals) else "input")
 
-        members = {key: member(key) for key in call.keys}
-        if call.shape == "tensor":
-            return members[None]
-        if call.shape == "tuple":
-            return list(members.values())
-        if call.shape in ("list", "fields"):
-            return {call.shape: list(members.values()) if call.shape == "list" else members}
-        raise ValueError(f"{call.path} returns neither a tensor nor a tuple of tensors")
+        form = form_of(call, {key: member(key) for key in call.keys})
+        norm = norm_after_sum(self.flow, call) if passes else ""
+        return {"norm": norm, "of": form} if norm else form
 
     def _word(self, call: Call, value: int, word: str) -> str:
         """ "zeros" or "input", qualified where the output is not shaped like the module's hidden states."""
@@ -247,12 +243,12 @@ class BranchReader:
         paths = [f"{self.path}.{name}" for name in modules]
         return any(c.keywords & CACHES and any(within(c.path, p) for p in paths) for c in self.flow.calls)
 
-    def _tap(self, value: int, gone: list[str]) -> Tap | None:
+    def _tap(self, value: int, modules: Forms) -> Tap | None:
         """Where a hook sees this value: at the outermost module, outside of those that are gone."""
         found: list[tuple[int, int, Tap]] = []
         for v in self.flow.sights(value):
             for call in [self.flow.call, *self.flow.calls]:
-                if any(call.path.startswith(path + ".") for path in gone) or self.times[call.path] > 1:
+                if is_inside(call.path, self.path, modules) or self.times[call.path] > 1:
                     continue
                 depth = call.path.count(".")
                 found += [(depth, 0, Tap(call.path, "input", k)) for k, given in call.inputs.items() if given == v]
@@ -266,6 +262,17 @@ class BranchReader:
         if values[value].shape == values[flow.x].shape:
             return tap
         return replace(tap, like=Tap(self.path, "input", flow.in_key))
+
+
+def form_of(call: Call, members: Mapping[int | str | None, str | None]) -> Any:
+    """The output form of a module from those of its members.  Raises ValueError where its output holds no tensors."""
+    if call.shape == "tensor":
+        return members[None]
+    if call.shape == "tuple":
+        return list(members.values())
+    if call.shape in ("list", "fields"):
+        return {call.shape: list(members.values()) if call.shape == "list" else members}
+    raise ValueError(f"{call.path} returns neither a tensor nor a tuple of tensors")
 
 
 def _alike(given: torch.Size, wanted: torch.Size) -> bool:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dropformer.prune.architecture import within
 from dropformer.prune.discovery.trace import Call, Trace
 
 StepKind = Literal["merge", "carry", "scale", "mix"]
@@ -271,8 +272,3 @@ def stream_ends(trace: Trace, call: Call) -> Ends | None:
             if trace.values[y].shape == given.shape and y != x and out_key not in call.passed:
                 return in_key, x, out_key, y
     return None
-
-
-def within(scope: str, path: str) -> bool:
-    """Is the module at `scope` the one at `path`, or inside it?"""
-    return scope == path or scope.startswith(path + ".")

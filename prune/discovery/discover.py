@@ -19,13 +19,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from dropformer.prune.architecture import Architecture, Block, Branch, BranchKind, Stack, Tap
-from dropformer.prune.discovery.branches import BranchCandidate, BranchReader, BranchRemoval, kind_by_name
+from dropformer.prune.discovery.branches import BranchCandidate, BranchReader, BranchRemoval, form_of, kind_by_name
 from dropformer.prune.discovery.dataflow import Flow, Term, stream_ends
 from dropformer.prune.discovery.inputs import sample_inputs
 from dropformer.prune.discovery.positions import fixed_blocks
 from dropformer.prune.discovery.replay import Replay, evaluating
 from dropformer.prune.discovery.stacks import block_paths, find_stacks, stack_names
-from dropformer.prune.discovery.streams import continues, reversible_flows
+from dropformer.prune.discovery.streams import continues, hand_on_missing, reversible_flows
 from dropformer.prune.discovery.trace import Call, Trace, tracing
 from dropformer.prune.errors import ArchitectureError
 
@@ -126,6 +126,8 @@ class _StackReader:
     def read(self, path: str, name: str, stacks: list[str]) -> Stack:
         paths = block_paths(self.model, path)
         self.memory = self._made_by([other for other in stacks if other != path], paths)
+        for block in paths:
+            hand_on_missing(self.replay, self.trace, block)
         blocks = tuple(self._block(index, block) for index, block in enumerate(paths))
         return Stack(name, path, blocks, fixed_blocks(self.trace, paths))
 
@@ -262,9 +264,4 @@ def _whole_form(flows: list[Flow]) -> Any:
         given = call.passed.get(key, call.state if key in call.nested else None)
         return None if given is None else f"input:{given}"
 
-    members = {key: member(key) for key in call.keys}
-    if call.shape == "tensor":
-        return members[None]
-    if call.shape == "tuple":
-        return list(members.values())
-    return {"list": list(members.values())} if call.shape == "list" else {"fields": members}
+    return form_of(call, {key: member(key) for key in call.keys})

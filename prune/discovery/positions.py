@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dropformer.prune.architecture import Stack
-from dropformer.prune.discovery.dataflow import CARRIES, stream_ends, within
+from dropformer.prune.architecture import Stack, within
+from dropformer.prune.discovery.dataflow import CARRIES, stream_ends
 from dropformer.prune.discovery.modalities import modalities, with_modality
 from dropformer.prune.discovery.replay import evaluating
 from dropformer.prune.discovery.trace import Call, Trace, tracing

@@ -17,7 +17,7 @@ from dropformer.prune.architecture import Tap
 from dropformer.prune.discovery.dataflow import Flow, Term
 from dropformer.prune.discovery.trace import outputs_of
 from dropformer.prune.loading.device import is_offloaded
-from dropformer.prune.loading.modeling import Skipped
+from dropformer.prune.loading.modeling import Skipped, keep_settings
 
 
 @contextmanager
@@ -58,7 +58,9 @@ def skipped(model: nn.Module, block: str, modules: Mapping[str, Any]) -> Iterato
             parent, _, leaf = f"{block}.{name}".rpartition(".")
             owner = model.get_submodule(parent)
             undo.callback(setattr, owner, leaf, getattr(owner, leaf))
-            setattr(owner, leaf, Skipped(form))
+            new = Skipped(form).keep(old := getattr(owner, leaf))
+            keep_settings(old, new)
+            setattr(owner, leaf, new)
         yield
 
 
@@ -130,8 +132,13 @@ class Replay:
 
     def run(self, block: str, call: int = 0) -> Any:
         """The block's output on a fresh copy of the inputs of one of its calls."""
+        args, kwargs = self.inputs(block, call)
+        return self.model.get_submodule(block)(*args, **kwargs)
+
+    def inputs(self, block: str, call: int = 0) -> tuple[tuple, dict]:
+        """A fresh copy of the inputs of one of the block's calls."""
         args, kwargs = self.seen[block][call]
-        return self.model.get_submodule(block)(*_copied(args), **_copied(kwargs))
+        return _copied(args), _copied(kwargs)
 
     def problem(self, block: str, modules: Mapping[str, Any]) -> str:
         """What goes wrong in the block with these modules skipped; "" when it runs."""

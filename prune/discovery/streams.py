@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
+from dropformer.prune.architecture import within
 from dropformer.prune.discovery.dataflow import ADDS, CARRIES, SCALES, Ends, Flow, stream_ends
-from dropformer.prune.discovery.trace import Call, Trace
+from dropformer.prune.discovery.replay import Replay
+from dropformer.prune.discovery.trace import Call, Trace, tracing
 
 
 def reversible_flows(trace: Trace, call: Call) -> list[Flow]:
@@ -31,6 +34,39 @@ def reversible_flows(trace: Trace, call: Call) -> list[Flow]:
     flows[0].kept |= other
     flows[1].kept |= one
     return flows if all(flow.terms for flow in flows) else []
+
+
+def hand_on_missing(replay: Replay, trace: Trace, path: str) -> None:
+    """Note where a block, and each module in it, hands on a stream that the batch did not have.
+
+    XLNet's blocks take a second stream of queries where words are to be predicted, None otherwise: a dropped layer
+    must hand it on.  Found by running the block again with its stream in place of each input by position that was
+    None and whose output at that position was too.
+    """
+    for call in trace.calls_of(path)[:1]:
+        ends = stream_ends(trace, call)
+        for key in sorted(_unseen(call), key=str) if ends else ():
+            args, kwargs = replay.inputs(path)
+            stream = {**dict(enumerate(args)), **kwargs}[ends[0]]  # type: ignore[index]
+            try:
+                with tracing(replay.model) as second:
+                    replay.model.get_submodule(path)(*args[:key], stream.clone(), *args[key + 1 :], **kwargs)
+            except Exception:  # no stream, but a mask or the like
+                continue
+            for inner in (c for c in trace.calls if within(c.path, path)):
+                inner.passed |= {k: k for k in _unseen(inner) if _handed_on(second, inner.path, k)}  # type: ignore[misc]
+
+
+def _unseen(call: Call) -> Collection[Any]:
+    return (call.missing & {*call.keys}) - call.outputs.keys() - call.passed.keys() - call.nested
+
+
+def _handed_on(trace: Trace, path: str, key: int) -> bool:
+    """Does a module have a tensor of one shape for input and output of a number?"""
+    call = next(iter(trace.calls_of(path)), None)
+    if call is None or key not in call.inputs or key not in call.outputs:
+        return False
+    return trace.values[call.inputs[key]].shape == trace.values[call.outputs[key]].shape
 
 
 def continues(trace: Trace, blocks: Collection[str], call: Call, later: Call) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dropformer.prune.architecture import Architecture, Block, Branch, Stack
+from dropformer.prune.architecture import Architecture, Block, Branch, Stack, owns
 from dropformer.prune.discovery.inputs import sample_inputs
 from dropformer.prune.discovery.positions import fixed_by_modality
 from dropformer.prune.discovery.replay import evaluating
@@ -89,7 +90,8 @@ def _rest(model: nn.Module, stack: Stack) -> list[BlockOutline]:
     """What blocks are beyond their branches, alike ones together; those of which there is nothing to say left out."""
     groups: dict[str, BlockOutline] = {}
     for block in stack.blocks:
-        parameters = _counted([model.get_submodule(block.path)]) - _counted(_owned(model, block, *block.branches))
+        whole = model.get_submodule(block.path).parameters()
+        parameters = _counted(whole) - _counted(_parameters(model, block, *block.branches))
         fields = {
             "plain": block.plain,
             "form": None if (block.plain and not parameters) or block.kept else block.form,
@@ -103,15 +105,22 @@ def _rest(model: nn.Module, stack: Stack) -> list[BlockOutline]:
 
 def branch_parameters(model: nn.Module, block: Block, branch: Branch) -> int:
     """Parameters that go with a branch; each shared one counts once."""
-    return _counted(_owned(model, block, branch))
+    return _counted(_parameters(model, block, branch))
 
 
 def _owned(model: nn.Module, block: Block, *branches: Branch) -> list[nn.Module]:
     return [model.get_submodule(f"{block.path}.{name}") for branch in branches for name in branch.modules]
 
 
-def _counted(modules: list[nn.Module]) -> int:
-    return sum(p.numel() for p in {id(p): p for module in modules for p in module.parameters()}.values())
+def _parameters(model: nn.Module, block: Block, *branches: Branch) -> Iterator[nn.Parameter]:
+    for branch in branches:
+        for path in branch.modules:
+            named = model.get_submodule(f"{block.path}.{path}").named_parameters(prefix=path)
+            yield from (parameter for name, parameter in named if owns(branch.modules, name))
+
+
+def _counted(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(p.numel() for p in {id(p): p for p in parameters}.values())
 
 
 def _cache_elements(model: nn.Module, architecture: Architecture) -> dict[int, int]:

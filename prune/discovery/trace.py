@@ -45,6 +45,7 @@ class Call:
     first: int
     inputs: dict[int | str, int]
     last: int = 0
+    missing: frozenset[int | str | None] = frozenset()  # inputs by position that were None
     outputs: dict[int | str | None, int] = field(default_factory=dict)
     keywords: frozenset[str] = frozenset()  # every keyword it was given, tensors or not
     shape: str = ""  # the output's container: "tensor", "tuple", "list", "fields" or "" for anything else
@@ -147,7 +148,8 @@ def _hook(module: nn.Module, path: str, recorder: _Recorder):  # type: ignore[no
     def before(_module: nn.Module, args: tuple, kwargs: dict) -> None:
         named = {**dict(enumerate(args)), **kwargs}
         inputs = {key: recorder.value(value) for key, value in named.items() if isinstance(value, Tensor)}
-        open_calls.append(Call(path, len(recorder.trace.ops), inputs, keywords=frozenset(kwargs)))
+        missing = frozenset(key for key, value in enumerate(args) if value is None)
+        open_calls.append(Call(path, len(recorder.trace.ops), inputs, missing=missing, keywords=frozenset(kwargs)))
         given.append(named)
         recorder.trace.calls.append(open_calls[-1])
         recorder.scopes.append(path)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dropformer.prune.architecture import Layer
+from dropformer.prune.architecture import Layer, owns
 from dropformer.prune.block_map import new_name
 from dropformer.prune.errors import PlanError
 from dropformer.prune.files import CopyReport, NewTensor
@@ -89,7 +89,7 @@ def _owner(writing: ExportJob, parameter: str) -> Layer | None:
         if not parameter.startswith(stack.path + ".") or not index.isdecimal() or int(index) >= stack.blocks:
             continue
         for branch in stack.of_block(int(index)):
-            if any(rest == module or rest.startswith(module + ".") for module in branch.modules):
+            if owns(branch.modules, rest):
                 return Layer(branch.kind, int(index), stack.name)
     return None
 

@@ -22,6 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 
+from dropformer.prune.architecture import owns
 from dropformer.prune.block_map import Surgery, new_name
 from dropformer.prune.discovery.modalities import sample_batches
 from dropformer.prune.errors import CheckpointError, VerificationError
@@ -216,8 +217,7 @@ class _Pieces:
         for stack in self.surgery.outline.stacks:
             index, _, rest = name.removeprefix(f"{stack.path}.").partition(".")
             if name.startswith(f"{stack.path}.") and index.isdecimal():
-                modules = [module for branch in stack.of_block(int(index)) for module in branch.modules]
-                return any(rest == module or rest.startswith(f"{module}.") for module in modules)
+                return any(owns(branch.modules, rest) for branch in stack.of_block(int(index)))
         return False
 
     def _in_memory(self, name: str) -> Any:

@@ -55,14 +55,16 @@ class Skipped(nn.Module):
     `form` is "zeros" (zeros like the hidden states: the branch adds nothing), "input" (the hidden states as
     they came), either with ":KEY" for the input at that position or keyword and zeros with "/N" for a last
     dimension of N, None, or a list of these for a tuple, {"list": [...]} for a list, {"fields": {...}} for
-    named fields.  Hidden states: [..., D] -> [..., D].
+    named fields.  {"norm": NAME, "of": form} keeps the module's norm of that name, through which its inputs are
+    handed on: the norm after a sum that the module adds to itself (XLNet).  Hidden states: [..., D] -> [..., D].
     """
 
     batch_first = False  # torch's own encoder layers ask their attention; a no keeps them off the fused path
 
     def __init__(self, form: Any) -> None:
         super().__init__()
-        self.form = form
+        self.keeps = form["norm"] if isinstance(form, dict) and "norm" in form else ""
+        self.form = form["of"] if self.keeps else form
         # Empty: some blocks ask a norm's weight for its dtype before they call it.
         self.register_buffer("weight", torch.empty(0), persistent=False)
 
@@ -84,8 +86,14 @@ class Skipped(nn.Module):
         named: Any = (args[int(key)] if key.isdecimal() else kwargs.get(key)) if key else None
         hidden: Any = named if key else hidden_states(args, kwargs)
         if word == "input":
-            return hidden
+            return getattr(self, self.keeps)(hidden) if self.keeps and hidden is not None else hidden
         return hidden.new_zeros(*hidden.shape[:-1], int(width)) if width else torch.zeros_like(hidden)
+
+    def keep(self, old: nn.Module) -> Skipped:
+        """Take over the norm of the module that this one stands for."""
+        if self.keeps:
+            self.add_module(self.keeps, getattr(old, self.keeps))
+        return self
 
     def extra_repr(self) -> str:
         return repr(self.form)
@@ -134,7 +142,7 @@ def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
         old = getattr(owner, name)
         if (held := next(old.parameters(), None)) is not None:
             new.to_empty(device=held.device) if new.weight.is_meta else new.to(held.device)
-        keep_settings(old, new)
+        keep_settings(old, new.keep(old))
         setattr(owner, name, new)
         kind: Any = type(owner)
         for setter in setters(kind):

@@ -32,7 +32,7 @@ def test_the_model_is_as_it_was_after_a_replacement(tiny, ids):
     model, architecture, runner = stepper_of(tiny, "llama", ids)
     before = [id(m) for m in model.modules()]
     dense = DenseReference(runner)
-    with replaced(model, dropped_modules(architecture, [Layer("attn", 1)])):
+    with replaced(model, dropped_modules(model, architecture, [Layer("attn", 1)])):
         dense.compare(1)
     assert [id(m) for m in model.modules()] == before
 
@@ -40,7 +40,7 @@ def test_the_model_is_as_it_was_after_a_replacement(tiny, ids):
 def test_resuming_at_the_first_changed_block_gives_the_whole_passs_damage(tiny, ids):
     model, architecture, runner = stepper_of(tiny, "llama", ids)
     dense = DenseReference(runner)
-    with replaced(model, dropped_modules(architecture, [Layer("mlp", 2)])):
+    with replaced(model, dropped_modules(model, architecture, [Layer("mlp", 2)])):
         resumed, whole = dense.compare(2), dense.compare(0)
         with torch.no_grad():
             nll = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())

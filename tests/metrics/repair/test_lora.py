@@ -38,7 +38,7 @@ def opened(tiny):
 def test_healing_brings_a_pruned_model_closer_to_the_dense_one(opened, family):
     model, architecture, runner = opened(family)
     dense, layers = DenseReference(runner), [Layer("attn", 1), Layer("mlp", 2)]
-    changes = Changes(heal(runner, dropped_modules(architecture, layers), 1, HOW))
+    changes = Changes(heal(runner, dropped_modules(model, architecture, layers), 1, HOW))
     variants = [variant(model, architecture, layers), variant(model, architecture, layers, changes)]
     dropped, healed = (damage.mean_kl for damage in dense.compare_each(variants))
     assert healed < 0.9 * dropped
@@ -54,7 +54,7 @@ def test_healing_leaves_the_dense_model_as_it_was(opened):
     model, architecture, runner = opened()
     before = {name: (p.clone(), p.requires_grad, id(p)) for name, p in model.named_parameters()}
     modules = [id(module) for module in model.modules()]
-    healed = heal(runner, dropped_modules(architecture, [Layer("attn", 1)]), 1, Healing(rank=2, rate=1e-2))
+    healed = heal(runner, dropped_modules(model, architecture, [Layer("attn", 1)]), 1, Healing(rank=2, rate=1e-2))
     assert healed and [id(module) for module in model.modules()] == modules
     for name, p in model.named_parameters():
         value, flag, identity = before[name]
@@ -63,7 +63,7 @@ def test_healing_leaves_the_dense_model_as_it_was(opened):
 
 def test_merged_adapters_are_plain_linear_modules_behind_the_first_change(opened):
     model, architecture, runner = opened()
-    healed = heal(runner, dropped_modules(architecture, [Layer("attn", 2)]), 2, Healing(rank=2, rate=1e-2))
+    healed = heal(runner, dropped_modules(model, architecture, [Layer("attn", 2)]), 2, Healing(rank=2, rate=1e-2))
     assert all(tensor.shape == model.get_parameter(name).shape for name, tensor in healed.items())
     assert {path.split(".")[2] for path in healed} == {"2", "3"}
     assert not any("self_attn" in path for path in healed if path.startswith("model.layers.2."))
