@@ -21,6 +21,7 @@ from dropformer.metrics.repair.base import Repair
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.block_map import Surgery
+from dropformer.prune.choosing import PublishedLists, choose
 from dropformer.prune.discovery.proof import outline as outline
 from dropformer.prune.draft.generation import speculation
 from dropformer.prune.errors import ModelError, OutputError, PlanError
@@ -31,7 +32,7 @@ from dropformer.prune.formats.stored_tensors import stored_dtype
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.loading.load import load
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import Plan, PublishedLists, choose, make_plan
+from dropformer.prune.plan import Plan, make_plan
 from dropformer.prune.spec import without_windows
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 from dropformer.prune.surgery.views import proven, sharing_copy

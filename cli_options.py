@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dropformer.eval.tasks.backends import BACKENDS
 from dropformer.metrics.repair.registry import REPAIRS
 from dropformer.metrics.search.registry import METRICS, SELECTIONS
 from dropformer.metrics.search.strategy import QUALITIES
@@ -168,7 +169,9 @@ IncludePath = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(min=1, help="Questions per task, sampled in proportion.")]
 QuestionSeed = Annotated[int, typer.Option("--seed", help="Which questions and windows are drawn.")]
-Backend = Annotated[str, typer.Option(help="fast, or hf for lm-eval's own.")]
+Backend = Annotated[
+    str, typer.Option(help="; ".join(f"{name}: {entry.summary}" for name, entry in BACKENDS.items()) + ".")
+]
 Probes = Annotated[bool, typer.Option(help="Small tests of what multiple choice hides: copying, sums, long context.")]
 Speed = Annotated[bool, typer.Option("--speed", help="Measure prefill and decode speed, all models interleaved.")]
 Batches = Annotated[

@@ -215,7 +215,7 @@ def evaluate(
         find_tasks(names, mmlu_data, include)  # a missing task or data is reported before a model is loaded
     settings = [] if not speed else [PAPER] if batches is None else grid(batches, prompts, new_tokens)
     wanted = EvaluationOptions(
-        names, TaskOptions(shots, limit, seed, mmlu_data, include, "hf" if backend == "hf" else "fast", cache=cache),
+        names, TaskOptions(shots, limit, seed, mmlu_data, include, backend, cache=cache),
         Calibration(text, samples, length, HELD_OUT.seed + seed) if text else None,
         probes, tuple(settings), repeats=repeats, compile=compile, stream=stream, window=window, long=long,
     )  # fmt: skip

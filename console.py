@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,16 +26,16 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from dropformer.eval.report.dense_pruned import record_table, relative_change, report_notes, report_table
 from dropformer.progress import Tick
 from dropformer.prune.formats.registry import FORMATS
-from dropformer.prune.window import CONTEXT, KV_AT
+from dropformer.prune.window import CONTEXT
 
 if TYPE_CHECKING:
     from dropformer.eval.compare.comparison import Comparison
     from dropformer.eval.cost.estimate import Estimate
     from dropformer.eval.quality.sweep import Sweep
     from dropformer.eval.report.evaluation import Evaluation
-    from dropformer.eval.report.report import Report
     from dropformer.job import Outcome
     from dropformer.metrics.analysis.scores import Scores
     from dropformer.prune.formats.export_plan import Written
@@ -187,74 +187,15 @@ def plan_table(plan: Plan) -> Table:
 
 def savings_line(plan: Plan) -> str:
     saved = plan.savings
-    change = _change(saved.parameters, saved.parameters_after)
+    change = relative_change(saved.parameters, saved.parameters_after)
     text = f"parameters {saved.parameters:,} → {saved.parameters_after:,} ({change})"
     if saved.kv:
-        text += f", KV cache {_change(saved.kv, saved.kv_after)} per token"
+        text += f", KV cache {relative_change(saved.kv, saved.kv_after)} per token"
     if plan.windows:
         text += f" beyond the windows, {plan.kv_share(CONTEXT) - 1:+.1%} at {CONTEXT:,} tokens"
     if plan.packing_cost is not None:
         text += f"; packs into a stock model for {plan.packing_cost:.4f} of mean similarity"
     return text
-
-
-def report_table(report: Report) -> Table:
-    """Dense and pruned side by side."""
-    table = Table(title=f"{report.model.name}: {report.spec}", title_justify="left")
-    for name in ("", "dense", "pruned", "change"):
-        table.add_column(name, justify="left" if not name else "right")
-    for label, key, form in ROWS:
-        before, after = getattr(report.dense, key), getattr(report.pruned, key)
-        if before is not None and after is not None:
-            label = label.format(context=report.kv_context or 0)
-            cells = (_spread(form(getattr(s, key)), getattr(s, f"{key}_stderr", None)) for s in report.sides)
-            table.add_row(label, *cells, report.ratio(key) or _change(before, after))
-    return table
-
-
-def _spread(value: str, stderr: float | None) -> str:
-    return value if stderr is None else f"{value} ± {stderr:.2f}"
-
-
-def report_notes(report: Report) -> list[str]:
-    """What the numbers were measured on."""
-    notes = []
-    if report.text:
-        text = report.text
-        seen = "calibrated on too" if text.calibrated_on else "not calibrated on"
-        notes.append(
-            f"perplexity: {text.windows} windows of {text.length} tokens of `{text.name}`, {seen}; "
-            f"KL(dense || pruned) {report.kl:.4f} nats a token"
-        )
-    if report.outputs:
-        notes += [str(report.outputs), "no perplexity and no decode speed: the model writes no text token by token"]
-    if report.trend and report.trend.cliff is not None:
-        notes.append(f"warning: {report.trend}")
-    if report.speed:
-        speed = report.speed
-        notes.append(
-            f"speed: {speed.device}, {speed.dtype}, batch {speed.batch}, {speed.prompt} + {speed.new} tokens, "
-            f"interleaved; work allows prefill {speed.prefill_bound:.2f}x, decode {speed.decode_bound:.2f}x"
-        )
-    return notes
-
-
-def record_table(record: Mapping[str, Any]) -> Table:
-    """What dropformer.json says of a checkpoint's sizes."""
-    table = Table(title=f"{record['model']['name']}: {record['spec']}", title_justify="left")
-    for name in ("", "dense", "pruned", "change"):
-        table.add_column(name, justify="left" if not name else "right")
-    forms = {"parameters": "{:,}".format, "bytes": _bytes, "kv_bytes_per_token": _bytes, KV_AT: _bytes}
-    names = {
-        "bytes": "checkpoint",
-        "kv_bytes_per_token": "KV cache per token",
-        KV_AT: f"KV cache at {CONTEXT:,} tokens",
-    }
-    for key, form in forms.items():
-        before, after = record["before"].get(key), record["after"].get(key)
-        if before:
-            table.add_row(names.get(key, key), form(before), form(after), _change(before, after))
-    return table
 
 
 def done(out: Any, record: Mapping[str, Any], difference: float | None = None, ran: bool = True) -> str:
@@ -264,30 +205,7 @@ def done(out: Any, record: Mapping[str, Any], difference: float | None = None, r
     if ran and form.reloads and difference is None:
         checked += ", but no memory was left to reload it and compare logits"
     notes = "".join(f"\nnote: {note}" for note in record["notes"])
-    return f"wrote {out} ({form.summary(record['packed'])}); {checked}{notes}"
-
-
-def _change(before: float, after: float) -> str:
-    return f"{(after - before) / before:+.1%}" if before else ""
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
-        value /= 1024
-    raise AssertionError
-
-
-ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("parameters", "parameters", lambda v: f"{v:,}"),
-    ("checkpoint", "checkpoint_bytes", _bytes),
-    ("KV cache per token", "kv_bytes_per_token", _bytes),
-    ("KV cache at {context:,} tokens", "kv_bytes", _bytes),
-    ("perplexity", "perplexity", lambda v: f"{v:.2f}"),
-    ("prefill tokens/s", "prefill_tokens_per_s", lambda v: f"{v:,.1f}"),
-    ("decode tokens/s", "decode_tokens_per_s", lambda v: f"{v:,.1f}"),
-)
+    return f"wrote {out} ({form.summary(record['packed'], bool(record['notes']))}); {checked}{notes}"
 
 
 def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", caption: str = "") -> Table:

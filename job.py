@@ -22,7 +22,6 @@ from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.repair.base import Repair
 from dropformer.progress import Progress, Silent
 from dropformer.prune.architecture import of_images
-from dropformer.prune.discovery.inputs import takes_pictures, writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.files.folder import new_files
@@ -31,6 +30,7 @@ from dropformer.prune.formats.export import Exported, export
 from dropformer.prune.formats.export_plan import Written, plan_kept, write_by_plan
 from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.plan import Plan
+from dropformer.prune.samples.inputs import takes_pictures, writes_text
 from dropformer.prune.spec import parse_spec
 from dropformer.prune.window import CONTEXT
 from dropformer.recipes.follow import in_percent

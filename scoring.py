@@ -19,10 +19,10 @@ from dropformer.metrics.calibration.windows import computed_tokens
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.progress import Progress
 from dropformer.prune.architecture import Layer
-from dropformer.prune.discovery.inputs import takes_pictures
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.outline import Outline
+from dropformer.prune.samples.inputs import takes_pictures
 from dropformer.prune.spec import parse_spec
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import CalibrationOptions, Request
@@ -144,8 +144,7 @@ def _streamed(opened: LoadedModel, data: CalibrationData, request: Request, prog
     place, memory = request.placement, request.scoring.memory or ""
     if place.device_map or place.device not in (None, "cpu"):
         raise ModelError("--memory computes on the CPU; leave out --device and --device-map, or --memory")
-    dtype = torch_dtype(place.dtype or "float32")
-    streamed = open_streamed(opened.path, dtype, place.trust_remote_code)  # type: ignore[arg-type]
+    streamed = open_streamed(opened.path, torch_dtype(place.dtype or "float32") or "float32", place.trust_remote_code)
     with progress.stage("scoring windows, block by block", len(data)) as tick:
         return stream_scores(streamed, data, opened.ref, parse_bytes(memory), request.scoring.batch_size, tick)
 

@@ -21,10 +21,11 @@ from dropformer.metrics.search.improve import improve as improved_plan
 from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named
 from dropformer.progress import Progress, Silent
-from dropformer.prune.discovery.inputs import writes_text
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
+from dropformer.prune.loading.device import input_device
 from dropformer.prune.plan import Plan, make_plan
+from dropformer.prune.samples.inputs import writes_text
 from dropformer.recipes.opening import LoadedModel, open_model
 from dropformer.request import GATE, Request, recipe_calibration
 from dropformer.scoring import writer
@@ -80,7 +81,7 @@ def improved(
     calibration = calibrated_on(opened, request, progress)
     progress.say("calibration: " + "; ".join(f"{w.ref.name}, {len(w)} windows of {w.ref.length}" for w in calibration))
     other = gate_windows(opened, progress, chosen.gate) if strategy.repair else None
-    memory = PeakMemory(_device_type(opened.model))
+    memory = PeakMemory(input_device(opened.model))
     improver = Improver(opened.model, calibration, strategy, progress.say, **(blocks.given() if blocks else {}))
     total = improver.steps(chooses=chosen.plan is None, budget=target.budget is not None)
     with progress.stage(f"choosing and repairing by {wording(strategy)}", total) as tick:
@@ -102,10 +103,6 @@ def improved(
     repair = replace(repair, extra_bytes=memory.extra)
     progress.say(repair.cost)
     return noted(plan, repair, opened.model), repair
-
-
-def _device_type(model: nn.Module) -> str:
-    return next((p.device.type for p in model.parameters() if not p.is_meta), "cpu")
 
 
 def measured(model: nn.Module, improver: Improver, progress: Progress) -> Latency:

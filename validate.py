@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dropformer.eval.tasks.backends import BACKENDS
 from dropformer.metrics.analysis.distributed import world
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.images import PIXELS, image_files
@@ -24,7 +25,6 @@ from dropformer.prune.spec import check_drop, check_keep, check_stacks, parse_sp
 from dropformer.recipes.source import is_gguf, locate
 from dropformer.request import Request
 
-BACKENDS = ("fast", "hf")
 PLACE = ("device", "dtype", "device_map")
 DRAWN = ("samples", "seed", "skip_first")  # which windows are drawn, whatever the text
 SPOKEN = {
@@ -158,8 +158,7 @@ def validate_evaluation(facts: EvaluationFacts) -> None:
         check_name(facts.text)
     if facts.out:
         check_out(facts.out, "report.html")
-    if facts.backend not in BACKENDS:
-        raise EvaluationError(f"backend `{facts.backend}` is unknown; expected one of {', '.join(BACKENDS)}")
+    BACKENDS.in_order([facts.backend])
     for option, others, advice in NEEDED:
         idle = [other for other in others if other in facts.given]
         if idle and option not in facts.given:

@@ -20,10 +20,10 @@ import warnings
 from pathlib import Path
 
 import transformers
-from architectures_page import Verdict, count, decoder_only, write
-from tiny_models import tiny_model
+from families.page import Verdict, count, decoder_only, write
+from families.tiny_models import tiny_model
+from families.trial import Partly, Wrong, through
 from transformers.models.auto import modeling_auto
-from trial import Partly, Wrong, through
 
 from dropformer.prune.errors import DropformerError
 

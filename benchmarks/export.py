@@ -39,9 +39,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dropformer.prune.choosing import choose
 from dropformer.prune.files import copy_checkpoint, new_folder, open_checkpoint
 from dropformer.prune.files.safetensors_header import byte_size, encode_header
-from dropformer.prune.plan import Plan, choose, make_plan
+from dropformer.prune.plan import Plan, make_plan
 
 MIB = 2**20
 DROPPED = re.compile(r"model\.layers\.([6789]\.(self_attn|input_layernorm)|[78]\.(mlp|post_attention\w+))\..*")

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def every(given: argparse.Namespace) -> None:
     """Run the steps one after another until the time is up, and print their lines and a last one that sums up."""
-    from gpu_steps import STEPS
+    from on_gpu.steps import STEPS
 
     if not given.rehearse:
         _need_gpu()
@@ -114,7 +114,7 @@ def _run(given: argparse.Namespace, name: str, limit: float) -> dict[str, Any]:
 def one(given: argparse.Namespace) -> None:
     """In the step's own process: run it, and print its figures with the peaks of memory."""
     import torch
-    from gpu_steps import BEST_GIB, GIB, STEPS, Bench
+    from on_gpu.steps import BEST_GIB, GIB, STEPS, Bench
 
     device = torch.device("cpu" if given.rehearse else "cuda:0")
     gib = min(given.gib or BEST_GIB, BEST_GIB) if given.one == "best" else given.gib

@@ -29,8 +29,10 @@ from dropformer.metrics.blockwise.variant import Variant
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.metrics.offload.keeper import Keeper
+from dropformer.metrics.offload.process_memory import peak
 from dropformer.metrics.search.improve import Improver, improve
 from dropformer.metrics.search.strategy import Strategy, Target, quality
+from dropformer.prune.artifact import ModelRef
 
 WIKITEXT = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "wikitext-2" / "valid.txt"
 SOURCES = (
@@ -69,7 +71,8 @@ class Row:
     """One method on one drop.  Ratios are perplexity over dense perplexity; stderr that of the geometric mean.
 
     Seconds are of CPU time, passes forward passes over the calibration, those of choosing and repairing that an
-    earlier row of the same run has not spent."""
+    earlier row of the same run has not spent.  Peak: the most memory of the process so far, weights and judging too.
+    """
 
     method: str
     drop: str
@@ -81,6 +84,7 @@ class Row:
     seconds: float
     gates: list[str]
     passes: float = 0.0
+    peak_gib: float = 0.0
 
 
 def rows_in(file: Path | None) -> list[Row]:
@@ -157,7 +161,7 @@ class Judge:
         return found
 
 
-def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: str, ref: object) -> Row:
+def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: str, ref: ModelRef) -> Row:
     improver.quality = replace(
         METHODS[method],
         stride=improver.quality.stride,
@@ -166,7 +170,7 @@ def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: 
     )
     start = time.process_time()
     spent = improver.work.spent
-    plan, repair, variant = improve(improver, ref, Target(drop), gate)  # type: ignore[arg-type]
+    plan, repair, variant = improve(improver, ref, Target(drop), gate)
     seconds = time.process_time() - start
     passes = (improver.work.spent - spent) / (improver.work.blocks * improver.work.tokens)
     damage = judge(variant)
@@ -185,6 +189,7 @@ def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: 
         round(seconds, 1),
         [str(g) for g in repair.gates],
         round(passes, 2),
+        round(peak() / 2**30, 2),
     )
 
 
@@ -203,7 +208,7 @@ def show(row: Row) -> None:
     ratios = "  ".join(f"{name} {value:.3f}" for name, value in row.ratios.items())
     print(
         f"{row.drop:9} {row.method:22} {ratios}  mean {row.mean:.3f} ± {row.stderr:.3f}  KL {row.kl:.3f}"
-        f"  {row.seconds:.0f} s  {row.passes:.1f} passes  {','.join(row.layers)}",
+        f"  {row.seconds:.0f} s  {row.passes:.1f} passes  {row.peak_gib:.1f} GiB  {','.join(row.layers)}",
         flush=True,
     )
     for line in row.gates:

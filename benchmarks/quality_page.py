@@ -13,7 +13,7 @@ from pathlib import Path
 
 from quality import DROPS, METHODS, Row, rows_in
 
-COLUMNS = ("method", "wikitext", "builtin", "code", "mean", "KL", "CPU s", "layers")
+COLUMNS = ("method", "wikitext", "builtin", "code", "mean", "KL", "CPU s", "passes", "GiB", "layers")
 
 
 def page(rows: Iterable[Row]) -> str:
@@ -53,7 +53,8 @@ def table(rows: Iterable[Row]) -> str:
 def line(row: Row) -> str:
     ratios = [f"{row.ratios[name]:.3f}" for name in COLUMNS[1:4]]
     layers = " ".join(layer if row.drop.startswith("joint") else layer.split(":")[1] for layer in row.layers)
-    cells = [row.method, *ratios, f"{row.mean:.3f} ± {row.stderr:.3f}", f"{row.kl:.3f}", f"{row.seconds:.0f}", layers]
+    cells = [row.method, *ratios, f"{row.mean:.3f} ± {row.stderr:.3f}", f"{row.kl:.3f}", f"{row.seconds:.0f}"]
+    cells += [f"{value:.1f}" if value else "" for value in (row.passes, row.peak_gib)] + [layers]
     return "| " + " | ".join(cells) + " |"
 
 

@@ -18,6 +18,7 @@ import tempfile
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -104,9 +105,9 @@ def analyze(folder: Path, windows: int, length: int, memory: int) -> dict[str, f
     from dropformer.metrics.offload.streaming import open_streamed, stream
 
     ids = torch.randint(3, 4096, (windows, length), generator=torch.Generator().manual_seed(0))
-    fields = {"samples": windows, "length": length, "seed": 0, "packed": True, "skip_first": 0}
+    fields: dict[str, Any] = {"samples": windows, "length": length, "seed": 0, "packed": True, "skip_first": 0}
     scored = torch.ones_like(ids).bool()
-    data = Windows(ids, scored, scored, CalibrationRef(name="random", hash="0", **fields))  # type: ignore[arg-type]
+    data = Windows(ids, scored, scored, CalibrationRef(name="random", hash="0", **fields))
     start = time.perf_counter()
     streamed = open_streamed(folder)
     before = system_bytes()

@@ -15,6 +15,7 @@ from dropformer.prune.errors import PlanError
 
 BranchKind = Literal["attn", "mlp", "cross"]
 LayerKind = Literal["attn", "mlp", "cross", "block"]
+BRANCH_KINDS: tuple[BranchKind, ...] = ("attn", "mlp", "cross")
 KIND_NAMES: dict[str, str] = {"attn": "attention", "mlp": "MLP", "cross": "cross-attention", "block": "block"}
 
 

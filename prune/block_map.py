@@ -122,7 +122,7 @@ def skipped_modules(outline: Outline, block_map: BlockMap) -> dict[str, Any]:
                 modules[f"{stack.path}.{new}"] = form
                 continue
             for kind in block.skipped:
-                for name, form in stack.branch(kind, block.source).modules.items():  # type: ignore[union-attr]
+                for name, form in stack.modules(kind, block.source).items():
                     modules[f"{stack.path}.{new}.{name}"] = form
     for layer, forms in block_map.mapped.items():
         path = f"{outline.stack(layer.stack).path}.{new_index(block_map, layer)}"

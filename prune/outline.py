@@ -62,6 +62,11 @@ class StackOutline(FrozenRecord):
     def branch(self, kind: str, index: int) -> BranchOutline | None:
         return next((b for b in self.branches if b.kind == kind and index in b.blocks), None)
 
+    def modules(self, kind: str, index: int) -> dict[str, Any]:
+        """The modules of a block's branch of a kind, with the output form of each; none where it has no such branch."""
+        branch = self.branch(kind, index)
+        return branch.modules if branch else {}
+
     def block(self, index: int) -> BlockOutline:
         return next((b for b in self.rest if index in b.blocks), BlockOutline(blocks=[index]))
 

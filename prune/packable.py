@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import map_blocks
+from dropformer.prune.choosing import choose
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import choose
 from dropformer.prune.spec import parse_spec
 
 WAY_OUT = "write joint:N with an even N (N/2 pairs of attention and MLP), or block:N, which packs as it is"
@@ -35,7 +35,7 @@ def choose_packable(
     if len(free) % 2:
         raise PlanError(f"`{spec}` drops {len(free)} layers, and pairs make an even number; {WAY_OUT}")
     kept = {index % stack.blocks for index in keep}
-    order = [Layer(kind, i, stack.name) for i in range(stack.blocks) for kind in ("attn", "mlp")]  # type: ignore[arg-type]
+    order = [Layer(kind, i, stack.name) for i in range(stack.blocks) for kind in ("attn", "mlp")]
     worth = [None if layer.index in kept else similarity.get(layer) for layer in order]
     pairs = best_pairs(worth, len(free) // 2)
     chosen = [order[k] for pair in pairs or () for k in (pair, pair + 1)]

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T]):
-    """Entries by name, in the order in which they apply.  `option` is the command-line option that takes a name."""
+    """Entries by name, in the order in which they apply.  `option` takes a name: --metric, or "probe" in Python."""
 
     def __init__(self, option: str, entries: dict[str, T], error: type[DropformerError] = PlanError) -> None:
         self.option, self._entries, self._error = option, dict(entries), error
@@ -21,7 +21,7 @@ class Registry(Mapping[str, T]):
     def __getitem__(self, name: str) -> T:
         """Raises the registry's error for an unknown name."""
         if name not in self._entries:
-            raise self._error(f"--{self.option} `{name}` is unknown; expected one of {', '.join(self._entries)}")
+            raise self._error(f"{self.option} `{name}` is unknown; expected one of {', '.join(self._entries)}")
         return self._entries[name]
 
     def __contains__(self, name: object) -> bool:
@@ -46,7 +46,7 @@ class Registry(Mapping[str, T]):
     def add(self, name: str, entry: T, before: str | None = None) -> None:
         """Add an entry at the end, or before another.  Raises ValueError for a name that is taken."""
         if name in self._entries:
-            raise ValueError(f"--{self.option} {name} is taken")
+            raise ValueError(f"{self.option} {name} is taken")
         items = list(self._entries.items())
         at = list(self._entries).index(before) if before else len(items)
         self._entries = dict([*items[:at], (name, entry), *items[at:]])

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from dropformer.prune.errors import CheckpointError
@@ -71,7 +72,8 @@ def write_folder(path: Path, folder: Path) -> Path:
             tokenizer = gguf_tokenizer(path, header)
             model, info = _load(path)
         _all_accounted_for(path, header, model, info)
-        plain = _made_plain(model).to(exact_dtype(model))  # type: ignore[call-arg, arg-type]
+        plain = _made_plain(model)
+        nn.Module.to(plain, exact_dtype(model))
         plain.save_pretrained(folder)
         tokenizer.model_max_length = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
         tokenizer.save_pretrained(folder)

@@ -25,6 +25,24 @@ def test_no_folder_of_the_library_holds_more_than_fourteen_modules():
     assert crowded == {}
 
 
+def test_no_file_of_the_library_is_longer_than_three_hundred_lines():
+    modules = [*ROOT.glob("*.py"), *(path for part in PARTS for path in (ROOT / part).rglob("*.py"))]
+    lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in modules}
+    assert {name: n for name, n in lines.items() if n > 300} == {}
+
+
+def test_the_tests_mirror_the_folders_of_the_library():
+    tested = {path.parent.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {str(folder) for folder in tested} - {str(folder) for folder in folders()} == {".", "benchmarks"}
+
+
+def test_what_pruned_checkpoints_carry_is_told_alike_by_the_writer_and_by_the_code_itself():
+    from dropformer.prune.formats.writing import CODE
+    from dropformer.prune.loading import modeling
+
+    assert {modeling.CODE_FILE: "modeling.py"} | {name: name for name in modeling.COMPANIONS} == CODE
+
+
 def test_the_architecture_page_names_every_folder():
     missing = [f"{folder}/" for folder in folders() if f"`{folder}/`" not in PAGE]
     assert missing == []

@@ -1,4 +1,4 @@
-"""A metric, a selection, a repair, an export format and a probe of one's own: one entry each, made here alone."""
+"""A metric, a selection, a repair, an export format, a probe and a backend of one's own: one entry each."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ from command import bad, run
 from dropformer.metrics.repair.base import Changes
 from dropformer.metrics.repair.registry import REPAIRS, RepairEntry
 from dropformer.metrics.search.registry import METRICS, SELECTIONS, MetricEntry, SelectionEntry
-from dropformer.prune.errors import OutputError
+from dropformer.prune.errors import EvaluationError, OutputError
 from dropformer.prune.formats.registry import FORMATS, Format
 from dropformer.prune.formats.writing import write_pruned
 
@@ -113,3 +113,25 @@ def test_help_names_what_the_registries_hold():
 def test_a_name_is_taken_once():
     with pytest.raises(ValueError, match="--format dense is taken"), FORMATS.having("dense", TOY):
         pass
+
+
+def test_a_probe_is_one_entry(lettered):
+    from dropformer import open_model
+    from dropformer.eval.quality.probes import PROBES, Probe, Question, run_probes
+
+    opened = open_model(lettered)
+    one = Probe("vowels", "", (Question("a b c", (" d", " e")), Question("a b", (" a", " b"))))
+    with PROBES.having("vowels", lambda seed: one):
+        found = run_probes(opened.model, opened.tokenizer)
+    assert [(result.name, result.questions) for result in found if result.name == "vowels"] == [("vowels", 2)]
+    with pytest.raises(EvaluationError, match="probe `vowels` is unknown; expected one of copy, addition, needle"):
+        run_probes(opened.model, opened.tokenizer, names=["vowels"])
+
+
+def test_a_backend_is_one_entry(lettered, here, capsys):
+    from dropformer.eval.tasks.backends import BACKENDS, BackendEntry
+
+    options = ("evaluate", lettered, "--text", "", "--no-probes", "--backend", "toy")
+    with BACKENDS.having("toy", BackendEntry("a toy", "m:f")):
+        assert run(*options, "-q", capsys=capsys)[0] == 0
+    bad(*options, capsys=capsys, here=here, said="--backend `toy` is unknown; expected one of fast, hf")

@@ -12,8 +12,8 @@ from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.prune.architecture import KIND_NAMES, Layer
 from dropformer.prune.artifact import Artifact, FrozenRecord, ModelRef
+from dropformer.prune.choosing import choose
 from dropformer.prune.errors import PlanError
-from dropformer.prune.plan import choose
 from dropformer.prune.spec import parse_spec
 
 Matrix = list[list[float | None]]
@@ -71,8 +71,8 @@ class Comparison(Artifact):
     @property
     def steps(self) -> list[int] | None:
         """The training steps, None unless every checkpoint's is known."""
-        found = [checkpoint.step for checkpoint in self.checkpoints]
-        return None if None in found else found  # type: ignore[return-value]
+        found = [checkpoint.step for checkpoint in self.checkpoints if checkpoint.step is not None]
+        return found if len(found) == len(self.checkpoints) else None
 
     def spearman_to_last(self, kind: str) -> list[float | None]:
         return [row[-1] for row in self.spearman[kind]]

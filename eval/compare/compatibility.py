@@ -27,10 +27,11 @@ class Comparable:
 
     def config(self, label: str, config: Mapping[str, Any], origin: Origin | None) -> None:
         """Family, number of blocks (the original's, of a pruned model) and widths, as config.json states them."""
-        text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
+        inner = config.get("text_config")
+        text = inner if isinstance(inner, dict) else config
         facts = {"family": config.get("base_model_type") or config.get("model_type")}
-        facts |= {name: text[name] for name in WIDTHS if isinstance(text.get(name), int)}  # type: ignore[union-attr, index]
-        counted = block_count(text)  # type: ignore[arg-type]
+        facts |= {name: text[name] for name in WIDTHS if isinstance(text.get(name), int)}
+        counted = block_count(text)
         facts["number of blocks"] = origin[""].count if origin and "" in origin else None if origin else counted
         for name, value in facts.items():
             if value is not None:

@@ -14,11 +14,12 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from dropformer.eval.cost.memory import parameter_count
 from dropformer.eval.cost.model_cost import BlockCost, Experts, ModelCost
 from dropformer.prune.architecture import Layer
-from dropformer.prune.discovery.inputs import writes_text
 from dropformer.prune.discovery.weightless import outline_without_weights
 from dropformer.prune.errors import ArchitectureError, ModelError
 from dropformer.prune.loading.load import auto_class
+from dropformer.prune.loading.parts import text_config, windows_of
 from dropformer.prune.outline import Outline, StackOutline
+from dropformer.prune.samples.inputs import writes_text
 from dropformer.prune.window import Window
 
 EXPERTS_USED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
@@ -62,10 +63,9 @@ def _windows(model: nn.Module, outline: Outline) -> dict[Layer, Window]:
     """The windows that a plan gave the attention layers of a model, by their present places."""
     paths = {f"{stack.path}.": stack.name for stack in outline.stacks if stack.name in ("", "decoder")}
     found = {}
-    for name, module in model.named_modules():
-        window = getattr(module, "window", None)
+    for name, window in windows_of(model).items():
         path = next((path for path in paths if name.startswith(path)), None)
-        if path and hasattr(window, "sinks"):
+        if path:
             index = int(name.removeprefix(path).partition(".")[0])
             found[Layer("attn", index, paths[path])] = Window(window.width, window.sinks)
     return found
@@ -87,7 +87,7 @@ def _twin(model: nn.Module) -> nn.Module | None:
 def _counted(model: nn.Module) -> ModelCost:
     outline = outline_without_weights(model)
     stack = next((s for s in outline.stacks if s.name in ("", "decoder")), outline.stacks[0])
-    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    config = text_config(model)
     modules = model.get_submodule(stack.path).children()
     experts = [_experts(block, config) for block in modules]
     blocks = tuple(_block(config, stack, index, found) for index, found in enumerate(experts))

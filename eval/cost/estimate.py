@@ -22,9 +22,9 @@ from dropformer.eval.cost.hardware import Hardware
 from dropformer.eval.cost.model_cost import ModelCost
 from dropformer.eval.cost.roofline import KERNELS, Side, Workload
 from dropformer.prune.architecture import Layer
+from dropformer.prune.choosing import PublishedLists, choose, choose_windows
 from dropformer.prune.files.output_paths import cache_folder
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import PublishedLists, choose, choose_windows
 from dropformer.prune.spec import without_windows
 from dropformer.recipes import Recipe, open_config, recipes
 

@@ -6,20 +6,17 @@ windows and dropped attention layers (whose cache entry holds nothing) come out 
 
 from __future__ import annotations
 
-import ctypes
 import inspect
 import math
-import resource
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from dropformer.metrics.offload.process_memory import PeakMemory
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.device import input_device
 
@@ -133,31 +130,11 @@ def parameter_bytes(model: nn.Module) -> int:
 def peak_of(function: Callable[[], T], device: torch.device | str = "cpu") -> tuple[T, Peak]:
     """Run `function` and return its result with the peak memory it added.
 
-    On CUDA: `max_memory_allocated` above what was allocated before, which is what the tensors took
-    (the allocator's cache and the context are not in it).  On Linux: the resident set's high-water mark
-    (VmHWM, reset first) above the resident set before, after the C allocator has given its free pages
-    back.  That counts pages touched by the whole process in that time: other threads, pages of the
-    weights read for the first time, and libraries loaded by the call are in it, so run the function
-    once before measuring.  Elsewhere only the lifetime's high-water mark can be read: its growth, which
-    is 0 when an earlier peak was higher; `Peak.source` then says "rss (lifetime)".
+    See `PeakMemory` for what is counted; run the function once before, so that lazy loading is not.
     """
-    device = torch.device(device)
-    if device.type == "cuda":
-        return _peak_cuda(function, device)
-    _trim()
-    before, source = _start_rss()
+    memory = PeakMemory(device)
     result = function()
-    after = _high_water() if source == "rss" else _lifetime_peak()
-    return result, Peak(max(0, after - before), source)
-
-
-def _peak_cuda(function: Callable[[], T], device: torch.device) -> tuple[T, Peak]:
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    result = function()
-    torch.cuda.synchronize(device)
-    return result, Peak(torch.cuda.max_memory_allocated(device) - before, "cuda")
+    return result, Peak(memory.extra, memory.source)
 
 
 def _prefill(model: nn.Module, length: int) -> Any:
@@ -193,36 +170,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, dict | list | tuple):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
-
-
-def _start_rss() -> tuple[int, str]:
-    """Reset the high-water mark where the kernel lets a process do so, and read the resident set."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS"), "rss"
-    except OSError:
-        return _lifetime_peak(), "rss (lifetime)"
-
-
-def _high_water() -> int:
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(field)
-
-
-def _lifetime_peak() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _trim() -> None:
-    """Ask glibc to return free heap pages, so that reusing them counts as growth; elsewhere do nothing."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        return

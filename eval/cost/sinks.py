@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
 from dropformer.prune.errors import ArchitectureError, EvaluationError
 from dropformer.prune.loading.device import input_device
+from dropformer.prune.loading.parts import empty_cache
 
 _POSITIONS = (0, 37)  # where the probe token is computed
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative; 16-bit keys get the default
@@ -141,7 +142,7 @@ def sink_cache(model: nn.Module, shape: Sinks) -> Cache:
     ArchitectureError for a model whose keys are not rotated by position, with the layer and reason.
     """
     rotations = key_rotations(model)
-    layers = DynamicCache(config=model.config).layers  # type: ignore[arg-type]
+    layers = empty_cache(model).layers
     return Cache(layers=[_sink_layer(layer, rotations.get(i), shape) for i, layer in enumerate(layers)])
 
 
@@ -197,11 +198,11 @@ def _check_default_positions(model: nn.Module, rotations: dict[int, Rotation]) -
     Only the first caching layer can tell (the keys of deeper ones depend on the tokens before), and
     only if no linear-attention layer comes before it.
     """
-    layers = DynamicCache(config=model.config).layers  # type: ignore[arg-type]
+    layers = empty_cache(model).layers
     first = min(rotations, default=None)
     if first is None or any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers[:first]):
         return
-    cache, ids = DynamicCache(config=model.config), _probe_ids(model)  # type: ignore[arg-type]
+    cache, ids = empty_cache(model), _probe_ids(model)
     for tokens in (ids.expand(-1, 5), ids):
         _forward(model, input_ids=tokens, past_key_values=cache)
     keys = getattr(cache.layers[first], "keys", None)
@@ -255,7 +256,7 @@ def _probe_ids(model: nn.Module) -> Tensor:
 def _probe(model: nn.Module, position: int) -> list[_Cached | None]:
     """What each layer caches for single tokens at `position`; None where it caches no keys."""
     ids = _probe_ids(model)
-    cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+    cache = empty_cache(model)
     _forward(model, input_ids=ids, position_ids=torch.full_like(ids, position), past_key_values=cache)
     return [_cached(layer) for layer in cache.layers]
 

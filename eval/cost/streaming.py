@@ -13,17 +13,19 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from dropformer.eval.cost.memory import kv_bytes, state_bytes
 from dropformer.eval.cost.sinks import Sinks, sink_cache
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.device import input_device
+from dropformer.prune.loading.parts import empty_cache
 
 Progress = Callable[[int], None]  # called with the number of tokens read so far
 _Reader = Callable[[int, int], Tensor]  # logits [end - start, V] of the tokens from start to end
@@ -86,7 +88,7 @@ def full(
     model: nn.Module, ids: Tensor, chunk: int = 512, *, segments: int = 16, progress: Progress | None = None
 ) -> StreamResult:
     """Read token ids [T] with the ordinary cache that keeps every token."""
-    cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+    cache = empty_cache(model)
     return _read("full cache", _Text(ids, segments), chunk, _cached(model, ids, cache), cache, progress)
 
 
@@ -118,9 +120,9 @@ def streaming_speed(model: nn.Module, ids: Tensor, shape: Sinks, tokens: int = 8
         cached(begin, min(start, begin + 256))
     streaming, recomputed = [], []
     for position in range(start, start + tokens + 1):
-        streaming.append(_seconds(lambda end=position + 1: cached(end - 1, end)))  # type: ignore[misc]
+        streaming.append(_seconds(partial(cached, position, position + 1)))
         window = ids[position + 1 - single.size : position + 1][None].to(_device(model))
-        recomputed.append(_seconds(lambda w=window: model(input_ids=w, use_cache=False, **_keep(model, 1))))  # type: ignore[misc]
+        recomputed.append(_seconds(partial(model, input_ids=window, use_cache=False, **_keep(model, 1))))
     return StreamSpeed(statistics.median(streaming[1:]), statistics.median(recomputed[1:]))
 
 

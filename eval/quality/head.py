@@ -41,7 +41,8 @@ class SplitModel:
             out = self.model(input_ids=input_ids, **inputs)
             out["last_hidden_state"] = out.logits
             return out
-        return self.trunk(input_ids=input_ids, **inputs)  # type: ignore[misc]
+        assert self.trunk is not None  # else "whole"
+        return self.trunk(input_ids=input_ids, **inputs)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits of hidden states [..., D] -> [..., V], all at once: see `pieces` for many."""
@@ -67,7 +68,8 @@ class SplitModel:
             output["last_hidden_state"] = hidden
             return output
 
-        hook = self.trunk.register_forward_hook(replace)  # type: ignore[union-attr]
+        assert self.trunk is not None
+        hook = self.trunk.register_forward_hook(replace)
         try:
             return self.model(input_ids=self._probe()[:, :1], use_cache=False).logits
         finally:

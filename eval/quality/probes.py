@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
 
 from dropformer.metrics.calibration.settings import context_of
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.device import input_device
+from dropformer.prune.loading.parts import empty_cache
+from dropformer.prune.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,9 @@ def needle(seed: int = 0, count: int = 12, sentences: int = 60) -> Probe:
     return Probe("needle", " ".join(filler) + "\n", questions)
 
 
-PROBES: dict[str, Callable[[int], Probe]] = {"copy": copying, "addition": addition, "needle": needle}
+PROBES: Registry[Callable[[int], Probe]] = Registry(
+    "probe", {"copy": copying, "addition": addition, "needle": needle}, EvaluationError
+)
 
 
 def run_probes(
@@ -153,11 +156,7 @@ def run_probes(
 
     Raises EvaluationError for an unknown name.
     """
-    names = list(PROBES) if names is None else names
-    for name in names:
-        if name not in PROBES:
-            raise EvaluationError(f"unknown probe `{name}`; expected {', '.join(PROBES)}")
-    probes = [PROBES[name](seed) for name in names]
+    probes = [PROBES[name](seed) for name in (PROBES if names is None else names)]
     room = context_of(model.config) or math.inf
     return [score(model, tokenizer, probe) for probe in probes if probe.tokens(tokenizer) <= room]
 
@@ -169,7 +168,7 @@ def score(model: nn.Module, tokenizer: Any, probe: Probe) -> ProbeResult:
     The shared text is computed once; each question continues a copy of its cache, and all answers of a
     question go through the model together.
     """
-    shared = DynamicCache(config=model.config)  # type: ignore[arg-type]
+    shared = empty_cache(model)
     if probe.shared:
         model(
             input_ids=_ids(tokenizer, probe.shared, model, special=True)[None], past_key_values=shared, use_cache=True

@@ -14,6 +14,7 @@ from dropformer.eval.quality.long_context import LongText, ask, band, bands, nee
 from dropformer.eval.report.prepare import Candidate
 from dropformer.eval.report.results import ModelResult
 from dropformer.progress import Progress
+from dropformer.prune.loading.parts import windows_of
 
 NEAR = 1024  # positions told apart where no layer has a window
 
@@ -58,7 +59,7 @@ def _beyond(
     model: nn.Module, texts: Sequence[LongText], losses: Sequence[Tensor], dense: Sequence[Tensor]
 ) -> dict[str, Any] | None:
     """What is lost at positions within the widest window of the model's layers, and at those beyond."""
-    seen = [m.window.width + m.window.sinks for m in model.modules() if hasattr(getattr(m, "window", None), "sinks")]
+    seen = [window.width + window.sinks for window in windows_of(model).values()]
     edge, context = max(seen, default=NEAR), len(texts[0].ids)
     if edge + 1 >= context:
         return None

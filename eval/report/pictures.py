@@ -33,7 +33,8 @@ def quality_by_drop(evaluation: Evaluation, path: Path) -> Path | None:
         if model.trend:
             drops, ratios = zip(*_over_dense(model), strict=True)
             axes.plot(drops, ratios, "o--", color=color, markersize=4, linewidth=1.2, alpha=0.8)
-        ratio = model.perplexity["value"] / dense.perplexity["value"]  # type: ignore[index]
+        assert model.perplexity
+        ratio = model.perplexity["value"] / dense.perplexity["value"]
         axes.plot([len(model.drops)], [ratio], "D", color=color, markersize=8, label=model.name)
         if model.trend and model.trend.cliff is not None:
             axes.axvline(model.trend.cliff, color=CLIFF, linestyle=":", linewidth=1.5)

@@ -59,9 +59,11 @@ def _far_losses(results: Sequence[ModelResult]) -> Iterator[str]:
 
 def _knowledge(results: Sequence[ModelResult]) -> Iterator[str]:
     tasks = results[0].tasks
-    names = [name for name in tasks.named if name.startswith("mmlu")] if tasks else []
+    if tasks is None:
+        return
+    names = [name for name in tasks.named if name.startswith("mmlu")]
     for name in names:
-        found = tasks.tasks[name]  # type: ignore[union-attr]
+        found = tasks.tasks[name]
         if found.value is not None and found.value < MMLU_CHANCE + CLEAR * (found.stderr or 0.0):
             yield (
                 f"{results[0].name} is near chance on {name} ({found.value:.1%}, guessing gives {MMLU_CHANCE:.0%}), "

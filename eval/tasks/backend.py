@@ -181,3 +181,9 @@ class FastLM(HFLM):
 def without_remarks() -> AbstractContextManager[None]:
     """lm-eval warns that a model in memory ignores loading options; here that is the purpose."""
     return quiet_logger("lm_eval.models.huggingface")
+
+
+def own_lm(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, **options: Any) -> HFLM:
+    """lm-eval's own model class, for comparison."""
+    with without_remarks():
+        return HFLM(model, backend="causal", tokenizer=tokenizer, **options)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, cast
 
 import yaml
 from lm_eval.api.group import Group
@@ -89,9 +90,9 @@ def _from_registry(name: str, include: Path | None) -> dict[str, Task | Group]:
     return out
 
 
-def _load(manager: TaskManager, name: str) -> dict:
+def _load(manager: TaskManager, name: str) -> dict[str, Any]:
     try:
-        return manager.load([name])  # type: ignore[return-value]
+        return cast(dict[str, Any], manager.load([name]))
     except EvaluationError:
         raise
     except Exception as error:  # data sets fail in as many ways as there are hosts, formats and versions

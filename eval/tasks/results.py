@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from dropformer.eval.tasks.paired import Paired, compare
 from dropformer.prune.artifact import Artifact, FrozenRecord
@@ -17,7 +17,7 @@ class TaskOptions:
 
     shots: few-shot examples, None for each task's own. limit: questions for each named task or group, drawn
     by `seed` in proportion to its parts. mmlu_data: folder of MMLU's CSV files. include: folder of further
-    task files. backend: "fast" or lm-eval's own "hf", the latter with batch_size. cache: folder in which
+    task files. backend: a name in `backends.BACKENDS`; lm-eval's own "hf" takes batch_size. cache: folder in which
     answers are kept; a run that was cut off goes on from them. lm: further arguments of lm-eval's hf model.
     """
 
@@ -26,7 +26,7 @@ class TaskOptions:
     seed: int = 0
     mmlu_data: Path | None = None
     include: Path | None = None
-    backend: Literal["fast", "hf"] = "fast"
+    backend: str = "fast"
     batch_size: int = 1
     cache: Path | None = None
     lm: Mapping[str, Any] | None = None

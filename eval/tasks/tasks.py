@@ -19,10 +19,10 @@ from lm_eval.api.group import Group
 from lm_eval.api.model import LM
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
-from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dropformer.eval.tasks.backend import FastLM, Progress, without_remarks
+from dropformer.eval.tasks.backend import FastLM, Progress
+from dropformer.eval.tasks.backends import BACKENDS
 from dropformer.eval.tasks.registry import Found, find_tasks, leaves_of
 from dropformer.eval.tasks.responses import RememberingLM, SharingLM, fingerprint
 from dropformer.eval.tasks.results import Metric, TaskOptions, TaskResult, TaskResults
@@ -100,11 +100,8 @@ def _set_shots(found: Found, shots: int | None) -> None:
 
 
 def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: TaskOptions) -> LM:
-    more = dict(options.lm or {})
-    if options.backend == "fast":
-        return FastLM(model, tokenizer, batch_size=options.batch_size, **more)
-    with without_remarks():
-        return HFLM(model, backend="causal", tokenizer=tokenizer, batch_size=options.batch_size, **more)
+    make = BACKENDS[options.backend].method()
+    return make(model, tokenizer, batch_size=options.batch_size, **(options.lm or {}))
 
 
 def _remembered(

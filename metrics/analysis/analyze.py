@@ -19,9 +19,10 @@ from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.discovery.proof import prove
 from dropformer.prune.discovery.summarize import summarize
-from dropformer.prune.discovery.trace import members_of, tensors_in
+from dropformer.prune.discovery.trace import members_of
 from dropformer.prune.errors import CalibrationError
 from dropformer.prune.loading.device import input_device
+from dropformer.prune.loading.parts import evaluating, tensors_in
 
 Progress = Callable[[int, int], None]  # windows done, tokens done
 Batch = Mapping[str, Tensor] | Tensor
@@ -90,11 +91,12 @@ def measuring(model: nn.Module, architecture: Architecture) -> Iterator[Callable
 @contextmanager
 def _same_attention(model: nn.Module) -> Iterator[None]:
     """After the `with`, BigBird's attention is sparse again, which a short text makes a full one."""
-    before = [(module, module.attention_type) for module in model.modules() if hasattr(module, "set_attention_type")]
+    switches: list[Any] = [module for module in model.modules() if hasattr(module, "set_attention_type")]
+    before = [(module, module.attention_type) for module in switches]
     yield
     for module, kind in before:
         if module.attention_type != kind:
-            module.set_attention_type(kind)  # type: ignore[operator]
+            module.set_attention_type(kind)
 
 
 def scores_of(model: nn.Module, architecture: Architecture, rows: WindowScores, ref: ModelRef | None = None) -> Scores:
@@ -153,18 +155,6 @@ def calibrated(scores: Scores, windows: CalibrationData) -> Scores:
 def trunk(model: nn.Module) -> nn.Module:
     """The model without its language-model head, so that no logits are computed."""
     return getattr(model, getattr(model, "base_model_prefix", "") or "-", model)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the `with`, no dropout; the training mode of every module is back on exit."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def as_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:

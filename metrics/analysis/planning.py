@@ -8,10 +8,11 @@ from typing import Any
 
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.prune.architecture import Layer
+from dropformer.prune.choosing import PublishedLists, choose, choose_windows
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
 from dropformer.prune.packable import choose_packable
-from dropformer.prune.plan import Plan, PublishedLists, choose, choose_windows, make_plan
+from dropformer.prune.plan import Plan, make_plan
 from dropformer.prune.spec import parse_spec, without_windows
 from dropformer.prune.window import Window
 

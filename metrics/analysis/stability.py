@@ -18,9 +18,9 @@ from dropformer.metrics.analysis.analyze import means
 from dropformer.metrics.analysis.capture import WindowScores
 from dropformer.metrics.analysis.scores import Settled
 from dropformer.prune.architecture import Layer
+from dropformer.prune.choosing import choose
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import choose
 from dropformer.prune.spec import parse_spec
 
 RESAMPLES = 200

@@ -16,7 +16,7 @@ from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import attention_module
 from dropformer.prune.errors import CalibrationError
 from dropformer.prune.loading import window_cache
-from dropformer.prune.loading.modeling import hidden_states
+from dropformer.prune.loading.skipped_modules import hidden_states
 from dropformer.prune.loading.window_attention import unfit, window_attention
 from dropformer.prune.outline import Outline
 from dropformer.prune.window import Window

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from dropformer.metrics.blockwise.runner import BlockRunner, replaced
+from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import Variant, dropped_forms, skipped_at
 from dropformer.prune.architecture import Architecture, Layer
+from dropformer.prune.loading.parts import replaced
 
 BUSY_CPU, BUSY_GPU = 256, 8192  # tokens in a pass beyond which more variants at once gain nothing
 
@@ -161,11 +162,6 @@ def dropped_modules(model: nn.Module, architecture: Architecture, layers: Iterab
     return skipped_at(model, dropped_forms(architecture, layers))
 
 
-def first_block(layers: Iterable[Layer]) -> int:
-    """The first block that dropping these layers changes; 0 where there are none."""
-    return min((layer.index for layer in layers), default=0)
-
-
 def first_changed(runner: BlockRunner, paths: Iterable[str]) -> int:
     """The first block that other modules at these paths change; 0 where there are none."""
     blocks = [f"{block.path}." for block in runner.blocks]
@@ -179,8 +175,3 @@ def _joint(streams: Sequence[Tensor]) -> Tensor:
 
 def _parts(items: Sequence[int], size: int) -> list[Sequence[int]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def with_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Those of some modules that have parameters: repairs, not what merely takes a dropped layer's place."""
-    return {path: module for path, module in modules.items() if any(True for _ in module.parameters())}

@@ -17,8 +17,9 @@ from torch import nn
 
 from dropformer.metrics.blockwise.provider import Source
 from dropformer.metrics.offload.keeper import Keeper
+from dropformer.metrics.offload.passes import blocks_of, holds_weights
 from dropformer.metrics.offload.process_memory import MARGIN, resident, return_freed, shown
-from dropformer.metrics.offload.streaming import Streamed, blocks_of, holds_weights, open_streamed
+from dropformer.metrics.offload.streaming import Streamed, open_streamed
 from dropformer.metrics.offload.weights import Weights
 from dropformer.prune.errors import ModelError
 

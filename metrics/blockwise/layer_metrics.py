@@ -22,9 +22,10 @@ from torch import Tensor
 from dropformer.metrics.analysis.similarity import cosine, dot, norm
 from dropformer.metrics.blockwise.divergence import DenseReference, dropped_modules
 from dropformer.metrics.blockwise.residuals import residual_pairs
-from dropformer.metrics.blockwise.runner import BlockRunner, replaced
+from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import variant
 from dropformer.prune.architecture import Architecture, Layer
+from dropformer.prune.loading.parts import replaced
 
 
 @dataclass(frozen=True)

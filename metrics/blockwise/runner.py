@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,21 +24,10 @@ from dropformer.metrics.offload.keeper import Keeper
 from dropformer.prune.architecture import Architecture, Stack, Tap
 from dropformer.prune.discovery.trace import outputs_of
 from dropformer.prune.errors import ArchitectureError
-from dropformer.prune.loading.modeling import Skipped
+from dropformer.prune.loading.parts import replaced
+from dropformer.prune.loading.skipped_modules import Skipped
 
 SIMILARITY = "use --metric similarity with --select one-shot and no --repair"
-
-
-@contextmanager
-def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside the `with`, other modules stand at these paths; afterwards the model's own are back."""
-    with ExitStack() as undo:
-        for path, module in modules.items():
-            parent, _, leaf = path.rpartition(".")
-            owner = model.get_submodule(parent)
-            undo.callback(setattr, owner, leaf, getattr(owner, leaf))
-            setattr(owner, leaf, module)
-        yield
 
 
 @dataclass(frozen=True)
@@ -108,6 +97,7 @@ class BlockRunner:
     def walk(self, first: int = 0, last: int | None = None) -> Iterator[int]:
         """The blocks from `first` to before `last` in order, each with its weights there while it is dealt with."""
         for block in range(first, len(self.blocks) if last is None else last):
+            self.keeper.release()
             self.provider.enter(self.blocks[block].path)
             yield block
 

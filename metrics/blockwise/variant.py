@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dropformer.metrics.blockwise.stand_ins import device_of, with_parameters_of
 from dropformer.prune.architecture import Architecture, Layer
-from dropformer.prune.loading.modeling import Skipped, replacement
+from dropformer.prune.loading.skipped_modules import Skipped, replacement
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from dropformer.metrics.calibration.images import PIXELS, pictures
 from dropformer.metrics.calibration.settings import Calibration, CalibrationRef
 from dropformer.metrics.calibration.text import writes_itself
 from dropformer.metrics.calibration.windows import Windows, windows
-from dropformer.prune.discovery.inputs import longest_text, takes_pictures
 from dropformer.prune.errors import CalibrationError, ModelError
 from dropformer.prune.loading.tokenizer import why_no_tokenizer
+from dropformer.prune.samples.inputs import longest_text, takes_pictures
 
 
 class CalibrationData(Protocol):

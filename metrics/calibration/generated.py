@@ -108,10 +108,11 @@ def _devices(model: Any) -> list[torch.device]:
 
 def _generate(writer: Writer, ids: Tensor, length: int, answers: bool) -> list[list[int]]:
     """Rows [B, P] written on to `length` tokens, or to their end where they `answer`."""
-    model, end = writer.model, writer.tokenizer.eos_token_id
-    ids = ids.to(model.device)  # type: ignore[arg-type]
+    model: Any = writer.model
+    end = writer.tokenizer.eos_token_id
+    ids = ids.to(model.device)
     with torch.inference_mode(), quiet_transformers():  # which warns of an end that no token is
-        rows = model.generate(  # type: ignore[operator]
+        rows = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length - ids.shape[1],
             do_sample=True, temperature=1.0, top_p=TOP_P, top_k=0,
             eos_token_id=end if answers else -1,  # -1: no token ends a text, the next one begins behind it

@@ -62,7 +62,7 @@ def pictures(calibration: Calibration, config: Any, folder: Path) -> Pictures:
     `folder` holds the model and its image processor.  Of a folder with fewer images than asked for all are
     used.  Raises CalibrationError for a text, for a folder without images, and where there is no processor.
     """
-    from dropformer.prune.discovery.inputs import random_pixels
+    from dropformer.prune.samples.inputs import random_pixels
 
     if calibration.name == PIXELS:
         pixels = random_pixels(config, calibration.samples, calibration.seed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 import tempfile
 import weakref
@@ -26,6 +28,7 @@ class Keeper:
         self.host, self.device, self.folder = host, device, folder
         self.held = {"device": 0, "host": 0, "disk": 0}
         self.peak = dict(self.held)
+        self._files: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
 
     def keep(self, tensor: Tensor) -> Tensor:
         """The tensor where it may stay; its values do not change.  Storage that it shares with others is not freed."""
@@ -37,7 +40,14 @@ class Keeper:
             tensor = tensor.cpu()
         if size < SMALLEST or self.host is None or self.held["host"] + size <= self.host:
             return self._count("host", tensor, size)
-        return self._count("disk", self._mapped(tensor), size)
+        kept = self._count("disk", self._mapped(tensor), size)
+        self._files[id(kept)] = kept
+        return kept
+
+    def release(self) -> None:
+        """Give back the memory of what was read from files: it is read again where it is used again."""
+        for tensor in list(self._files.values()):
+            forget(tensor)
 
     def _on_device(self, device: torch.device) -> int:
         if self.device is None:
@@ -60,8 +70,18 @@ class Keeper:
         handle, path = tempfile.mkstemp(prefix="dropformer-", dir=self.folder)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-            found = torch.from_file(path, shared=False, size=tensor.numel(), dtype=tensor.dtype)
+                file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            found = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         finally:
             Path(path).unlink()
         return found.view(tensor.shape)
+
+
+def forget(tensor: Tensor) -> None:
+    """Drop the pages of a tensor that is mapped, shared, from a file of its own: the file still has its bytes."""
+    advise = getattr(mmap, "MADV_DONTNEED", None)  # neither on Windows nor on every Unix
+    if advise is None:
+        return
+    storage = tensor.untyped_storage()
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise(ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), ctypes.c_int(advise))

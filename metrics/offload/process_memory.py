@@ -1,4 +1,4 @@
-"""How much memory this process has used, and how much of a budget that leaves for waiting passes."""
+"""The memory of this process: resident, at its peak, on a GPU; and the part of a budget left for waiting passes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from dropformer.prune.errors import ModelError
 
 if TYPE_CHECKING:
+    import torch
+
     from dropformer.metrics.offload.spill import Spill
 
 MARGIN = 0.05  # of the budget, left free
@@ -65,32 +67,39 @@ def peak() -> int:
 
 
 class PeakMemory:
-    """The most memory that was taken beyond what was in use at the start: a GPU's where there is one, else resident.
+    """The most memory that was held beyond what was in use at the start.
 
-    The kernel's own high-water mark is set back, where it may be (Linux); where not, an earlier peak hides a lower one.
+    `source`: "cuda": what torch's allocator gave out on the device.  "rss": the resident set's high-water mark, set
+    back first (Linux), which counts pages of the whole process: other threads, weights that are read for the first
+    time, libraries that are loaded.  "rss (lifetime)": a mark that cannot be set back, so that an earlier peak hides a
+    lower one.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
-        self.device = device
-        if device == "cuda":
-            import torch
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        import torch
 
-            torch.cuda.reset_peak_memory_stats()
-            self._start = torch.cuda.memory_allocated()
-        else:
-            return_freed()
-            with suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-            self._start = resident()
+        self.device = torch.device(device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.source, self._start = "cuda", torch.cuda.memory_allocated(self.device)
+            return
+        return_freed()
+        try:
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+            self.source, self._start = "rss", resident()
+        except OSError:
+            self.source, self._start = "rss (lifetime)", peak()
 
     @property
     def extra(self) -> int:
         """Bytes beyond those in use at the start."""
-        if self.device == "cuda":
-            import torch
+        if self.source != "cuda":
+            return max(0, peak() - self._start)
+        import torch
 
-            return max(0, torch.cuda.max_memory_allocated() - self._start)
-        return max(0, peak() - self._start)
+        torch.cuda.synchronize(self.device)
+        return max(0, torch.cuda.max_memory_allocated(self.device) - self._start)
 
 
 def _status(field: str) -> int:

@@ -11,6 +11,7 @@ import mmap
 import os
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +129,7 @@ class Weights:
         tensors = {name: t.view(self.checkpoint.tensors[name].shape) for name, t in tensors.items()}
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         with quiet_transformers():
-            how = LoadStateDictConfig(weight_mapping=self._mapping, dtype=dtype)  # type: ignore[arg-type]
+            how = LoadStateDictConfig(weight_mapping=cast(Any, self._mapping), dtype=dtype)
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, how)
         if info.conversion_errors or info.mismatched_keys or info.unexpected_keys:
             raise CheckpointError(f"{names[0]} and its like cannot be converted for {type(self.model).__name__}")

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dropformer.metrics.blockwise.divergence import first_changed
-from dropformer.metrics.blockwise.runner import BlockRunner, replaced
+from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.repair.base import Changes, RepairContext
 from dropformer.metrics.repair.ridge import token_weights
 from dropformer.metrics.repair.sequential import DenseStreams, StreamSite, sites, target
 from dropformer.prune.architecture import Architecture, Layer, Stack
+from dropformer.prune.discovery.replay import picked
 from dropformer.prune.discovery.trace import outputs_of
+from dropformer.prune.loading.parts import replaced
 
 HOOKS = ("_hf_hook", "_old_forward", "forward")  # accelerate's, which would bring the old weights
 
@@ -224,7 +226,7 @@ def run_block(runner: BlockRunner, block: int, module: nn.Module, batch: int, st
     args, kwargs = tree_map(_free, runner.arguments(block, batch, stream.to(device)))
     quick: AbstractContextManager = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     with quick:
-        return outputs_of(module(*args, **kwargs))[found.output.key]  # type: ignore[index]
+        return picked(outputs_of(module(*args, **kwargs)), found.output.key)
 
 
 def _free(value: Any) -> Any:

@@ -16,7 +16,7 @@ from dropformer.metrics.repair.base import Changes, Foresight, RepairContext
 from dropformer.metrics.repair.independent import IndependentRefit, RefitTarget, SlotFit
 from dropformer.metrics.repair.slots import OutputProjection
 from dropformer.prune.architecture import Architecture, Layer
-from dropformer.prune.loading.modeling import replacement
+from dropformer.prune.loading.skipped_modules import replacement
 
 
 def linear_forms(model: nn.Module, architecture: Architecture, layer: Layer, width: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Heal a pruned model with low-rank adapters (LoRA, arXiv 2106.09685), distilled from the dense model.
 
-The pruned model learns to give the dense model's probabilities (arXiv 1503.02531) and its streams between blocks on
-the calibration windows: what is learned is not the text but the dense model's answer to it.  The adapters are merged
-into the weights afterwards, so that a checkpoint stays in its format and costs nothing more to run.  Needs peft.
+The pruned model learns to give the dense model's probabilities (arXiv 1503.02531) on the calibration windows: what is
+learned is not the text but the dense model's answer to it.  The adapters are merged into the weights afterwards, so
+that a checkpoint stays in its format and costs nothing more to run.  Needs peft.
 """
 
 from __future__ import annotations
@@ -21,11 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from dropformer.metrics.blockwise.divergence import first_changed
-from dropformer.metrics.blockwise.runner import BlockRunner, replaced
+from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.repair.base import Changes, RepairContext
-from dropformer.metrics.repair.distill import padding, relative_error
-from dropformer.prune.architecture import Block
 from dropformer.prune.discovery.trace import outputs_of
+from dropformer.prune.loading.parts import replaced
 from dropformer.prune.surgery.views import sharing_copy
 
 Progress = Callable[[int, int], None]
@@ -33,8 +32,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Healing:
-    """How to train: ranks, the highest learning rate, passes over the windows, every how many positions' logits count,
-    and what the error of the streams between blocks counts beside them.
+    """How to train: ranks, the highest learning rate, passes over the windows, every how many positions' logits count.
 
     `room`: bytes of a pass that may be kept for its gradients; where they take more, blocks run again instead.
     """
@@ -44,7 +42,6 @@ class Healing:
     epochs: int = 2
     stride: int = 4
     warm_up: int = 8
-    streams: float = 1.0
     room: int = 2 << 30
 
     def factor(self, step: int, steps: int) -> float:
@@ -94,7 +91,7 @@ def heal(
         behind = [block.path for block in runner.blocks[first:]]
         again = behind if activations(student, adapted, runner) > how.room else []
         with recomputing(student, again):
-            train(student, adapted.values(), runner, first, how, progress)
+            train(student, adapted.values(), runner, how, progress)
         passes = 4 if again else 3
         runner.work.spent += (len(runner.blocks) + passes * len(behind)) * runner.tokens * how.epochs
         return {f"{path}.weight": runner.keeper.keep(merged(adapted.pop(path))) for path in list(adapted)}
@@ -102,7 +99,7 @@ def heal(
 
 def activations(student: nn.Module, adapted: Iterable[str], runner: BlockRunner) -> int:
     """About how many bytes a pass keeps for its gradients: what linear modules read and write, three times over."""
-    widths = sum(sum(student.get_submodule(path).weight.shape) for path in adapted)
+    widths = sum(sum(student.get_parameter(f"{path}.weight").shape) for path in adapted)
     most = max(inputs["input_ids"].numel() for inputs in runner.batches)
     return 3 * widths * most * runner.start(0).element_size()
 
@@ -140,12 +137,10 @@ def train(
     student: nn.Module,
     adapted: Iterable[Any],
     runner: BlockRunner,
-    first: int,
     how: Healing,
     progress: Progress | None,
 ) -> None:
-    """Bring KL(dense || student) and the errors of the streams behind each block from `first` on down, one batch a
-    step, domains mixed, positions in turn."""
+    """Bring KL(dense || student) down, one batch a step, domains mixed, positions in turn."""
     steps = [batch for epoch in range(how.epochs) for batch in shuffled(len(runner), epoch)]
     learned = [p for adapter in adapted for p in adapter.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=how.rate, betas=(0.9, 0.95), weight_decay=0.0)
@@ -154,15 +149,12 @@ def train(
         positions = _positions(inputs["input_ids"], runner.counted[batch], step % how.stride, how.stride)
         for group in optimizer.param_groups:
             group["lr"] = how.rate * how.factor(step, len(steps))
-        with torch.no_grad(), streams(runner.model, runner.blocks[first:]) as dense:
+        with torch.no_grad():
             goal = log_probabilities(runner.model, inputs, positions)
-        with torch.enable_grad(), streams(student, runner.blocks[first:]) as given:
+        with torch.enable_grad():
             found = log_probabilities(student, inputs, positions)
             loss = nn.functional.kl_div(found, goal, log_target=True, reduction="sum") / goal.shape[:-1].numel()
-            masks = padding(inputs), runner.counted[batch]
-            errors = [relative_error(x, y.to(x.device), *masks) for x, y in zip(given, dense, strict=True)]
-            (loss + how.streams * sum(errors) / max(len(errors), 1)).backward()
-        del dense, given, errors
+            loss.backward()
         nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -176,21 +168,6 @@ def _positions(ids: Tensor, counted: Tensor | None, first: int, stride: int) -> 
         return torch.arange(first, ids.shape[1], stride)
     found = counted[:, 1:].any(0).nonzero()[:, 0].cpu()
     return found[min(first, len(found) - 1) :: stride]
-
-
-@contextmanager
-def streams(model: nn.Module, blocks: Sequence[Block]) -> Iterator[list[Tensor]]:
-    """What these blocks give, in the order in which they run, during a pass inside the `with`.  [B, T, D] each."""
-    found: list[Tensor] = []
-
-    def note(key: Any, _m: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        found.append(outputs_of(output)[key])
-
-    with ExitStack() as hooks:
-        for block in blocks:
-            module = model.get_submodule(block.path)
-            hooks.callback(module.register_forward_hook(partial(note, block.output.key)).remove)
-        yield found
 
 
 def log_probabilities(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from dropformer.metrics.blockwise.stand_ins import with_parameters_of
 from dropformer.metrics.repair.slots import BranchOutput, OutputProjection
 from dropformer.prune.architecture import Layer, Tap
 from dropformer.prune.discovery.proof import on_tap
-from dropformer.prune.loading.modeling import hidden_states
+from dropformer.prune.loading.skipped_modules import hidden_states
 
 
 @dataclass

@@ -55,7 +55,7 @@ class RepairEntry:
 
 
 REPAIRS: Registry[RepairEntry] = Registry(
-    "repair",
+    "--repair",
     {
         "linear": RepairEntry(
             "a linear map in the place of each dropped attention layer",

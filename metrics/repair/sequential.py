@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dropformer.metrics.blockwise.divergence import first_changed
 from dropformer.metrics.blockwise.residuals import after_branch, reading_block
-from dropformer.metrics.blockwise.runner import BlockRunner, replaced
+from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import Changes, Variant, variant
 from dropformer.metrics.repair.base import RepairContext
 from dropformer.metrics.repair.gaps import all_slots
@@ -27,6 +27,7 @@ from dropformer.metrics.repair.observe import Observation, observe
 from dropformer.metrics.repair.ridge import PENALTIES, ChannelSums, Fit, Group, MomentSums, fit, token_weights
 from dropformer.metrics.repair.slots import OutputProjection, projections
 from dropformer.prune.architecture import Architecture, Branch, Layer, Stack
+from dropformer.prune.loading.parts import replaced
 
 
 def fit_all(context: RepairContext) -> Changes:

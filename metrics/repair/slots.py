@@ -17,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from dropformer.prune.architecture import Architecture, Block, Branch, Layer, Tap
 from dropformer.prune.discovery.dataflow import ADDS, KEEPS_PLACE, SCALES, Flow, Term
-from dropformer.prune.discovery.inputs import sample_inputs
-from dropformer.prune.discovery.replay import evaluating
+from dropformer.prune.discovery.replay import traceable
 from dropformer.prune.discovery.trace import Call, Op, Trace, tracing
+from dropformer.prune.samples.inputs import sample_inputs
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class BranchOutput:
 
 def branch_outputs(model: nn.Module, architecture: Architecture) -> dict[Layer, BranchOutput]:
     """The output of every branch, from one tiny traced forward pass.  Works on the meta device too."""
-    with evaluating(model), tracing(model) as trace:
+    with traceable(model), tracing(model) as trace:
         model(**sample_inputs(model))
     found: dict[Layer, BranchOutput] = {}
     for stack in architecture.stacks:

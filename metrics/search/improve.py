@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from dropformer.metrics.analysis.analyze import evaluating, proven
+from dropformer.metrics.analysis.analyze import proven
 from dropformer.metrics.blockwise.divergence import DenseReference
 from dropformer.metrics.blockwise.layer_metrics import MetricContext, Ranking
 from dropformer.metrics.blockwise.provider import InMemory, Source, provider_for
@@ -30,11 +30,13 @@ from dropformer.metrics.search.selections import affordable, shortlist
 from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.discovery.inputs import writes_text
+from dropformer.prune.choosing import check_attention_left, choose, unprotected
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ModelError, PlanError
+from dropformer.prune.loading.parts import evaluating
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import Plan, check_attention_left, choose, make_plan, unprotected
+from dropformer.prune.plan import Plan, make_plan
+from dropformer.prune.samples.inputs import writes_text
 from dropformer.prune.spec import parse_spec
 
 Tell = Callable[[str], None]

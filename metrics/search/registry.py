@@ -45,7 +45,7 @@ class SelectionEntry:
 
 
 METRICS: Registry[MetricEntry] = Registry(
-    "metric",
+    "--metric",
     {
         "similarity": MetricEntry("cos(x, y), arXiv 2406.15786", f"{_METRICS}:mean_similarity"),
         "angular": MetricEntry("1 - arccos(cos(x, y)) / pi, arXiv 2403.17887", f"{_METRICS}:mean_angular"),
@@ -58,7 +58,7 @@ METRICS: Registry[MetricEntry] = Registry(
 )
 
 SELECTIONS: Registry[SelectionEntry] = Registry(
-    "select",
+    "--select",
     {
         "one-shot": SelectionEntry("one ranking of the dense model"),
         "iterative": SelectionEntry("the ranking measured again after each drop", f"{_SEARCH}:pick_iterative"),

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 from dropformer.metrics.search.budget import Meter
 from dropformer.metrics.search.select import Count, greedy, iterative
 from dropformer.prune.architecture import Layer
+from dropformer.prune.choosing import check_attention_left
 from dropformer.prune.errors import PlanError
-from dropformer.prune.plan import check_attention_left
 
 if TYPE_CHECKING:
     from dropformer.metrics.blockwise.layer_metrics import Ranking

@@ -12,7 +12,7 @@ from dropformer.prune.errors import PlanError
 
 if TYPE_CHECKING:
     from dropformer.metrics.search.budget import Latency
-    from dropformer.prune.plan import PublishedLists
+    from dropformer.prune.choosing import PublishedLists
 
 
 @dataclass(frozen=True)

@@ -18,16 +18,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dropformer.prune.architecture import Architecture, Block, Branch, BranchKind, Stack, Tap
+from dropformer.prune.architecture import BRANCH_KINDS, Architecture, Block, Branch, BranchKind, Stack, Tap
 from dropformer.prune.discovery.branches import BranchCandidate, BranchReader, BranchRemoval, form_of, kind_by_name
 from dropformer.prune.discovery.dataflow import Flow, Term, stream_ends
-from dropformer.prune.discovery.inputs import sample_inputs
 from dropformer.prune.discovery.positions import fixed_blocks
-from dropformer.prune.discovery.replay import Replay, evaluating
+from dropformer.prune.discovery.replay import Replay, traceable
 from dropformer.prune.discovery.stacks import block_paths, find_stacks, stack_names
 from dropformer.prune.discovery.streams import continues, hand_on_missing, reversible_flows
 from dropformer.prune.discovery.trace import Call, Trace, tracing
 from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.samples.inputs import sample_inputs
 
 
 def discover(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Architecture:
@@ -52,17 +52,18 @@ def describe(
     name a module of each branch, relative to the block: describe(model, blocks="encoder.layers",
     attn="mix", mlp="ff").  What is said is proven like what is found.
     """
-    unknown = sorted(set(branches) - {"attn", "mlp", "cross"})
+    unknown = sorted(set(branches) - set(BRANCH_KINDS))
     if unknown or not branches:
         raise ArchitectureError(f"a description names branches by attn=, mlp= or cross=; got {unknown or 'none'}")
-    return _discover(model, inputs, [path.strip() for path in blocks.split(",")], branches)
+    named = {kind: branches[kind] for kind in BRANCH_KINDS if kind in branches}
+    return _discover(model, inputs, [path.strip() for path in blocks.split(",")], named)
 
 
 def _discover(
-    model: nn.Module, inputs: Mapping[str, Tensor] | None, paths: list[str] | None, named: Mapping[str, str]
+    model: nn.Module, inputs: Mapping[str, Tensor] | None, paths: list[str] | None, named: Mapping[BranchKind, str]
 ) -> Architecture:
     given = sample_inputs(model) if inputs is None else dict(inputs)
-    with evaluating(model):
+    with traceable(model):
         trace = _trace(model, given)
         paths = paths or find_stacks(model, trace)
         blocks = [path for p in paths for path in block_paths(model, p)]
@@ -77,7 +78,7 @@ def _discover(
     return Architecture(tuple(stacks))
 
 
-def _check_named(model: nn.Module, block: str, named: Mapping[str, str]) -> None:
+def _check_named(model: nn.Module, block: str, named: Mapping[BranchKind, str]) -> None:
     known = dict(model.get_submodule(block).named_modules())
     for module in named.values():
         if module not in known:
@@ -114,7 +115,12 @@ class _StackReader:
     """Reads stacks block by block; blocks that are alike are tried once."""
 
     def __init__(
-        self, model: nn.Module, trace: Trace, replay: Replay, named: Mapping[str, str], inputs: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        trace: Trace,
+        replay: Replay,
+        named: Mapping[BranchKind, str],
+        inputs: Mapping[str, Any],
     ) -> None:
         self.model, self.trace, self.replay, self.named, self.inputs = model, trace, replay, named, inputs
         self.tried: dict[str, str] = {}  # what was tried -> what went wrong
@@ -193,7 +199,8 @@ class _StackReader:
             inplace=any(flow.inplace for flow in flows),
             plain=all(flow.plain for flow in flows),
         )
-        branches, kept = [], {}
+        branches: list[Branch] = []
+        kept: dict[str, str] = {}
         drafts, stateful, scaled = [], set(), any(flow.scaled for flow in flows)
         for flow in flows:
             reader = BranchReader(flow, partial(self._kind, flow))
@@ -208,7 +215,7 @@ class _StackReader:
             else:
                 branches.append(Branch(draft.kind, cut.modules, cut.before, cut.after, cut.delta, scaled))
         parallel = any(draft.parallel for draft in drafts) and len(drafts) > 1
-        return replace(block, branches=tuple(branches), kept=kept, parallel=parallel)  # type: ignore[arg-type]
+        return replace(block, branches=tuple(branches), kept=kept, parallel=parallel)
 
     def _choose(self, block: Block, draft: BranchCandidate) -> BranchRemoval | str:
         """The first way to drop a branch with which the block still runs, or why there is none."""
@@ -237,16 +244,16 @@ class _StackReader:
         for kind, module in self.named.items():
             place = f"{flow.call.path}.{module}"
             if any(flow.ops[i].scope == place or flow.ops[i].scope.startswith(place + ".") for i in term.ops):
-                return kind  # type: ignore[return-value]
+                return kind
         if self.named:
             return "mlp" if "mlp" not in self.named else "attn"
         read = {v for i in term.ops for v in flow.ops[i].inputs}
         if not read.isdisjoint(self.memory):
             return "cross"
-        kind = kind_by_name(names)  # type: ignore[assignment]
-        if kind is None and self.replay.blind:
-            kind = kind_by_name(" ".join(flow.ops[i].scope.removeprefix(flow.call.path) for i in term.ops))
-        return kind or ("attn" if self.replay.mixes_tokens(flow, term) else "mlp")  # type: ignore[return-value]
+        guess = kind_by_name(names)
+        if guess is None and self.replay.blind:
+            guess = kind_by_name(" ".join(flow.ops[i].scope.removeprefix(flow.call.path) for i in term.ops))
+        return guess or ("attn" if self.replay.mixes_tokens(flow, term) else "mlp")
 
 
 def _parent(path: str) -> str:

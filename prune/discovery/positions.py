@@ -19,9 +19,9 @@ from torch import nn
 
 from dropformer.prune.architecture import Stack, within
 from dropformer.prune.discovery.dataflow import CARRIES, stream_ends
-from dropformer.prune.discovery.modalities import modalities, with_modality
-from dropformer.prune.discovery.replay import evaluating
+from dropformer.prune.discovery.replay import traceable
 from dropformer.prune.discovery.trace import Call, Trace, tracing
+from dropformer.prune.samples.modalities import modalities, with_modality
 
 LISTS = {"layer_types", "layers_block_type", "layer_rope_theta", "block_types"}  # by block in the config: they follow
 
@@ -61,7 +61,7 @@ def fixed_by_modality(model: nn.Module, stacks: Sequence[Stack]) -> dict[str, in
     """
     found = {stack.path: 0 for stack in stacks}
     for kind in modalities(model):
-        with evaluating(model):
+        with traceable(model):
             inputs = with_modality(model, kind)
             seen = {s.path: _seen(model, s, inputs) for s in stacks} if inputs else None
         for stack in stacks:

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from dropformer.prune.architecture import Architecture, Block, Branch, of_images
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.modalities import sample_batches, with_images
-from dropformer.prune.discovery.replay import Replay, evaluating, on_tap, reading, skipped
+from dropformer.prune.discovery.replay import Replay, on_tap, reading, skipped, traceable
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.outline import Outline
+from dropformer.prune.samples.modalities import sample_batches, with_images
 from dropformer.prune.spec import parse_spec
 
 __all__ = ["on_tap", "prove", "prove_block"]
@@ -28,7 +28,7 @@ def prove(model: nn.Module, architecture: Architecture, inputs: Mapping[str, Ten
     block's contributions must add up to what the block does.
     Raises ArchitectureError with the block and what was seen.
     """
-    with evaluating(model):
+    with traceable(model):
         blocks = [block for stack in architecture.stacks for block in stack.blocks if block.branches]
         for batch in sample_batches(model) if inputs is None else [inputs]:
             replay = Replay(model, [b.path for b in blocks], batch)

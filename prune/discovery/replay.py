@@ -17,32 +17,29 @@ from dropformer.prune.architecture import Tap
 from dropformer.prune.discovery.dataflow import Flow, Term
 from dropformer.prune.discovery.trace import outputs_of
 from dropformer.prune.loading.device import is_offloaded
-from dropformer.prune.loading.modeling import Skipped, keep_settings
+from dropformer.prune.loading.parts import evaluating, replaced
+from dropformer.prune.loading.skipped_modules import Skipped, keep_settings
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the `with`: evaluation mode, no gradients, and torch's encoder layers show their operations.
+def traceable(model: nn.Module) -> Iterator[None]:
+    """Inside the `with`: evaluation mode, no gradients, and torch's encoder layers without their fused path.
 
-    On the meta device a yes-or-no question about a tensor's numbers is answered with yes.
+    On the meta device, code that branches on a boolean tensor reads it as true.
     """
-    training = {module: module.training for module in model.modules()}
     fused = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), _OnMeta() if _on_meta(model) else nullcontext():
+        with evaluating(model), torch.no_grad(), _OnMeta() if _on_meta(model) else nullcontext():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        for module, mode in training.items():
-            module.training = mode
 
 
 class _OnMeta(TorchDispatchMode):
     """Lets a model without weights run where it asks whether a mask is all ones, or multiplies experts in any dtype."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func._schema.name == "aten::_grouped_mm" and args[0].is_meta:  # torch's own wants bfloat16 there
             return args[0].new_empty(*args[0].shape[:-1], args[1].shape[-1])
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta and args[0].dtype == torch.bool:
@@ -52,16 +49,17 @@ class _OnMeta(TorchDispatchMode):
 
 @contextmanager
 def skipped(model: nn.Module, block: str, modules: Mapping[str, Any]) -> Iterator[None]:
-    """Inside the `with`, these modules of a block are `Skipped`; afterwards they are back."""
-    with ExitStack() as undo:
-        for name, form in modules.items():
-            parent, _, leaf = f"{block}.{name}".rpartition(".")
-            owner = model.get_submodule(parent)
-            undo.callback(setattr, owner, leaf, getattr(owner, leaf))
-            new = Skipped(form).keep(old := getattr(owner, leaf))
-            keep_settings(old, new)
-            setattr(owner, leaf, new)
+    """Inside the `with`, these modules of a block are `Skipped`; the model's own are restored on exit."""
+    with replaced(model, {f"{block}.{name}": _skip(model, f"{block}.{name}", form) for name, form in modules.items()}):
         yield
+
+
+def _skip(model: nn.Module, path: str, form: Any) -> Skipped:
+    """The module that takes the place of the one at a path."""
+    old = model.get_submodule(path)
+    new = Skipped(form).keep(old)
+    keep_settings(old, new)
+    return new
 
 
 @contextmanager
@@ -82,17 +80,17 @@ def on_tap(model: nn.Module, tap: Tap, see: Any) -> Any:
     if tap.side == "input":
 
         def before(_m: nn.Module, args: tuple, kwargs: dict) -> None:
-            see(_picked({**dict(enumerate(args)), **kwargs}, tap.key))
+            see(picked({**dict(enumerate(args)), **kwargs}, tap.key))
 
         return module.register_forward_pre_hook(before, with_kwargs=True).remove
 
     def after(_m: nn.Module, _args: tuple, output: Any) -> None:
-        see(_picked(outputs_of(output), tap.key))
+        see(picked(outputs_of(output), tap.key))
 
     return module.register_forward_hook(after).remove
 
 
-def _picked(values: Mapping[Any, Tensor], key: Any) -> Tensor:
+def picked(values: Mapping[Any, Tensor], key: Any) -> Tensor:
     """The value under a tap's key, or those under several keys side by side.  [..., D] or [..., keys x D]"""
     return torch.cat([values[k] for k in key], dim=-1) if isinstance(key, tuple) else values[key]
 

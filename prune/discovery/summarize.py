@@ -11,11 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dropformer.prune.architecture import Architecture, Block, Branch, Stack, owns
-from dropformer.prune.discovery.inputs import sample_inputs
 from dropformer.prune.discovery.positions import fixed_by_modality
-from dropformer.prune.discovery.replay import evaluating
+from dropformer.prune.discovery.replay import traceable
 from dropformer.prune.loading.tensor_names import auto_names, native_class
 from dropformer.prune.outline import BlockOutline, BranchOutline, Outline, StackOutline
+from dropformer.prune.samples.inputs import sample_inputs
 
 
 def summarize(model: nn.Module, architecture: Architecture) -> Outline:
@@ -129,7 +129,7 @@ def _cache_elements(model: nn.Module, architecture: Architecture) -> dict[int, i
     if "input_ids" not in inputs:
         return {}
     try:
-        with evaluating(model):
+        with traceable(model):
             cache = getattr(model(**{**inputs, "use_cache": True}), "past_key_values", None)
     except Exception:  # whatever the model's own code raises: BLT has no cache in transformers 5.23
         return {}

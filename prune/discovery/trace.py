@@ -19,6 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
+
+from dropformer.prune.loading.parts import tensors_in
 
 STATE_NAMES = re.compile(r"^(\w+_)?(state|past|cache)$")  # as parameters of forward; hidden_states are none
 
@@ -105,7 +108,7 @@ class _Recorder(TorchDispatchMode):
         self._value[id(tensor)] = weakref.ref(tensor), number
         return number
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         read = list(tensors_in((args, kwargs)))
         inputs = [self.value(t) for t in read]
@@ -141,7 +144,7 @@ def tracing(model: nn.Module) -> Iterator[Trace]:
         yield recorder.trace
 
 
-def _hook(module: nn.Module, path: str, recorder: _Recorder):  # type: ignore[no-untyped-def]
+def _hook(module: nn.Module, path: str, recorder: _Recorder) -> Iterator[RemovableHandle]:
     open_calls: list[Call] = []
     given: list[dict[int | str, Any]] = []
 
@@ -173,8 +176,8 @@ def _hook(module: nn.Module, path: str, recorder: _Recorder):  # type: ignore[no
 
 def members_of(output: Any) -> dict[int | str | None, Any]:
     """The parts of a module's output under the key that picks each: None, an index or a field."""
-    if isinstance(output, tuple) and hasattr(output, "_fields"):
-        return output._asdict()  # type: ignore[attr-defined]
+    if isinstance(output, tuple) and (fields := getattr(output, "_fields", None)):
+        return dict(zip(fields, output, strict=True))
     if isinstance(output, (tuple, list)):
         return dict(enumerate(output))
     if isinstance(output, dict):
@@ -195,19 +198,7 @@ def shape_of(output: Any) -> str:
         return "tensor"
     if isinstance(output, dict) or hasattr(output, "_fields") or dataclasses.is_dataclass(output):
         return "fields"
-    return {tuple: "tuple", list: "list"}.get(type(output), "")  # type: ignore[call-overload]
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Every tensor in nested tuples, lists and dicts."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from tensors_in(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from tensors_in(item)
+    return "tuple" if type(output) is tuple else "list" if type(output) is list else ""
 
 
 def _holds_tensors(item: Any) -> bool:

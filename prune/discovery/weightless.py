@@ -15,9 +15,9 @@ from torch import nn
 
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.discovery.summarize import signature, summarize
+from dropformer.prune.files.config_json import BLOCK_COUNTS
+from dropformer.prune.loading.parts import text_config
 from dropformer.prune.outline import BlockOutline, BranchOutline, Outline, StackOutline
-
-LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def outline_without_weights(model: nn.Module) -> Outline:
@@ -69,8 +69,8 @@ def _representatives(blocks: Sequence[nn.Module]) -> list[int]:
 @contextmanager
 def _shortened(model: Any, blocks: nn.ModuleList, count: int) -> Iterator[None]:
     """Inside the `with`, the model has its first `count` blocks only, and its config says so."""
-    config = model.config.get_text_config(decoder=True)
-    tail, fields = list(blocks)[count:], {name: getattr(config, name, None) for name in LAYER_COUNTS}
+    config = text_config(model)
+    tail, fields = list(blocks)[count:], {name: getattr(config, name, None) for name in BLOCK_COUNTS[""]}
     changed = {name: value for name, value in fields.items() if value == len(blocks)}
     del blocks[count:]
     try:

@@ -27,7 +27,7 @@ class DraftedCandidates(AssistedCandidateGenerator):
     counts: list[tuple[int, int]]
     cache: Any
 
-    def get_candidates(self, input_ids: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
+    def get_candidates(self, input_ids: Any, **kwargs: Any) -> Any:
         """Nothing is drafted before the dense model has read the prompt."""
         if self.cache.get_seq_length() != input_ids.shape[1] - 1:
             return input_ids, None
@@ -43,7 +43,7 @@ class DraftedCandidates(AssistedCandidateGenerator):
         self.assistant_kwargs["past_key_values"] = view_of(self.cache, self.assistant_model, self.sources, first)
         return True
 
-    def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
+    def update_candidate_strategy(self, input_ids: Any, scores: Any, num_matches: int) -> None:
         self.counts.append((scores.shape[1] - 1, int(num_matches)))
         super().update_candidate_strategy(input_ids, scores, num_matches)
 

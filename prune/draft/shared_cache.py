@@ -57,6 +57,7 @@ def _entry(dense: Any, window: Window | None, first: Tensor | None) -> Any:
     if window is None or type(dense) is not DynamicLayer or dense.get_seq_length() <= window.width + window.sinks:
         return copy.copy(dense)
     entry = WindowLayer(window)
+    assert dense.keys is not None and dense.values is not None
     entry.lazy_initialization(dense.keys, dense.values)
     length = dense.get_seq_length()
     entry.cumulative_length, entry.first = length, first

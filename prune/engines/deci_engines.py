@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dropformer.prune.engines.facts import CheckpointFacts
 from dropformer.prune.engines.registry import Answer
-from dropformer.prune.loading.deci_families import FAMILIES
+from dropformer.prune.loading.deci.families import FAMILIES
 
 READ = "read, not run: compare its first answers"
 

@@ -11,7 +11,7 @@ from typing import Any
 from dropformer.prune.errors import CheckpointError, shown
 from dropformer.prune.files.config_json import CONFIG, read_config
 from dropformer.prune.files.strict_json import read_object
-from dropformer.prune.loading.deci_families import DECI, is_own_deci
+from dropformer.prune.loading.deci.families import DECI, is_own_deci
 
 RECORD, PRUNED = "dropformer.json", "dropformer"
 

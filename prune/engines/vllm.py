@@ -9,7 +9,7 @@ from typing import Any
 
 from dropformer.prune.engines.facts import CheckpointFacts
 from dropformer.prune.engines.registry import Answer
-from dropformer.prune.loading.deci_families import FAMILIES
+from dropformer.prune.loading.deci.families import FAMILIES
 
 TRIED = Path(__file__).with_name("vllm_families.json")  # written by benchmarks/engines.py
 INSTALL = "pip install --no-deps dropformer beside vLLM"

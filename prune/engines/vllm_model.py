@@ -24,7 +24,7 @@ from vllm.model_executor.models.transformers.base import Base as TransformersBac
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from dropformer.prune.engines.vllm_plugin import PREFIX
-from dropformer.prune.loading.modeling import replacement
+from dropformer.prune.loading.skipped_modules import replacement
 
 # What vLLM calls a member of a block where transformers has another name for it.
 ALIASES = {"mlp": ("block_sparse_moe", "feed_forward", "ffn", "moe"), "self_attn": ("attention", "attn")}

@@ -26,11 +26,13 @@ class PrunedConfig:
     def from_dict(cls, fields: dict[str, Any], **kwargs: Any) -> Any:
         from transformers import CONFIG_MAPPING
 
-        from dropformer.prune.loading.modeling import without_skips
-
         base = CONFIG_MAPPING[fields["base_model_type"]]
         own = {key: value for key, value in fields.items() if key not in (*OURS, "model_type")}
-        if rest := without_skips(fields.get("per_layer_config") or {}):
+        layers = {
+            i: {key: value for key, value in layer.items() if key != "skip"}
+            for i, layer in (fields.get("per_layer_config") or {}).items()
+        }
+        if rest := {i: layer for i, layer in layers.items() if layer}:
             own["per_layer_config"] = rest
         return base.from_dict(own, **kwargs)
 
@@ -40,7 +42,7 @@ def register_configs() -> None:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    from dropformer.prune.loading.configuration_decilm import DeciLMConfig
+    from dropformer.prune.loading.deci.configuration_decilm import DeciLMConfig
 
     AutoConfig.register(DeciLMConfig.model_type, DeciLMConfig, exist_ok=True)
     CONFIG_MAPPING.register(PrunedConfig.model_type, PrunedConfig, exist_ok=True)

@@ -73,10 +73,6 @@ class CopyReport:
         """The report with one more line for a person, if there is one."""
         return dataclasses.replace(self, notes=(*self.notes, note)) if note else self
 
-    @property
-    def tensors_written(self) -> int:
-        return self.tensors_kept + self.tensors_replaced
-
 
 @dataclass(frozen=True)
 class _Options:

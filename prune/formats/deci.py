@@ -27,8 +27,8 @@ from dropformer.prune.files import CopyReport
 from dropformer.prune.files.layout import NewTensor
 from dropformer.prune.formats.stored_tensors import new_tensor, stored_dtype
 from dropformer.prune.formats.writing import ExportJob, replacements, write_pruned
-from dropformer.prune.loading import configuration_decilm
-from dropformer.prune.loading.deci_families import check_family
+from dropformer.prune.loading.deci import configuration_decilm
+from dropformer.prune.loading.deci.families import check_family
 from dropformer.prune.loading.described import config_from
 
 ARCHITECTURE = "DeciLMForCausalLM"

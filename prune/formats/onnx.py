@@ -67,8 +67,9 @@ def _export(model: Any, folder: Path) -> None:
         model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, multi_token_decode=True
     )
     exporter = OnnxExporter()
+    part: Any
     part, inputs = parts["decode"]
-    program, metadata = exporter.export_program(part, inputs, config=OnnxConfig(dynamic=True))  # type: ignore[arg-type]
+    program, metadata = exporter.export_program(part, inputs, config=OnnxConfig(dynamic=True))
     made = {"model": ExportedComponent(program, metadata)}
     ExportedModel(made, exporter.export_format, model.config, model.generation_config).save_pretrained(folder)
 

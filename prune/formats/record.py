@@ -17,7 +17,7 @@ from dropformer.prune.files import CopyReport
 from dropformer.prune.formats.card import model_card
 from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.formats.writing import MODEL_TYPE
-from dropformer.prune.loading.deci_families import DECI, FOREIGN, is_own_deci
+from dropformer.prune.loading.deci.families import DECI, FOREIGN, is_own_deci
 from dropformer.prune.plan import Plan
 from dropformer.prune.window import CONTEXT, KV_AT
 from dropformer.version import __version__
@@ -49,7 +49,7 @@ def write_record(
     """dropformer.json, which is returned, and the model card; `results` are lines of measurements for the card."""
     record = provenance(plan, block_map, copied, format)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    loading = FORMATS[format].loading(block_map.packed)
+    loading = FORMATS[format].loading(block_map.packed, bool(record["notes"]))
     (folder / "README.md").write_text(model_card(plan, record, loading, results), encoding="utf-8")
     return record
 

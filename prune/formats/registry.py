@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropformer.prune.errors import OutputError, PlanError
-from dropformer.prune.loading.deci_families import check_family
+from dropformer.prune.loading.deci.families import check_family
 from dropformer.prune.registry import Registry, imported
 
 if TYPE_CHECKING:
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 _HERE = "dropformer.prune.formats"
 UNEVEN = ("hybrid_override_pattern", "layers_block_type")  # config keys of models whose blocks hold one branch each
 PACKED = "The layers that remain pair up, so this is a stock, shorter model: it loads wherever the base model does."
+LIMITED = (
+    "The layers that remain pair up, so this is a stock, shorter model: transformers loads it as it loads the base "
+    "model, and so does every engine that the notes do not except."
+)
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,14 @@ class Format:
             able = ", ".join(other for other, kind in FORMATS.items() if kind.windows)
             raise PlanError(f"--format {name} holds no attention windows, which this plan has; give --format {able}")
 
-    def loading(self, packed: bool) -> str:
-        return PACKED if packed and self.packs else self.loads
+    def loading(self, packed: bool, limited: bool = False) -> str:
+        """How a checkpoint is loaded; `limited`: notes of its record name engines that would read it wrongly."""
+        stock = LIMITED if limited else PACKED
+        return stock if packed and self.packs else self.loads
 
-    def summary(self, packed: bool) -> str:
-        return "a stock, shorter model: loads anywhere" if packed and self.packs else self.brief
+    def summary(self, packed: bool, limited: bool = False) -> str:
+        stock = "loads in transformers; not in every engine" if limited else "loads anywhere"
+        return f"a stock, shorter model: {stock}" if packed and self.packs else self.brief
 
 
 def _check_deci(facts: ExportFacts) -> None:
@@ -97,7 +104,7 @@ def _check_deci(facts: ExportFacts) -> None:
 
 
 FORMATS: Registry[Format] = Registry(
-    "format",
+    "--format",
     {
         "dropformer": Format(
             f"{_HERE}.writing:write_pruned",

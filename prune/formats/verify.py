@@ -24,14 +24,15 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from dropformer.prune.architecture import owns
 from dropformer.prune.block_map import Surgery, new_name
-from dropformer.prune.discovery.modalities import sample_batches
 from dropformer.prune.errors import CheckpointError, VerificationError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading.device import hooks_of, input_device
 from dropformer.prune.loading.load import build, load, read_model_config
+from dropformer.prune.loading.parts import evaluating
 from dropformer.prune.loading.quiet import quiet_transformers
 from dropformer.prune.loading.tensor_names import renamed_on_load
+from dropformer.prune.samples.modalities import sample_batches
 
 LOGITS = 1e-4  # of the largest logit
 ROUNDING = {torch.float16: 1e-3, torch.bfloat16: 1e-2}  # of the largest weight; 1e-6 in float32
@@ -51,7 +52,7 @@ def verify(folder: Path, model: PreTrainedModel, surgery: Surgery, dense_names: 
     """
     checked = load(folder, dtype=model.dtype, device="meta")  # names and shapes, nothing read
     try:
-        with torch.inference_mode(), _evaluating(model), ExitStack() as stack:
+        with torch.inference_mode(), evaluating(model), ExitStack() as stack:
             pieces = _Pieces(folder, model, surgery, dense_names) if _in_pieces(folder, checked, surgery) else None
             if pieces and not pieces.computed():
                 again = stack.enter_context(pieces.running())
@@ -91,16 +92,6 @@ def _in_pieces(folder: Path, checked: PreTrainedModel, surgery: Surgery) -> bool
     tied = getattr(checked, "all_tied_weights_keys", None) or {}
     quantized = read_config(folder).get("quantization_config")  # what is dequantized on loading forgets that it was
     return not quantized and not any(name.startswith(stacks) for pair in tied.items() for name in pair)
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 class _Pieces:

@@ -24,7 +24,8 @@ from dropformer.prune.surgery.patterns import settled_patterns
 MODEL_TYPE = "dropformer"
 LOADING = Path(__file__).parents[1] / "loading"
 CODE_FILE = "modeling_dropformer.py"
-CODE = {CODE_FILE: "modeling.py", "window_attention.py": "window_attention.py", "window_cache.py": "window_cache.py"}
+COMPANIONS = ("skipped_modules.py", "window_attention.py", "window_cache.py")
+CODE = {CODE_FILE: "modeling.py", **{name: name for name in COMPANIONS}}
 MLX_FILE = "mlx_dropformer.py"  # the model file that mlx-lm runs
 
 

@@ -18,7 +18,7 @@ from dropformer.prune.errors import CheckpointError, DropformerError, ModelError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading import modeling
-from dropformer.prune.loading.deci_families import is_own_deci
+from dropformer.prune.loading.deci.families import is_own_deci
 from dropformer.prune.loading.described import check_whole, config_from
 from dropformer.prune.loading.quiet import quiet_transformers
 
@@ -56,7 +56,7 @@ def load(
         device_map = {"": device}
     place = {} if device_map is None else {"device_map": device_map}
     if is_own_deci(fields):
-        from dropformer.prune.loading.deci import load_deci
+        from dropformer.prune.loading.deci.load import load_deci
 
         return load_deci(path, dtype, place)
     config = read_model_config(path, trust_remote_code)
@@ -166,7 +166,7 @@ def read_model_config(path: Path, trust_remote_code: bool = False) -> PreTrained
     """The config object of a checkpoint folder.  Raises CheckpointError for one that transformers cannot use."""
     fields = read_config(path)
     if is_own_deci(fields):
-        from dropformer.prune.loading.deci import dropformer_config
+        from dropformer.prune.loading.deci.load import dropformer_config
 
         with one_line_errors(path):
             return config_from(dropformer_config(fields))
@@ -176,8 +176,8 @@ def read_model_config(path: Path, trust_remote_code: bool = False) -> PreTrained
 
 def auto_class(config: PreTrainedConfig) -> Any:
     """What loads a config's model with the head it was saved with: an Auto class, else the named class itself."""
-    base = getattr(type(config), "base_config_class", type(config))
-    pruned = modeling.pruned_config_class(base)  # type: ignore[arg-type]  # registers with every Auto class
+    base = modeling.base_config_class(config)
+    pruned = modeling.pruned_config_class(base)  # registers with every Auto class
     architecture = (getattr(config, "architectures", None) or [""])[0].removeprefix("Dropformer")
     known = {name: auto._model_mapping[base] for name, auto in _autos().items() if base in auto._model_mapping}
     for name, native in known.items():
@@ -185,7 +185,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
             return getattr(transformers, name)
     native = getattr(transformers, architecture, None)
     if known and isinstance(native, type) and issubclass(native, PreTrainedModel) and native.config_class is base:
-        return modeling.pruned_model_class(native, pruned) if isinstance(config, pruned) else native  # type: ignore[arg-type]
+        return modeling.pruned_model_class(native, pruned) if isinstance(config, pruned) else native
     if usual := next((name for name in HEADS if name in known), None):
         return getattr(transformers, usual)
     if hasattr(config, "auto_map"):

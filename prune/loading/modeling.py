@@ -23,16 +23,13 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections import namedtuple
+from collections.abc import Callable
 from contextlib import suppress
-from dis import get_instructions
 from functools import cache
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
-import torch
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -40,145 +37,20 @@ from transformers.conversion_mapping import (
 )
 from transformers.models.auto import modeling_auto
 
-from .window_attention import prepare_windows, window_attention
-from .window_cache import Window
+from .skipped_modules import Skipped, skip_modules
+from .window_attention import prepare_windows
 
 MODEL_TYPE = "dropformer"
 OWN = ("model_type", "per_layer_config", "model_file")  # fields of config.json that are not the base config's
 CODE_FILE = "modeling_dropformer.py"  # what a copy of this file is called beside a checkpoint's weights
-COMPANIONS = ("window_attention.py", "window_cache.py")  # what it imports
+COMPANIONS = ("skipped_modules.py", "window_attention.py", "window_cache.py")  # what it imports
+
+Make = TypeVar("Make", bound=Callable[..., Any])
 
 
-class Skipped(nn.Module):
-    """What stands where a dropped branch's module was: the module's output form, without its work.
-
-    `form` is "zeros" (zeros like the hidden states: the branch adds nothing), "input" (the hidden states as
-    they came), either with ":KEY" for the input at that position or keyword and zeros with "/N" for a last
-    dimension of N, None, or a list of these for a tuple, {"list": [...]} for a list, {"fields": {...}} for
-    named fields.  {"norm": NAME, "of": form} keeps the module's norm of that name, through which its inputs are
-    handed on: the norm after a sum that the module adds to itself (XLNet).  Hidden states: [..., D] -> [..., D].
-    """
-
-    batch_first = False  # torch's own encoder layers ask their attention; a no keeps them off the fused path
-
-    def __init__(self, form: Any) -> None:
-        super().__init__()
-        self.keeps = form["norm"] if isinstance(form, dict) and "norm" in form else ""
-        self.form = form["of"] if self.keeps else form
-        # Empty: some blocks ask a norm's weight for its dtype before they call it.
-        self.register_buffer("weight", torch.empty(0), persistent=False)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.form, list):
-            return tuple(self._value(form, args, kwargs) for form in self.form)
-        if isinstance(self.form, dict) and "list" in self.form:
-            return [self._value(form, args, kwargs) for form in self.form["list"]]
-        if isinstance(self.form, dict):
-            fields = {name: self._value(form, args, kwargs) for name, form in self.form["fields"].items()}
-            return namedtuple("Dropped", fields)(**fields)
-        return self._value(self.form, args, kwargs)
-
-    def _value(self, form: str | None, args: tuple, kwargs: dict) -> Any:
-        if form is None:
-            return None
-        word, _, width = form.partition("/")
-        word, _, key = word.partition(":")
-        named: Any = (args[int(key)] if key.isdecimal() else kwargs.get(key)) if key else None
-        hidden: Any = named if key else hidden_states(args, kwargs)
-        if word == "input":
-            return getattr(self, self.keeps)(hidden) if self.keeps and hidden is not None else hidden
-        return hidden.new_zeros(*hidden.shape[:-1], int(width)) if width else torch.zeros_like(hidden)
-
-    def keep(self, old: nn.Module) -> Skipped:
-        """Take over the norm of the module that this one stands for."""
-        if self.keeps:
-            self.add_module(self.keeps, getattr(old, self.keeps))
-        return self
-
-    def extra_repr(self) -> str:
-        return repr(self.form)
-
-
-class LinearReplacement(Skipped):
-    """What stands for an attention layer that became one linear map: Wx + b of the hidden states it is given.
-
-    `form` is {"linear": [in, out], "of": the form that `Skipped` would have}; the map's output takes the place
-    of the zeros.  It mixes no tokens and owns no cache.  Hidden states: [..., in] -> [..., out].
-    """
-
-    def __init__(self, form: dict[str, Any]) -> None:
-        super().__init__(form["of"])
-        inner, outer = form["linear"]
-        del self.weight  # type: ignore[has-type]
-        self.weight = nn.Parameter(torch.zeros(outer, inner))
-        self.bias = nn.Parameter(torch.zeros(outer))
-
-    def _value(self, form: str | None, args: tuple, kwargs: dict) -> Any:
-        if form is None or not form.startswith("zeros"):
-            return super()._value(form, args, kwargs)
-        return nn.functional.linear(hidden_states(args, kwargs), self.weight, self.bias)
-
-
-def replacement(form: Any) -> Skipped:
-    """The module that a form describes."""
-    return LinearReplacement(form) if isinstance(form, dict) and "linear" in form else Skipped(form)
-
-
-def hidden_states(args: tuple, kwargs: dict) -> torch.Tensor:
-    """The hidden states among a module's inputs: named so, or the first tensor."""
-    if isinstance(kwargs.get("hidden_states"), torch.Tensor):
-        return kwargs["hidden_states"]
-    return next(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-
-
-def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
-    """Replace each named module of `model` by what its form describes; its weights are gone, its settings stay."""
-    for path, form in modules.items():
-        if isinstance(form, dict) and "window" in form:
-            window_attention(model.get_submodule(path), Window(*form["window"]))
-            continue
-        parent, _, name = path.rpartition(".")
-        owner, new = model.get_submodule(parent), replacement(form)
-        old = getattr(owner, name)
-        if (held := next(old.parameters(), None)) is not None:
-            new.to_empty(device=held.device) if new.weight.is_meta else new.to(held.device)
-        keep_settings(old, new.keep(old))
-        setattr(owner, name, new)
-        kind: Any = type(owner)
-        for setter in setters(kind):
-            if _assigns(getattr(kind, setter), name):
-                setattr(owner, setter, ignore)
-
-
-def keep_settings(old: nn.Module, new: nn.Module) -> None:
-    """What a model asks of its modules, or sets in them: a block's kind of attention, Falcon-H1's vectors."""
-    for key, value in vars(old).items():
-        if isinstance(value, (int, float, str)) and not key.startswith("_") and not hasattr(new, key):
-            setattr(new, key, value)
-    for key, buffer in old.named_buffers(recurse=False):
-        if key in old._non_persistent_buffers_set and buffer.numel() == max(buffer.shape) and not hasattr(new, key):
-            new.register_buffer(key, buffer, persistent=False)
-    kind: Any = type(old)
-    for setter in setters(kind):
-        setattr(new, setter, ignore)
-
-
-def ignore(*_args: Any, **_kwargs: Any) -> None:
-    """In place of a method that would give a dropped module other contents, as BigBird's attention gets by length."""
-
-
-@cache
-def setters(kind: Any) -> list[str]:
-    """The methods of a module's class that set something in it."""
-    return [name for name in dir(kind) if name.startswith("set_") and not hasattr(nn.Module, name)]
-
-
-def _assigns(method: Any, attribute: str) -> bool:
-    """Does a method assign this attribute of its module?"""
-    code = getattr(method, "__code__", None)
-    return code is not None and any(
-        step.opname == "STORE_ATTR" and step.argval == attribute for step in get_instructions(code)
-    )
+def once(make: Make) -> Make:
+    """`functools.cache` with the signature of the function: one class for each class that it is given."""
+    return cast(Make, cache(make))
 
 
 class DropformerConfig(PreTrainedConfig):
@@ -187,7 +59,7 @@ class DropformerConfig(PreTrainedConfig):
     model_type = MODEL_TYPE
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):  # type: ignore[no-untyped-def]
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         if "base_model_type" not in config_dict:
             raise ValueError("config.json has model_type dropformer but no base_model_type: not a pruned checkpoint")
         base = CONFIG_MAPPING[config_dict["base_model_type"]]
@@ -196,7 +68,7 @@ class DropformerConfig(PreTrainedConfig):
         fields["dropformer_skips"] = {i: layer["skip"] for i, layer in layers.items() if "skip" in layer}
         if rest := without_skips(layers):
             fields["per_layer_config"] = rest
-        return pruned_config_class(base).from_dict(fields, **kwargs)  # type: ignore[arg-type]
+        return pruned_config_class(base).from_dict(fields, **kwargs)
 
 
 def without_skips(per_layer: dict[str, dict]) -> dict[str, dict]:
@@ -205,8 +77,8 @@ def without_skips(per_layer: dict[str, dict]) -> dict[str, dict]:
     return {i: layer for i, layer in rest.items() if layer}
 
 
-@cache
-def cache_config_class(base: Any) -> Any:
+@once
+def cache_config_class(base: type) -> Any:
     """The subclass of a config class that tells transformers' caches which entries hold nothing."""
 
     class CacheConfig(base):  # type: ignore[misc, valid-type]
@@ -222,7 +94,7 @@ def cache_config_class(base: Any) -> Any:
     return CacheConfig
 
 
-@cache
+@once
 def pruned_config_class(base: Any) -> type[PreTrainedConfig]:
     """The subclass of a family's config class that pruned checkpoints of the family use."""
 
@@ -267,16 +139,17 @@ def auto_map(base: Any) -> dict[str, str]:
 
 def _register(base: type[PreTrainedConfig], pruned: type[PreTrainedConfig]) -> None:
     """Let every Auto class that knows the family's config find the pruned subclass of its model."""
+    auto: Any
     for auto in vars(modeling_auto).values():
         mapping = getattr(auto, "_model_mapping", None)
         if isinstance(auto, type) and mapping is not None and base in mapping:
             native = mapping[base]
             if isinstance(native, type) and issubclass(native, PreTrainedModel):
-                auto.register(pruned, pruned_model_class(native, pruned), exist_ok=True)  # type: ignore[arg-type, attr-defined]
+                cast(Any, auto).register(pruned, pruned_model_class(native, pruned), exist_ok=True)
 
 
-@cache
-def pruned_model_class(native: Any, config: Any) -> type[PreTrainedModel]:
+@once
+def pruned_model_class(native: Any, config: type[PreTrainedConfig]) -> type[PreTrainedModel]:
     """The subclass of a native model class that builds itself without the modules its config drops."""
 
     class PrunedModel(native):  # type: ignore[misc, valid-type]
@@ -309,13 +182,18 @@ def pruned_model_class(native: Any, config: Any) -> type[PreTrainedModel]:
     return PrunedModel
 
 
+def base_config_class(config: PreTrainedConfig) -> type[PreTrainedConfig]:
+    """The family's own config class, of a pruned config or a stock one."""
+    return getattr(type(config), "base_config_class", type(config))
+
+
 def empty_cache_entries(config: PreTrainedConfig) -> None:
     """Tell a composite config's text part, which makes the cache, where it holds nothing."""
     text, missing = config.get_text_config(decoder=True), getattr(config, "dropformer_no_cache", [])
     if text is not config and missing:
         text.dropformer_no_cache = missing
         if not hasattr(text, "empties_cache_entries"):
-            text.__class__ = cache_config_class(type(text))  # type: ignore[arg-type]
+            text.__class__ = cache_config_class(type(text))
 
 
 def number_attentions(model: PreTrainedModel) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from dropformer.prune.errors import ModelError, reason
+from dropformer.prune.loading.parts import input_embeddings
 from dropformer.prune.loading.quiet import quiet_transformers
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model")
@@ -41,9 +42,9 @@ def bound_tokens(tokenizer: Any, model: Any) -> None:
     Nothing is hooked otherwise.  A padding token beyond the embedding is taken from the tokenizer: it was added
     without a row, and no masked token needs one.
     """
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    table = input_embeddings(model)
     rows = getattr(table, "num_embeddings", None)
-    if tokenizer is None or not isinstance(rows, int):
+    if tokenizer is None or table is None or not isinstance(rows, int):
         return
     largest = max(tokenizer.get_vocab().values(), default=0)
     if largest < rows:
@@ -61,7 +62,7 @@ def bound_tokens(tokenizer: Any, model: Any) -> None:
                     "without tokens that were added later"
                 )
 
-    table.register_forward_pre_hook(check)  # type: ignore[union-attr]
+    table.register_forward_pre_hook(check)
 
 
 def _open(path: Path, trust_remote_code: bool) -> Any:

@@ -91,7 +91,8 @@ class WindowLayer(DynamicLayer):
         keys, values = keys[..., keys.shape[-2] - seen :, :], values[..., values.shape[-2] - seen :, :]
         if not self.slots.sinks:
             return keys, values
-        return torch.cat([self.sink_keys, keys], -2), torch.cat([self.sink_values, values], -2)  # type: ignore[list-item]
+        assert self.sink_keys is not None and self.sink_values is not None
+        return torch.cat([self.sink_keys, keys], -2), torch.cat([self.sink_values, values], -2)
 
     def _keep_sinks(self, keys: Tensor, values: Tensor) -> None:
         """Store those of the new tokens that are among the first S of their rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.files.config_json import BLOCK_COUNTS
 from dropformer.prune.outline import Outline, StackOutline
 from dropformer.prune.surgery.block_numbers import OTHERS, PAIRS, BlockNumbers
+from dropformer.prune.surgery.patterns import settled_patterns
 
 # Numbers of blocks by stage, of which each is a stack.
 STAGES = ("depths", "block_sizes")
@@ -22,14 +24,20 @@ NOT_THE_DECODERS = {"attention_window"}  # LED's sparse windows are its encoder'
 # One letter a block.
 PATTERNS = {"hybrid_override_pattern"}
 # One entry a block, following the MLP.
-PER_MLP = {"mlp_layer_types", "moe_layer_freq"}
+PER_MLP = {"mlp_layer_types", "moe_layer_freq", "intermediate_size", "activation_sparsity_pattern"}
 # Indices of blocks: those that stay, renumbered.
 INDICES = {"mlp_only_layers": "mlp", "moe_layers": "mlp", "attn_layer_indices": "source", "hybrid_layer_ids": "source"}
 INDICES |= {"full_attn_idxs": "source", "cross_attention_layers": "source", "global_attn_indexes": "source"}
 # Dictionaries keyed by block.
 KEYED = {"per_layer_config", "pruned_heads"}
 # A number of leading blocks: how many of those stay.
-LEADING = {"first_k_dense_replace": "mlp", "num_dense_layers": "mlp"}
+LEADING = {"first_k_dense_replace": "mlp", "num_dense_layers": "mlp", "moe_layer_start_index": "mlp"}
+# A number of trailing blocks.
+TRAILING = {"num_kv_shared_layers": "source"}
+# The number of a last block.
+LAST = {"moe_layer_end_index": "mlp"}
+# Fields that may hold the number of one block: unless known they keep the blocks where they are.
+ONE_BLOCK = re.compile(r"(^|_)(layer|block)(_(id|idx|index|number|num))?$")
 
 
 def pruned_config(config: dict[str, Any], outline: Outline, block_map: BlockMap) -> dict[str, Any]:
@@ -48,6 +56,8 @@ def pruned_config(config: dict[str, Any], outline: Outline, block_map: BlockMap)
                 _check_numbers(section, stack, numbers)
             _shorten(new, stack, blocks)
             shortened = True
+    if shortened:
+        new, _ = settled_patterns(new)
     encoder, decoder = (new.get(key) for key in ("num_layers", "num_decoder_layers"))
     if shortened and isinstance(encoder, int) and isinstance(decoder, int) and encoder < decoder:
         raise ArchitectureError("blocks stay where they are: transformers sizes the decoder's cache by the encoder")
@@ -92,6 +102,16 @@ def _check_numbers(section: dict[str, Any], stack: StackOutline, numbers: BlockN
             section[key] = numbers.pairs(key, value)
         elif key not in KEYED and not (isinstance(value, dict) and (key.endswith("_config") or OTHERS.search(key))):
             numbers.check_unknown(key, value)
+            if type(value) is int and ONE_BLOCK.search(key) and not OTHERS.search(key) and key not in LAST:
+                _check_one(key, value, stack, numbers)
+
+
+def _check_one(key: str, value: int, stack: StackOutline, numbers: BlockNumbers) -> None:
+    """Raises ArchitectureError where a whole number that may be a block's is that of one that moves."""
+    blocks = numbers.block_map.stacks[stack.name]
+    last = value < 0 and len(blocks) != stack.blocks
+    if last or (value < stack.blocks and not (value < len(blocks) and blocks[value].source == value)):
+        raise ArchitectureError(f"blocks stay where they are: {key} ({value}) may be the number of one")
 
 
 def _section(config: dict[str, Any], stack: StackOutline) -> dict[str, Any]:
@@ -154,6 +174,12 @@ def _follower(key: str, value: Any, stack: StackOutline, blocks: Sequence[Mapped
     if key in LEADING and isinstance(value, int):
         part = LEADING[key]
         return lambda v, blocks: sum(getattr(b, part) < v for b in blocks)
+    if key in TRAILING and type(value) is int:
+        part = TRAILING[key]
+        return lambda v, blocks: sum(getattr(b, part) >= stack.blocks - v for b in blocks)
+    if key in LAST and type(value) is int and value >= 0:
+        part = LAST[key]
+        return lambda v, blocks: sum(getattr(b, part) <= v for b in blocks) - 1
     if key in PATTERNS and isinstance(value, str):
         return lambda v, blocks: "".join(v[b.source] for b in blocks)
     if not isinstance(value, list) or stack.blocks < 2:

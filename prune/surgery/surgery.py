@@ -17,12 +17,8 @@ from dropformer.prune.discovery.summarize import settings
 from dropformer.prune.errors import ArchitectureError, ModelError, PlanError
 from dropformer.prune.loading.described import config_from
 from dropformer.prune.loading.device import ON_DEVICE, hooks_of
-from dropformer.prune.loading.modeling import (
-    empty_cache_entries,
-    number_attentions,
-    pruned_model_class,
-    skip_modules,
-)
+from dropformer.prune.loading.modeling import empty_cache_entries, number_attentions, pruned_model_class
+from dropformer.prune.loading.skipped_modules import skip_modules
 from dropformer.prune.loading.window_attention import unfit
 from dropformer.prune.outline import Outline, StackOutline
 from dropformer.prune.surgery.block_numbers import BlockNumbers
@@ -100,7 +96,7 @@ def apply_surgery(model: nn.Module, surgery: Surgery) -> nn.Module:
     if generation is not None:
         model.generation_config = generation
     if not surgery.block_map.packed:
-        model.__class__ = pruned_model_class(type(model), type(model.config))  # type: ignore[arg-type]
+        model.__class__ = pruned_model_class(type(model), type(model.config))
         empty_cache_entries(model.config)
         number_attentions(model)
     _install(model, surgery.tensors)
@@ -176,11 +172,12 @@ def _renumber(block: nn.Module, stack: StackOutline, source: int, new: int) -> N
     """Tell a block's modules their new number: that of the block, or of their entry in the cache."""
     attention = stack.branch("attn", source)
     names = tuple(attention.modules) if attention and stack.caches > 1 else ()
+    module: Any
     for name, module in block.named_modules():
         number = getattr(module, "layer_idx", None)
         if isinstance(number, int) and number >= 0:
             several = any(name == n or name.startswith(n + ".") for n in names)
-            module.layer_idx = new * stack.caches + number % stack.caches if several else new  # type: ignore[assignment]
+            module.layer_idx = new * stack.caches + number % stack.caches if several else new
 
 
 def _check_shortened(model: PreTrainedModel, outline: Outline, block_map: BlockMap, fields: dict[str, Any]) -> None:
@@ -188,13 +185,13 @@ def _check_shortened(model: PreTrainedModel, outline: Outline, block_map: BlockM
     built = _built(type(model), block_map, fields)
     _check_around(model, built, outline)
     for stack in outline.stacks:
-        old, new = model.get_submodule(stack.path), built.get_submodule(stack.path)
-        if len(new) != len(block_map.stacks[stack.name]):  # type: ignore[arg-type]
+        old, new = (list(m.get_submodule(stack.path).children()) for m in (model, built))
+        if len(new) != len(block_map.stacks[stack.name]):
             raise ArchitectureError(f"blocks stay where they are: no known field of config.json counts {stack.path}")
         for i, block in enumerate(block_map.stacks[stack.name]):
-            mine = _signature(old[block.source], stack, block.source, block.mlp, old)  # type: ignore[index]
-            theirs = _signature(new[i], stack, block.source, block.source, new)  # type: ignore[index]
-            skipped = {n for kind in block.skipped for n in stack.branch(kind, block.source).modules}  # type: ignore[union-attr]
+            mine = _signature(old[block.source], stack, block.source, block.mlp, old)
+            theirs = _signature(new[i], stack, block.source, block.source, new)
+            skipped = {n for kind in block.skipped for n in stack.modules(kind, block.source)}
             skipped |= set(block_map.mapped.get(Layer("attn", block.source, stack.name), {}))
             for path in set(mine) | set(theirs):
                 if any(path == n or path.startswith(n + ".") for n in skipped):
@@ -212,7 +209,7 @@ def _built(native: type[PreTrainedModel], block_map: BlockMap, fields: dict[str,
         with torch.device("meta"):
             if block_map.packed:
                 return native._from_config(config)
-            return pruned_model_class(native, type(config))(config)  # type: ignore[arg-type]
+            return pruned_model_class(native, type(config))(config)
     except Exception as error:  # families check their fields in many ways, none of which is ours to list
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ArchitectureError(f"blocks stay where they are; transformers builds no shorter model: {reason}") from None
@@ -230,7 +227,7 @@ def _check_around(model: nn.Module, built: nn.Module, outline: Outline) -> None:
             raise ArchitectureError(f"blocks stay where they are: {name} depends on their number")
 
 
-def _signature(block: nn.Module, stack: StackOutline, source: int, mlp: int, blocks: Any) -> dict[str, Any]:
+def _signature(block: nn.Module, stack: StackOutline, source: int, mlp: int, blocks: list[nn.Module]) -> dict[str, Any]:
     """What a block is made of: for each module its class, its parameters' shapes and its settings."""
     found = {name: settings(module) for name, module in block.named_modules()}
     branch = stack.branch("mlp", mlp) if mlp != source else None

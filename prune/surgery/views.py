@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import Surgery, map_blocks
-from dropformer.prune.discovery.modalities import sample_batches
-from dropformer.prune.discovery.replay import evaluating
+from dropformer.prune.discovery.replay import traceable
 from dropformer.prune.loading.device import hooks_of
 from dropformer.prune.outline import Outline
+from dropformer.prune.samples.modalities import sample_batches
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 
 OFFLOADED = ("weights_map", "tied_params_map")  # what a hook of accelerate holds tensors in
@@ -57,7 +57,7 @@ def proven(model: nn.Module, surgery: Surgery) -> Surgery:
 
 
 def _output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    with evaluating(model):
+    with traceable(model):
         return model(**inputs)[0].float()
 
 

@@ -4,9 +4,10 @@ import pytest
 
 from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import ModelRef
+from dropformer.prune.choosing import choose
 from dropformer.prune.errors import DropformerError, PlanError
 from dropformer.prune.outline import BranchOutline, Outline, StackOutline
-from dropformer.prune.plan import Plan, choose, make_plan
+from dropformer.prune.plan import Plan, make_plan
 from dropformer.prune.spec import parse_keep, parse_spec
 
 
@@ -18,7 +19,7 @@ def outline(blocks: int = 6) -> Outline:
 
 
 def scored(**values: list[float]) -> dict[Layer, float]:
-    return {Layer(kind, i): v for kind, numbers in values.items() for i, v in enumerate(numbers)}  # type: ignore[arg-type]
+    return {Layer(kind, i): v for kind, numbers in values.items() for i, v in enumerate(numbers)}
 
 
 ATTN = [0.1, 0.9, 0.5, 0.9, 0.2, 0.3]

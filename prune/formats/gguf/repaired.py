@@ -95,4 +95,4 @@ def _stored(tensor: Tensor, like: GGMLQuantizationType) -> NewValues:
     if kind is F16 and not torch.isfinite(values).all():
         kind, values = F32, tensor.detach().cpu().float()
     data = values.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return NewValues(kind, tuple(reversed(tensor.shape)), memoryview(data))  # type: ignore[arg-type]
+    return NewValues(kind, tuple(reversed(tensor.shape)), data.data)

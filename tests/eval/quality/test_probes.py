@@ -112,7 +112,7 @@ def test_a_probe_longer_than_the_context_is_left_out(tiny, tokenizer):
 
 
 def test_an_unknown_probe_is_refused():
-    with pytest.raises(EvaluationError, match="expected copy, addition, needle"):
+    with pytest.raises(EvaluationError, match="expected one of copy, addition, needle"):
         run_probes(llama(), Letters(), names=["poetry"])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dropformer.eval.tasks.backends import BACKENDS, BackendEntry
 from dropformer.eval.tasks.responses import fingerprint, shares
 from dropformer.eval.tasks.results import TaskOptions, TaskResults, compare_tasks
 from dropformer.eval.tasks.tasks import evaluate_tasks
@@ -251,3 +252,16 @@ def test_two_processes_give_the_answers_of_one(llama, tokenizer, mmlu_data, tmp_
     assert both[0].correct == both[1].correct == one.correct
     assert both[0].tasks == one.tasks
     assert sum(part.stats["requests"] for part in both) == 84 and min(p.stats["requests"] for p in both) > 0
+
+
+def test_a_backend_from_the_registry_answers(llama, tokenizer, local_tasks):
+    made = []
+
+    def make_toy(model, tokenizer, **options):
+        made.append(options)
+        return BACKENDS["fast"].method()(model, tokenizer, **options)
+
+    with BACKENDS.having("toy", BackendEntry("a toy", make_toy)):
+        toy = evaluate_tasks(llama, tokenizer, ["local_endings"], TaskOptions(include=local_tasks, backend="toy"))
+    fast = evaluate_tasks(llama, tokenizer, ["local_endings"], TaskOptions(include=local_tasks))
+    assert made == [{"batch_size": 1}] and toy.backend == "toy" and toy.correct == fast.correct

@@ -16,8 +16,8 @@ from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.prune.artifact import ModelRef
+from dropformer.prune.choosing import choose
 from dropformer.prune.loading.load import load
-from dropformer.prune.plan import choose
 
 REF = ModelRef(name="tiny", fingerprint="f" * 64)
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from dropformer.metrics.blockwise.divergence import DenseReference, dropped_modules
-from dropformer.metrics.blockwise.runner import BlockRunner, replaced
+from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.loading.parts import replaced
 
 FAMILIES = ["llama", "gpt2", "gemma2", "gpt_neox", "mixtral"]
 SIZES = {"gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4}}

@@ -62,7 +62,7 @@ class Opened:
         return total
 
     def standing(self, found):
-        from dropformer.metrics.blockwise.runner import replaced
+        from dropformer.prune.loading.parts import replaced
 
         return replaced(self.model, found.modules())
 

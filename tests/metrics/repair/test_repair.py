@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dropformer.metrics.blockwise.runner import replaced
 from dropformer.metrics.blockwise.variant import Changes, variant
 from dropformer.metrics.repair.registry import REPAIRS, RepairEntry
 from dropformer.metrics.search.improve import improve
@@ -14,6 +13,7 @@ from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import PlanError
 from dropformer.prune.loading.load import load
+from dropformer.prune.loading.parts import replaced
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 from dropformer.prune.surgery.views import sharing_copy
 

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dropformer.metrics.repair.slots import branch_outputs
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.inputs import sample_inputs
 from dropformer.prune.discovery.replay import reading
+from dropformer.prune.samples.inputs import sample_inputs
 
 KINDS = {
     "llama": ("linear", "linear"),

@@ -12,7 +12,7 @@ from dropformer.metrics.blockwise.variant import variant
 from dropformer.metrics.search.select import KL, Count, Greedily, greedy, iterative, refine
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.loading.modeling import Skipped
+from dropformer.prune.loading.skipped_modules import Skipped
 
 
 @pytest.fixture

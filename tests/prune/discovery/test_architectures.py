@@ -13,14 +13,14 @@ import transformers
 import dropformer
 from dropformer import api
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.inputs import longest_text, sample_inputs
-from dropformer.prune.discovery.modalities import with_images
 from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.samples.inputs import longest_text, sample_inputs
+from dropformer.prune.samples.modalities import with_images
 from dropformer.prune.surgery.config import pruned_config
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-from tiny_models import tiny_model
-from trial import SILENT, through
+from families.tiny_models import tiny_model
+from families.trial import SILENT, through
 
 CAUSAL = """llama mistral mixtral qwen2 qwen3 qwen3_moe gemma2 gemma3_text phi3 falcon gpt2 gpt_neox opt bloom olmo2
 cohere deepseek_v3 minimax jamba"""

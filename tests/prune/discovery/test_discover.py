@@ -10,10 +10,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from dropformer.prune.architecture import Architecture
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.inputs import sample_inputs
 from dropformer.prune.discovery.proof import prove
 from dropformer.prune.discovery.replay import skipped
 from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.samples.inputs import sample_inputs
 
 # family -> (its config, parameters that end the attention branches, those that end the MLP branches)
 O_PROJ, DOWN_PROJ = r"\.o_proj\.", r"\.down_proj"

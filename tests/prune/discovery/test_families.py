@@ -13,16 +13,16 @@ from torch import nn
 import dropformer
 from dropformer import api
 from dropformer.prune.block_map import Surgery, map_blocks
+from dropformer.prune.choosing import choose
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.discovery.trace import tracing
 from dropformer.prune.errors import PlanError
 from dropformer.prune.formats.export import reference
-from dropformer.prune.plan import choose
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-from tiny_models import tiny_model
+from families.tiny_models import tiny_model
 
 
 def pruned(model, spec, shorten=True):

@@ -10,12 +10,12 @@ import transformers
 from dropformer import api
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.modalities import modalities, sample_batches
 from dropformer.prune.discovery.positions import reads_numbers
+from dropformer.prune.samples.modalities import modalities, sample_batches
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-from tiny_models import tiny_model
-from trial import silenced
+from families.tiny_models import tiny_model
+from families.trial import silenced
 
 # Families that add image features after text blocks, with these features in four blocks.
 QWEN3 = {"vision_config": {"deepstack_visual_indexes": [0, 1, 2]}}

@@ -8,10 +8,10 @@ import pytest
 import torch
 import transformers
 
+from dropformer.prune.choosing import choose
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.inputs import sample_inputs
 from dropformer.prune.discovery.summarize import summarize
-from dropformer.prune.plan import choose
+from dropformer.prune.samples.inputs import sample_inputs
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))

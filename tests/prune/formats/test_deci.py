@@ -16,8 +16,8 @@ from transformers import AutoConfig
 from dropformer.prune.architecture import Layer
 from dropformer.prune.errors import ArchitectureError, CheckpointError, PlanError
 from dropformer.prune.formats.deci import deci_config, deci_notes, engine_width
-from dropformer.prune.loading.configuration_decilm import DeciLMConfig, Entry
-from dropformer.prune.loading.deci import dropformer_config, load_deci
+from dropformer.prune.loading.deci.configuration_decilm import DeciLMConfig, Entry
+from dropformer.prune.loading.deci.load import dropformer_config, load_deci
 
 FAMILIES = {"llama": {}, "mistral": {"sliding_window": 5}, "qwen2": {}}
 SPECS = ["attn=1,3", "mlp=0,2", "attn=1,3,mlp=3", "attn=1,mlp=2"]

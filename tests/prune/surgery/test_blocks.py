@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from dropformer.prune.block_map import Surgery, map_blocks
+from dropformer.prune.choosing import choose
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import PlanError
-from dropformer.prune.plan import choose, make_plan
+from dropformer.prune.plan import make_plan
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 
 BART = {"d_model": 32, "decoder_layers": 4, "encoder_layers": 4, "decoder_ffn_dim": 48, "decoder_attention_heads": 4}

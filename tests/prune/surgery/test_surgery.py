@@ -8,9 +8,9 @@ from torch import nn
 from transformers import DynamicCache, StaticCache
 
 from dropformer.prune.architecture import Layer
+from dropformer.prune.choosing import choose
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.discovery.summarize import summarize
-from dropformer.prune.plan import choose
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "mixtral", "qwen3_moe", "phi3"]

@@ -19,12 +19,12 @@ from tiny_gguf import tiny_model, write_gguf
 
 from dropformer.metrics.repair.linear import linear_forms
 from dropformer.prune.architecture import Layer
+from dropformer.prune.choosing import choose
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.formats.gguf.header import read_gguf_header
 from dropformer.prune.formats.gguf.write import write_gguf as prune_gguf
 from dropformer.prune.loading.load import load
-from dropformer.prune.plan import choose
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 from dropformer.recipes import recipe
 from dropformer.recipes.gguf import convert_gguf

@@ -15,13 +15,13 @@ from tiny_gguf import tiny_model, write_gguf
 
 from dropformer.metrics.repair.linear import linear_forms
 from dropformer.prune.architecture import Layer
+from dropformer.prune.choosing import choose
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import CheckpointError, OutputError, PlanError, VerificationError
 from dropformer.prune.formats.gguf.keys import interleaved
 from dropformer.prune.formats.gguf.write import check_gguf
 from dropformer.prune.formats.gguf.write import write_gguf as prune_gguf
-from dropformer.prune.plan import choose
 from dropformer.prune.surgery.surgery import plan_surgery
 
 KINDS = {name: gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_1")}

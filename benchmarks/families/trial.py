@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_models import VOCAB
+from families.tiny_models import VOCAB
 from torch import nn
 
 import dropformer
@@ -24,15 +24,15 @@ from dropformer.eval.cost.counting import cost_of_config
 from dropformer.eval.cost.model_cost import ModelCost
 from dropformer.metrics.analysis.analyze import analyze_model
 from dropformer.prune.architecture import Architecture, Layer, Stack
+from dropformer.prune.choosing import choose
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.inputs import sample_inputs
-from dropformer.prune.discovery.modalities import with_images
 from dropformer.prune.discovery.proof import prove
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ArchitectureError, ModelError, PlanError
 from dropformer.prune.formats.export import reference
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import choose
+from dropformer.prune.samples.inputs import sample_inputs
+from dropformer.prune.samples.modalities import with_images
 
 NEW_TOKENS = 4
 SILENT = "the sample's output is the same without"

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dropformer.prune.discovery.inputs import random_pixels, sample_inputs
-from dropformer.prune.discovery.trace import tensors_in
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.loading.device import input_device
+from dropformer.prune.loading.parts import tensors_in
+from dropformer.prune.samples.inputs import random_pixels, sample_inputs
 
 Inputs = dict[str, Any]
 

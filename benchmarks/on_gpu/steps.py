@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_models import byte_tokenizer, in_memory, on_disk, shape
+from on_gpu.models import byte_tokenizer, in_memory, on_disk, shape
 from torch import nn
 
 GIB = 2**30
@@ -60,7 +60,7 @@ def tests(_bench: Bench) -> Figures:
     import dropformer.cli
     import dropformer.job  # noqa: F401
 
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-rs", str(root / "tests" / "test_gpu.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     print(done.stdout, done.stderr)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dropformer.prune.loading.device import input_device
+from dropformer.prune.loading.parts import text_config
 
 # Tables of absolute positions of a text: not of distances, and not of a vision tower's patches.
 POSITIONS = re.compile(r"^(?!.*(rel|dist|vision|visual|image|patch)).*(position|\bwpe\b)", re.I)
@@ -33,7 +34,7 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str
         features = {"input_features": torch.randn(shape, generator=generator).to(device)}
         ids = torch.zeros(batch, length, dtype=torch.long, device=device)
         return features | ({"decoder_input_ids": ids, "use_cache": False} if config.is_encoder_decoder else {})
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    text = text_config(config)
     vocab = int(getattr(text, "vocab_size", 0) or 32)
     batch = 1 if reads_one_text(model) else batch
     batch *= getattr(config, "num_codebooks", 1) if getattr(config, "audio_channels", None) else 1  # MusicGen
@@ -71,7 +72,7 @@ def random_pixels(config: object, batch: int, seed: int = 0) -> Tensor:
 def reads_one_text(model: Any) -> bool:
     """Does a decoder with a classification head refuse batches, because its config names no padding token?"""
     config = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if config is not None and hasattr(config, "get_text_config") else config
+    text = text_config(config)
     pads = [getattr(part, "pad_token_id", None) for part in (config, text)]
     return "ForSequenceClassification" in type(model).__name__ and None in pads
 

@@ -13,9 +13,9 @@ from transformers.models.auto import modeling_auto
 from dropformer.prune.errors import CheckpointError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.files.config_json import read_config
-from dropformer.prune.loading.deci_families import FAMILIES
+from dropformer.prune.loading.deci.families import FAMILIES
 from dropformer.prune.loading.described import check_whole, config_from
-from dropformer.prune.loading.modeling import MODEL_TYPE, pruned_config_class
+from dropformer.prune.loading.modeling import MODEL_TYPE, base_config_class, pruned_config_class
 from dropformer.prune.loading.quiet import quiet_transformers
 
 ATTENTION = {"self_attn": ["zeros", None], "input_layernorm": "input"}
@@ -59,8 +59,7 @@ def load_deci(
     """
     fields = read_config(folder)
     config = config_from(dropformer_config(fields))
-    base = type(config).base_config_class  # type: ignore[attr-defined]
-    pruned_config_class(base)
+    pruned_config_class(base_config_class(config))
     native: Any = modeling_auto.AutoModelForCausalLM._model_mapping[type(config)]
     with quiet_transformers():
         model, info = native.from_pretrained(

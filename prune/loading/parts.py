@@ -1,0 +1,70 @@
+"""What is asked of any live model: its text config and embeddings, evaluation mode, other modules for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from dropformer.prune.loading.window_cache import Window
+
+
+def text_config(owner: Any) -> Any:
+    """The config of the text part of a model or of a composite config; its own where all of it is text."""
+    config = getattr(owner, "config", owner)
+    return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def input_embeddings(model: Any) -> nn.Module | None:
+    """The module that turns token ids into vectors; None for a model that has none."""
+    return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+
+
+def windows_of(model: nn.Module) -> dict[str, Window]:
+    """Module path -> the window of each attention layer that has one."""
+    found: dict[str, Any] = {path: getattr(module, "window", None) for path, module in model.named_modules()}
+    return {path: window for path, window in found.items() if hasattr(window, "sinks")}
+
+
+def empty_cache(model: Any) -> DynamicCache:
+    """A cache for a model with the entries that its config asks for, dropped attention layers' empty ones included."""
+    return DynamicCache(config=model.config)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside the `with`, no dropout; the training mode of every module is restored on exit."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside the `with`, other modules are at these paths; the model's own are restored on exit."""
+    with ExitStack() as undo:
+        for path, module in modules.items():
+            parent, _, leaf = path.rpartition(".")
+            owner = model.get_submodule(parent)
+            undo.callback(setattr, owner, leaf, getattr(owner, leaf))
+            setattr(owner, leaf, module)
+        yield
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and dicts."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for item in tree:
+            yield from tensors_in(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from tensors_in(item)

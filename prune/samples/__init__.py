@@ -1,0 +1,1 @@
+"""Small batches that any model can run: text, images, audio."""
