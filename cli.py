@@ -11,6 +11,7 @@ import typer
 
 from dropformer import cli_options as options
 from dropformer import commands
+from dropformer.eval.draft.options import RUNGS, DraftOptions
 from dropformer.prune.errors import DropformerError
 
 app = typer.Typer(
@@ -49,6 +50,14 @@ def prune(
     select: options.Select = None,
     refine: options.Refine = None,
     budget: options.Budget = None,
+    draft: options.Draft = False,
+    context_tokens: options.DraftContext = 4096,
+    batch: options.DraftBatch = 1,
+    max_drop: options.MaxDrop = None,
+    rungs: options.Rungs = RUNGS,
+    temperature: options.Temperature = 1.0,
+    hardware: options.DraftHardware = "cpu",
+    write_anyway: options.Anyway = False,
     repair: options.RepairMethods = None,
     gate: options.Gate = "docstrings",
     text: options.ReportText = "heldout",
@@ -89,6 +98,7 @@ def prune(
         asked.ReportOptions(measure, text, seconds),
         asked.ExportOptions(format, link, verify, trust_remote_code=trust_remote_code),
         out, revision, dry_run, given,
+        DraftOptions(context_tokens, batch, max_drop, rungs, temperature, hardware, write_anyway) if draft else None,
     )  # fmt: skip
     validate.validate(request)
     from dropformer import console
@@ -102,7 +112,13 @@ def prune(
         return
     from dropformer import job
 
-    if memory is not None:
+    if draft:
+        from dropformer.eval.draft import verdict as drafts
+
+        found, outcome = job.draft(request, progress)
+        encoded, *lines = drafts.shown(found, request.draft, request.model, outcome.out if outcome else None, as_json)
+        console.show(encoded, *filter(None, lines))
+    elif memory is not None:
         console.show_export(job.run_from_disk(request, progress), request.model, as_json)
     elif dry_run:
         console.show_plan(job.plan_only(request, progress), as_json)

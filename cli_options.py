@@ -124,6 +124,47 @@ Packable = Annotated[
     ),
 ]
 
+# --- drafting ---
+
+DRAFT = "Drafting"
+Draft = Annotated[
+    bool,
+    typer.Option(
+        "--draft",
+        help="In place of --drop: find what drafts best for the model itself, and write it where that pays.",
+        rich_help_panel=DRAFT,
+    ),
+]
+DraftContext = Annotated[
+    int, typer.Option("--context", min=64, help="Tokens behind which it is to draft.", rich_help_panel=DRAFT)
+]
+DraftBatch = Annotated[
+    int, typer.Option("--batch", min=1, help="Sequences at once, for the estimate.", rich_help_panel=DRAFT)
+]
+MaxDrop = Annotated[
+    int | None, typer.Option("--max-drop", min=0, help="Layers that may go at most.", rich_help_panel=DRAFT)
+]
+Rungs = Annotated[
+    str, typer.Option("--rungs", help="What layers may become: drop (or attn, mlp, block), window:W+S, by commas.",
+                      rich_help_panel=DRAFT)
+]  # fmt: skip
+Temperature = Annotated[
+    float, typer.Option("--temperature", min=0, help="At which tokens are drawn; 0 is greedy.", rich_help_panel=DRAFT)
+]
+DraftHardware = Annotated[
+    str,
+    typer.Option("--hardware", help="cpu (this machine, timed) or a100-80g, ... by estimate.", rich_help_panel=DRAFT),
+]
+Anyway = Annotated[
+    bool, typer.Option("--write-anyway", help="Write the draft even if it does not pay.", rich_help_panel=DRAFT)
+]
+DraftPlan = Annotated[
+    Path | None, typer.Option("--draft", help="A plan.json whose draft decodes for the (one) model, measured.")
+]
+DraftEstimate = Annotated[
+    bool, typer.Option("--draft", help="As the draft of the model itself: where it pays, acceptance against cost.")
+]
+
 # --- calibration ---
 
 CalibrationText = Annotated[

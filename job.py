@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from dropformer import api
 from dropformer.eval.cost.timing import Setting
+from dropformer.eval.draft.choose import DraftFound, choose_draft
 from dropformer.eval.quality.output_similarity import OutputSimilarity, output_similarity
 from dropformer.eval.quality.perplexity import HELD_OUT
 from dropformer.eval.quality.sweep import AT, Sweep, find_cliff, point, with_speed
@@ -36,7 +37,7 @@ from dropformer.prune.window import CONTEXT
 from dropformer.recipes.follow import in_percent
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import Request
-from dropformer.scoring import get_scores, losses_by_window, open_to_score, writer
+from dropformer.scoring import draft_windows, get_scores, losses_by_window, open_to_score, writer
 from dropformer.selection import given_plan, improved
 from dropformer.validate import check_empty
 
@@ -87,6 +88,24 @@ def plan_only(request: Request, progress: Progress | None = None) -> Plan:
     return make_plan(opened, request, progress)[0]
 
 
+def draft(request: Request, progress: Progress | None = None) -> tuple[DraftFound, Outcome | None]:
+    """Find the model's own draft, and write it where it pays or was asked for anyway.  Raises a DropformerError."""
+    progress, options = progress or Silent(), request.draft
+    assert options is not None
+    if not request.dry_run:
+        check_empty(request.folder)
+    with progress.stage("opening the model"):
+        opened = open_model(request.model, request.revision, request.placement, progress.say)
+    data = draft_windows(opened, request.calibration, options, progress)
+    found = choose_draft(opened, options, data, request.target.keep, api.outline(opened.model), progress)
+    if request.dry_run or not (found.pays or options.anyway):
+        return found, None
+    with plan_kept(found.plan, request.folder, always=True):
+        held_out, chosen = _held_out(opened, request, progress), _Chosen(found.plan, None, None)
+        report, exported = _carried_out(opened, chosen, request.folder, held_out, request, progress)
+    return found, Outcome(request.folder, found.plan, report, exported)
+
+
 def run(request: Request, progress: Progress | None = None) -> Outcome:
     """Do the whole job.  Raises a DropformerError, and then nothing is left of the output.
 
@@ -109,7 +128,7 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
         progress.say("windows: " + ", ".join(f"{layer}@{window}" for layer, window in plan.windows.items()))
         progress.say(f"KV cache at {CONTEXT:,} tokens: {plan.kv_share(CONTEXT):.0%} of the dense model's")
     if any(layer.kind == "attn" and layer.index == 0 for layer in plan.layers):
-        progress.say("warning: the attention of block 0 goes; vLLM and llama.cpp cannot load a model without it")
+        progress.say("warning: the attention of block 0 is dropped; vLLM and llama.cpp cannot load a model without it")
     with plan_kept(plan, out, always=request.selection.strategy is not None):
         chosen = _Chosen(plan, scores, repair)
         report, exported = _carried_out(opened, chosen, out, held_out, request, progress)

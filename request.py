@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from dropformer.eval.draft.options import DraftOptions
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.repair.registry import REPAIRS
 from dropformer.metrics.search.budget import parse_budget
@@ -115,7 +116,7 @@ class ReportOptions:
 
 @dataclass(frozen=True)
 class Request:
-    """One run: score, plan, drop, export, report.
+    """One run: score, plan, drop, export, report.  `draft`: the plan is sought as the model's own draft.
 
     `given` are the parameters that the user wrote, as against defaults: one that would have no effect is refused.
     """
@@ -132,6 +133,7 @@ class Request:
     revision: str | None = None
     dry_run: bool = False
     given: frozenset[str] = frozenset()
+    draft: DraftOptions | None = None
 
     @property
     def on_files(self) -> bool:
@@ -142,7 +144,7 @@ class Request:
     @property
     def drops(self) -> bool:
         """Does the run drop layers, rather than only score them?"""
-        return bool(self.target.spec or self.target.budget or self.selection.plan)
+        return bool(self.target.spec or self.target.budget or self.selection.plan or self.draft)
 
     @property
     def measures(self) -> bool:
@@ -154,9 +156,9 @@ class Request:
 
     @cached_property
     def folder(self) -> Path:
-        """Where the result goes; by default ./MODEL-SPEC, as in llama-2-13b-attn16."""
+        """The folder of the result; by default ./MODEL-SPEC, as in llama-2-13b-attn16."""
         plan = self.selection.plan
-        spec = self.target.spec or self.target.budget or (plan.stem if plan else "scores")
+        spec = self.target.spec or self.target.budget or (plan.stem if plan else "draft" if self.draft else "scores")
         short = "".join(c if c.isalnum() or c in ".=-" else "-" if c == "," else "" for c in spec.replace("%", "pct"))
         return self.out or self.named(short)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from dropformer.eval.draft.options import DraftOptions
 from dropformer.metrics.analysis import distributed
 from dropformer.metrics.analysis.measure import Measuring, measure
 from dropformer.metrics.analysis.score_cache import keep, kept_scores, score_file
@@ -14,8 +15,8 @@ from dropformer.metrics.analysis.window_loss import TIMES, window_losses
 from dropformer.metrics.calibration.data import CalibrationData, calibration_data, default_settings, text_windows
 from dropformer.metrics.calibration.generated import Writer
 from dropformer.metrics.calibration.images import PIXELS, Pictures
-from dropformer.metrics.calibration.settings import check_length, context_of
-from dropformer.metrics.calibration.windows import computed_tokens
+from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
+from dropformer.metrics.calibration.windows import Windows, computed_tokens
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.progress import Progress
 from dropformer.prune.architecture import Layer
@@ -164,3 +165,16 @@ def losses_by_window(
     with progress.stage(f"what a window of {counted.window} takes, {samples} x {length} tokens of {settings.name}"):
         batches = [inputs for inputs, _ in data.batches(1)]
         return window_losses(opened.model, outline, batches, counted.window, counted.stack)
+
+
+def draft_windows(
+    opened: LoadedModel, said: CalibrationOptions, options: DraftOptions, progress: Progress
+) -> list[Windows]:
+    """Windows of the context that a draft is for, of each text; two in all where nobody said how many."""
+    if opened.tokenizer is None:
+        raise ModelError(f"{opened.ref.name} has no tokenizer, so acceptance cannot be measured on text")
+    check_length(read_config(opened.path), options.context, opened.ref.name)
+    names = said.of(opened.recipe).name.split(",")
+    each, seed = max(1, (said.samples or 2) // len(names)), said.seed or 0
+    texts = [Calibration(name, each, options.context, seed) for name in names]
+    return [text_windows(text, writer(opened, progress)) for text in texts]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dropformer.eval.cost.hardware import HARDWARE
+from dropformer.eval.draft.options import parse_rungs
 from dropformer.eval.tasks.backends import BACKENDS
 from dropformer.metrics.analysis.distributed import world
 from dropformer.metrics.analysis.scores import Scores
@@ -26,11 +28,13 @@ from dropformer.recipes.source import is_gguf, locate
 from dropformer.request import Request
 
 PLACE = ("device", "dtype", "device_map")
+DRAFTING = ("context_tokens", "batch", "max_drop", "rungs", "temperature", "hardware", "write_anyway")
 DRAWN = ("samples", "seed", "skip_first")  # which windows are drawn, whatever the text
 SPOKEN = {
     "as_json": "json",
     "include": "include_path",
     "prompt": "context",
+    "context_tokens": "context",
 }  # parameters whose options have other names
 
 
@@ -89,6 +93,11 @@ RULES = (
         lambda r: not FORMATS[r.export.format].copies, ("verify",), "with --format {format}, which copies no bytes"
     ),
     Rule(lambda r: not r.measures, ("text", "seconds"), "with --no-measure"),
+    Rule(lambda r: not r.draft, DRAFTING, "without --draft", "add --draft"),
+    Rule(
+        lambda r: r.draft, ("quality", "metric", "select", "refine", "repair", "gate", "scores", "memory", "length"),
+        "with --draft, which searches by acceptance at --context and shares the dense model's weights",
+    ),
 )  # fmt: skip
 
 
@@ -99,6 +108,12 @@ def validate(request: Request) -> None:
             "this job runs in one process; launch `analyze` on many, and give its scores with --scores"
         )
     check_effects(request)
+    if request.draft:
+        parse_rungs(request.draft.rungs)
+        if request.draft.hardware not in ("cpu", *HARDWARE):
+            raise EvaluationError(
+                f"hardware `{request.draft.hardware}` is unknown; expected cpu or {', '.join(HARDWARE)}"
+            )
     kinds = _kinds(request)
     _check_format(request, kinds)
     for text in (request.report.text, request.selection.gate):
@@ -197,12 +212,12 @@ def check_subcommand(given: Collection[str], subcommand: str) -> None:
 
 def check_target(given: Collection[str]) -> None:
     """Raises DropformerError unless a model and one choice of what to drop are given."""
-    chosen = {"drop", "plan", "budget"}.intersection(given)
+    chosen = {"drop", "plan", "budget", "draft"}.intersection(given)
     if len(chosen) > 1:
-        raise DropformerError("give only one of --drop, --plan and --budget")
+        raise DropformerError("give only one of --drop, --plan, --budget and --draft")
     if not chosen or "model" not in given:
         raise DropformerError(
-            "prune needs --model and one of --drop, --plan or --budget; "
+            "prune needs --model and one of --drop, --plan, --budget or --draft; "
             "for example: prune --model smollm2-135m --drop attn:4"
         )
 
@@ -242,7 +257,7 @@ def _kinds(request: Request) -> set[str] | None:
     """The kinds of layers to drop; None where a budget chooses.  Raises PlanError, or what reading a plan raises."""
     if request.selection.plan:
         return {layer.kind for layer in Plan.read(request.selection.plan).layers}
-    if not request.target.spec and "drop" not in request.given:
+    if request.draft or (not request.target.spec and "drop" not in request.given):
         return None
     return {kind for selector in parse_spec(request.target.spec) for kind in selector.kinds}
 

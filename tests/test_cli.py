@@ -342,7 +342,7 @@ def test_a_given_plan_can_be_refined(model, here, capsys):
         (("--drop", "attn:1", "--quality", "worst"), "`worst` is unknown"),
         (("--drop", "attn:1", "--metric", "x"), "`x` is unknown"),
         (("--budget", "kv:25%"), "budget `kv:25%` cannot be read"),
-        (("--drop", "attn:1", "--budget", "kv:-25%"), "give only one of --drop, --plan and --budget"),
+        (("--drop", "attn:1", "--budget", "kv:-25%"), "give only one of --drop, --plan, --budget and --draft"),
         (("--drop", "attn:1", "--repair", "linear", "--gate", "nowhere"), "text `nowhere` is unknown"),
     ],
 )

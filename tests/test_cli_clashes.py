@@ -72,7 +72,7 @@ def test_an_option_that_would_be_ignored_is_refused(unopened, here, capsys, opti
 
 @pytest.mark.parametrize("others", [("--plan", "p"), ("--budget", "kv:-25%"), ("--plan", "p", "--budget", "x")])
 def test_what_to_drop_is_said_once(unopened, here, capsys, others):
-    said = "give only one of --drop, --plan and --budget"
+    said = "give only one of --drop, --plan, --budget and --draft"
     bad("--model", unopened, *DROP, *others, capsys=capsys, here=here, said=said)
 
 

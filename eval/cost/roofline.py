@@ -143,7 +143,7 @@ class Side:
 
 def _times(side: Side, kernels: Kernels) -> Times:
     workload = side.workload
-    steps = [_decode_step(side, kernels, context) for context in _samples(workload)]
+    steps = [step_seconds(side, kernels, context) for context in _samples(workload)]
     return Times(_prefill(side, kernels), workload.new * sum(steps) / len(steps))
 
 
@@ -169,13 +169,14 @@ def _prefill(side: Side, kernels: Kernels) -> float:
 _SCORE_PASSES = 10
 
 
-def _decode_step(side: Side, kernels: Kernels, context: int) -> float:
+def step_seconds(side: Side, kernels: Kernels, context: int, tokens: int = 1) -> float:
+    """Seconds of a decode step of `tokens` tokens a sequence, behind `context`: weights and cache are read once."""
     cost, batch, size = side.cost, side.workload.batch, side.workload.size
     linear_flops = 2 * batch * (sum(block.active for block in cost.blocks) + cost.head)
-    linear = side.hardware.seconds(linear_flops, cost.read(batch) * size)
+    linear = side.hardware.seconds(tokens * linear_flops, cost.read(batch * tokens) * size)
     pairs = cost.decode_flops(batch, context) - linear_flops
     elements = sum(block.kv * block.seen(context) * _reads(block, kernels) for block in cost.blocks)
-    attention = side.hardware.seconds(pairs, batch * elements * size)
+    attention = side.hardware.seconds(tokens * pairs, batch * elements * size)
     copied = 2 * batch * cost.kv(context) * size if kernels.concatenates else 0
     return linear + attention + side.hardware.copy_seconds(copied) + _launches(side)
 

@@ -75,6 +75,13 @@ def speculation(draft: PreTrainedModel, surgery: Surgery, counts: list[tuple[int
                 made.sources, made.counts, made.cache = sources, kept, given["model_kwargs"]["past_key_values"]
                 return made
 
+            def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **given: Any) -> Any:
+                """As in the model, and where the caller's cache holds the prompt already it is not read again."""
+                held = given["past_key_values"].get_seq_length()
+                if given.get("next_sequence_length") is None and held:
+                    given["next_sequence_length"] = input_ids.shape[1] - held
+                return super().prepare_inputs_for_generation(input_ids, *args, **given)
+
         stand_in = copy.copy(model)
         stand_in.__class__ = Drafted
         return stand_in._assisted_decoding(input_ids, assistant_model=draft, **kwargs)

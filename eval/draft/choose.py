@@ -1,0 +1,151 @@
+"""Find the draft of a model: rankings by one forward pass each, a search by measured acceptance, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dropformer.eval.cost.counting import cost_of
+from dropformer.eval.cost.hardware import hardware
+from dropformer.eval.cost.roofline import Workload
+from dropformer.eval.draft.cost import MeasuredSteps, Steps, measured_steps
+from dropformer.eval.draft.options import DraftOptions, parse_rungs
+from dropformer.metrics.analysis.analyze import analyze_model
+from dropformer.metrics.analysis.window_loss import TIMES, window_losses
+from dropformer.metrics.calibration.windows import Windows
+from dropformer.metrics.draft.acceptance import DenseText, spread
+from dropformer.metrics.draft.formula import MOST, PAYS, best
+from dropformer.metrics.draft.search import Candidate, DraftSearch, Rung, draft_in_place
+from dropformer.progress import Progress
+from dropformer.prune.architecture import Layer
+from dropformer.prune.choosing import unprotected
+from dropformer.prune.errors import ModelError
+from dropformer.prune.outline import Outline
+from dropformer.prune.plan import DraftRef, Plan, make_plan
+from dropformer.prune.samples.inputs import writes_text
+from dropformer.prune.window import Window
+from dropformer.recipes.opening import LoadedModel
+
+PLACES = 8  # in the second half of each window, where a text of the context asked for mostly is
+
+
+@dataclass(frozen=True)
+class DraftFound:
+    """The best draft of a search: its plan, and whether it pays.
+
+    steps: timed on this machine, where that is the hardware asked for and batch 1; verify: a verifying pass by the
+    estimate, in dense steps; tried: how many drafts were measured.
+    """
+
+    plan: Plan
+    best: Candidate
+    estimated: Candidate
+    verify: float
+    steps: MeasuredSteps | None
+    tried: int
+
+    @property
+    def pays(self) -> bool:
+        return self.best.speedup >= PAYS
+
+
+def choose_draft(
+    opened: LoadedModel,
+    options: DraftOptions,
+    data: Sequence[Windows],
+    keep: Sequence[int],
+    outline: Outline,
+    progress: Progress,
+) -> DraftFound:
+    """The plan and the number of drafted tokens that give the most tokens per second.
+
+    Time: two forward passes for rankings, one over the windows, and for each draft a few passes of DEPTH
+    tokens.  Raises ModelError, PlanError, CalibrationError or EvaluationError.
+    """
+    if not writes_text(opened.model) or len(outline.stacks) != 1:
+        raise ModelError(f"{opened.ref.name} is no decoder of one stack, and only such a model drafts for itself")
+    length = data[0].ids.shape[1]
+    device = hardware(options.hardware)
+    dtype = str(opened.model.dtype).removeprefix("torch.")
+    workload = Workload(options.context, options.batch, 1, dtype)
+    kernels = "sdpa" if options.hardware == "cpu" else "fused"
+    steps = Steps(cost_of(opened.model), device, workload, kernels)
+    with progress.stage("ranking layers"):
+        rungs = rankings(opened, options, keep, outline, data)
+    with progress.stage(f"reading {sum(map(len, data))} windows of {length:,} tokens"):
+        text = DenseText(opened.model, data, spread(length, PLACES, length // 2), options.temperature)
+    search = DraftSearch(text, outline, steps.draft, steps.verify, options.most)
+    with progress.stage("measuring drafts") as tick:
+        found = search(rungs, tick)
+    timed = None
+    if options.hardware == "cpu" and options.batch == 1 and length >= options.context:
+        with progress.stage("timing the draft"):
+            pair = (opened.model, *draft_in_place(opened.model, outline, found.layers, found.windows))
+            timed = measured_steps(pair, text.rows[0], text.kept[0][0], found.tokens)
+    final = found if timed is None else _by_the_clock(found, timed, steps)
+    plan = _plan(opened, outline, options, final, data, keep)
+    return DraftFound(plan, final, found, steps.verify(found.tokens + 1), timed, len(search.tried))
+
+
+def _by_the_clock(found: Candidate, timed: MeasuredSteps, steps: Steps) -> Candidate:
+    """The candidate at its timed costs; verifying other numbers of tokens is scaled from the one that was timed."""
+    scale = timed.verify_cost / steps.verify(found.tokens + 1)
+    tokens, gives = best(found.acceptance, timed.cost, lambda m: scale * steps.verify(m), MOST)
+    return replace(found, cost=timed.cost, tokens=tokens, speedup=gives)
+
+
+def rankings(
+    opened: LoadedModel, options: DraftOptions, keep: Sequence[int], outline: Outline, data: Sequence[Windows]
+) -> list[Rung]:
+    """Layers by similarity for what may go, by what a window takes for windows: a few windows of the text each."""
+    wanted, found = parse_rungs(options.rungs), []
+    stack = outline.stacks[0].name
+    similarity: dict[Layer, float] = {}
+    if options.most != 0 and any(isinstance(rung, str) for rung in wanted):
+        batches = [{"input_ids": windows.ids[:1, : min(1024, windows.ids.shape[1])]} for windows in data]
+        similarity = analyze_model(opened.model, batches, ref=opened.ref).similarity()
+    for rung in wanted:
+        if isinstance(rung, Window):
+            short = min(data[0].ids.shape[1], TIMES * rung.width)
+            batches = [{"input_ids": windows.ids[:1, :short]} for windows in data]
+            losses = window_losses(opened.model, outline, batches, rung, stack)
+            kept = set(unprotected(outline, ("attn",), stack, keep))
+            order = sorted((layer for layer in losses if layer in kept), key=lambda layer: losses[layer])
+            found.append(Rung(f"window:{rung}", tuple(order), rung))
+        elif similarity:
+            free = unprotected(outline, (rung,), stack, keep)
+            found.append(Rung(rung, tuple(sorted(free, key=lambda layer: (-similarity[layer], -layer.index)))))
+    return found
+
+
+def _plan(
+    opened: LoadedModel,
+    outline: Outline,
+    options: DraftOptions,
+    found: Candidate,
+    data: Sequence[Windows],
+    keep: Sequence[int],
+) -> Plan:
+    a = found.acceptance
+    ref = DraftRef(
+        tokens=found.tokens, acceptance=a, cost=found.cost, speedup=found.speedup, temperature=options.temperature,
+        context=options.context, batch=options.batch,
+    )  # fmt: skip
+    texts = [windows.ref.model_dump() for windows in data]
+    calibration = texts[0] if len(texts) == 1 else {"name": ",".join(text["name"] for text in texts), "texts": texts}
+    fields: dict[str, Any] = {"keep": list(keep), "metric": "draft", "calibration": calibration, "draft": ref}
+    return make_plan(outline, opened.ref, spec_of(found), list(found.layers), windows=found.windows, **fields)
+
+
+def spec_of(found: Candidate) -> str:
+    """The drop spec that names these layers: `attn=20,21,window=3,7@256+4`."""
+    items: dict[tuple[str, str, str], list[int]] = {}
+    for layer in found.layers:
+        items.setdefault((layer.stack, layer.kind, ""), []).append(layer.index)
+    for layer, window in found.windows.items():
+        items.setdefault((layer.stack, "window", f"@{window}"), []).append(layer.index)
+    return ",".join(
+        f"{stack + '.' if stack else ''}{kind}={','.join(map(str, sorted(indices)))}{rung}"
+        for (stack, kind, rung), indices in items.items()
+    )

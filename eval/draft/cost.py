@@ -1,0 +1,95 @@
+"""What a draft step and a verifying pass cost, in dense decode steps: by the roofline, or by the clock."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from dropformer.eval.cost.hardware import Hardware
+from dropformer.eval.cost.model_cost import ModelCost
+from dropformer.eval.cost.roofline import KERNELS, Side, Workload, step_seconds
+from dropformer.eval.cost.timing import Clock
+from dropformer.metrics.draft.acceptance import shortened
+from dropformer.prune.architecture import Layer
+from dropformer.prune.draft.shared_cache import view_of
+from dropformer.prune.loading.device import gpus_of
+from dropformer.prune.window import Window
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Decode steps of one model on a device at a context and a batch, by the roofline.
+
+    A verifying pass of m tokens reads weights and cache once and computes m times as much.
+    """
+
+    cost: ModelCost
+    hardware: Hardware
+    workload: Workload
+    kernels: str = "fused"
+
+    def draft(self, layers: Sequence[Layer], windows: Mapping[Layer, Window]) -> float:
+        """c: a step without these layers and with these windows, over a dense step."""
+        return self._seconds(self.cost.windowed(windows).without(layers)) / self._seconds(self.cost)
+
+    def verify(self, tokens: int) -> float:
+        """v: a dense pass over so many tokens, over a dense step."""
+        return self._seconds(self.cost, tokens) / self._seconds(self.cost)
+
+    def _seconds(self, cost: ModelCost, tokens: int = 1) -> float:
+        side = Side(cost, self.workload, self.hardware)
+        return step_seconds(side, KERNELS[self.kernels], self.workload.context, tokens)
+
+
+@dataclass(frozen=True)
+class MeasuredSteps:
+    """Seconds of a dense step, a draft step, and a dense pass over the drafted tokens and one more; medians."""
+
+    dense: float
+    draft: float
+    verify: float
+
+    @property
+    def cost(self) -> float:
+        return self.draft / self.dense
+
+    @property
+    def verify_cost(self) -> float:
+        return self.verify / self.dense
+
+
+@torch.inference_mode()
+def measured_steps(
+    models: tuple[PreTrainedModel, PreTrainedModel, Sequence[int]],
+    ids: Tensor,
+    cache: Cache,
+    drafted: int,
+    repeats: int = 7,
+) -> MeasuredSteps:
+    """Time the steps behind the dense model's cache of `ids` [1, T], in turn, the first turn to warm up.
+
+    models: dense, draft, and the draft's sources as `view_of` takes them.  A view is made beforehand, as once a round.
+    """
+    dense, draft, sources = models
+    length, clock = ids.shape[1] - drafted - 1, Clock(gpus_of(dense))
+    took: dict[str, list[float]] = {"dense": [], "draft": [], "verify": []}
+    for turn in range(repeats + 1):
+        behind = shortened(cache, length)
+        calls: dict[str, Callable] = {}
+        for name, model, past, count in (
+            ("dense", dense, behind, 1),
+            ("draft", draft, view_of(behind, draft, sources), 1),
+            ("verify", dense, shortened(cache, length), drafted + 1),
+        ):
+            new = ids[:, length : length + count]
+            calls[name] = lambda m=model, x=new, past=past: m(input_ids=x, past_key_values=past, use_cache=True)
+        for name, call in calls.items():
+            _, found = clock.timed(call)
+            if turn:
+                took[name].append(found.wall)
+    return MeasuredSteps(**{name: statistics.median(values) for name, values in took.items()})

@@ -1,0 +1,74 @@
+"""What a search for a draft found, in words and in numbers, and what would be needed where it does not pay."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dropformer.eval.draft.choose import DraftFound
+from dropformer.eval.draft.options import DraftOptions
+from dropformer.metrics.draft.formula import PAYS, needed_cost
+
+
+def shown(
+    found: DraftFound, options: DraftOptions | None, model: str, written: Path | None, as_json: bool
+) -> list[str | None]:
+    """What is printed: JSON or None, then lines."""
+    if as_json:
+        return [json.dumps(as_numbers(found, str(written) if written else None), indent=1)]
+    lines = verdict(found, options or DraftOptions())
+    if not written:
+        return [None, *lines, "nothing was written" + ("" if found.pays else "; --write-anyway writes it")]
+    return [None, *lines, f"wrote {written}", *engine_lines(model, str(written), found.best.tokens)]
+
+
+def verdict(found: DraftFound, options: DraftOptions) -> list[str]:
+    """What was found in a few lines, and what would be needed where it does not pay."""
+    one = found.best
+    where = f"{options.context:,} tokens, batch {options.batch}, {options.hardware}"
+    lines = [
+        f"best draft of {found.tried} at {where}: {found.plan.spec}",
+        f"acceptance {one.acceptance:.3f} (greedy agreement {one.agreement:.3f}), "
+        f"a draft step costs {one.cost:.3f} of a dense step"
+        + (f" (by the estimate {found.estimated.cost:.3f})" if found.steps else " (estimated)"),
+        f"{one.tokens} drafted at a time: expected {one.speedup:.3f} times the dense model's tokens per second",
+    ]
+    if not found.pays:
+        need = needed_cost(one.acceptance)
+        lines.append(
+            f"does not pay: below {PAYS}. "
+            + (f"At this acceptance a draft step must cost less than {need:.2f} of a dense step"
+               if need > 0 else "At this acceptance no cost would do")
+            + "; a longer --context or a larger --batch makes windows cheaper, and a deeper model has more to spare"
+        )  # fmt: skip
+    return lines
+
+
+def as_numbers(found: DraftFound, written: str | None) -> dict[str, Any]:
+    """The same for JSON: `written` is the folder, None where nothing was."""
+    one = found.best
+    return {
+        "spec": found.plan.spec,
+        "acceptance": one.acceptance,
+        "agreement": one.agreement,
+        "cost": one.cost,
+        "estimated_cost": found.estimated.cost,
+        "tokens": one.tokens,
+        "speedup": one.speedup,
+        "pays": found.pays,
+        "tried": found.tried,
+        "steps": asdict(found.steps) if found.steps else None,
+        "written": written,
+    }
+
+
+def engine_lines(model: str, folder: str, tokens: int) -> list[str]:
+    """How engines take the pair: vLLM a folder or an id, llama.cpp two GGUF files."""
+    config = f'{{"method": "draft_model", "model": "{folder}", "num_speculative_tokens": {tokens}}}'
+    return [
+        f"vLLM: vllm serve {model} --speculative-config '{config}'",
+        f"llama.cpp: llama-server -m MODEL.gguf -md DRAFT.gguf --draft-max {tokens} (a draft of drops alone, written "
+        "with --format gguf --plan)",
+    ]

@@ -1,0 +1,137 @@
+"""Acceptance of a draft that reads the dense model's cache, on fixed text: no text is generated.
+
+At some places of each window the draft reads the next tokens behind the dense model's cache of what came before, as it
+does in decoding, and its distribution q of each following token is held against the dense model's p.  A token drawn
+from q is accepted with probability sum over the vocabulary of min(p, q) (arXiv 2211.17192, corollary 3.6).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from dropformer.metrics.calibration.windows import Windows
+from dropformer.prune.discovery.replay import evaluating
+from dropformer.prune.draft.shared_cache import view_of
+from dropformer.prune.errors import CalibrationError
+from dropformer.prune.loading.device import input_device
+
+DEPTH = 5  # tokens read behind each place
+ROWS = 32  # distributions compared at once: 3 x 32 x 262,144 numbers are 96 MiB
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """A number for each window, place and depth.  overlap, agreement: [N, P, G] float64; places: [P].
+
+    overlap: sum of min(p, q) at `temperature` (1 where that is 0); agreement: 1 where both are greatest at one token;
+    domain: the text of each window.  Depth 0 is the token after the place, whose past is all verified.
+    """
+
+    overlap: Tensor
+    agreement: Tensor
+    places: Tensor
+    domains: tuple[str, ...]
+    temperature: float = 1.0
+
+    @property
+    def accepted(self) -> Tensor:
+        """The probability that each token is accepted, [N, P, G]."""
+        return self.overlap if self.temperature else self.agreement
+
+    @property
+    def mean(self) -> float:
+        return float(self.accepted.mean())
+
+    @property
+    def by_domain(self) -> dict[str, float]:
+        rows = {name: [i for i, own in enumerate(self.domains) if own == name] for name in self.domains}
+        return {name: float(self.accepted[which].mean()) for name, which in rows.items()}
+
+    @property
+    def by_position(self) -> dict[int, float]:
+        return {int(place): float(self.accepted[:, i].mean()) for i, place in enumerate(self.places)}
+
+    @property
+    def by_depth(self) -> list[float]:
+        return [float(column) for column in self.accepted.mean((0, 1))]
+
+    def round_tokens(self, drafted: int) -> float:
+        """Tokens of a round where acceptance comes in stretches: 1 + mean over places of the products over depth."""
+        return 1 + float(self.accepted[..., :drafted].cumprod(-1).mean((0, 1)).sum())
+
+
+class DenseText:
+    """The dense model's cache and its distributions at some places of each window, which every draft is held against.
+
+    Time: a forward pass over the windows.  Memory: their KV cache, and N P G V numbers in half precision.  Raises
+    CalibrationError for windows too short for the places.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, data: Sequence[Windows], places: Sequence[int], temperature: float = 1.0
+    ) -> None:
+        self.model, self.temperature, self.places = model, temperature, list(places)
+        self.domains = tuple(windows.ref.name for windows in data for _ in range(len(windows)))
+        self.rows = [row[None].to(input_device(model)) for windows in data for row in windows.ids]
+        if min(row.shape[1] for row in self.rows) < max(self.places) + DEPTH:
+            raise CalibrationError(f"windows of {self.rows[0].shape[1]} tokens end before {max(self.places) + DEPTH}")
+        with torch.inference_mode(), evaluating(model):
+            self.kept = [self._read(row) for row in self.rows]
+
+    def _read(self, row: Tensor) -> tuple[Cache, Tensor]:
+        """Cache [of T tokens] and log-probabilities [P, G, V] of one window."""
+        config: Any = self.model.config
+        cache = DynamicCache(config=config.get_text_config(decoder=True))
+        cache.activate_past_recording()
+        at = torch.tensor([place + i for place in self.places for i in range(DEPTH)], device=row.device)
+        logits = self.model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=at).logits[0]
+        logits = logits if len(logits) == len(at) else logits[at]
+        found = torch.cat([self._log_probs(part).half() for part in logits.split(ROWS)])
+        return cache, found.view(len(self.places), DEPTH, -1)
+
+    def _log_probs(self, logits: Tensor) -> Tensor:
+        return (logits.float() / (self.temperature or 1.0)).log_softmax(-1)
+
+    def acceptance(self, draft: PreTrainedModel, sources: Sequence[int]) -> Acceptance:
+        """How often the draft is accepted.  sources: as `view_of` takes them.  Time: N P draft passes of G tokens."""
+        overlap, agreement = [], []
+        with torch.inference_mode(), evaluating(draft):
+            for row, (cache, dense) in zip(self.rows, self.kept, strict=True):
+                for place, p in zip(self.places, dense, strict=True):
+                    view = view_of(shortened(cache, place), draft, sources)
+                    new = row[:, place : place + DEPTH]
+                    q = self._log_probs(draft(input_ids=new, past_key_values=view, use_cache=True).logits[0])
+                    overlap.append(torch.minimum(p.float(), q).exp().sum(-1).clamp_max(1).double().cpu())
+                    agreement.append((p.argmax(-1) == q.argmax(-1)).double().cpu())
+        shape = (len(self.rows), len(self.places), DEPTH)
+        both = [torch.stack(found).view(shape) for found in (overlap, agreement)]
+        return Acceptance(both[0], both[1], torch.tensor(self.places), self.domains, self.temperature)
+
+
+def shortened(cache: Cache, length: int) -> Cache:
+    """A cache of its first `length` tokens, which shares the tensors: every token must still be there."""
+    made = copy.copy(cache)
+    made.layers = [copy.copy(entry) for entry in cache.layers]
+    entry: Any
+    for entry in made.layers:
+        if getattr(entry, "keys", None) is None or not entry.is_initialized:  # holds nothing
+            continue
+        first = 0
+        if isinstance(entry, DynamicSlidingWindowLayer):
+            first, entry.cumulative_length = max(0, length - entry.sliding_window + 1), length
+        entry.keys, entry.values = entry.keys[..., first:length, :], entry.values[..., first:length, :]
+    return made
+
+
+def spread(length: int, count: int, first: int) -> list[int]:
+    """`count` places from `first` to the end of a window, evenly: 4 of 100 from 20 are 20, 44, 69, 94."""
+    last = length - DEPTH
+    return sorted({round(first + (last - first) * i / max(1, count - 1)) for i in range(count)})

@@ -1,0 +1,40 @@
+"""Expected tokens per second of speculative decoding over those of the dense model alone (arXiv 2211.17192)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+MOST = 12  # tokens drafted at a time
+PAYS = 1.05  # the least expected speed-up that is worth a draft
+
+Verify = Callable[[int], float]
+"""A dense pass over so many tokens, in dense decode steps."""
+
+
+def one_step(_tokens: int) -> float:
+    """Verifying costs what a decode step costs, as long as reading weights and cache is what takes the time."""
+    return 1.0
+
+
+def round_tokens(acceptance: float, drafted: int) -> float:
+    """Tokens that a round gives on average: 1 + a + a^2 + ... + a^g, for 0.8 and 3 drafted 2.95."""
+    return sum(acceptance**i for i in range(drafted + 1))
+
+
+def speedup(acceptance: float, drafted: int, cost: float, verify: Verify = one_step) -> float:
+    """(1 - a^(g+1)) / ((1 - a) (g c + v)): theorem 3.8 of arXiv 2211.17192, where v is 1.
+
+    acceptance: a, the probability that a drafted token is accepted, independent of the others.  cost: c, a draft step
+    over a dense decode step.  verify: v of g + 1 tokens.  For a = 0.9, g = 4, c = 0.5: 4.10 / 3 = 1.37.
+    """
+    return round_tokens(acceptance, drafted) / (drafted * cost + verify(drafted + 1))
+
+
+def best(acceptance: float, cost: float, verify: Verify = one_step, most: int = MOST) -> tuple[int, float]:
+    """The number of drafted tokens, at least 1, that gives the greatest speed-up, and that speed-up."""
+    return max(((g, speedup(acceptance, g, cost, verify)) for g in range(1, most + 1)), key=lambda found: found[1])
+
+
+def needed_cost(acceptance: float, target: float = PAYS, verify: Verify = one_step) -> float:
+    """The greatest c at which this acceptance still gives the target; below 0 where none does."""
+    return max((round_tokens(acceptance, g) / target - verify(g + 1)) / g for g in range(1, MOST + 1))

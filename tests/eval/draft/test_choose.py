@@ -1,0 +1,46 @@
+"""`prune --draft`: the draft that is found, what it says, and what it writes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dropformer.cli import app
+from dropformer.eval.draft.options import parse_rungs
+from dropformer.prune.errors import PlanError
+from dropformer.prune.plan import Plan
+from dropformer.prune.window import Window
+
+RUN = ["--draft", "--context", "96", "--rungs", "mlp,window:16+2", "--calibration", "builtin", "-q"]
+
+
+def prune(folder, *more):
+    return app(["--model", str(folder), *RUN, *more], standalone_mode=False)
+
+
+def test_a_draft_that_does_not_pay_is_a_no_with_figures_and_nothing_is_written(lettered, here, capsys):
+    """Two layers of a tiny model cost nothing to begin with: on a CPU its steps are launches."""
+    prune(lettered, "--max-drop", "0", "--out", "draft")
+    said = capsys.readouterr().out
+    assert "acceptance" in said and "of a dense step" in said
+    if "does not pay" in said:
+        assert "must cost less than" in said and "nothing was written" in said and not Path("draft").exists()
+
+
+def test_a_draft_is_written_anyway_with_a_plan_that_says_what_it_gives(lettered, here, capsys):
+    prune(lettered, "--write-anyway", "--out", "draft", "--seconds", "0", "--json")
+    found = json.loads(capsys.readouterr().out)
+    plan = Plan.read(here / "draft" / "plan.json")
+    assert found["written"] == "draft" and plan.draft.tokens == found["tokens"]
+    assert 0 < plan.draft.acceptance <= 1 and plan.draft.context == 96
+    assert (here / "draft" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("text", ["depth", "window", "", "window:0"])
+def test_unknown_rungs_are_named(text):
+    with pytest.raises(PlanError, match="expected"):
+        parse_rungs(text)
+
+
+def test_rungs_come_in_the_order_of_the_search():
+    assert parse_rungs("window:8+2,drop") == ["block", "attn", "mlp", Window(8, 2)]

@@ -1,0 +1,86 @@
+"""Acceptance on fixed text, against the draft and the dense model run by hand."""
+
+import pytest
+import torch
+
+from dropformer import api
+from dropformer.metrics.calibration.settings import CalibrationRef
+from dropformer.metrics.calibration.windows import Windows
+from dropformer.metrics.draft.acceptance import DEPTH, DenseText, spread
+from dropformer.metrics.draft.search import DraftSearch, Rung, draft_in_place
+from dropformer.prune.architecture import Layer
+from dropformer.prune.errors import CalibrationError, PlanError
+from dropformer.prune.window import Window
+
+PLACES = [8, 20, 33]
+
+
+def text(rows=2, length=40, name="a"):
+    ids = torch.randint(3, 64, (rows, length), generator=torch.Generator().manual_seed(0))
+    real = torch.ones_like(ids, dtype=torch.bool)
+    ref = CalibrationRef(name=name, samples=rows, length=length, seed=0, packed=True, skip_first=0, hash="")
+    return Windows(ids, real, real, ref)
+
+
+@pytest.fixture(scope="module")
+def dense(tiny):
+    return tiny("llama", initializer_range=0.3)
+
+
+def layer(name):
+    return Layer.parse(name)
+
+
+def test_the_first_tokens_acceptance_is_the_overlap_behind_the_dense_models_cache(dense):
+    """Computed by hand: the dense model reads up to the place, and the draft one token behind a copy of its cache."""
+    data = text()
+    draft, sources = draft_in_place(dense, api.outline(dense), [layer("mlp:1")], {})
+    found = DenseText(dense, [data], PLACES).acceptance(draft, sources)
+    with torch.no_grad():
+        for n, row in enumerate(data.ids):
+            for i, place in enumerate(PLACES):
+                cache = dense(row[None, :place], use_cache=True).past_key_values
+                q = draft(row[None, place : place + 1], past_key_values=cache).logits[0, -1].softmax(-1)
+                p = dense(row[None, : place + 1]).logits[0, -1].softmax(-1)
+                assert float(found.overlap[n, i, 0]) == pytest.approx(float(torch.minimum(p, q).sum()), abs=2e-3)
+                assert bool(found.agreement[n, i, 0]) == bool(p.argmax() == q.argmax())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_draft_that_is_the_dense_model_is_always_accepted(tiny, family):
+    same = tiny(family, initializer_range=0.3)
+    outline = api.outline(same)
+    wide = {} if family == "gemma3_text" else {layer("attn:0"): Window(100, 4)}
+    draft, sources = draft_in_place(same, outline, [], wide)
+    found = DenseText(same, [text(1), text(1, name="b")], PLACES).acceptance(draft, sources)
+    assert found.overlap.shape == (2, 3, DEPTH) and found.mean == pytest.approx(1, abs=2e-3)
+    assert found.by_domain == pytest.approx({"a": 1, "b": 1}, abs=2e-3) and list(found.by_position) == PLACES
+    assert found.round_tokens(3) == pytest.approx(4, abs=0.01)
+
+
+def test_at_temperature_0_acceptance_is_greedy_agreement(dense):
+    draft, sources = draft_in_place(dense, api.outline(dense), [layer("mlp:1")], {})
+    found = DenseText(dense, [text()], PLACES, temperature=0).acceptance(draft, sources)
+    assert torch.equal(found.accepted, found.agreement) and found.mean < 1
+
+
+def test_windows_that_end_before_the_places_are_refused(dense):
+    with pytest.raises(CalibrationError, match="end before"):
+        DenseText(dense, [text(length=36)], PLACES)
+    assert spread(100, 4, 20)[0] == 20 and spread(100, 4, 20)[-1] == 100 - DEPTH
+
+
+def test_the_search_finds_the_best_of_all_counts(dense):
+    outline = api.outline(dense)
+    read = DenseText(dense, [text(1)], PLACES)
+    rungs = [
+        Rung("mlp", (layer("mlp:2"), layer("mlp:1"))),
+        Rung("window", tuple(layer(f"attn:{i}") for i in (1, 3, 0)), Window(6, 2)),
+    ]
+    search = DraftSearch(read, outline, lambda gone, seen: 1 - 0.02 * len(gone) - 0.3 * len(seen), lambda n: 1.0)
+    found = search(rungs)
+    assert found.speedup == max(candidate.speedup for candidate in search.tried.values())
+    others = [search.measured([], dict.fromkeys(rungs[1].ranking[:n], Window(6, 2))).speedup for n in (1, 2, 3)]
+    assert found.speedup >= max(others) and len(search.tried) > 5
+    with pytest.raises(PlanError, match="no layer"):
+        DraftSearch(read, outline, search.cost, search.verify, most=0)([rungs[0]])
