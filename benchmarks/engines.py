@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tiny_models
 import torch
-from tiny_models import SMALL, tiny_model
+from families import tiny_models
+from families.tiny_models import SMALL, tiny_model
 from transformers.utils import logging
 
 from dropformer import api
@@ -158,7 +158,7 @@ def installed(python: str, root: Path) -> Path:
 
 
 def in_vllm(python: str, site: Path, every: list[Case]) -> None:
-    """Run the cases in one process of vLLM, and in another from the next on where it dies."""
+    """Run one family's cases in a process of vLLM, and in another from the next on where it dies."""
     env = dict(os.environ, PYTHONPATH=str(site), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", VLLM_NO_USAGE_STATS="1")
     env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     left = {case.folder.name: case for case in every}
@@ -234,7 +234,9 @@ def main() -> None:
                 every += cases(family, EACH if options.full else ONE, root)
             except (DropformerError, ValueError, KeyError) as error:
                 refused[family] = f"not built or pruned here: {str(error).splitlines()[0][:160]}"
-        in_vllm(options.vllm, installed(options.vllm, root), every)
+        site = installed(options.vllm, root)
+        for family in dict.fromkeys(case.family for case in every):  # after some of them others do not load
+            in_vllm(options.vllm, site, [case for case in every if case.family == family])
     found = summary(every, refused)
     version = subprocess.run(
         [options.vllm, "-c", "from importlib.metadata import version; print(version('vllm-cpu'))"],

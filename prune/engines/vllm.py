@@ -17,7 +17,7 @@ INSTALL = "pip install --no-deps dropformer beside vLLM"
 
 @cache
 def tried() -> dict[str, Any]:
-    """What benchmarks/engines.py found: `version` of vLLM, `right` families, `refused` ones with the reason."""
+    """What benchmarks/engines.py found: `version` of vLLM; families that are `right`, `refused`, `wrong`, and why."""
     return json.loads(TRIED.read_text(encoding="utf-8"))
 
 
@@ -41,8 +41,8 @@ def with_plugin(facts: CheckpointFacts) -> Answer:
         return Answer(False, why="vLLM's attention has no window with first tokens", instead="load it in transformers")
     if facts.maps:
         return Answer(False, why="linear maps are not carried over", instead="prune without --repair linear")
-    if facts.family in known["refused"]:
-        return Answer(False, why=known["refused"][facts.family], instead=f"--format dense{_or_deci(facts)}")
+    if why := {**known["refused"], **known["wrong"]}.get(facts.family):
+        return Answer(False, why=f"with {version}: {why}", instead=f"export with --format dense{_or_deci(facts)}")
     note = f"tried with {version}"
     if facts.family not in known["right"]:
         note = f"not tried with {version}: it loads where vLLM has the family; compare its first answers"

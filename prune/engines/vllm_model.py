@@ -80,9 +80,13 @@ def twin(name: str) -> type[nn.Module]:
 
     class Pruned(native):  # type: ignore[misc, valid-type]
         def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
-            super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
-            modules = getattr(vllm_config.model_config.hf_config, "dropformer_modules", {})
-            drop_modules(self, modules, vllm_config)
+            config = vllm_config.model_config.hf_config
+            ours, config.architectures = config.architectures, [name.removeprefix(PREFIX)]
+            try:  # the transformers backend looks up by architecture how tensors were renamed
+                super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
+            finally:
+                config.architectures = ours
+            drop_modules(self, getattr(config, "dropformer_modules", {}), vllm_config)
 
     Pruned.__name__ = Pruned.__qualname__ = name
     Pruned.__module__ = __name__
@@ -135,7 +139,9 @@ def standing_for(old: nn.Module, form: Any, transformers_backend: bool) -> nn.Mo
     if transformers_backend:
         return replacement(form)
     if isinstance(form, dict) and "linear" in form:
-        raise ValueError("a linear map in place of attention: give --format dropformer without --repair linear")
+        raise ValueError(
+            "linear maps in place of attention are not carried over to vLLM; prune without --repair linear"
+        )
     if isinstance(old, LinearBase):
         return Zeros(2 if old.return_bias else 1, old.output_size_per_partition)
     if form == "input" or all(parameter.dim() < 2 for parameter in old.parameters()):
