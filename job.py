@@ -128,7 +128,7 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
         progress.say("windows: " + ", ".join(f"{layer}@{window}" for layer, window in plan.windows.items()))
         progress.say(f"KV cache at {CONTEXT:,} tokens: {plan.kv_share(CONTEXT):.0%} of the dense model's")
     if any(layer.kind == "attn" and layer.index == 0 for layer in plan.layers):
-        progress.say("warning: the attention of block 0 goes; vLLM and llama.cpp cannot load a model without it")
+        progress.say("warning: the attention of block 0 is dropped; vLLM and llama.cpp cannot load a model without it")
     with plan_kept(plan, out, always=request.selection.strategy is not None):
         chosen = _Chosen(plan, scores, repair)
         report, exported = _carried_out(opened, chosen, out, held_out, request, progress)

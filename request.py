@@ -156,7 +156,7 @@ class Request:
 
     @cached_property
     def folder(self) -> Path:
-        """Where the result goes; by default ./MODEL-SPEC, as in llama-2-13b-attn16."""
+        """The folder of the result; by default ./MODEL-SPEC, as in llama-2-13b-attn16."""
         plan = self.selection.plan
         spec = self.target.spec or self.target.budget or (plan.stem if plan else "draft" if self.draft else "scores")
         short = "".join(c if c.isalnum() or c in ".=-" else "-" if c == "," else "" for c in spec.replace("%", "pct"))

@@ -2,7 +2,7 @@
 
     python benchmarks/analysis.py [--quick] [--model smollm2-135m] [--length 512] [--repeats 12]
 
-One window goes through the trunk bare and then with analysis of all three kinds (block, attention, MLP), in
+One window passes the bare trunk and then the trunk with analysis of all three kinds (block, attention, MLP), in
 changing order; the ratio is that of the fastest of each, its spread that of the medians of two halves.
 CPU time is taken beside wall time: on a busy machine it is the one to read.  `--quick` takes a random
 model of a smaller shape.

@@ -87,7 +87,7 @@ class Run:
 
 
 def picks(answers: Answers, choices: int) -> list[int]:
-    """Index of the likeliest choice of each question, whose answers stand together."""
+    """Index of the likeliest choice of each question, whose answers are adjacent."""
     rows = [answers[i : i + choices] for i in range(0, len(answers), choices)]
     return [max(range(choices), key=lambda c: row[c][0]) for row in rows]
 

@@ -1,4 +1,4 @@
-"""What each way of choosing and repairing keeps of a model: perplexity relative to dense, on three kinds of text.
+"""What each way of choosing and repairing keeps of a model: perplexity relative to dense, on three domains.
 
     python benchmarks/quality.py [--quick] [--wikitext FILE] [--drops attn:8,block:4] [--methods refit,best]
 
@@ -140,7 +140,7 @@ def _docstrings() -> str:
 
 
 class Judge:
-    """Damage of a variant of the model on the judged texts; what lost layers and was not repaired is judged once."""
+    """Divergence of a variant on the validation texts; one without repairs is measured once per set of drops."""
 
     def __init__(self, improver: Improver, judged: dict[str, Windows]) -> None:
         self.names = list(judged)
@@ -174,7 +174,7 @@ def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: 
     seconds = time.process_time() - start
     passes = (improver.work.spent - spent) / (improver.work.blocks * improver.work.tokens)
     damage = judge(variant)
-    logs = {name: damage[name].nll - judge.dense[name].damage.nll for name in judge.names}
+    logs = {name: damage[name].nll - judge.dense[name].divergence.nll for name in judge.names}
     means = {name: float(log.mean()) for name, log in logs.items()}
     variance = sum(float(log.var(correction=len(log) > 1)) / len(log) for log in logs.values()) / len(logs) ** 2
     mean = math.exp(sum(means.values()) / len(means))
@@ -252,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "benchmark": "quality",
         "calibration_tokens": sum(w.ids.numel() for w in found.calibration),
         "judged_tokens": {name: w.ids.numel() for name, w in found.judged.items()},
-        "dense_perplexity": {name: round(dense.damage.perplexity, 3) for name, dense in judge.dense.items()},
+        "dense_perplexity": {name: round(dense.divergence.perplexity, 3) for name, dense in judge.dense.items()},
         "rows": [asdict(row) for row in rows],
     }
     print(json.dumps(summary))

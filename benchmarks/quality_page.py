@@ -2,7 +2,7 @@
 
     python benchmarks/quality_page.py ROWS... > TABLE.md
 
-First a table of means, a method a row and a number of drops a column; then a table for each number of drops.
+First a table of means, one row per method and one column per number of drops; then a table for each number of drops.
 """
 
 from __future__ import annotations

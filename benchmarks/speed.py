@@ -3,7 +3,7 @@
     python benchmarks/speed.py [--quick] [--model smollm2-135m] [--drop attn:12] [--repeats 5] [--compile]
 
 Prefill and decode are measured apart with the real KV cache, both models interleaved in one run. Beside each
-ratio stands what FLOPs (prefill) and parameter and KV bytes (decode) allow, and what the roofline estimate says
+ratio is what FLOPs (prefill) and parameter and KV bytes (decode) allow, and what the roofline estimate says
 for this machine, measured in the same run: `estimate_*_off` is its error in percent of the dense model's
 processor seconds of each thread. On a busy machine read the `cpu` ratios, of processor time, which other programs
 disturb least.

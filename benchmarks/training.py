@@ -207,7 +207,7 @@ def _losses(folder: Path, sets: dict[str, list[str]], rows: torch.Tensor) -> dic
 
 @torch.inference_mode()
 def _loss(model: torch.nn.Module, rows: torch.Tensor) -> float:
-    """Mean cross entropy in nats a token.  rows: [N, LENGTH]"""
+    """Mean cross entropy in nats per token.  rows: [N, LENGTH]"""
     return sum(float(model(input_ids=part, labels=part).loss) * len(part) for part in rows.split(BATCH)) / len(rows)
 
 
@@ -277,7 +277,7 @@ def report(found: Comparison, losses: dict[int, dict[str, float]], out: Path | N
         write(found, out)
 
 
-LEGEND = """loss in nats a token on text not trained on: whole, and without the attention layers that the last
+LEGEND = """loss in nats per token on text not trained on: whole, and without the attention layers that the last
 checkpoint finds most and least redundant; of each kind of layer: mean similarity, rank correlation with the last"""
 
 

@@ -37,7 +37,7 @@ FIGURE = """<figure>
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it, made by the functions below."""
+    """A heading and its content, made by the functions below."""
 
     title: str
     parts: Sequence[Markup]

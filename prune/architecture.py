@@ -91,7 +91,7 @@ class Branch:
     whose output is added to the stream, "input" for those before it, inside a list for a tuple.
     The stream is read at `before` and `after`; where no module sees it after the branch (a parallel
     block), `delta` is the branch's own output and after = before + delta.  `scaled`: the block multiplies
-    its stream by constants of its own (MiniMax, Gemma 4), which stay when the branch goes.
+    its stream by constants of its own (MiniMax, Gemma 4), which stay when the branch is dropped.
     """
 
     kind: BranchKind
@@ -107,7 +107,7 @@ class Block:
     """One block of a stack: its module path, where its input and output are read, its branches.
 
     `kept` maps each kind of branch that cannot be dropped to the reason; such a block cannot go as a
-    whole either.  `form` is what stands for the whole block once it is gone (`modeling.Skipped`).
+    whole either.  `form` is the output form of the whole block once it is dropped (`skipped_modules.Skipped`).
     `inplace`: the block writes into its stream, so that a tap must be copied to be held.  `plain`: without
     its branches the block returns its input as it came, which post-norm and scaled blocks do not.
     """

@@ -93,7 +93,7 @@ def map_blocks(
 
 
 def _block(stack: StackOutline, index: int, gone: set[Layer], whole: bool) -> MappedBlock:
-    """A block less its branches that go.  A plain one is empty without them, any other where it goes as a whole."""
+    """A block less its dropped branches.  A plain one is empty without them, any other if dropped as a whole."""
     branches, rest = stack.of_block(index), stack.block(index)
     skipped = tuple(b.kind for b in branches if Layer(b.kind, index, stack.name) in gone)
     bare = bool(branches) and len(skipped) == len(branches) and not rest.kept
@@ -171,7 +171,7 @@ def original_blocks(block_map: BlockMap) -> dict[str, Any]:
 
 
 def new_name(outline: Outline, block_map: BlockMap, name: str) -> str | None:
-    """A parameter's name in the pruned model, or None when it goes.  Names are the modules', not the files'."""
+    """A parameter's name in the pruned model, or None where it is dropped.  Names are the modules', not the files'."""
     for stack in outline.stacks:
         prefix = stack.path + "."
         if not name.startswith(prefix):

@@ -15,7 +15,7 @@ from dropformer.prune.window import Window
 
 PublishedLists = Callable[[str, int], Sequence[int]]
 Pick = Callable[[Sequence[Layer], int, Sequence[Layer]], Sequence[Layer]]
-"""So many of the layers that may go, on top of those that are gone: (free, count, gone) -> layers."""
+"""Selects `count` of the free layers, given those that are dropped already: (free, count, gone) -> layers."""
 
 
 def choose(
@@ -28,7 +28,7 @@ def choose(
 ) -> list[Layer]:
     """The layers that a spec drops, most redundant first.
 
-    `similarity` maps every layer to the score that ranks it (highest goes first); `pick` chooses in its place.
+    `similarity` gives one score per layer (the highest are dropped first); `pick` selects instead of it.
     Raises PlanError when the spec asks for more than there is, for a protected or unknown layer, or lacks what
     it needs, and where no attention would be left.
     """

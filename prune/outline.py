@@ -28,8 +28,8 @@ class BlockOutline(FrozenRecord):
     """Blocks that are alike in what is more than their branches.
 
     `plain`: without its branches the block returns its input as it came; one that does not (a post-norm
-    block) is not gone when its branches are.  `form` stands for the block once it is gone, None where the forms
-    of its branches do.  `parameters` are those of no branch.  `kept` maps each kind of branch that cannot be
+    block) is not the identity without its branches.  `form` is the output form of the dropped block, None where
+    those of its branches serve.  `parameters` are those of no branch.  `kept` maps each kind of branch that cannot be
     dropped to the reason; such a block stays.
     """
 
@@ -131,7 +131,7 @@ class Outline(FrozenRecord):
         return blocks | {place for place in {(layer.stack, layer.index) for layer in gone} if self._empty(*place, gone)}
 
     def _empty(self, stack: str, index: int, gone: Sequence[Layer]) -> bool:
-        """Is a block nothing any more once these branches are gone?"""
+        """Is a block the identity without these branches?"""
         part = self.stack(stack)
         rest, lost = part.block(index), {l.kind for l in gone if (l.stack, l.index) == (stack, index)}
         return rest.plain and not rest.kept and lost == {branch.kind for branch in part.of_block(index)}

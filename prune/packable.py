@@ -51,7 +51,7 @@ def choose_packable(
 def best_pairs(worth: Sequence[float | None], count: int) -> list[int] | None:
     """Where `count` disjoint pairs of neighbours begin whose worth is largest in sum; None if there are not so many.
 
-    None stands for what must stay.  Of equals the later one.  Time: len(worth) x count.
+    None is what must stay.  Ties go to the later pair.  Time: len(worth) x count.
     """
     none = float("-inf")
     best = [[0.0, *[none] * count] for _ in range(len(worth) + 1)]  # best[i][k]: k pairs among the first i

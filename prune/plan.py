@@ -49,7 +49,7 @@ class DraftRef(FrozenRecord):
 
 
 class Plan(Artifact):
-    """Which layers go, why, and what that saves.  Indices are those of the original model.
+    """Which layers are dropped, why, and what that saves.  Indices are those of the original model.
 
     `repairs`: the gates that repairs passed; `not_repaired`: what they could not mend, and why.
     `packing_cost`: the mean similarity given up so that what is left packs into a stock model.  `windows`: attention
@@ -95,7 +95,7 @@ class Plan(Artifact):
         return stacks[""] if list(stacks) == [""] else {name or "main": kinds for name, kinds in stacks.items()}
 
     def lost_repairs(self, path: Any) -> str:
-        """The warning for a plan read from a file that is followed as it stands."""
+        """The warning for a plan with repairs that is read from a file and followed unrepaired."""
         return f"{path} was made with repairs, which a plan does not hold; add --repair to repeat them"
 
     def unrepaired(self) -> Plan:

@@ -126,7 +126,10 @@ def check_stacks(drop: str | None, tensors: Iterable[str], name: str) -> None:
     named = {selector.stack for selector in (parse_spec(drop) if drop else ()) if selector.stack}
     if not named:
         return
-    paths = {re.sub(r"\W+", "_", re.sub(r"\.\d+(?=\.|$).*", "", tensor)) for tensor in tensors}
+    numbered = {tensor[: m.start()] for tensor in tensors for m in re.finditer(r"\.\d+(?=\.|$)", tensor)}
+    outer = {path for path in numbered if not re.search(r"\.\d+(?=\.|$)", path)}
+    nested = any(re.search(r"\.\d+$", path) for path in numbered)  # Funnel's encoder.blocks.0.1
+    paths = {re.sub(r"\W+", "_", path) for path in numbered} if nested or len(outer) != 1 else set()
     for stack in sorted(named):
         if not any(stack in path for path in paths):
             raise PlanError(

@@ -94,7 +94,7 @@ def _largest(folder: Path) -> int:
     """Size in bytes of the largest file under `folder`, which pip is changing meanwhile."""
     sizes = [0]
     for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # gone or renamed since it was listed
+        with contextlib.suppress(OSError):  # deleted or renamed since it was listed
             sizes.append(path.stat().st_size)
     return max(sizes)
 

@@ -28,22 +28,22 @@ Those marked unbuildable do not build from their default config here and are not
 ## How a drop leaves the model
 
 Blocks that lose everything go, and the others get new numbers.  For that, every field of the config that
-speaks of blocks must follow: counts, lists with one entry a block, lists of block indices, numbers of leading
+speaks of blocks must follow: counts, lists with one entry per block, lists of block indices, numbers of leading
 blocks.  dropformer knows these by name (`prune/config.py`).  A list that it does not know, with one entry a
 block or holding what may be block indices, is never guessed at: the blocks then stay where they are, empty and
 free, and the surgery says why.  The same happens where a block built at its new place would be another one, which is
 found by building the shortened model without weights and comparing every module's class, shapes and
-settings with those of the block that is to stand there, and the shapes of what lies around the stack; the table
+settings with those of the block that takes its place, and the shapes of what lies around the stack; the table
 says where that is so.  Lists
 that transformers derives by position and that a config.json leaves out (Gemma 2's `layer_types`) are written out
 before blocks get other numbers.
 
-A block with norms after its sums (BERT, BART) or scales of its stream is not gone when its branches are:
+A block with norms after its sums (BERT, BART) or scales of its stream is not the identity without its branches:
 `attn=3,mlp=3` leaves its norms, `block=3` takes the whole.  A block of which a part cannot be dropped stays.
 A branch that makes something for other blocks (the keys and values that Gemma 4's last blocks share) stays too.
 
 A multi-token prediction head that counts on as one block too many (DeepSeek V3, GLM 4.5) keeps its place in the
-files while no block gets another number; else it goes, since transformers leaves it out by its very number.
+files while no block gets another number; else it is dropped too, since transformers leaves it out by its number.
 
 ## Why some are refused
 
@@ -62,11 +62,11 @@ files while no block gets another number; else it goes, since transformers leave
 
 - **Names.** A model of one stack has `attn:3`, `mlp:3`, `block:3`.  Of an encoder-decoder the stacks are
   `encoder.attn:3` and `decoder.attn:3`, and the attention of the decoder to the encoder is `decoder.cross:3`.  Where
-  blocks stand in stages (Swin, Funnel, SegFormer), each stage is a stack with the number of the stage in its name.
+  blocks come in stages (Swin, Funnel, SegFormer), each stage is a stack with the number of the stage in its name.
 - **Heads.** A checkpoint keeps the head that its config.json names in `architectures`, whichever that is: loading never
   falls back to the trunk, nor to another head with random weights.
 - **T5** (mT5, LongT5, Switch) computes the bias for relative positions in block 0 and hands it on, so attention and
-  cross-attention of block 0 stay; UMT5 has a bias in each block, and everything goes.
+  cross-attention of block 0 stay; UMT5 has a bias in each block, and every layer can be dropped.
 - **ALBERT** runs one block many times with the same weights: no single pass of it can be dropped, but config.json says
   how often it runs (`num_hidden_layers`).  With as many groups as layers each has weights of its own and can go.
 - **BigBird** exchanges its sparse attention for full attention on short inputs, for good, while it runs.  Its structure

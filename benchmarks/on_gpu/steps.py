@@ -164,7 +164,7 @@ def small(bench: Bench, name: str) -> Figures:
 def table(bench: Bench, name: str, counts: Iterable[int]) -> Figures:
     """The paper's table: 2,048 tokens in and 2,048 out at the largest batch, beside the published speed-ups.
 
-    A prefill of 2,048 tokens, and the decode steps half-way, whose time stands for all: it grows linearly.
+    A prefill of 2,048 tokens, and the decode steps half-way, whose time is the mean of all: it grows linearly.
     """
     from dropformer.eval.cost.largest_batch import with_batch
     from dropformer.eval.cost.speed import PAPER, Setting, measure

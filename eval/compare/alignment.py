@@ -56,7 +56,8 @@ def read_origin(folder: Path) -> Origin | None:
             dropped, blocks = {"main": dropped}, {"": blocks}
         return {name: _stack(blocks[name], dropped[name or "main"]) for name in blocks}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} does not say which layers are gone ({type(error).__name__}: {error})") from None
+        why = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{path} does not say which layers are dropped ({why})") from None
 
 
 def _stack(blocks: Mapping[str, Any], dropped: Mapping[str, list[int]]) -> StackOrigin:
@@ -68,7 +69,7 @@ def _stack(blocks: Mapping[str, Any], dropped: Mapping[str, list[int]]) -> Stack
 
 
 def aligned(scores: Scores, origin: Origin | None) -> Scores:
-    """The scores with every layer under its original index; layers that are gone have none."""
+    """The scores with every layer under its original index; dropped layers have none."""
     if origin is None:
         return scores
     layers = []

@@ -45,7 +45,7 @@ class Checkpoint:
 def find_checkpoints(names: Sequence[str], revisions: Sequence[str] = ()) -> list[Checkpoint]:
     """The checkpoints that are meant, by step where steps are known, the others after them as given.
 
-    A name is a folder, a Hub id[@revision], a .gguf file, a recipe (which stands for its revisions, if it
+    A name is a folder, a Hub id[@revision], a .gguf file, a recipe (that is, its revisions, if it
     names any), or a folder with the `checkpoint-N` of a training run.  `revisions` are of the one Hub model
     named.  Raises ModelError for fewer than two, or for a name that cannot be opened.
     """

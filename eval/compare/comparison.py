@@ -110,7 +110,7 @@ def compare_scores(entries: Sequence[Entry], spec: str | None = None, keep: Sequ
 
 
 def chosen_layers(scores: Scores, spec: str, keep: Sequence[int] = ()) -> list[Layer]:
-    """What a spec of counts takes of aligned scores; layers that are gone are never taken.  Raises PlanError."""
+    """The layers that a spec of counts selects by aligned scores, dropped ones excluded.  Raises PlanError."""
     check_counts(spec)
     similarity = scores.similarity()
     blocks = [layer for stack in scores.outline.stacks for layer in scores.outline.layers("block", stack.name)]

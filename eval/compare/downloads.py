@@ -1,4 +1,4 @@
-"""Bounded disk: what a comparison fetched or converted goes when it is done with it, what was there stays."""
+"""Bounded disk use: what a comparison fetched or converted is deleted after use; what was there before stays."""
 
 from __future__ import annotations
 

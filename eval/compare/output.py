@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: compare.json, three pictures, and one page that shows it all."""
+"""The output of a comparison: compare.json, three pictures, and one page with all of it."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def models_table(found: Comparison) -> Markup:
         )
         for c in found.checkpoints
     ]
-    head = ("checkpoint", "model", "revision", "fingerprint", "layers gone")
+    head = ("checkpoint", "model", "revision", "fingerprint", "layers dropped")
     used = [i for i in range(len(head)) if any(row[i] for row in rows)]
     return table([head[i] for i in used], [[row[i] for i in used] for row in rows])
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFormatter
 
 from dropformer.eval.compare.comparison import Comparison, Matrix, kind_title
-from dropformer.metrics.analysis.plots import COLORS
+from dropformer.metrics.analysis.plots import COLORS, save
 
 SMALLEST = 1e-5  # an importance below this is rounding
 LABELS = 16  # at most so many along an axis
@@ -44,7 +44,7 @@ def heatmaps(found: Comparison, path: Path) -> Path:
     bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     bar.ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     bar.ax.yaxis.set_minor_locator(NullLocator())
-    return _saved(figure, path)
+    return save(figure, path)
 
 
 def over_training(found: Comparison, path: Path) -> Path:
@@ -81,7 +81,7 @@ def over_training(found: Comparison, path: Path) -> Path:
         _step_axis(axes, found)
     right.legend(frameon=False, fontsize=8)
     left.legend(frameon=False, fontsize=8)
-    return _saved(figure, path)
+    return save(figure, path)
 
 
 def agreement(found: Comparison, path: Path) -> Path:
@@ -109,7 +109,7 @@ def agreement(found: Comparison, path: Path) -> Path:
             figure.colorbar(image, ax=axes, fraction=0.046)
     for axes in panels[len(parts) :]:
         axes.remove()
-    return _saved(figure, path)
+    return save(figure, path)
 
 
 def _importance(found: Comparison, kind: str) -> np.ma.MaskedArray:
@@ -177,8 +177,3 @@ def _thinned(count: int, most: int = LABELS) -> list[int]:
 
 def _numbers(values: Any) -> np.ndarray:
     return np.array([np.nan if value is None else value for value in values], dtype=float)
-
-
-def _saved(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=150)
-    return path

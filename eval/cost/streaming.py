@@ -63,7 +63,7 @@ class StreamResult:
 
 @dataclass(frozen=True)
 class StreamSpeed:
-    """Seconds a token, one at a time, with a full window: from the cache, and recomputing the window."""
+    """Seconds per token, one at a time, with a full window: from the cache, and recomputing the window."""
 
     streaming: float
     recompute: float

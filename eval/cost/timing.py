@@ -90,7 +90,7 @@ class Clock:
 def time_run(model: nn.Module, setting: Setting, step: Step | None = None, cache: StaticCache | None = None) -> Run:
     """One prefill and `setting.new` greedy decode steps, each timed as a whole.
 
-    Decode goes through `step` (default: the model's forward).  A static `cache` is reset first and used again: a
+    Decode calls `step` (default: the model's forward).  A static `cache` is reset first and used again: a
     compiled step recorded its CUDA graphs over that cache's own memory.
     """
     clock, step = Clock(gpus_of(model)), step or model

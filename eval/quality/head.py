@@ -1,7 +1,7 @@
 """A causal LM as its trunk and its head: hidden states of every token, logits only where they are needed.
 
 A window of 2048 tokens over a vocabulary of 128k is a gigabyte of float32 logits, of which an evaluation
-keeps one number a token. So the trunk runs once, and the head runs over bounded pieces of its hidden states.
+keeps one number per token. So the trunk runs once, and the head runs over bounded pieces of its hidden states.
 """
 
 from __future__ import annotations

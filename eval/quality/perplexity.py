@@ -29,7 +29,7 @@ def plus_minus(value: float, stderr: float | None, digits: int) -> str:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp(nll): nll in nats a token, its standard error over windows (None for one window), tokens scored."""
+    """exp(nll): nll in nats per token, its standard error over windows (None for one window), tokens scored."""
 
     value: float
     nll: float
@@ -47,7 +47,7 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Mean KL(dense || pruned) in nats a token, its standard error over windows (None for one window), and how often
+    """Mean KL(dense || pruned) in nats per token, its standard error over windows (None for one window), and how often
     the first choices agree (0 to 1)."""
 
     value: float

@@ -12,6 +12,7 @@ from dropformer.eval.cost.speed import Speed, bounds, measure
 from dropformer.eval.cost.timing import Setting
 from dropformer.eval.quality.cliff import cliff
 from dropformer.eval.quality.perplexity import side_by_side
+from dropformer.metrics.analysis.plots import save
 from dropformer.prune.architecture import KIND_NAMES
 from dropformer.prune.artifact import Artifact, FrozenRecord, ModelRef
 
@@ -32,7 +33,7 @@ class Point(FrozenRecord):
     perplexity: float
     kl: float
     kl_stderr: float | None  # None: one window
-    window_nll: list[float] = []  # nats a token of each window, which say how sure a rise is
+    window_nll: list[float] = []  # nats per token of each window, which say how sure a rise is
     parameters: int
     decode_bound: float
     prefill: tuple[float, float, float] | None = None
@@ -126,8 +127,7 @@ def draw(sweep: Sweep, path: Path) -> Path:
     left.grid(alpha=0.25)
     labels = [str(line.get_label()) for line in lines]
     figure.legend(lines, labels, frameon=False, loc="outside lower center", ncols=len(lines), fontsize=8)
-    figure.savefig(path, dpi=150)
-    return path
+    return save(figure, path)
 
 
 def _measured(axes: Any, sweep: Sweep) -> list[Any]:

@@ -39,7 +39,7 @@ def report_notes(report: Report) -> list[str]:
         seen = "calibrated on too" if text.calibrated_on else "not calibrated on"
         notes.append(
             f"perplexity: {text.windows} windows of {text.length} tokens of `{text.name}`, {seen}; "
-            f"KL(dense || pruned) {report.kl:.4f} nats a token"
+            f"KL(dense || pruned) {report.kl:.4f} nats per token"
         )
     if report.outputs:
         notes += [str(report.outputs), "no perplexity and no decode speed: the model writes no text token by token"]

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from dropformer.eval.report.evaluation import Evaluation, ModelResult
 from dropformer.eval.report.tables import setting_name
+from dropformer.metrics.analysis.plots import save
 
 COLORS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e")
 CLIFF = "#b2182b"
@@ -48,7 +49,7 @@ def quality_by_drop(evaluation: Evaluation, path: Path) -> Path | None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    return _saved(figure, path)
+    return save(figure, path)
 
 
 def kept_by_test(evaluation: Evaluation, path: Path) -> Path | None:
@@ -72,7 +73,7 @@ def kept_by_test(evaluation: Evaluation, path: Path) -> Path | None:
     axes.set_xlabel("share of the dense model's score that is kept, ± one standard error")
     axes.grid(alpha=0.25, axis="x")
     _legend_below(figure, len(rows))
-    return _saved(figure, path)
+    return save(figure, path)
 
 
 def speed_against_bound(evaluation: Evaluation, path: Path) -> Path | None:
@@ -106,7 +107,7 @@ def speed_against_bound(evaluation: Evaluation, path: Path) -> Path | None:
     axes.set_xlabel("times as fast as dense")
     axes.grid(alpha=0.25, axis="x")
     _legend_below(figure, len(pruned))
-    return _saved(figure, path)
+    return save(figure, path)
 
 
 def _over_dense(model: ModelResult) -> list[tuple[int, float]]:
@@ -134,8 +135,3 @@ def _share(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float]
 
 def _legend_below(figure: Figure, columns: int) -> None:
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=columns)
-
-
-def _saved(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=150)
-    return path

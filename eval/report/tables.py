@@ -1,4 +1,4 @@
-"""The figures of an evaluation as rows of text: a column a model, or, for speed and subjects, a row each."""
+"""The figures of an evaluation as rows of text: one column per model, or, for speed and subjects, a row each."""
 
 from __future__ import annotations
 

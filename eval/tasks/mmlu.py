@@ -86,7 +86,7 @@ def read_csv(path: Path, subject: str) -> list[dict[str, Any]]:
             if len(row) != 6 or row[5].strip() not in LETTERS or not row[5].strip():
                 raise EvaluationError(
                     f"{path}:{reader.line_num} is not a question; expected question,A,B,C,D,letter "
-                    f"with a letter of {LETTERS}: mend or remove the row"
+                    f"with a letter of {LETTERS}: correct or remove the row"
                 )
             question, *choices, letter = row
             answer = LETTERS.index(letter.strip())

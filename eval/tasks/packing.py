@@ -132,7 +132,11 @@ class _Planner:
         return out
 
     def _rows(self, loose: list[int], start: int) -> list[list[int]]:
-        """Fills rows in order; a full row ends where going on costs the least repetition."""
+        """Fills rows in order; a full row is cut where its two sides share the shortest prefix.
+
+        Example, room for 6 tokens, the sequences abc, abd, xyz, xyw: abc costs 3 tokens and abd 1, since ab is
+        computed already; xyz would be the 7th.  Cut before it, where nothing is shared: rows [abc, abd], [xyz, xyw].
+        """
         rows: list[list[int]] = []
         row: list[int] = []
         costs: list[int] = []
@@ -152,7 +156,7 @@ class _Planner:
         return [*rows, row] if row else rows
 
     def _cut(self, row: list[int], start: int) -> int:
-        """Where in the second half of `row` its two sides share the least."""
+        """The place in the second half of `row` at which its two sides share the shortest prefix."""
         places = range(len(row) // 2 or 1, len(row))
         return min(reversed(places), key=lambda i: self._shared_by(row[i - 1], row[i] + 1))
 

@@ -1,4 +1,4 @@
-"""Two models, the same questions: what a drop changed, judged question by question.
+"""Two models, the same questions: what a drop changed, question by question.
 
 Both models answer the same questions, so the test is paired: McNemar's exact test (Quinn McNemar, Psychometrika
 12, 1947) asks whether the questions that only one of them answers right split evenly. It sees differences that

@@ -38,7 +38,7 @@ class PrefixCache:
         return moved, (~behind).to(mask.dtype)
 
     def cache_for(self, batch: int) -> Cache:
-        """The cache for a batch, sharing its tensors: what generation appends goes into new ones."""
+        """The cache for a batch, sharing its tensors: generation appends to new ones."""
         return expanded(self.cache, batch)
 
 

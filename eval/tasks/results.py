@@ -18,7 +18,7 @@ class TaskOptions:
     shots: few-shot examples, None for each task's own. limit: questions for each named task or group, drawn
     by `seed` in proportion to its parts. mmlu_data: folder of MMLU's CSV files. include: folder of further
     task files. backend: a name in `backends.BACKENDS`; lm-eval's own "hf" takes batch_size. cache: folder in which
-    answers are kept; a run that was cut off goes on from them. lm: further arguments of lm-eval's hf model.
+    answers are kept; a run that was cut off resumes from them. lm: further arguments of lm-eval's hf model.
     """
 
     shots: int | None = None

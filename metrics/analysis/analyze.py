@@ -158,7 +158,7 @@ def trunk(model: nn.Module) -> nn.Module:
 
 
 def as_inputs(model: nn.Module, batch: Batch) -> dict[str, Any]:
-    """Forward arguments on the model's device; a lone tensor goes to the first parameter of forward."""
+    """Forward arguments on the model's device; a lone tensor is the first parameter of forward."""
     names = inspect.signature(model.forward).parameters
     fields = {next(iter(names)): batch} if isinstance(batch, Tensor) else dict(batch)
     device = input_device(model)

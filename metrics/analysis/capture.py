@@ -33,7 +33,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class WindowScores:
-    """A row a window: similarity summed over scored tokens, float64, and how many those are, int64.  [N, layers]"""
+    """One row per window: similarity summed over scored tokens, float64, and how many those are, int64.  [N, layers]"""
 
     sums: Tensor
     tokens: Tensor
@@ -143,7 +143,7 @@ def _alike(found: Mapping[int, Tensor]) -> list[list[int]]:
 
 @contextmanager
 def capturing(model: nn.Module, architecture: Architecture) -> Iterator[Capture]:
-    """Hooks on every tap inside the `with`, gone on exit.  The model computes what it always does."""
+    """Hooks on every tap inside the `with`, removed on exit.  The model's outputs do not change."""
     capture = Capture(architecture)
     with ExitStack() as hooks:
         for stack in architecture.stacks:

@@ -1,6 +1,6 @@
 """The whole analysis of a model on calibration windows.
 
-Shared among processes, kept on disk as it goes, and stopped early where that is asked for and safe.
+Shared among processes, written to disk window by window, and stopped early where that was asked for and is safe.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Measuring:
     """How to run an analysis.
 
     `until_stable`: a drop spec; stop once the layers that it drops are settled.  `rows`: a file to keep
-    the windows' rows in until all are measured, so that a killed run goes on.
+    the windows' rows in until all are measured, so that a killed run resumes.
     """
 
     batch_size: int = 1
@@ -49,7 +49,7 @@ def measure(
 ) -> Scores:
     """Scores of a model on calibration windows, the same whatever the number of processes.
 
-    Started again after a kill, it goes on with the first window that is missing.  Raises
+    Started again after a kill, it resumes at the first missing window.  Raises
     ArchitectureError, CalibrationError, or PlanError for a spec that the model cannot satisfy.
     """
     how = how or Measuring()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.prune.architecture import KIND_NAMES, Layer
@@ -46,6 +47,21 @@ def similarity_by_depth(scores: Scores, path: Path, dropped: Collection[Layer] =
     axes.set_title(f"{scores.model.name}: the lower, the more redundant")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
+    return save(figure, path)
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Write a picture in which names are printed as they are: `$` begins no formula, but in the numbers of an axis."""
+    from matplotlib.text import Text
+    from matplotlib.ticker import FixedFormatter, FuncFormatter
+
+    numbers = set()
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if not isinstance(axis.get_major_formatter(), (FixedFormatter, FuncFormatter)):
+            numbers |= {text for text in axis.findobj(Text) if text is not axis.label}
+    for text in figure.findobj(Text):
+        if text not in numbers:
+            text.set_parse_math(False)
     figure.savefig(path, dpi=150)
     return path
 

@@ -1,6 +1,6 @@
-"""Rows kept on disk as they are measured, so that a long analysis that was killed goes on where it was.
+"""Rows kept on disk as they are measured, so that a long analysis resumes after a kill.
 
-The file has a JSON object a line: first what was measured on what, then one line a window.  Lines are
+The file has one JSON object per line: first what was measured on what, then one line per window.  Lines are
 only ever added; one that a kill has torn is dropped on reading.
 """
 

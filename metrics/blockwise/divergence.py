@@ -25,7 +25,7 @@ def kl_divergence(dense: Tensor, changed: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Means over the scored positions, a number for each window [N] in float64."""
+    """Means over the scored positions, one number per window [N] in float64."""
 
     kl: Tensor
     nll: Tensor
@@ -59,10 +59,10 @@ class DenseReference:
             self._log_probs = [
                 keep(self._log_probabilities(batch, streams[-1]).half()) for batch, streams in enumerate(self.streams)
             ]
-            self.damage = self._summary(self._log_probs)
+            self.divergence = self._summary(self._log_probs)
 
     def compare(self, first: int = 0) -> Divergence:
-        """The damage of the model as it stands now, whose blocks before `first` are unchanged."""
+        """The divergence of the model in its present state, whose blocks before `first` are unchanged."""
         with torch.inference_mode():
             streams = [self.streams[batch][first] for batch in range(len(self.runner))]
             for block in self.runner.walk(first):
@@ -70,7 +70,7 @@ class DenseReference:
             return self._summary([self._log_probabilities(batch, stream) for batch, stream in enumerate(streams)])
 
     def compare_each(self, variants: Sequence[Variant], batches: Sequence[int] | None = None) -> list[Divergence]:
-        """The damage of each variant by itself, on some of the batches (None: all).
+        """The divergence of each variant alone, on some of the batches (None: all).
 
         All of them pass a block before the next is entered.
 

@@ -13,7 +13,7 @@ from dropformer.prune.discovery.proof import on_tap
 
 
 def residual_pairs(runner: BlockRunner) -> Iterator[tuple[int, Layer, Tensor, Tensor]]:
-    """(batch, layer, stream before, stream after) for every layer, the model as it stands now, block after block.
+    """(batch, layer, stream before, stream after) for every layer, in the model's present state, block by block.
 
     Streams are [B, T, D].  Holds one block's streams of one batch, and those of all batches that enter the next.
     """

@@ -102,7 +102,7 @@ class BlockRunner:
             yield block
 
     def step(self, block: int, batch: int, stream: Tensor) -> Tensor:
-        """The stream after a block, as the model stands now.  [B, T, D] -> [B, T, D]."""
+        """The residual stream after a block, in the model's present state.  [B, T, D] -> [B, T, D]."""
         found = self.blocks[block]
         self.provider.enter(found.path)
         module = self.model.get_submodule(found.path)

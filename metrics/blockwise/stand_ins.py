@@ -1,4 +1,4 @@
-"""Modules that stand in for a model's own."""
+"""Modules that replace a model's own for a while."""
 
 from __future__ import annotations
 

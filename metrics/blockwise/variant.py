@@ -19,7 +19,7 @@ class Changes:
 
     `tensors`: new values of parameters, in the model's dtype, by the dense model's names.  `maps`: attention layers
     that became linear maps, with module path in the block -> form; the parameters of a map are among the tensors, by
-    the path of the module in whose place it stands, such as model.layers.5.self_attn.weight.  `unrepaired`: each
+    the path of the module that it replaces, such as model.layers.5.self_attn.weight.  `unrepaired`: each
     layer that the method could not repair, or not refit, and why.
     """
 
@@ -58,7 +58,7 @@ class Variant:
         return {*self.dropped, *self.mapped, *(name.rpartition(".")[0] for name in self.tensors)}
 
     def modules(self, below: str = "") -> dict[str, nn.Module]:
-        """What stands at the changed paths that begin with `below`; parameters that do not change are shared."""
+        """The modules at the changed paths that begin with `below`; unchanged parameters are shared."""
         found: dict[str, nn.Module] = skipped_at(
             self.model, {p: form for p, form in self.dropped.items() if p.startswith(below)}
         )
@@ -101,7 +101,7 @@ def skipped_at(model: nn.Module, forms: Mapping[str, Any]) -> dict[str, nn.Modul
 
 
 def dropped_forms(architecture: Architecture, layers: Iterable[Layer]) -> dict[str, Any]:
-    """Module path -> output form of what stands there once these layers are dropped."""
+    """Module path -> output form of its replacement once these layers are dropped."""
     return {
         f"{architecture.block(layer).path}.{name}": form
         for layer in layers

@@ -2,7 +2,7 @@
 
 A row of a .jsonl is {"prompt": ..., "completion": ...} or {"messages": [{"role": ..., "content": ...}, ...]}, with
 the tokenizer's chat template applied; the assistant's turns are the completions.  Depth pruning breaks reasoning
-first, and prose does not show it: what a model is for is what it should be ranked, repaired and judged on.
+first, and prose does not show it: a model should be ranked, repaired and validated on what it is used for.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _answered(messages: Any) -> Any:
 
 
 def _rows(name: str) -> Iterator[tuple[str, Any]]:
-    """Where each row stands, for an error, and what it holds; None where it is no JSON."""
+    """Each row's place, for error messages, and its content; None where it is not JSON."""
     with Path(name).open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:

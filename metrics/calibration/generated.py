@@ -51,7 +51,7 @@ class Writer:
 
 
 def written_windows(calibration: Calibration, writer: Writer) -> Windows:
-    """Windows of prompts with what the model goes on to write; the prompts do not count.
+    """Windows of prompts with the model's continuations; the prompts are not scored.
 
     Prompts of a .jsonl of completions or messages are taken whole and answered up to the end-of-text token; of any
     other text random pieces are prompts, a quarter of the window at most, and the model writes on to its end.

@@ -69,7 +69,7 @@ def _docstrings() -> Iterator[str]:
 
 
 def _topics() -> list[tuple[str, str]]:
-    """Topics by name; a text that stands under several names counts under the first, so that no text is both."""
+    """Topics by name; a text with several names counts under the first, so that no text is in two topics."""
     from pydoc_data.topics import topics
 
     first = {text: key for key, text in sorted(topics.items(), reverse=True)}

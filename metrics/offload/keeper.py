@@ -70,7 +70,7 @@ class Keeper:
         handle, path = tempfile.mkstemp(prefix="dropformer-", dir=self.folder)
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             found = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         finally:
             Path(path).unlink()

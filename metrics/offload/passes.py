@@ -62,7 +62,7 @@ class BlockwisePasses:
         self.budget, self.spill = budget, spill
         self.capture = Capture(architecture)
         self.passes: dict[int, _Pass] = {}
-        self.waiting: dict[str, list[int]] = {}  # block -> the passes that stand in front of it
+        self.waiting: dict[str, list[int]] = {}  # block -> the passes that are suspended before it
         self.here = ""  # the block whose weights are loaded
         self.outside: set[str] = set()  # loaded modules that belong to no block
         self.proving = False

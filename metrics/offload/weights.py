@@ -1,7 +1,7 @@
 """Weights read from a checkpoint's files module by module, into a model that has none.
 
 A tensor is read in pieces and cast on the way, so that no more than the module and one piece is in
-memory.  What a module leaves behind is filled again for the next of its shape: memory does not grow
+memory.  The memory of a released module is used again for the next of its shape: memory does not grow
 with the number of modules.
 """
 

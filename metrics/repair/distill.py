@@ -1,7 +1,7 @@
 """Distil the blocks around each gap, one after the other, so that the pruned stream follows the dense one.
 
 The dense and the pruned model run side by side, block by block, on the same windows.  A block that lost a branch, or
-that stands before a gap, is trained to give the dense stream where the next kept branch reads it, from the pruned
+precedes a gap, is trained to give the dense stream where the next kept branch reads it, from the pruned
 stream that it is given: errors that earlier blocks left are seen and do not compound.  Gradients stay in one block,
 and reach what no closed form does: experts, norms behind a projection, and everything before the projection.
 NVIDIA's Puzzletron distils replaced layers one by one as well, on the dense stream (arXiv 2411.19146).

@@ -1,4 +1,4 @@
-"""Gaps of a pruned model: which branch stands before each, and which sets of layers one branch may have to mend."""
+"""Gaps of a pruned model: the branch before each, and the sets of dropped layers that one refit may compensate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dropformer.prune.architecture import Architecture, Layer
 
 
 def gaps(architecture: Architecture, gone: Sequence[Layer]) -> dict[Layer, list[Layer]]:
-    """The last branch that is left before each gap, and the dropped branches that it stands in for, by depth.
+    """The last branch that is left before each gap, and the dropped branches that it compensates, by depth.
 
     In a parallel block that lost one branch that is the other branch.  Branches dropped from the first block on have
     none before them, and are left out.
@@ -46,7 +46,7 @@ def reaches(
     """For each slot the sets of candidates whose loss it may have to take over, of the nearest `depth` of them.
 
     A unit is what one candidate takes along: a branch, or, where only whole blocks may be dropped, a block's
-    branches.  Example, attention and MLP layers free, depth 2: mlp:3 may mend {attn:4} and {attn:4, mlp:4}.
+    branches.  Example, attention and MLP layers free, depth 2: mlp:3 may compensate {attn:4} and {attn:4, mlp:4}.
     """
     order, free = in_order(architecture, candidates)
     whole = all(layer.kind == "block" for layer in candidates)

@@ -41,7 +41,7 @@ class Gating:
         self._measured: dict[int, tuple[Changes, float]] = {}
 
     def __call__(self, method: str, before: Changes, after: Changes) -> Gate:
-        return Gate(method, self.dense.damage.perplexity, self.perplexity(before), self.perplexity(after))
+        return Gate(method, self.dense.divergence.perplexity, self.perplexity(before), self.perplexity(after))
 
     def perplexity(self, changes: Changes) -> float:
         if id(changes) not in self._measured:

@@ -30,7 +30,7 @@ Unit = tuple[Layer, ...]  # branches that are dropped together: one layer's
 class RefitTarget:
     """A slot, the units whose loss it can take over, nearest first, and the sets of them to fit.
 
-    `wanted` are indices into `units`.  `module` stands in the slot's place where that is not the model's own.
+    `wanted` are indices into `units`.  `module` replaces the slot's where that is not the model's own.
     """
 
     slot: OutputProjection

@@ -76,7 +76,7 @@ def heal(
 ) -> dict[str, Tensor]:
     """Parameter name -> merged weight, of every linear module in the blocks from `first` on; the model does not change.
 
-    `modules` stand in for the dense model's.  Time: a dense forward pass, and two forward passes and a backward pass
+    `modules` replace the dense model's.  Time: a dense forward pass, and two forward passes and a backward pass
     of the pruned model, for each batch and epoch.  Memory: the stream of a batch between blocks and one block's
     activations, which are computed again for the backward pass, its logits twice, and the adapters with two moments
     each; the merged weights go to the runner's keeper one by one.  A batch whose activations fit into `room` keeps
@@ -105,7 +105,7 @@ def activations(student: nn.Module, adapted: Iterable[str], runner: BlockRunner)
 
 
 def shuffled(count: int, seed: int) -> list[int]:
-    """0 ... count - 1 in an order of its own for each seed: kinds of text are mixed, so that none is learned last."""
+    """0 ... count - 1 in an order of its own for each seed: domains are mixed, so that none is learned last."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 

@@ -42,7 +42,7 @@ def observe(
     slots: Iterable[OutputProjection] = (),
     outputs: Mapping[Layer, BranchOutput] | None = None,
 ) -> Observation:
-    """Run a block as the model stands now, and read its slots and the outputs of some of its branches."""
+    """Run a block in the model's present state, and read its slots and the outputs of some of its branches."""
     found, outputs = Observation(stream), outputs or {}
     parts = runner.blocks[block]
     branches = {Layer(b.kind, parts.index, runner.stack.name): b for b in parts.branches}

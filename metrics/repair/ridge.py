@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 PENALTIES = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-SKETCH = 48  # random mixtures of the outputs that stand for all of them where penalties are compared
+SKETCH = 48  # random projections of the outputs on which penalties are compared
 PANELS = 6  # of a symmetric product, so that 7/12 of it are computed
 OUT_OF_DOMAIN_WEIGHT = 1 / 3  # weight of leave-one-domain-out error against in-domain validation error
 HOLD_OUT = 4  # every so many windows of a domain validate penalties
@@ -151,6 +151,8 @@ def fit(
     itself.  Time: a K x K factorization for each domain and one more, for each penalty tried, two to four, and one
     in the end.  Memory: three K x K matrices beside the sums, which are used up.
     """
+    # Example, domains A and B and held-out windows H: each penalty is scored by the error on H of the fit on A + B,
+    # weight 2/3, and the mean of the errors on B of the fit on A and on A of the fit on B, weight 1/3.
     domains = [sums.mean() for group, sums in groups.items() if group is not None]
     held_out = groups[None].mean() if None in groups else None
     domains, held_out = (domains, held_out) if domains else ([groups[None].mean()], None)
@@ -214,7 +216,7 @@ def _average(parts: Sequence[tuple[Tensor, Tensor]], into: bool = False) -> tupl
 def _left_over(
     domains: Sequence[Mean], held_out: Mean | None, targets: Sequence[Sequence[int]], mix: Tensor | None, penalty: float
 ) -> list[float]:
-    """For each choice of targets, what a fit with this penalty leaves on text that it did not see."""
+    """The held-out error of a fit with this penalty, for each choice of targets."""
     abroad = [
         _validated([m for m in domains if m is not domain], domain, targets, mix, penalty)
         for domain in domains

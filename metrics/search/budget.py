@@ -27,7 +27,7 @@ EXPECTED = (
 class Budget:
     """What to save: a share of the KV cache or of the parameters, or decoding that much faster.
 
-    `amount` is the share that must go, in (0, 1); for decode and measured that of the time a token takes.
+    `amount` is the share to save, in (0, 1); for decode and measured that of the time a token takes.
     """
 
     what: str
@@ -110,7 +110,7 @@ def meter(
 
 
 def within(goal: Meter, candidates: Iterable[Layer], cost: Cost, how: Greedily | None = None) -> Choice:
-    """Layers that meet the budget, chosen jointly by damage for each unit saved; none that it can do without.
+    """Layers that meet the budget, selected jointly by KL per unit saved; then redundant picks are removed.
 
     Greedy overshoots with its last layer, so layers that the budget no longer needs come back, those that save
     most first.  Time: as for `greedy`, and one cost more.  Raises PlanError where all candidates together save

@@ -98,7 +98,7 @@ def greedy(
 ) -> Choice:
     """Layers until the goal is reached, one at a time: least cost, for what it saves, on top of those gone.
 
-    `start` are gone already.  A layer's extra cost from an earlier round stands in for the present one until
+    `start` are gone already.  A layer's extra cost from an earlier round is used until
     the layer comes to the front of the queue ("lazy" greedy, Minoux 1978), so most candidates are measured
     only in the first round.
     Ties go to the deeper layer.  Raises PlanError when all candidates do not reach the goal.
@@ -156,7 +156,7 @@ def iterative(
     count: int,
     start: Sequence[Layer] = (),
 ) -> Choice:
-    """`count` layers, the highest score first, scores measured anew on the model as it stands after each drop.
+    """`count` layers, the highest score first, scores measured again after each drop.
 
     `ranking` gives every layer's score once some have gone (`importance.Ranking`).  A half-dropped block keeps
     running its other half, and that half is scored as it now is (LLM-Drop skips it).  Time: a forward pass

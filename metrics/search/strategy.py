@@ -47,7 +47,7 @@ class Strategy:
         return found + (", refined" if self.refine else "")
 
     def under(self, budget: str | None) -> Strategy:
-        """These settings where a budget says how much goes: a greedy search meets it.  Raises PlanError with swaps."""
+        """These settings under a budget, which a greedy search meets.  Raises PlanError with swaps."""
         if not budget:
             return self
         if self.refine:

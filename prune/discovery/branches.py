@@ -1,8 +1,7 @@
-"""From a block's dataflow to its branches: their kind, the modules that go with each, where the stream is read."""
+"""From a block's dataflow to its branches: their kind, the modules of each, where the stream is read."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -15,16 +14,9 @@ from dropformer.prune.discovery.dataflow import Flow, Term
 from dropformer.prune.discovery.norms import is_inside, norm_after_sum, replaced_paths
 from dropformer.prune.discovery.trace import Call
 
-# A branch's kind is read off its modules' names; where none fits, `discover` decides by experiment.
-NORM_NAMES = re.compile(r"\w*norm\w*|\bln_?\w*", re.I)
-CROSS_NAMES = re.compile(r"cross|encoder_attn|encdec|encoder_decoder", re.I)
-ATTENTION_NAMES = re.compile(r"attn|attention|mamba|ssm|lstm|recurrent|temporal|rwkv|delta|retention|lru", re.I)
-MLP_NAMES = re.compile(r"mlp|ffn|feed_?forward|\bff\b|moe|expert|dense|intermediate|fc\d?|channel_mix", re.I)
-CONVOLUTION_NAMES = re.compile("conv", re.I)  # says least: short convolutions stand beside either kind
-
 CACHES = {"past_key_values", "past_key_value", "cache_params", "cache"}
 
-Forms = dict[str, Any]  # module path within the block -> what it returns once dropped (`modeling.Skipped`)
+Forms = dict[str, Any]  # module path within the block -> what it returns once dropped (`skipped_modules.Skipped`)
 
 
 @dataclass(frozen=True)
@@ -169,7 +161,11 @@ class BranchReader:
         return None if source is None or target == "" else (source, target)
 
     def _forms(self, modules: list[tuple[str, bool]], terms: list[Term]) -> Forms:
-        """What each module returns once dropped.  Raises ValueError where that cannot be written down."""
+        """The output form of each module once it is dropped.  Raises ValueError where there is none.
+
+        Example, Llama's attention branch x + self_attn(input_layernorm(x)): the norm only feeds the branch, so it
+        returns its "input"; self_attn returns (summand, weights), so ["zeros", None].  With both the sum is x.
+        """
         if not modules:
             raise ValueError("no module does its work alone")
         forms: Forms = {}
@@ -276,25 +272,13 @@ def form_of(call: Call, members: Mapping[int | str | None, str | None]) -> Any:
 
 
 def _alike(given: torch.Size, wanted: torch.Size) -> bool:
-    """The same numbers a token, though tokens may be flattened into rows: [B, T, D] for [B * T, D]."""
+    """The same numbers per token, though tokens may be flattened into rows: [B, T, D] for [B * T, D]."""
     return given == wanted or (bool(given) and given.numel() == wanted.numel() and given[-1] == wanted[-1])
 
 
 def _silences(form: Any) -> bool:
-    """Does a form end the branch (zeros, or the stream as given), rather than stand before its end?"""
+    """Does a form end the branch (zeros, or the stream as given), rather than feed its end?"""
     if isinstance(form, dict):
         (form,) = form.values()
     members = form.values() if isinstance(form, dict) else form if isinstance(form, list) else [form]
     return any(isinstance(m, str) and m.startswith("zeros") for m in members)
-
-
-def kind_by_name(names: str) -> BranchKind | None:
-    """The kind that the names of a branch's modules tell, norms aside; None where they do not."""
-    text = NORM_NAMES.sub(" ", names)
-    patterns: tuple[tuple[re.Pattern[str], BranchKind], ...] = (
-        (CROSS_NAMES, "cross"),
-        (ATTENTION_NAMES, "attn"),
-        (MLP_NAMES, "mlp"),
-        (CONVOLUTION_NAMES, "attn"),
-    )
-    return next((kind for pattern, kind in patterns if pattern.search(text)), None)

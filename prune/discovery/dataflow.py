@@ -245,7 +245,7 @@ class Flow:
 
     @property
     def multiplied(self) -> bool:
-        """True when the stream itself goes through a matrix: hyper-connections, or a block without a shortcut."""
+        """True when the stream itself is multiplied by a matrix: hyper-connections, or a block without a shortcut."""
         return any(self.ops[step.op].name in PRODUCTS for step in self.steps)
 
     @property

@@ -19,8 +19,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from dropformer.prune.architecture import BRANCH_KINDS, Architecture, Block, Branch, BranchKind, Stack, Tap
-from dropformer.prune.discovery.branches import BranchCandidate, BranchReader, BranchRemoval, form_of, kind_by_name
+from dropformer.prune.discovery.branches import BranchCandidate, BranchReader, BranchRemoval, form_of
 from dropformer.prune.discovery.dataflow import Flow, Term, stream_ends
+from dropformer.prune.discovery.kind_names import kind_by_name
 from dropformer.prune.discovery.positions import fixed_blocks
 from dropformer.prune.discovery.replay import Replay, traceable
 from dropformer.prune.discovery.stacks import block_paths, find_stacks, stack_names
@@ -261,7 +262,7 @@ def _parent(path: str) -> str:
 
 
 def _whole_form(flows: list[Flow]) -> Any:
-    """What stands for a whole block: its input where the stream came out, and what it merely passed on."""
+    """The output form of a dropped block: its input as the stream, and the inputs that it returned unchanged."""
     call: Call = flows[0].call
     streams = {flow.out_key: flow.in_key for flow in flows}
 

@@ -50,7 +50,7 @@ def _prove_branch(replay: Replay, block: Block, branch: Branch, call: int) -> No
     try:
         with skipped(replay.model, block.path, branch.modules), reading(replay.model, taps) as values:
             replay.run(block.path, call)
-    except Exception as error:  # whatever the model's own code raises once a branch is gone
+    except Exception as error:  # whatever the model's own code raises without a branch
         raise ArchitectureError(
             f"{where}: the block does not run without it: {type(error).__name__}: {error}"
         ) from error

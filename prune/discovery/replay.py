@@ -139,12 +139,12 @@ class Replay:
         return _copied(args), _copied(kwargs)
 
     def problem(self, block: str, modules: Mapping[str, Any]) -> str:
-        """What goes wrong in the block with these modules skipped; "" when it runs."""
+        """The error of the block with these modules skipped; "" when it runs."""
         try:
             with skipped(self.model, block, modules):
                 for call in range(len(self.seen[block])):
                     self.run(block, call)
-        except Exception as error:  # whatever the model's own code raises once a module is gone
+        except Exception as error:  # whatever the model's own code raises without a module
             return f"{type(error).__name__}: {error}"
         return ""
 

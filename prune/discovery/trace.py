@@ -132,7 +132,7 @@ class _Recorder(TorchDispatchMode):
 def tracing(model: nn.Module) -> Iterator[Trace]:
     """Record every forward pass of `model` inside the `with`, without gradients.
 
-    Modules are named as in `model.named_modules()`.  Hooks are gone on exit.
+    Modules are named as in `model.named_modules()`.  Hooks are removed on exit.
     """
     recorder = _Recorder()
     with ExitStack() as stack:

@@ -84,7 +84,7 @@ def new_files(out: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def _hidden_beside(out: Path) -> Iterator[Path]:
-    """A locked temporary folder beside `out`, which the block puts to use; gone after any error."""
+    """A locked temporary folder beside `out`, which the `with` moves to `out`; removed after any error."""
     with suppress(OSError):  # tidying up must not stand in the way
         _remove_left_overs(out.parent)
     temporary = out.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
@@ -198,7 +198,7 @@ def _move(file: Path, out: Path) -> None:
 
 
 def _remove_left_overs(parent: Path) -> None:
-    """Remove the temporary folders of runs that are dead: process gone and lock free."""
+    """Remove the temporary folders of dead runs: no such process, and the lock free."""
     for path in parent.iterdir():
         match = _LEFT_OVER.fullmatch(path.name)
         if match and not path.is_symlink() and path.is_dir() and not _is_alive(int(match[1])):

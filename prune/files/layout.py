@@ -1,4 +1,4 @@
-"""Which tensor goes where in a new checkpoint: pure arithmetic, nothing is read or written.
+"""The layout of a new checkpoint: pure arithmetic, nothing is read or written.
 
 lay_out(source, names, replace) -> [NewShard(pieces, ...), ...]      what each new file holds
 runs(pieces)                    -> [Run(at, start, length), ...]     what to copy in one go

@@ -1,11 +1,11 @@
 """The export format `deci`: the pruned model as DeciLMForCausalLM, for vLLM, SGLang and TensorRT-LLM.
 
-Nemotron's architecture is Llama's with one entry a block that says what the block lacks:
+Nemotron's architecture is Llama's with one entry per block that says what the block lacks:
 
     "block_configs": [{"attention": {"no_op": false, "n_heads_in_group": 3, "replace_with_linear": false},
                        "ffn": {"no_op": true, "ffn_mult": null, "replace_with_linear": false}}, ...]
 
-Tensors have the names of Llama; a branch that is gone has no norm either.  What the architecture cannot
+Tensors have the names of Llama; a dropped branch has no norm either.  What the architecture cannot
 carry is refused here, with the reason, rather than by an engine or by nobody.
 """
 

@@ -22,7 +22,7 @@ from dropformer.prune.errors import PlanError
 from dropformer.prune.files import CopyReport, NewTensor
 from dropformer.prune.formats.writing import ExportJob
 
-# What stands beside a quantized weight, by the last part of its name: `weight_scale_inv`, `absmax`, `g_idx`, ...
+# Companions of a quantized weight, by the last part of their names: `weight_scale_inv`, `absmax`, `g_idx`, ...
 BESIDE = re.compile(
     r"scale|zero|zeros?_?point|^zp|absmax|quant_map|quant_state|g_idx|_shape$|^SCB$|weight_format|codebook|lut|_amax$"
     r"|centroid|hadamard|^su$|^sv$|^SU$|^SV$|invperm|^perm|nested|amax|inv_s|smooth|levels|^meta|nbits|group_size",

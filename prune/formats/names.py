@@ -35,7 +35,7 @@ def renaming(
 
 
 def numbered_heads(outline: Outline, block_map: BlockMap, names: Mapping[str, str], prefix: str) -> set[str]:
-    """Names of the stacks after whose blocks the files hold more, that goes because the stack gets shorter.
+    """Names of the stacks after whose blocks the files hold more, which is dropped because the stack gets shorter.
 
     Those are multi-token prediction heads that count on as if they were blocks (DeepSeek V3's layer 61).
     transformers leaves such a head out by its very number, so under another one it would be a stray tensor.

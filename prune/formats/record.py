@@ -1,4 +1,4 @@
-"""What goes beside the weights of a pruned checkpoint: dropformer.json and the model card."""
+"""The files beside the weights of a pruned checkpoint: dropformer.json and the model card."""
 
 from __future__ import annotations
 

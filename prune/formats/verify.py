@@ -106,7 +106,7 @@ class _Pieces:
             self.built = build(config, dtype=model.dtype).eval()
         for module in self.built.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                empty = buffer.is_meta  # of a dropped module, which took the device of what it stands for
+                empty = buffer.is_meta  # of a dropped module, which took the device of the one it replaces
                 setattr(module, name, torch.empty_like(buffer, device=self.device) if empty else buffer.to(self.device))
         self.how = LoadStateDictConfig(
             weight_mapping=cast(Any, get_model_conversion_mapping(self.built)),

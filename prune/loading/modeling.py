@@ -12,7 +12,7 @@ The checkpoint's config.json says what is missing:
     "dropformer_modules": {"model.layers.12.self_attn": ["zeros", null],
                            "model.layers.12.input_layernorm": "input"}
 
-Each named module is replaced by `Skipped`, which has no weights and does no work; an attention layer may
+Each named module is replaced by `Skipped`, which has no weights and computes nothing; an attention layer may
 become `LinearReplacement` instead, {"linear": [576, 576], "of": ["zeros", null]}, whose weight and bias are in
 the files, or keep its module and weights and see a window, {"window": [1024, 4]}: the last 1,024 tokens and the
 first 4 (`window_attention.py`).  The cache entry of a block without attention holds nothing, so lengths and
@@ -53,7 +53,7 @@ def once(make: Make) -> Make:
 
 
 class DropformerConfig(PreTrainedConfig):
-    """Stands for `model_type: dropformer`; reading one gives a config of the base family's own class."""
+    """The config of `model_type: dropformer`; reading one gives a config of the base family's own class."""
 
     model_type = MODEL_TYPE
 
@@ -113,7 +113,7 @@ def pruned_config_class(base: Any) -> type[PreTrainedConfig]:
             return {key: value for key, value in fields.items() if key != "dropformer_skips"}
 
         def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-            """As transformers does for custom code: this file goes beside the config, wherever it is saved."""
+            """As transformers does for custom code: this file is copied beside the config, wherever it is saved."""
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             for name, source in {CODE_FILE: Path(__file__).name, **{name: name for name in COMPANIONS}}.items():
                 with suppress(shutil.SameFileError):

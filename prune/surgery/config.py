@@ -139,7 +139,7 @@ def _shorten(whole: dict[str, Any], stack: StackOutline, blocks: tuple[MappedBlo
             if follow := _follower(key, value, stack, blocks):
                 section[key] = follow(value, blocks)
         for key in KEYED & section.keys():
-            if by_block := section[key]:  # an entry of a block that leaves goes, the last one too
+            if by_block := section[key]:  # the entry of a dropped block is removed, the last one too
                 kept = {str(new): str(b.source) for new, b in enumerate(blocks) if str(b.source) in by_block}
                 section[key] = {new: by_block[source] for new, source in kept.items()}
 

@@ -8,7 +8,7 @@ from dropformer.prune.choosing import choose
 from dropformer.prune.errors import DropformerError, PlanError
 from dropformer.prune.outline import BranchOutline, Outline, StackOutline
 from dropformer.prune.plan import Plan, make_plan
-from dropformer.prune.spec import parse_keep, parse_spec
+from dropformer.prune.spec import check_stacks, parse_keep, parse_spec
 
 
 def outline(blocks: int = 6) -> Outline:
@@ -132,3 +132,24 @@ def test_a_file_that_is_no_plan_gets_one_line(tmp_path, text: str):
     with pytest.raises(DropformerError) as error:
         Plan.read(tmp_path / "p.json")
     assert "\n" not in str(error.value)
+
+
+OPT = ["model.decoder.embed_tokens.weight", "model.decoder.layers.0.fc1.weight", "model.decoder.layers.1.fc1.weight"]
+BART = ["model.encoder.layers.0.fc1.weight", "model.decoder.layers.0.fc1.weight", "model.shared.weight"]
+FUNNEL = ["funnel.encoder.blocks.0.1.ffn.weight", "funnel.encoder.blocks.1.0.ffn.weight"]
+
+
+@pytest.mark.parametrize(
+    "spec, tensors",
+    [("decoder.attn:1", OPT), ("layers.attn:1", OPT), ("vision.attn:1", BART), ("encoder_blocks_2.attn=1", FUNNEL)],
+)
+def test_a_stack_that_no_tensor_can_belong_to_is_refused_by_the_files_alone(spec, tensors):
+    with pytest.raises(PlanError, match="no stack named"):
+        check_stacks(spec, tensors, "m")
+
+
+@pytest.mark.parametrize(
+    "spec, tensors", [("attn:1", OPT), ("decoder.attn:1", BART), ("encoder_blocks_0.attn=1", FUNNEL)]
+)
+def test_a_stack_of_the_files_may_be_named(spec, tensors):
+    check_stacks(spec, tensors, "m")

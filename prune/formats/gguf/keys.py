@@ -35,7 +35,7 @@ def new_pairs(dense: Dense, blocks: Sequence[GgufBlock], record: str | None = No
 
 
 def _check_array(dense: Dense, key: str, written: bool) -> None:
-    """Raises CheckpointError for an array with one entry a block that is not written anew."""
+    """Raises CheckpointError for an array with one entry per block that is not written anew."""
     if key in dense.header.arrays and dense.header.metadata[key] == dense.blocks and not written:
         raise CheckpointError(
             f"{dense.name}: its key {key} has an entry for each block, and dropformer does not know how it follows a "

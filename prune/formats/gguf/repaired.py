@@ -40,7 +40,7 @@ def new_values(
 ) -> dict[str, NewValues]:
     """Repaired parameters by the new file's tensor names; `path` is the stack's in the model.
 
-    A matrix keeps the type that the dense file has for it; F16 stands for a quantized one, or F32 where its
+    A matrix keeps the type that the dense file has for it; F16 replaces a quantized one, or F32 where its
     values need the range.  Vectors are F32, as llama.cpp wants them.  Raises CheckpointError for a parameter
     that the file holds under no one name.
     """

@@ -43,7 +43,7 @@ VERSION = 3
 
 @dataclass(frozen=True)
 class GgufReport:
-    """What was written: the architecture, the copy in figures, and what stands where llama.cpp cannot go without."""
+    """What was written: the architecture, the copy in figures, and what llama.cpp needs in a dropped layer's place."""
 
     architecture: str
     copied: CopyReport

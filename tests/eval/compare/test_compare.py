@@ -287,5 +287,5 @@ def test_gone_blocks_are_never_chosen_again(checkpoint, tmp_path) -> None:
 def test_a_damaged_dropformer_json_is_named(checkpoint, tmp_path) -> None:
     pruned = prune(checkpoint("dense"), "attn=1", tmp_path / "pruned")
     (pruned / "dropformer.json").write_text('{"dropped": 3}')
-    with pytest.raises(CheckpointError, match=r"dropformer\.json does not say which layers are gone"):
+    with pytest.raises(CheckpointError, match=r"dropformer\.json does not say which layers are dropped"):
         run(pruned, tmp_path / "dense")

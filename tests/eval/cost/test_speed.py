@@ -106,7 +106,7 @@ class Clock:
 
 
 class Ticking(nn.Module):
-    """An MLP that takes `prefill` seconds a token when it reads many, `decode` when it reads one."""
+    """An MLP that takes `prefill` seconds per token when it reads many, `decode` when it reads one."""
 
     def __init__(self, inner, clock, prefill, decode):
         super().__init__()

@@ -58,7 +58,7 @@ def test_padding_changes_nothing(tiny, ids):
     long = DenseReference(
         BlockRunner(model, architecture, [{"input_ids": padded, "attention_mask": real}]), scored=[real.bool()]
     )
-    torch.testing.assert_close(long.damage.nll, short.damage.nll, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(long.divergence.nll, short.divergence.nll, rtol=1e-3, atol=1e-3)
 
 
 def test_a_model_of_two_stacks_is_refused(tiny):

@@ -1,4 +1,4 @@
-"""The config follows the surgery: counts, lists with one entry a block, lists of block indices."""
+"""The config follows the surgery: counts, lists with one entry per block, lists of block indices."""
 
 import json
 
