@@ -154,6 +154,8 @@ def installed(python: str, root: Path) -> Path:
     shutil.copytree(ROOT, root / "source", ignore=ignored)
     pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
     subprocess.run([*pip, str(root / "site"), str(root / "source")], check=True, capture_output=True)
+    table = root / "site/dropformer/prune/engines/vllm_families.json"
+    table.write_text(json.dumps(json.loads(table.read_text()) | {"wrong": {}}))  # so that the wrong ones run again
     return root / "site"
 
 
