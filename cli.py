@@ -116,7 +116,8 @@ def prune(
         from dropformer.eval.draft import verdict as drafts
 
         found, outcome = job.draft(request, progress)
-        console.show(*drafts.shown(found, request.draft, request.model, outcome.out if outcome else None, as_json))
+        encoded, *lines = drafts.shown(found, request.draft, request.model, outcome.out if outcome else None, as_json)
+        console.show(encoded, *filter(None, lines))
     elif memory is not None:
         console.show_export(job.run_from_disk(request, progress), request.model, as_json)
     elif dry_run:

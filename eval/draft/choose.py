@@ -19,10 +19,11 @@ from dropformer.metrics.draft.formula import MOST, PAYS, best
 from dropformer.metrics.draft.search import Candidate, DraftSearch, Rung, draft_in_place
 from dropformer.progress import Progress
 from dropformer.prune.architecture import Layer
-from dropformer.prune.discovery.inputs import writes_text
+from dropformer.prune.choosing import unprotected
 from dropformer.prune.errors import ModelError
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import DraftRef, Plan, make_plan, unprotected
+from dropformer.prune.plan import DraftRef, Plan, make_plan
+from dropformer.prune.samples.inputs import writes_text
 from dropformer.prune.window import Window
 from dropformer.recipes.opening import LoadedModel
 

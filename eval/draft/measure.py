@@ -80,6 +80,7 @@ def run_draft(
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     how: dict[str, Any] = sampling if temperature else {"do_sample": False}
     how |= {"max_new_tokens": new, "min_new_tokens": new, "eos_token_id": None, "pad_token_id": 0}
+    model: Any = dense
     with_draft = {"custom_generate": speculation(draft, surgery, run.rounds)}
     sizes = (0, 0)
     for turn, prompt in enumerate(prompts):
@@ -90,7 +91,7 @@ def run_draft(
             past, way = shortened(cache, prompt.shape[1] - 1), with_draft if drafted else {}
 
             def decode(past: Any = past, way: dict[str, Any] = way, prompt: Tensor = prompt) -> Any:
-                return dense.generate(prompt, past_key_values=past, **way, **how)
+                return model.generate(prompt, past_key_values=past, **way, **how)
 
             text, took = clock.timed(decode)
             found[drafted] = text, took.wall
@@ -115,7 +116,8 @@ def _read(dense: PreTrainedModel, prompt: Tensor) -> DynamicCache:
 
 def _view_bytes(cache: DynamicCache, draft: PreTrainedModel, surgery: Surgery) -> int:
     """Bytes of a view of the cache that are not the cache's own."""
-    own = {entry.keys.untyped_storage().data_ptr() for entry in cache.layers if getattr(entry, "is_initialized", False)}
+    layers: list[Any] = [entry for entry in cache.layers if getattr(entry, "is_initialized", False)]
+    own = {entry.keys.untyped_storage().data_ptr() for entry in layers}
     view = view_of(shortened(cache, cache.get_seq_length()), draft, sources_of(surgery))
     tensors = [
         t

@@ -120,6 +120,7 @@ def shortened(cache: Cache, length: int) -> Cache:
     """A cache of its first `length` tokens, which shares the tensors: every token must still be there."""
     made = copy.copy(cache)
     made.layers = [copy.copy(entry) for entry in cache.layers]
+    entry: Any
     for entry in made.layers:
         if getattr(entry, "keys", None) is None or not entry.is_initialized:  # holds nothing
             continue

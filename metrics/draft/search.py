@@ -11,9 +11,9 @@ from dropformer.metrics.draft.acceptance import Acceptance, DenseText
 from dropformer.metrics.draft.formula import Verify, best
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import Surgery, map_blocks
+from dropformer.prune.choosing import check_attention_left
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
-from dropformer.prune.plan import check_attention_left
 from dropformer.prune.surgery.surgery import apply_surgery
 from dropformer.prune.surgery.views import sharing_copy
 from dropformer.prune.window import Window
