@@ -23,7 +23,7 @@ def config_from(fields: dict[str, Any]) -> PreTrainedConfig:
     if kind not in CONFIG_MAPPING:
         raise CheckpointError(
             f"model_type {shown(kind)} is known to a checkpoint's own code and not to transformers {__version__}: "
-            "`prune analyze` and `prune plan` take it, but no pruned checkpoint could be built again from its config"
+            "no pruned checkpoint could be built again from its config; prune a model of a type that transformers has"
         )
     if fields["model_type"] == DropformerConfig.model_type:
         return DropformerConfig.from_dict(fields)
