@@ -51,10 +51,10 @@ def prune(
     refine: options.Refine = None,
     budget: options.Budget = None,
     draft: options.Draft = False,
-    context_tokens: options.DraftContext = 4096,
+    context_tokens: options.BudgetContext = None,
     batch: options.DraftBatch = 1,
     max_drop: options.MaxDrop = None,
-    rungs: options.Rungs = RUNGS,
+    rungs: options.Rungs = None,
     temperature: options.Temperature = 1.0,
     hardware: options.DraftHardware = "cpu",
     write_anyway: options.Anyway = False,
@@ -79,18 +79,17 @@ def prune(
     """The main job: score, plan, drop, export, reload, verify, report."""
     from dropformer import request as asked
     from dropformer import validate
-    from dropformer.prune.spec import parse_keep
 
     given = commands.given(context)
     if context.invoked_subcommand:
         validate.check_subcommand(given, context.invoked_subcommand)
         return
     validate.check_target(given)
-    strategy = asked.chosen_strategy(quality, metric, select, repair, refine, budget)
+    strategy = asked.chosen_strategy(quality, metric, select, repair, refine, None if rungs else budget)
     texts = asked.calibration_texts(calibration, several=strategy is not None)
     request = asked.Request(
         model or "",
-        asked.Target(drop or "", parse_keep(keep), budget),
+        asked.chosen_target(drop, keep, budget, *((None, None) if draft else (rungs, context_tokens))),
         asked.SelectionOptions(strategy, plan, scores, gate),
         asked.CalibrationOptions(texts, samples, length, seed, skip_first),
         asked.ScoringOptions(batch_size, memory=memory),
@@ -98,7 +97,9 @@ def prune(
         asked.ReportOptions(measure, text, seconds),
         asked.ExportOptions(format, link, verify, trust_remote_code=trust_remote_code),
         out, revision, dry_run, given,
-        DraftOptions(context_tokens, batch, max_drop, rungs, temperature, hardware, write_anyway) if draft else None,
+        DraftOptions(
+            context_tokens or DraftOptions.context, batch, max_drop, rungs or RUNGS, temperature, hardware, write_anyway
+        ) if draft else None,
     )  # fmt: skip
     validate.validate(request)
     from dropformer import console

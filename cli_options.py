@@ -111,6 +111,21 @@ Budget = Annotated[
         rich_help_panel=CHOICE,
     ),
 ]
+Rungs = Annotated[
+    Text,
+    typer.Option(
+        help="What a --budget may make of attention layers, or --draft of any: drop,window:512+4.",
+        rich_help_panel=CHOICE,
+    ),
+]
+BudgetContext = Annotated[
+    int | None,
+    typer.Option(
+        "--context", min=64,
+        help="Tokens at which a --budget counts the KV cache (8192 with --rungs, else 2048), or behind which to draft.",
+        rich_help_panel=CHOICE,
+    ),
+]  # fmt: skip
 RepairMethods = Annotated[
     Text, typer.Option("--repair", help=f"By commas: {', '.join(REPAIRS)}.", rich_help_panel=CHOICE)
 ]
@@ -135,19 +150,12 @@ Draft = Annotated[
         rich_help_panel=DRAFT,
     ),
 ]
-DraftContext = Annotated[
-    int, typer.Option("--context", min=64, help="Tokens behind which it is to draft.", rich_help_panel=DRAFT)
-]
 DraftBatch = Annotated[
     int, typer.Option("--batch", min=1, help="Sequences at once, for the estimate.", rich_help_panel=DRAFT)
 ]
 MaxDrop = Annotated[
     int | None, typer.Option("--max-drop", min=0, help="Layers that may go at most.", rich_help_panel=DRAFT)
 ]
-Rungs = Annotated[
-    str, typer.Option("--rungs", help="What layers may become: drop (or attn, mlp, block), window:W+S, by commas.",
-                      rich_help_panel=DRAFT)
-]  # fmt: skip
 Temperature = Annotated[
     float, typer.Option("--temperature", min=0, help="At which tokens are drawn; 0 is greedy.", rich_help_panel=DRAFT)
 ]

@@ -182,6 +182,8 @@ def plan_table(plan: Plan) -> Table:
     for drop in plan.drops:
         score = "" if drop.similarity is None else f"{drop.similarity:.4f}"
         table.add_row(drop.layer, *([score] if scored else []))
+    for layer, window in plan.windows.items():
+        table.add_row(f"{layer}@{window}", *([""] if scored else []))
     return table
 
 

@@ -37,7 +37,7 @@ from dropformer.prune.window import CONTEXT
 from dropformer.recipes.follow import in_percent
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import Request
-from dropformer.scoring import draft_windows, get_scores, losses_by_window, open_to_score, writer
+from dropformer.scoring import draft_windows, get_scores, losses_by_window, open_to_score, plan_of_rungs, writer
 from dropformer.selection import given_plan, improved
 from dropformer.validate import check_empty
 
@@ -62,6 +62,8 @@ def make_plan(opened: LoadedModel, request: Request, progress: Progress) -> tupl
         if plan.repairs:
             progress.say(plan.lost_repairs(path))
         return plan.unrepaired(), None
+    if made := plan_of_rungs(opened, request, progress):
+        return made, None
     spec, keep = request.target.spec, request.target.keep
     published = opened.recipe.published if opened.recipe else None
     if all(s.published or s.window or s.indices is not None for s in parse_spec(spec)):
@@ -84,7 +86,7 @@ def plan_only(request: Request, progress: Progress | None = None) -> Plan:
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
     if request.selection.strategy:
-        return improved(opened, request, progress)[0]
+        return improved(opened, request, progress, plan=plan_of_rungs(opened, request, progress))[0]
     return make_plan(opened, request, progress)[0]
 
 
@@ -119,7 +121,7 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
     held_out = _held_out(opened, request, progress)  # a text that is too short is said before anything is measured
     scores, repair = None, None
     if request.selection.strategy:
-        plan, repair = improved(opened, request, progress)
+        plan, repair = improved(opened, request, progress, plan=plan_of_rungs(opened, request, progress))
     else:
         plan, scores = make_plan(opened, request, progress)
     if plan.layers:
@@ -232,7 +234,7 @@ def _held_out(opened: LoadedModel, request: Request, progress: Progress) -> Wind
 
 def _calibrated_on(opened: LoadedModel, plan: Plan, request: Request) -> list[str]:
     """The texts that layers were chosen on, or repaired; none where a list names the layers."""
-    chosen = [str(plan.calibration["name"])] if plan.calibration else []
+    chosen = str(plan.calibration["name"]).split(",") if plan.calibration else []
     repaired = request.calibration.of(opened.recipe).name.split(",") if request.selection.strategy else []
     return chosen + repaired
 

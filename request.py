@@ -11,10 +11,14 @@ from dropformer.eval.draft.options import DraftOptions
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.repair.registry import REPAIRS
 from dropformer.metrics.search.budget import parse_budget
+from dropformer.metrics.search.ladder import check_rungs
 from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named_strategy
-from dropformer.prune.errors import CalibrationError
+from dropformer.prune.errors import CalibrationError, PlanError
 from dropformer.prune.formats.writing import ExportOptions
+from dropformer.prune.rungs.registry import parse_rungs
+from dropformer.prune.spec import parse_keep
+from dropformer.prune.window import CONTEXT
 from dropformer.recipes import Recipe
 from dropformer.recipes.placement import Placement
 from dropformer.recipes.source import short_name
@@ -46,6 +50,18 @@ def calibration_texts(names: str | None, several: bool = False) -> tuple[str, ..
             f"--calibration `{names}` names several texts, which need `prune` with --quality or --repair; name one"
         )
     return found
+
+
+def chosen_target(drop: str | None, keep: str, budget: str | None, rungs: str | None, context: int | None) -> Target:
+    """What the options say is to be dropped.  Raises PlanError."""
+    target = Target(drop or "", parse_keep(keep), budget, context or Target.context)
+    if rungs is None:
+        return target
+    target = replace(target, rungs=parse_rungs(rungs), context=context or CONTEXT)
+    if budget is not None and parse_budget(budget).what == "measured":
+        raise PlanError(f"budget `{budget}` times layers, and rungs are told by bytes: use decode, kv or params")
+    check_rungs(target.rungs, target.context)
+    return target
 
 
 def chosen_strategy(

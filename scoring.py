@@ -18,16 +18,21 @@ from dropformer.metrics.calibration.images import PIXELS, Pictures
 from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
 from dropformer.metrics.calibration.windows import Windows, computed_tokens
 from dropformer.metrics.offload.process_memory import parse_bytes
+from dropformer.metrics.search.ladder import check_rungs
+from dropformer.metrics.search.rungs import rung_plan
 from dropformer.progress import Progress
 from dropformer.prune.architecture import Layer
+from dropformer.prune.discovery.proof import outline as proven_outline
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.outline import Outline
-from dropformer.prune.samples.inputs import takes_pictures
+from dropformer.prune.plan import Plan
+from dropformer.prune.samples.inputs import takes_pictures, writes_text
 from dropformer.prune.spec import parse_spec
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import CalibrationOptions, Request
 
+RECALL = "recall"  # beside any calibration text where windows are chosen
 WINDOW_TOKENS = 8192  # read to rank windows by: about two texts several windows long
 
 
@@ -148,6 +153,33 @@ def _streamed(opened: LoadedModel, data: CalibrationData, request: Request, prog
     streamed = open_streamed(opened.path, torch_dtype(place.dtype or "float32") or "float32", place.trust_remote_code)
     with progress.stage("scoring windows, block by block", len(data)) as tick:
         return stream_scores(streamed, data, opened.ref, parse_bytes(memory), request.scoring.batch_size, tick)
+
+
+def plan_of_rungs(opened: LoadedModel, request: Request, progress: Progress) -> Plan | None:
+    """The plan that a budget makes of `--rungs`, from one pass over the calibration text and text to recall.
+
+    None where no rungs are asked for.  Raises PlanError, CalibrationError, ArchitectureError or ModelError.
+    """
+    target = request.target
+    if not target.rungs:
+        return None
+    if opened.tokenizer is None or not writes_text(opened.model):
+        raise ModelError(f"{opened.ref.name} reads no text token by token, so no rung can be told from another")
+    widest = max(check_rungs(target.rungs, target.context), key=lambda window: window.width)
+    settings = request.calibration.of(opened.recipe)
+    limit = context_of(opened.model.config) or TIMES * widest.width
+    length = request.calibration.length or min(limit, max(settings.length, TIMES * widest.width))
+    check_length(read_config(opened.path), length, opened.ref.name)
+    names = list(dict.fromkeys([*settings.name.split(","), RECALL]))
+    each = max(1, (request.calibration.samples or max(2, WINDOW_TOKENS // length)) // len(names))
+    write = writer(opened, progress)
+    data = [text_windows(replace(settings, name=name, length=length, samples=each), write) for name in names]
+    progress.say("calibration: " + "; ".join(f"{w.ref.name}, {len(w)} windows of {length}" for w in data))
+    ref = {"name": ",".join(names), "texts": [w.ref.model_dump() for w in data]}
+    with progress.stage(f"damage of {', '.join(map(str, target.rungs))}, one pass"):
+        batches = [inputs for part in data for inputs, _ in part.batches(1)]
+        outline = proven_outline(opened.model)
+        return rung_plan(opened.model, outline, opened.ref, target, batches, calibration=ref)
 
 
 def losses_by_window(

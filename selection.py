@@ -67,9 +67,13 @@ def need_tokenizer(opened: LoadedModel) -> Any:
 
 
 def improved(
-    opened: LoadedModel, request: Request, progress: Progress, blocks: BlockSource | None = None
+    opened: LoadedModel,
+    request: Request,
+    progress: Progress,
+    blocks: BlockSource | None = None,
+    plan: Plan | None = None,
 ) -> tuple[Plan, Repair]:
-    """The plan and the repair that a request's improvement gives.
+    """The plan and the repair that a request's improvement gives; `plan`: one that is made already.
 
     `--calibration` may name several texts by commas, of which the windows are then shared out; a plan that is
     given is only refined and repaired.  `blocks` brings the weights of a model that is not in memory.
@@ -83,11 +87,11 @@ def improved(
     other = gate_windows(opened, progress, chosen.gate) if strategy.repair else None
     memory = PeakMemory(input_device(opened.model))
     improver = Improver(opened.model, calibration, strategy, progress.say, **(blocks.given() if blocks else {}))
-    total = improver.steps(chooses=chosen.plan is None, budget=target.budget is not None)
+    given = plan or (given_plan(opened, chosen.plan) if chosen.plan else None)
+    total = improver.steps(chooses=given is None, budget=target.budget is not None)
     with progress.stage(f"choosing and repairing by {wording(strategy)}", total) as tick:
         improver.work.progress = lambda done, tokens: tick(min(done, total), tokens)
-        if chosen.plan:
-            given = given_plan(opened, chosen.plan)
+        if given:
             if given.repairs and not strategy.repair:
                 progress.say(given.lost_repairs(chosen.plan))
             plan = refined(given.unrepaired(), improver)

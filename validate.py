@@ -28,7 +28,7 @@ from dropformer.recipes.source import is_gguf, locate
 from dropformer.request import Request
 
 PLACE = ("device", "dtype", "device_map")
-DRAFTING = ("context_tokens", "batch", "max_drop", "rungs", "temperature", "hardware", "write_anyway")
+DRAFTING = ("batch", "max_drop", "temperature", "hardware", "write_anyway")
 DRAWN = ("samples", "seed", "skip_first")  # which windows are drawn, whatever the text
 SPOKEN = {
     "as_json": "json",
@@ -49,6 +49,14 @@ class Rule:
 
 
 RULES = (
+    Rule(
+        lambda r: not (r.target.budget or r.draft), ("rungs", "context_tokens"),
+        "without a budget or --draft, which choose among rungs", "add one, as in --budget kv:-50%",
+    ),
+    Rule(
+        lambda r: r.target.rungs, ("metric", "select", "refine", "memory"),
+        "with --rungs, which are chosen by the damage of each in one pass of the whole model",
+    ),
     Rule(
         lambda r: r.scoring.memory, ("text", "seconds", "measure", "dry_run"),
         "with --memory, which writes a checkpoint and measures nothing",

@@ -414,3 +414,29 @@ def test_reused_scores_bear_the_name_of_the_model_at_hand(model, here, capsys):
         assert run("--model", name, "--drop", "attn:1", *SMALL, capsys=capsys)[0] == 0
     for file in ("report", "plan", "dropformer"):
         assert Path(json.loads((here / "copy-attn1" / f"{file}.json").read_text())["model"]["name"]).name == "copy"
+
+
+def test_a_budget_over_rungs_windows_layers_and_states_the_cache_at_the_context(model, here, capsys):
+    options = ("--budget", "kv:-50%", "--rungs", "drop,window:4+1", "--context", "64", "--out", "out", *SMALL)
+    status, out, err = run("--model", model, *options, capsys=capsys)
+    assert (status, err) == (0, "") and "KV cache at 8,192 tokens" in out
+    plan = json.loads((here / "out" / "plan.json").read_text())
+    assert plan["windows"] and plan["spec"] == "kv:-50%" and "recall" in plan["calibration"]["name"]
+    report = json.loads((here / "out" / "report.json").read_text())
+    assert report["pruned"]["kv_bytes"] <= 0.5 * report["dense"]["kv_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--drop", "attn:1", "--rungs", "drop,window:4"), "--rungs has no effect without a budget or --draft"),
+        (
+            ("--budget", "kv:-9%", "--rungs", "drop,window:4", "--metric", "angular"),
+            "--metric has no effect with --rungs",
+        ),
+        (("--budget", "kv:-9%", "--rungs", "window:64", "--context", "64"), "saves nothing at 64 tokens"),
+        (("--budget", "measured:1.2x", "--rungs", "window:4"), "rungs are told by bytes"),
+    ],
+)
+def test_rungs_without_use_are_refused(model, here, capsys, options, said):
+    bad("--model", model, *options, capsys=capsys, here=here, said=said)

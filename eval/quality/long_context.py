@@ -160,17 +160,19 @@ def bands(context: int) -> list[tuple[int, int]]:
 
 def band(
     texts: Sequence[LongText], losses: Sequence[Tensor], dense: Sequence[Tensor] | None, start: int, stop: int
-) -> Band:
+) -> Band | None:
     """One band from the losses of each text's tokens but the first, [T - 1], and the dense model's.
 
-    losses[t - 1] is that of the token at position t.  The standard error is over runs of `RUN` scored positions, None
-    where there is one.
+    None where no scored token lies in it.  losses[t - 1] is that of the token at position t.  The standard error is
+    over runs of `RUN` scored positions, None where there is one.
     """
     counts = [text.scored[start:stop] for text in texts]
 
     def within(all_losses: Sequence[Tensor]) -> list[Tensor]:
         return [loss[start - 1 : stop - 1][count] for loss, count in zip(all_losses, counts, strict=True)]
 
+    if not any(bool(count.any()) for count in counts):
+        return None
     perplexity = math.exp(min(700.0, float(torch.cat(within(losses)).mean())))
     if dense is None:
         return Band(start, stop, perplexity)

@@ -46,13 +46,16 @@ def at_length(
         found.append({"context": context, "texts": len(texts), "needle": told, "kv_bytes": kv})
     for one, own in zip(found, losses, strict=True):
         dense = losses[0] if own is not losses[0] else None
-        one["bands"] = [asdict(band(texts, own, dense, *bounds)) for bounds in bands(len(texts[0].ids))]
+        rows = (band(texts, own, dense, *bounds) for bounds in bands(len(texts[0].ids)))
+        one["bands"] = [asdict(row) for row in rows if row]
     for one, candidate, own in zip(found[1:], models[1:], losses[1:], strict=True):
         one["beyond"] = _beyond(candidate.model, texts, own, losses[0])
     with progress.stage(f"decode speed behind {len(texts[-1].ids):,} tokens, interleaved"):
         speeds = decode_behind({candidate.name: candidate.model for candidate in models}, caches)
-    rows = zip(results, models, found, strict=True)
-    return [r.model_copy(update={"long": one | {"decoding": asdict(speeds[c.name])}}) for r, c, one in rows]
+    return [
+        result.model_copy(update={"long": one | {"decoding": asdict(speeds[candidate.name])}})
+        for result, candidate, one in zip(results, models, found, strict=True)
+    ]
 
 
 def _beyond(
@@ -61,7 +64,7 @@ def _beyond(
     """What is lost at positions within the widest window of the model's layers, and at those beyond."""
     seen = [window.width + window.sinks for window in windows_of(model).values()]
     edge, context = max(seen, default=NEAR), len(texts[0].ids)
-    if edge + 1 >= context:
-        return None
     within, past = band(texts, losses, dense, 1, edge), band(texts, losses, dense, edge, context)
+    if not within or not past:
+        return None
     return {"window": edge if seen else None, "within": asdict(within), "past": asdict(past)}

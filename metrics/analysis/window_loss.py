@@ -1,10 +1,10 @@
-"""What a window takes from each attention layer: the ranking behind `window:N@W+S`, from one forward pass."""
+"""What windows, and dropping, take from each attention layer: the ranking behind `window:N@W+S` and `--rungs`."""
 
 from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -34,27 +34,51 @@ def window_losses(
     pass per layer; this takes one, and each attention twice.  Batches: model inputs [B, T] without padding, T well
     beyond the window.  Raises CalibrationError where none is.
     """
-    sums: dict[Layer, float] = {}
+    return {layer: found[window] for layer, found in rung_losses(model, outline, batches, [window], stack).items()}
+
+
+def rung_losses(
+    model: nn.Module,
+    outline: Outline,
+    batches: Iterable[Mapping[str, Tensor]],
+    windows: Sequence[Window],
+    stack: str = "",
+) -> dict[Layer, dict[Window | None, float]]:
+    """`window_losses` for several windows at once, and under None what dropping the layer takes: |A(x)|^2 / |x|^2.
+
+    All at the same positions, those beyond the widest window.  Time: one forward pass, with each attention once more
+    a window.
+    """
+    widest = max(windows, key=lambda window: window.width + window.sinks)
+    beyond = widest.width + widest.sinks
+    sums: dict[tuple[Layer, Window | None], float] = {}
     counted = 0
-    with torch.inference_mode(), _comparing(model, outline, window, stack, sums):
+    with torch.inference_mode(), _comparing(model, outline, windows, stack, sums):
         for batch in batches:
             length = batch["input_ids"].shape[1]
-            if length > window.width + window.sinks:
-                counted += len(batch["input_ids"]) * (length - window.width - window.sinks)
+            if length > beyond:
+                counted += len(batch["input_ids"]) * (length - beyond)
                 model(**as_inputs(model, batch))
     if not counted:
         raise CalibrationError(
-            f"no calibration window is longer than the attention window {window}; raise --length to about "
-            f"{TIMES * window.width}"
+            f"no calibration window is longer than the attention window {widest}; raise --length to about "
+            f"{TIMES * widest.width}"
         )
-    return {layer: total / counted for layer, total in sums.items()}
+    found: dict[Layer, dict[Window | None, float]] = {}
+    for (layer, window), total in sums.items():
+        found.setdefault(layer, {})[window] = total / counted
+    return found
 
 
 @contextmanager
 def _comparing(
-    model: nn.Module, outline: Outline, window: Window, stack: str, sums: dict[Layer, float]
+    model: nn.Module,
+    outline: Outline,
+    windows: Sequence[Window],
+    stack: str,
+    sums: dict[tuple[Layer, Window | None], float],
 ) -> Iterator[None]:
-    """Inside the `with`, every forward pass adds each layer's loss at positions beyond the window to `sums`."""
+    """Inside the `with`, every forward pass adds each layer's losses at positions beyond all windows to `sums`."""
     with ExitStack() as hooks:
         for layer in outline.layers("attn", stack):
             block = model.get_submodule(f"{outline.stack(stack).path}.{layer.index}")
@@ -63,7 +87,8 @@ def _comparing(
                 continue
             entered: list[Tensor] = []
             hooks.callback(block.register_forward_pre_hook(_note(entered), with_kwargs=True).remove)
-            compare = _compare(layer, windowed_twin(module, window), window, entered, sums)
+            twins = {window: windowed_twin(module, window) for window in windows}
+            compare = _compare(layer, twins, entered, sums)
             hooks.callback(module.register_forward_hook(compare, with_kwargs=True).remove)
         yield
 
@@ -84,13 +109,23 @@ def _note(entered: list[Tensor]) -> Any:
     return hook
 
 
-def _compare(layer: Layer, twin: nn.Module, window: Window, entered: list[Tensor], sums: dict[Layer, float]) -> Any:
+def _compare(
+    layer: Layer,
+    twins: Mapping[Window, nn.Module],
+    entered: list[Tensor],
+    sums: dict[tuple[Layer, Window | None], float],
+) -> Any:
+    beyond = slice(max(window.width + window.sinks for window in twins), None)
+
     def hook(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        beyond = slice(window.width + window.sinks, None)
-        full, seen = (_first(result)[:, beyond].float() for result in (output, twin(*args, **kwargs)))
-        stream = entered[0][:, beyond].float()
-        lost = (seen - full).square().sum(-1) / stream.square().sum(-1).clamp_min(1e-12)
-        sums[layer] = sums.get(layer, 0.0) + float(lost.sum())
+        full = _first(output)[:, beyond].float()
+        size = entered[0][:, beyond].float().square().sum(-1).clamp_min(1e-12)
+        lost: dict[Window | None, Tensor] = {None: full}
+        for window, twin in twins.items():
+            lost[window] = _first(twin(*args, **kwargs))[:, beyond].float() - full
+        for rung, difference in lost.items():
+            total = float((difference.square().sum(-1) / size).sum())
+            sums[layer, rung] = sums.get((layer, rung), 0.0) + total
 
     return hook
 

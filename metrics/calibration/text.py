@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dropformer.metrics.calibration.recall import recall
 from dropformer.prune.errors import CalibrationError
 
 SELF = "self"
@@ -60,6 +61,11 @@ def _held_out() -> Iterator[str]:
     return (text for key, text in _topics() if _is_held_out(key))
 
 
+def _recall() -> Iterator[str]:
+    """Text that needs its far past, made of the builtin topics."""
+    return recall(_builtin())
+
+
 def _docstrings() -> Iterator[str]:
     """Documentation of torch's functions: another domain than most texts that one calibrates on."""
     import torch
@@ -99,6 +105,7 @@ NAMED: dict[str, Callable[[], Iterator[str]]] = {
     "builtin": _builtin,
     "heldout": _held_out,
     "docstrings": _docstrings,
+    "recall": _recall,
     "c4": lambda: _hub("allenai/c4", "en", "validation"),
     "wikitext": lambda: _hub("Salesforce/wikitext", "wikitext-2-raw-v1", "validation"),
 }

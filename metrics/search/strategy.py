@@ -13,6 +13,7 @@ from dropformer.prune.errors import PlanError
 if TYPE_CHECKING:
     from dropformer.metrics.search.budget import Latency
     from dropformer.prune.choosing import PublishedLists
+    from dropformer.prune.rungs.registry import Rung
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Strategy:
 class Target:
     """What to drop: a spec, or a budget over attention and MLP layers (decoding at `context` tokens).
 
-    `latency`: what each layer takes, for a budget of measured time; `published`: a recipe's lists.
+    `latency`: what each layer takes, for a budget of measured time; `published`: a recipe's lists; `rungs`: what a
+    budget may make of attention layers (empty: drop them, and MLP layers too).
     """
 
     spec: str = ""
@@ -68,6 +70,7 @@ class Target:
     context: int = 2048
     latency: Latency | None = None
     published: PublishedLists | None = None
+    rungs: tuple[Rung, ...] = ()
 
 
 QUALITIES = {

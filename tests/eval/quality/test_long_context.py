@@ -55,6 +55,8 @@ def test_a_loss_is_counted_in_the_band_of_its_own_position():
 def test_the_facts_own_tokens_count_in_no_band(text):
     losses = torch.where(text.scored, 1.0, 100.0).double()[1:]
     assert band([text], [losses], None, 1, len(text.ids)).perplexity == pytest.approx(math.e)
+    told = int((~text.scored).nonzero()[0])
+    assert band([text], [losses], None, told, told + 9) is None
 
 
 def test_the_standard_error_of_a_band_is_over_runs_of_neighbours():

@@ -1,5 +1,7 @@
 """Choosing and repairing with blocks read from disk, or offloaded by accelerate, gives what memory gives."""
 
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -9,6 +11,7 @@ from dropformer.metrics.blockwise.provider import InMemory, Offloaded
 from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.offload.keeper import Keeper
+from dropformer.metrics.offload.process_memory import resident
 from dropformer.metrics.search.improve import Improver, improve
 from dropformer.metrics.search.strategy import Target, quality
 from dropformer.prune.artifact import ModelRef
@@ -108,3 +111,16 @@ def test_a_tensor_kept_in_a_file_is_the_same_and_its_file_has_no_name(tmp_path, 
 def test_a_model_in_memory_needs_no_bringing(saved, data):
     model, _ = saved("llama")
     assert isinstance(Improver(model, data).provider, InMemory)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_what_was_read_from_a_file_is_given_back_and_read_again(tmp_path):
+    keeper, tensor = Keeper(host=0, folder=tmp_path), torch.arange(8 << 20, dtype=torch.int32)
+    kept = keeper.keep(tensor)
+    keeper.release()
+    before = resident()
+    assert torch.equal(kept, tensor)
+    read = resident()
+    keeper.release()
+    assert read - before > 24 << 20 and resident() - before < 8 << 20
+    assert torch.equal(kept, tensor)

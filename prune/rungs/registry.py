@@ -1,0 +1,76 @@
+"""The rungs by name.  A new one is one file with its class and one entry.  Light: no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from dropformer.prune.errors import PlanError
+from dropformer.prune.registry import Registry, imported
+
+
+class Rung(Protocol):
+    """A cheaper form of an attention layer.  Prints as `--rungs` takes it."""
+
+    def held(self, context: int) -> int:
+        """Tokens in the layer's KV cache once `context` tokens were read."""
+
+    def seen(self, context: int) -> float:
+        """Keys that a token sees on average while `context` tokens are read; (context + 1) / 2 for the whole layer."""
+
+    def parameters(self, owned: int, width: int) -> int:
+        """Parameters that are left of the layer's own, in a residual stream of this width."""
+
+
+@dataclass(frozen=True)
+class RungEntry:
+    """One rung: `parse` makes it from what follows its name, or is "module:name" of that.
+
+    `written`: what a checkpoint holds of it; `engines`: what loads that besides dropformer and transformers.
+    """
+
+    summary: str
+    parse: str | Callable[[str], Rung]
+    written: str
+    engines: str
+
+
+_HERE = "dropformer.prune.rungs"
+RUNGS: Registry[RungEntry] = Registry(
+    "rungs",
+    {
+        "drop": RungEntry(
+            "nothing: the residual stream passes",
+            f"{_HERE}.drop:parse",
+            "no tensor of the layer",
+            "vLLM, SGLang and TensorRT-LLM as DeciLM, llama.cpp, ONNX Runtime",
+        ),
+        "linear": RungEntry(
+            "a linear map with bias in its place (arXiv 2505.21077), fitted by --repair linear",
+            f"{_HERE}.linear:parse",
+            "a matrix and a bias, after the layer's own norm",
+            "llama.cpp, ONNX Runtime",
+        ),
+        "window": RungEntry(
+            "the last W tokens and the first S (arXiv 2309.17453), as in window:512+4",
+            f"{_HERE}.window:parse",
+            "all of the layer, byte for byte, and its window in config.json",
+            "none",
+        ),
+    },
+)
+
+
+def parse_rungs(text: str) -> tuple[Rung, ...]:
+    """The rungs of a comma-separated list, each once.  Raises PlanError saying what was expected."""
+    found: list[Rung] = []
+    for item in text.replace(" ", "").split(","):
+        name, colon, rest = item.partition(":")
+        if name not in RUNGS or bool(colon) != bool(rest):
+            raise PlanError(f"--rungs `{text}` cannot be read at `{item}`; expected for example drop,window:512+4")
+        rung = imported(RUNGS[name].parse)(rest)
+        if rung in found:
+            raise PlanError(f"--rungs `{text}` names {item} twice")
+        found.append(rung)
+    return tuple(found)

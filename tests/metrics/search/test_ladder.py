@@ -1,0 +1,88 @@
+"""Rungs under a budget: what each saves, and which layer gets which."""
+
+import pytest
+
+from dropformer import api
+from dropformer.metrics.search.budget import parse_budget
+from dropformer.metrics.search.ladder import Option, check_rungs, climb, saved_share
+from dropformer.metrics.search.rungs import rung_plan
+from dropformer.metrics.search.strategy import Target
+from dropformer.prune.architecture import Layer
+from dropformer.prune.artifact import ModelRef
+from dropformer.prune.errors import PlanError
+from dropformer.prune.rungs.registry import parse_rungs
+
+DROP, WINDOW = parse_rungs("drop,window:6+2")
+CONTEXT = 32
+
+
+def options(**damages):
+    return {
+        Layer("attn", int(name[1:])): [Option(WINDOW, 0.2, window), Option(DROP, 0.25, drop)]
+        for name, (window, drop) in damages.items()
+    }
+
+
+def test_the_least_damage_for_what_it_saves_comes_first_and_a_layer_can_take_the_harsher_step_later():
+    known = options(l3=(0.01, 0.5), l7=(0.02, 0.3))
+    chosen = {layer.index: str(option.rung) for layer, option in climb(known, 0.15).items()}
+    assert chosen == {3: "window:6+2"}
+    chosen = {layer.index: str(option.rung) for layer, option in climb(known, 0.42).items()}
+    assert chosen == {3: "window:6+2", 7: "drop"}
+
+
+def test_a_layer_that_gives_nothing_is_dropped_at_once():
+    assert {str(o.rung) for o in climb(options(l2=(0.0, 0.0), l5=(1.0, 2.0)), 0.25).values()} == {"drop"}
+
+
+def test_what_the_last_step_overshoots_by_is_given_back():
+    known = {
+        Layer("attn", 0): [Option(WINDOW, 0.1, 0.001)],
+        Layer("attn", 1): [Option(DROP, 0.5, 0.02)],
+    }
+    assert list(climb(known, 0.5)) == [Layer("attn", 1)]
+
+
+def test_a_budget_beyond_all_rungs_is_refused_with_what_they_save():
+    with pytest.raises(PlanError, match=r"save 50.0% at most.*60.0%"):
+        climb(options(l1=(0.1, 0.2), l2=(0.1, 0.2)), 0.6)
+
+
+def test_a_rung_saves_cache_at_the_context_and_weights_only_where_it_has_none(tiny):
+    outline, layer = api.outline(tiny("llama")), Layer("attn", 1)
+    share = {
+        (what, str(rung)): saved_share(outline, layer, rung, parse_budget(f"{what}:-10%"), CONTEXT)
+        for what in ("kv", "params")
+        for rung in (DROP, WINDOW)
+    }
+    assert share["kv", "drop"] == 0.25 and share["kv", "window:6+2"] == 0.25 * (CONTEXT - 8) / CONTEXT
+    assert share["params", "window:6+2"] == 0.0 < share["params", "drop"]
+
+
+@pytest.mark.parametrize("text", ["", "window", "drop:3", "tree", "window:0", "drop,drop", "drop,,window:4"])
+def test_rungs_that_cannot_be_read_are_refused(text):
+    with pytest.raises(PlanError):
+        parse_rungs(text)
+
+
+@pytest.mark.parametrize(("text", "said"), [("linear,window:8", "--repair linear"), ("drop", "without a window"),
+                                            ("window:32", "larger --context")])  # fmt: skip
+def test_rungs_that_a_budget_cannot_choose_among_are_refused(text, said):
+    with pytest.raises(PlanError, match=said):
+        check_rungs(parse_rungs(text), CONTEXT)
+
+
+def test_a_plan_of_rungs_meets_its_budget_and_keeps_an_attention(tiny, ids):
+    model = tiny("llama", initializer_range=0.3)
+    outline, batches = api.outline(model), [{"input_ids": ids.repeat(1, 2)}]
+
+    def made(budget, keep=()):
+        target = Target(budget=budget, keep=keep, context=CONTEXT, rungs=(DROP, WINDOW))
+        return rung_plan(model, outline, ModelRef(name="tiny"), target, batches)
+
+    plan = made("kv:-90%")
+    assert plan.kv_share(CONTEXT) <= 0.1 + 1e-9 and len(plan.layers) == 3 and len(plan.windows) == 1
+    kept = made("kv:-50%", keep=(0,))
+    assert kept.kv_share(CONTEXT) <= 0.5 and not any(layer.index == 0 for layer in [*kept.layers, *kept.windowed])
+    with pytest.raises(PlanError, match="ask for less"):
+        made("kv:-97%")
