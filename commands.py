@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 import typer
 
 from dropformer import cli_options as options
-
-if TYPE_CHECKING:
-    from dropformer.recipes import Recipe
+from dropformer import file_commands
 
 BATCH, CONTEXT = "1", "512"
 
@@ -47,9 +44,7 @@ def analyze(
 
     request = asked.Request(
         model,
-        calibration=asked.CalibrationOptions(
-            asked.calibration_texts(calibration), samples, length, seed, skip_first
-        ),
+        calibration=asked.CalibrationOptions(asked.calibration_texts(calibration), samples, length, seed, skip_first),
         scoring=asked.ScoringOptions(batch_size, until_stable, memory),
         placement=asked.Placement(dtype, device, device_map, trust_remote_code),
         out=out, revision=revision, given=given(context),
@@ -78,9 +73,10 @@ def plan(
     from dropformer.metrics.analysis.planning import plan_from
     from dropformer.metrics.analysis.scores import Scores
     from dropformer.prune.spec import parse_keep
+    from dropformer.recipes.recipe import recipe_for
 
     read = Scores.read(scores)
-    recipe = _recipe(read.model.name, read.model.hub or read.model.name)
+    recipe = recipe_for(read.model.name, read.model.hub or read.model.name)
     made = plan_from(read, drop, parse_keep(keep), recipe.published if recipe else None, packable)
     if out:
         made.write(out)
@@ -114,11 +110,9 @@ def sweep(
 
     kind, counts = parse_range(drop)
     request = asked.Request(
-        model,
-        asked.Target(f"{kind}:{counts[-1]}", parse_keep(keep)),
-        calibration=asked.CalibrationOptions(asked.calibration_texts(calibration)),
+        model, asked.Target(f"{kind}:{counts[-1]}", parse_keep(keep)), report=asked.ReportOptions(text=text),
+        calibration=asked.CalibrationOptions(asked.calibration_texts(calibration)), dry_run=True,
         placement=asked.Placement(dtype, device, device_map, trust_remote_code),
-        report=asked.ReportOptions(text=text), dry_run=True,
     )  # fmt: skip
     validate(request)
     folder = out or request.named("sweep")
@@ -139,6 +133,7 @@ def estimate(
     context: options.TotalTokens = 4096,
     new_tokens: options.AnswerTokens = None,
     batch: options.Batch = 1,
+    draft: options.DraftEstimate = False,
     as_json: options.Json = False,
 ) -> None:
     """Predict from the config alone what a drop saves: bytes, FLOPs, roofline times, speed-up."""
@@ -149,9 +144,15 @@ def estimate(
     from dropformer.eval.cost import estimate as costs
     from dropformer.eval.cost.hardware import hardware as named_hardware
     from dropformer.eval.cost.roofline import Workload
+    from dropformer.recipes.recipe import recipe_for
 
-    workload, device, recipe = Workload(context, batch, new_tokens), named_hardware(hardware), _recipe(model)
+    workload, device, recipe = Workload(context, batch, new_tokens), named_hardware(hardware), recipe_for(model)
     lists = recipe.published if recipe else None
+    if draft:
+        from dropformer.eval.draft.estimate import draft_estimate
+
+        console.show(*draft_estimate(costs.cost_of_name(model), drop, workload, device).shown(as_json))
+        return
     found = costs.estimate(costs.cost_of_name(model), drop, device, workload, lists)
     console.show_estimate(found, costs.published_speedup(recipe, drop), as_json)
 
@@ -181,6 +182,7 @@ def evaluate(
     long: options.Long = 0,
     cache: options.AnswerCache = None,
     sweep: options.SweepFile = None,
+    draft: options.DraftPlan = None,
     out: options.ReportOut = None,
     dtype: options.Dtype = None,
     device: options.Device = None,
@@ -208,6 +210,13 @@ def evaluate(
     from dropformer.metrics.calibration.settings import Calibration
     from dropformer.recipes.placement import Placement
 
+    placement = Placement(dtype, device, device_map, trust_remote_code)
+    if draft:
+        from dropformer.eval.draft.run import evaluate_pair
+
+        words = Calibration(text, samples, length, HELD_OUT.seed + seed)
+        console.show(*evaluate_pair(models, draft, words, new_tokens, placement).shown(as_json))
+        return
     if names:
         from dropformer.eval.tasks.registry import find_tasks  # imports lm-eval, which takes seconds
 
@@ -219,7 +228,6 @@ def evaluate(
         probes, tuple(settings), repeats=repeats, compile=compile, stream=stream, window=window, long=long,
     )  # fmt: skip
     first = distributed.rank() == 0
-    placement = Placement(dtype, device, device_map, trust_remote_code)
     run = evaluate_models(models, wanted, placement, console.Terminal(quiet or not first))
     if first and out:
         run.write(out, sweep)
@@ -258,8 +266,9 @@ def compare(
     from dropformer import console
     from dropformer.eval.compare import compare as comparing
     from dropformer.eval.compare import output
+    from dropformer.recipes.recipe import recipe_for
 
-    recipe = _recipe(checkpoints[0], checkpoints[0].partition("@")[0])
+    recipe = recipe_for(checkpoints[0], checkpoints[0].partition("@")[0])
     request = comparing.CompareRequest(
         checkpoints, drop, parse_keep(keep), [r for r in (revisions or "").replace(" ", "").split(",") if r], tokenizer,
         asked.CalibrationOptions(texts, samples, length, seed).of(recipe), batch_size,
@@ -269,32 +278,14 @@ def compare(
     console.show_comparison(found, output.write(found, folder), as_json)
 
 
-def push(
-    folder: options.Pushed,
-    repo: options.Repository,
-    private: options.Private = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Publish a pruned checkpoint with its model card on the Hugging Face Hub."""
-    from dropformer import console
-    from dropformer.recipes.push import push as upload
-
-    console.show(None, f"pushed to {upload(folder, repo, private, console.Terminal(quiet).say)}")
-
-
-def recipes(as_json: options.Json = False) -> None:
-    """List the models that dropformer knows by name."""
-    from dropformer import console
-    from dropformer.recipes import recipes as known
-
-    console.show_recipes(known(), as_json)
-
-
-def _recipe(name: str, hub: str | None = None) -> Recipe | None:
-    """The recipe of that name, else the one for that model on the Hub."""
-    from dropformer.recipes.recipe import recipe_of, recipes
-
-    return recipes().get(name) or (recipe_of(hub) if hub else None)
-
-
-COMMANDS = (analyze, plan, push, recipes, compare, evaluate, estimate, sweep)
+COMMANDS = (
+    analyze,
+    plan,
+    file_commands.engines,
+    file_commands.push,
+    file_commands.recipes,
+    compare,
+    evaluate,
+    estimate,
+    sweep,
+)

@@ -138,3 +138,8 @@ def recipe(name: str) -> Recipe:
 def recipe_of(model: str) -> Recipe | None:
     """The recipe whose model is the Hub id `model`, if there is one."""
     return next((found for found in recipes().values() if found.model.lower() == model.lower()), None)
+
+
+def recipe_for(name: str, hub: str | None = None) -> Recipe | None:
+    """The recipe of that name, else the one for that model on the Hub."""
+    return recipes().get(name) or (recipe_of(hub) if hub else None)

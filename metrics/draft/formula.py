@@ -38,3 +38,8 @@ def best(acceptance: float, cost: float, verify: Verify = one_step, most: int = 
 def needed_cost(acceptance: float, target: float = PAYS, verify: Verify = one_step) -> float:
     """The greatest c at which this acceptance still gives the target; below 0 where none does."""
     return max((round_tokens(acceptance, g) / target - verify(g + 1)) / g for g in range(1, MOST + 1))
+
+
+def needed_acceptance(cost: float, target: float = PAYS, verify: Verify = one_step) -> float | None:
+    """The least acceptance, in hundredths, at which this cost gives the target; None where even 1 does not."""
+    return next((a / 100 for a in range(101) if best(a / 100, cost, verify)[1] >= target), None)

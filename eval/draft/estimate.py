@@ -1,0 +1,61 @@
+"""Where a model's own draft pays, from its config alone: the cost of a draft step, and speed-up against acceptance."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from dropformer.eval.cost.hardware import Hardware
+from dropformer.eval.cost.model_cost import ModelCost
+from dropformer.eval.cost.roofline import Workload
+from dropformer.eval.draft.cost import Steps
+from dropformer.metrics.draft.formula import PAYS, best, needed_acceptance
+from dropformer.prune.architecture import Layer
+from dropformer.prune.choosing import choose, choose_windows
+from dropformer.prune.spec import without_windows
+
+ACCEPTANCES = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
+
+
+@dataclass(frozen=True)
+class DraftEstimate:
+    """cost: a draft step over a dense step; curve: for each acceptance the drafted tokens and the speed-up.
+
+    needed: the least acceptance that pays, None where none does.
+    """
+
+    spec: str
+    hardware: str
+    context: int
+    batch: int
+    cost: float
+    curve: dict[float, tuple[int, float]]
+    needed: float | None
+
+    def shown(self, as_json: bool) -> list[str | None]:
+        """What is printed: JSON or None, then lines."""
+        if as_json:
+            return [json.dumps(vars(self), indent=1)]
+        pays = f"pays from an acceptance of {self.needed:.2f} on" if self.needed else "pays at no acceptance"
+        lines = [
+            f"{self.spec} as the model's own draft on {self.hardware}, {self.context:,} tokens, batch {self.batch}",
+            f"a draft step costs {self.cost:.3f} of a dense step; {pays} (speed-up {PAYS})",
+            "acceptance  drafted  speed-up",
+        ]
+        return [None, *lines, *(f"{a:10.2f}  {g:7}  {gives:8.2f}" for a, (g, gives) in self.curve.items())]
+
+
+def draft_estimate(cost: ModelCost, spec: str, workload: Workload, device: Hardware) -> DraftEstimate:
+    """The draft that drops or windows what `spec` says; a count takes the deepest layers.  Raises PlanError.
+
+    The roofline counts a verifying pass too: weights and cache are read once for all drafted tokens, computing is not.
+    """
+    depth: dict[Layer, float] = {layer: layer.index for layer in cost.outline.layers()}
+    drops = without_windows(spec)
+    layers = choose(cost.outline, drops, depth) if drops else []
+    windows = choose_windows(cost.outline, spec, layers, depth)
+    steps = Steps(cost, device, workload)
+    c = steps.draft(layers, windows)
+    curve = {a: best(a, c, steps.verify) for a in ACCEPTANCES}
+    least = needed_acceptance(c, PAYS, steps.verify)
+    return DraftEstimate(spec, device.name, workload.context, workload.batch, c, curve, least)

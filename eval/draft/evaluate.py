@@ -1,0 +1,103 @@
+"""`prune evaluate M --draft PLAN`: acceptance by position and domain, decoding with and without, the bound, memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from dropformer.eval.draft.cost import MeasuredSteps, measured_steps
+from dropformer.eval.draft.measure import DraftRun, run_draft
+from dropformer.metrics.calibration.windows import Windows
+from dropformer.metrics.draft.acceptance import Acceptance, DenseText, spread
+from dropformer.metrics.draft.formula import speedup
+from dropformer.metrics.draft.search import draft_in_place
+from dropformer.prune.block_map import Surgery, map_blocks
+from dropformer.prune.loading.device import input_device
+from dropformer.prune.plan import Plan
+
+PLACES = 8
+DRAFTED = 4
+
+
+@dataclass(frozen=True)
+class DraftEvaluation:
+    """A draft on held-out text: what was predicted for it there, and what decoding gave.
+
+    predicted: by the formula from acceptance on the text and timed steps; bound: the same where every token is
+    accepted and verifying costs one step.
+    """
+
+    tokens: int
+    acceptance: Acceptance
+    steps: MeasuredSteps
+    run: DraftRun
+
+    @property
+    def predicted(self) -> float:
+        return speedup(self.acceptance.mean, self.tokens, self.steps.cost, lambda _: self.steps.verify_cost)
+
+    @property
+    def bound(self) -> float:
+        return speedup(1.0, self.tokens, self.steps.cost)
+
+    def numbers(self) -> dict[str, object]:
+        found, run = self.acceptance, self.run
+        return {
+            "drafted": self.tokens, "temperature": found.temperature, "equal": sum(run.equal),
+            "prompts": len(run.equal),
+            "acceptance_predicted": found.mean, "acceptance_measured": run.acceptance,
+            "greedy_agreement": float(found.agreement.mean()), "by_position": found.by_position,
+            "by_domain": found.by_domain, "by_depth": found.by_depth, "cost": self.steps.cost,
+            "verify_cost": self.steps.verify_cost, "speedup_predicted": self.predicted, "speedup_measured": run.speedup,
+            "bound": self.bound, "tokens_per_second": run.tokens_per_second, "round_tokens": run.round_tokens,
+            "dense_bytes": run.dense_bytes, "pair_bytes": run.pair_bytes, "kv_bytes": run.kv_bytes,
+            "view_bytes": run.view_bytes,
+        }  # fmt: skip
+
+    def shown(self, as_json: bool) -> list[str | None]:
+        """What is printed: JSON or None, then lines."""
+        if as_json:
+            return [json.dumps(self.numbers(), indent=1)]
+        found, run = self.acceptance, self.run
+        without, with_draft = run.tokens_per_second
+        return [
+            None,
+            f"text: {sum(run.equal)} of {len(run.equal)} equal to that of the dense model alone",
+            f"acceptance {found.mean:.3f} on text, {run.acceptance:.3f} in the run; greedy agreement "
+            f"{float(found.agreement.mean()):.3f}",
+            "by position: " + ", ".join(f"{place:,}: {a:.3f}" for place, a in found.by_position.items()),
+            "by domain: " + ", ".join(f"{name}: {a:.3f}" for name, a in found.by_domain.items()),
+            f"a draft step costs {self.steps.cost:.3f} of a dense step, verifying {self.tokens + 1} tokens "
+            f"{self.steps.verify_cost:.3f}",
+            f"tokens/s: {without:.2f} without, {with_draft:.2f} with {self.tokens} drafted at a time",
+            f"speed-up {run.speedup:.3f} measured, {self.predicted:.3f} predicted, bound {self.bound:.3f}",
+            f"memory: {run.pair_bytes - run.dense_bytes:,} bytes of weights and {run.view_bytes:,} of cache beside the "
+            f"dense model's {run.dense_bytes:,} and {run.kv_bytes:,}",
+        ]
+
+
+def evaluate_draft(
+    model: PreTrainedModel, plan: Plan, data: Sequence[Windows], new: int = 32, temperature: float | None = None
+) -> DraftEvaluation:
+    """Measure the draft of a plan on windows of one length, whose last `new` tokens are decoded anew.
+
+    Time: three forward passes over the windows and the decoding.  Raises CalibrationError for windows too short.
+    """
+    ref = plan.draft
+    drafted, heat = (ref.tokens, ref.temperature) if ref else (DRAFTED, 1.0)
+    heat = heat if temperature is None else temperature
+    layers, windowed = plan.layers, plan.windowed
+    draft, sources = draft_in_place(model, plan.outline, layers, windowed)
+    length = data[0].ids.shape[1]
+    text = DenseText(model, data, spread(length, PLACES, min(64, length // 4)), heat)
+    found = text.acceptance(draft, sources)
+    steps = measured_steps((model, draft, sources), text.rows[0], text.kept[0][0], drafted)
+    settings = draft.generation_config
+    settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = drafted, "constant"
+    settings.assistant_confidence_threshold = 0.0
+    surgery = Surgery(plan.outline, tuple(layers), map_blocks(plan.outline, layers, False, windows=windowed))
+    prompts = [row[None, : length - new].to(input_device(model)) for windows in data for row in windows.ids]
+    return DraftEvaluation(drafted, found, steps, run_draft(model, draft, surgery, prompts, new, heat))
