@@ -5,17 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, __version__
 
-from dropformer.prune.errors import CheckpointError
+from dropformer.prune.errors import CheckpointError, shown
 from dropformer.prune.loading.modeling import DropformerConfig
 
 
 def config_from(fields: dict[str, Any]) -> PreTrainedConfig:
-    """The config object that a config.json describes, pruned or stock."""
+    """The config object that a config.json describes, pruned or stock.
+
+    Raises CheckpointError for a model_type that only a checkpoint's own code knows.
+    """
     from transformers import CONFIG_MAPPING
 
     fields = PreTrainedConfig._decode_special_floats(fields)  # JSON has no infinity; transformers writes it as a tag
+    kind = fields.get("base_model_type") or fields["model_type"]
+    if kind not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"model_type {shown(kind)} is known to a checkpoint's own code and not to transformers {__version__}: "
+            "no pruned checkpoint could be built again from its config; prune a model of a type that transformers has"
+        )
     if fields["model_type"] == DropformerConfig.model_type:
         return DropformerConfig.from_dict(fields)
     return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)

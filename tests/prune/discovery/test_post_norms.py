@@ -15,7 +15,7 @@ from dropformer.prune.samples.inputs import sample_inputs
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-from tiny_models import tiny_model
+from families.tiny_models import tiny_model
 
 BERT = {"attn": "attention.output.dense", "mlp": "output.dense"}
 BART = {"attn": "self_attn.out_proj", "mlp": "fc2"}
