@@ -281,6 +281,9 @@ Verify = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Stop at the plan and say what it would save.")]
 KeepDownloads = Annotated[bool, typer.Option("--keep-downloads", help="Leave fetched weights on disk.")]
 Pushed = Annotated[Path, typer.Argument(metavar="FOLDER", help="A checkpoint that dropformer wrote.")]
+Loadable = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A folder that dropformer wrote, a plain model's, or a .gguf file.")
+]
 Repository = Annotated[str, typer.Argument(metavar="REPO", help="The model repository on the Hub: user/name.")]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository a private one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

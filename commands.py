@@ -7,6 +7,7 @@ import os
 import typer
 
 from dropformer import cli_options as options
+from dropformer import file_commands
 
 BATCH, CONTEXT = "1", "512"
 
@@ -276,25 +277,14 @@ def compare(
     console.show_comparison(found, output.write(found, folder), as_json)
 
 
-def push(
-    folder: options.Pushed,
-    repo: options.Repository,
-    private: options.Private = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Publish a pruned checkpoint with its model card on the Hugging Face Hub."""
-    from dropformer import console
-    from dropformer.recipes.push import push as upload
-
-    console.show(None, f"pushed to {upload(folder, repo, private, console.Terminal(quiet).say)}")
-
-
-def recipes(as_json: options.Json = False) -> None:
-    """List the models that dropformer knows by name."""
-    from dropformer import console
-    from dropformer.recipes import recipes as known
-
-    console.show_recipes(known(), as_json)
-
-
-COMMANDS = (analyze, plan, push, recipes, compare, evaluate, estimate, sweep)
+COMMANDS = (
+    analyze,
+    plan,
+    file_commands.engines,
+    file_commands.push,
+    file_commands.recipes,
+    compare,
+    evaluate,
+    estimate,
+    sweep,
+)

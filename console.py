@@ -220,6 +220,17 @@ def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str =
     return table
 
 
+def show_engines(found: Mapping[str, Any], as_json: bool) -> None:
+    table = Table(title=f"{found['checkpoint']}: {found['format']}, {found['family']}", title_justify="left")
+    for name in ("engine", "loads", "how"):
+        table.add_column(name, overflow="fold")
+    for entry in found["engines"].values():
+        how = "\n".join(filter(None, (entry["command"], entry["why"], entry["instead"])))
+        table.add_row(entry["title"], "yes" if entry["loads"] else "no", Text(how))
+    saves = f"Where it loads it saves: {found['saves']}." if found["saves"] else ""
+    show(json.dumps(found, indent=1) if as_json else None, table, *filter(None, [saves]))
+
+
 def show_recipes(recipes: Mapping[str, Recipe], as_json: bool) -> None:
     table = Table()
     for name in ("recipe", "model", "calibration", "published lists"):

@@ -26,6 +26,7 @@ LOADING = Path(__file__).parents[1] / "loading"
 CODE_FILE = "modeling_dropformer.py"
 COMPANIONS = ("skipped_modules.py", "window_attention.py", "window_cache.py")
 CODE = {CODE_FILE: "modeling.py", **{name: name for name in COMPANIONS}}
+MLX_FILE = "mlx_dropformer.py"  # the model file that mlx-lm runs
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,9 @@ def write_config(folder: Path, fields: dict[str, Any], autos: Sequence[str]) -> 
         fields = {**fields, "auto_map": classes}
         for name, source in CODE.items():
             shutil.copyfile(LOADING / source, folder / name)
+        if "AutoModelForCausalLM" in autos:
+            fields["model_file"] = MLX_FILE
+            shutil.copyfile(LOADING.with_name("engines") / MLX_FILE, folder / MLX_FILE)
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 

@@ -41,6 +41,7 @@ from .skipped_modules import Skipped, skip_modules
 from .window_attention import prepare_windows
 
 MODEL_TYPE = "dropformer"
+OWN = ("model_type", "per_layer_config", "model_file")  # fields of config.json that are not the base config's
 CODE_FILE = "modeling_dropformer.py"  # what a copy of this file is called beside a checkpoint's weights
 COMPANIONS = ("skipped_modules.py", "window_attention.py", "window_cache.py")  # what it imports
 
@@ -63,7 +64,7 @@ class DropformerConfig(PreTrainedConfig):
             raise ValueError("config.json has model_type dropformer but no base_model_type: not a pruned checkpoint")
         base = CONFIG_MAPPING[config_dict["base_model_type"]]
         layers = config_dict.get("per_layer_config") or {}
-        fields = {key: value for key, value in config_dict.items() if key not in ("model_type", "per_layer_config")}
+        fields = {key: value for key, value in config_dict.items() if key not in OWN}
         fields["dropformer_skips"] = {i: layer["skip"] for i, layer in layers.items() if "skip" in layer}
         if rest := without_skips(layers):
             fields["per_layer_config"] = rest

@@ -71,12 +71,3 @@ class _Then(importlib.abc.Loader):
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         _register(module)
-
-
-def register_in_vllm() -> None:
-    """vLLM's entry point: its processes read a deci checkpoint's config without --trust-remote-code."""
-    from transformers import AutoConfig
-
-    from dropformer.prune.loading.deci.configuration_decilm import DeciLMConfig
-
-    AutoConfig.register(DeciLMConfig.model_type, DeciLMConfig, exist_ok=True)

@@ -243,9 +243,9 @@ def test_the_config_class_reads_the_rotary_settings_of_others_decilms():
 READ = """
 import sys
 if sys.argv[2] == "plugin":
-    from dropformer.prune.loading.registration import register_in_vllm
+    from dropformer.prune.engines.vllm_plugin import register_configs
     assert "transformers" not in sys.modules and "torch" not in sys.modules
-    register_in_vllm(); register_in_vllm()
+    register_configs(); register_configs()
 from transformers import AutoConfig
 config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[2] == "trust")
 assert ("dropformer" in sys.modules) is (sys.argv[2] == "plugin")

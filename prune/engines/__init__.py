@@ -1,0 +1,1 @@
+"""Inference engines: which of them loads a pruned checkpoint, how, and what it saves there."""

@@ -1,0 +1,116 @@
+"""What the files of a checkpoint say about it, without torch or transformers: all that the engines' answers need."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dropformer.prune.errors import CheckpointError, shown
+from dropformer.prune.files.config_json import CONFIG, read_config
+from dropformer.prune.files.strict_json import read_object
+from dropformer.prune.loading.deci.families import DECI, is_own_deci
+
+RECORD, PRUNED = "dropformer.json", "dropformer"
+
+
+@dataclass(frozen=True)
+class CheckpointFacts:
+    """One checkpoint.
+
+    format: "dropformer", "deci", "gguf", "onnx", "dense" (dropped layers are zeros) or "stock" (a plain model, packed
+    ones too); family: transformers' model type of the dense model, of a GGUF file llama.cpp's architecture.
+    skipped: the kinds that some block lacks ("attention", "mlp"); first: what the first block lacks.
+    saves: parameters and KV cache against the dense model, in words; "" where nothing says.
+    """
+
+    folder: Path
+    format: str
+    family: str
+    architecture: str = ""
+    file: str = ""
+    skipped: frozenset[str] = frozenset()
+    first: frozenset[str] = frozenset()
+    windows: bool = False
+    maps: bool = False
+    saves: str = ""
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        """The folder, or the file in it, for a shell."""
+        return shlex.quote(str(self.folder / self.file))
+
+    @property
+    def stock(self) -> bool:
+        """Is it a plain model of its family, in safetensors?"""
+        return self.format in ("stock", "dense")
+
+
+def read_facts(folder: Path) -> CheckpointFacts:
+    """What a checkpoint is.  Raises CheckpointError for a folder that holds none, a few files read in all."""
+    if folder.is_file() and folder.suffix == ".gguf":
+        return _gguf(folder, {})
+    if not folder.is_dir():
+        raise CheckpointError(f"{shown(folder)} is no folder; give the folder of a checkpoint, or a .gguf file")
+    record = read_object(folder / RECORD) if (folder / RECORD).exists() else {}
+    if found := next(iter(sorted(folder.glob("*.gguf"))), None):
+        return _gguf(found, record)
+    if (folder / "model.onnx").exists():
+        family = read_config(folder)["model_type"] if (folder / CONFIG).exists() else "?"
+        return CheckpointFacts(folder, "onnx", family, file="model.onnx", saves=_saves(record))
+    try:
+        return _hugging_face(folder, record)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise CheckpointError(f"{shown(folder)}: config.json is not as dropformer writes it; get it again") from None
+
+
+def _hugging_face(folder: Path, record: Mapping[str, Any]) -> CheckpointFacts:
+    config = read_config(folder)
+    kind, family = config["model_type"], config.get("base_model_type", config["model_type"])
+    architecture = (config.get("architectures") or [""])[0]
+    if kind == PRUNED:
+        forms = config.get("dropformer_modules") or {}
+        words = {key for form in forms.values() if isinstance(form, dict) for key in form}
+        layers = config.get("per_layer_config") or {}
+        skips = {str(i): frozenset(layer.get("skip", ())) for i, layer in layers.items()}
+        return CheckpointFacts(
+            folder, PRUNED, family, architecture, "", frozenset().union(*skips.values()), skips.get("0", frozenset()),
+            "window" in words, "linear" in words, _saves(record), config,
+        )  # fmt: skip
+    if kind == DECI and is_own_deci(config):
+        blocks = [
+            {"attention": block["attention"]["no_op"], "mlp": block["ffn"]["no_op"]}
+            for block in config["block_configs"]
+        ]
+        skipped = [frozenset(name for name, off in block.items() if off) for block in blocks]
+        all_kinds, first = frozenset().union(*skipped), skipped[0]
+        return CheckpointFacts(
+            folder, "deci", family, architecture, "", all_kinds, first, saves=_saves(record), config=config
+        )
+    form = "dense" if record.get("format") == "dense" else "stock"
+    saves = "nothing: dropped layers are zeros" if form == "dense" else _saves(record)
+    return CheckpointFacts(folder, form, family, architecture, saves=saves, config=config)
+
+
+def _gguf(file: Path, record: Mapping[str, Any]) -> CheckpointFacts:
+    from dropformer.prune.formats.gguf.header import read_gguf_header
+
+    family = str(read_gguf_header(file).metadata.get("general.architecture", "?"))
+    return CheckpointFacts(file.parent, "gguf", family, file=file.name, saves=_saves(record))
+
+
+def _saves(record: Mapping[str, Any]) -> str:
+    """Parameters and KV cache of dropformer.json before and after, in words."""
+    before, after = record.get("before"), record.get("after")
+    if not isinstance(before, dict) or not isinstance(after, dict):
+        return ""
+    names = (("parameters", "parameters"), ("KV cache", "kv_bytes_per_token"))
+    changes = [
+        f"{word} {after[key] / before[key] - 1:+.1%}"
+        for word, key in names
+        if before.get(key) and isinstance(after.get(key), (int, float))
+    ]
+    return ", ".join(changes)

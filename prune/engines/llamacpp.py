@@ -1,0 +1,23 @@
+"""llama.cpp: the .gguf that `--format gguf` cuts from the dense model's, or one that its own converter makes."""
+
+from __future__ import annotations
+
+from dropformer.prune.engines.facts import CheckpointFacts
+from dropformer.prune.engines.registry import Answer
+
+ARCHITECTURES = ("llama", "mistral", "qwen2")  # whose .gguf files are cut in place
+CONVERT = "python convert_hf_to_gguf.py {folder}"
+
+
+def answer(facts: CheckpointFacts) -> Answer:
+    if facts.format == "gguf":
+        command = f"llama-cli -m {facts.path} -fa on"
+        note = "without flash attention a dropped layer still costs half of its cache" if facts.family == "deci" else ""
+        return Answer(True, command, note, "", facts.saves)
+    if facts.stock:
+        command = CONVERT.format(folder=facts.path)
+        return Answer(True, command, "then as any model, where its converter has the family", "", facts.saves)
+    dense = "export with --format dense and convert that, which saves nothing"
+    if facts.family in ARCHITECTURES:
+        dense = f"prune --model DENSE.gguf --plan plan.json --format gguf; or {dense}"
+    return Answer(False, why="its converter does not know models with missing layers", instead=dense)

@@ -1,0 +1,37 @@
+"""ONNX Runtime, ExecuTorch and MLX."""
+
+from __future__ import annotations
+
+from dropformer.prune.engines.facts import CheckpointFacts
+from dropformer.prune.engines.registry import Answer
+
+MLX_TRIED = ("llama", "qwen3", "gemma3_text")
+
+
+def onnxruntime(facts: CheckpointFacts) -> Answer:
+    """ONNX Runtime 1.32, by transformers' exporter."""
+    if facts.format == "onnx":
+        return Answer(True, f"onnxruntime.InferenceSession({str(facts.folder / facts.file)!r})", saves=facts.saves)
+    return Answer(False, why="reads ONNX graphs alone", instead="export with --format onnx")
+
+
+def executorch(facts: CheckpointFacts) -> Answer:
+    """ExecuTorch's Llama runner."""
+    if facts.stock:
+        return Answer(True, f"optimum-cli export executorch --model {facts.path}", "not tried", "", facts.saves)
+    return Answer(
+        False, why="dropformer writes no params file for its runner yet", instead="export with --format dense"
+    )
+
+
+def mlx(facts: CheckpointFacts) -> Answer:
+    """mlx-lm 0.32, which builds its class of the base family by the folder's own `mlx_dropformer.py`."""
+    command = f"mlx_lm.generate --model {facts.path} --prompt 'Once upon a time'"
+    if facts.stock:
+        return Answer(True, command, "where it has the base model", "", facts.saves)
+    if facts.format != "dropformer" or "model_file" not in facts.config:
+        return Answer(False, why=f"loads no {facts.format} checkpoint", instead="export with --format dropformer")
+    if facts.windows:
+        return Answer(False, why="its attention has no window with first tokens", instead="load it in transformers")
+    note = "tried" if facts.family in MLX_TRIED else "not tried: it loads where mlx-lm has the family"
+    return Answer(True, f"{command} --trust-remote-code", note, "", facts.saves)

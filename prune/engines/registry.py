@@ -1,0 +1,70 @@
+"""The engines that may load a checkpoint, by name: each is one file with its `answer`, and one entry in ENGINES."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dropformer.prune.engines.facts import CheckpointFacts, read_facts
+from dropformer.prune.registry import Registry, imported
+
+_HERE = "dropformer.prune.engines"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Whether an engine loads a checkpoint.
+
+    command: what to type where it does.  why: where it does not, the reason; else what to know, "" for nothing.
+    instead: what to do where it does not.  saves: what of the drop is saved there.
+    """
+
+    loads: bool
+    command: str = ""
+    why: str = ""
+    instead: str = ""
+    saves: str = ""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine.  title: its name for people; answer: a function of the facts, or "module:name" of one."""
+
+    title: str
+    answer: str | Callable[[CheckpointFacts], Answer]
+
+
+ENGINES: Registry[Engine] = Registry(
+    "engine",
+    {
+        "transformers": Engine("transformers", f"{_HERE}.transformers:answer"),
+        "vllm": Engine("vLLM", f"{_HERE}.vllm:stock"),
+        "vllm-plugin": Engine("vLLM with dropformer installed", f"{_HERE}.vllm:with_plugin"),
+        "sglang": Engine("SGLang", f"{_HERE}.deci_engines:sglang"),
+        "tensorrt-llm": Engine("TensorRT-LLM", f"{_HERE}.deci_engines:tensorrt_llm"),
+        "llama.cpp": Engine("llama.cpp", f"{_HERE}.llamacpp:answer"),
+        "onnxruntime": Engine("ONNX Runtime", f"{_HERE}.on_device:onnxruntime"),
+        "executorch": Engine("ExecuTorch", f"{_HERE}.on_device:executorch"),
+        "mlx": Engine("MLX", f"{_HERE}.on_device:mlx"),
+    },
+)
+
+
+def engines(folder: Path) -> dict[str, Any]:
+    """Which engines load a checkpoint, as JSON: the checkpoint, then an answer by engine.
+
+    Reads config.json, dropformer.json and the header of a .gguf file, no weights.  Raises CheckpointError where the
+    folder holds no checkpoint.
+    """
+    facts = read_facts(folder)
+    answers = {name: imported(engine.answer)(facts) for name, engine in ENGINES.items()}
+    checkpoint = {"format": facts.format, "family": facts.family, "saves": facts.saves}
+    return {
+        "schema": 1,
+        "artifact": "engines",
+        "checkpoint": str(folder),
+        **checkpoint,
+        "engines": {name: {"title": ENGINES[name].title, **asdict(answer)} for name, answer in answers.items()},
+    }

@@ -1,0 +1,59 @@
+"""vLLM, as it is and with dropformer installed beside it (`vllm_plugin.py`, `vllm_model.py`)."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from dropformer.prune.engines.facts import CheckpointFacts
+from dropformer.prune.engines.registry import Answer
+from dropformer.prune.loading.deci.families import FAMILIES
+
+TRIED = Path(__file__).with_name("vllm_families.json")  # written by benchmarks/engines.py
+INSTALL = "pip install --no-deps dropformer beside vLLM"
+
+
+@cache
+def tried() -> dict[str, Any]:
+    """What benchmarks/engines.py found: `version` of vLLM; families that are `right`, `refused`, `wrong`, and why."""
+    return json.loads(TRIED.read_text(encoding="utf-8"))
+
+
+def stock(facts: CheckpointFacts) -> Answer:
+    """vLLM without dropformer."""
+    if facts.format == "dropformer":
+        return Answer(False, why="the architecture is dropformer's own", instead=f"{INSTALL}{_or_deci(facts)}")
+    if facts.format == "deci":
+        return Answer(True, f"vllm serve {facts.path} --trust-remote-code", "", "", facts.saves)
+    return _plain(facts)
+
+
+def with_plugin(facts: CheckpointFacts) -> Answer:
+    """vLLM with dropformer installed, whose plugin knows both formats."""
+    if facts.format == "deci":
+        return Answer(True, f"vllm serve {facts.path}", "", "", facts.saves)
+    if facts.format != "dropformer":
+        return _plain(facts)
+    known, version = tried(), f"vLLM {tried()['version']}"
+    if facts.windows:
+        return Answer(False, why="vLLM's attention has no window with first tokens", instead="load it in transformers")
+    if facts.maps:
+        return Answer(False, why="linear maps are not carried over", instead="prune without --repair linear")
+    if why := {**known["refused"], **known["wrong"]}.get(facts.family):
+        return Answer(False, why=f"with {version}: {why}", instead=f"export with --format dense{_or_deci(facts)}")
+    note = f"tried with {version}"
+    if facts.family not in known["right"]:
+        note = f"not tried with {version}: it loads where vLLM has the family; compare its first answers"
+    return Answer(True, f"vllm serve {facts.path}", note, "", facts.saves)
+
+
+def _plain(facts: CheckpointFacts) -> Answer:
+    if facts.stock:
+        return Answer(True, f"vllm serve {facts.path}", "where it has the base model", "", facts.saves)
+    return Answer(False, why=f"does not load {facts.format} files", instead="export with --format dropformer or deci")
+
+
+def _or_deci(facts: CheckpointFacts) -> str:
+    return ", or export with --format deci" if facts.family in FAMILIES and "attention" not in facts.first else ""

@@ -1,0 +1,28 @@
+"""vLLM, with dropformer installed beside it, runs the default format as torch does.
+
+`make test-vllm` builds the environment; DROPFORMER_VLLM_PYTHON names the interpreter of another one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+PYTHON = os.environ.get("DROPFORMER_VLLM_PYTHON", "")
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON, reason="DROPFORMER_VLLM_PYTHON does not name a Python that has vLLM"),
+]
+
+
+@pytest.mark.parametrize("families", ["llama qwen3 gemma3_text", "mixtral phi3 olmo2 gpt2 falcon"])
+def test_vllm_gives_torchs_log_probabilities_and_tokens_and_caches_kept_layers_alone(families):
+    command = [sys.executable, str(ROOT / "benchmarks/engines.py"), "--vllm", PYTHON, *families.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["right"] == len(families.split()), done.stdout
