@@ -14,7 +14,7 @@ from dropformer.prune.outline import BranchOutline, Outline, StackOutline
 from dropformer.prune.surgery.config import pruned_config
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
-import tiny_models
+from families import tiny_models
 
 BLOCKS, DROPPED = tiny_models.LAYERS, 1
 COUNTS = [name for value, names in tiny_models._SIZES if value == BLOCKS for name in names.split() if "layer" in name]
