@@ -117,8 +117,9 @@ def prune(
         from dropformer.eval.draft import verdict as drafts
 
         found, outcome = job.draft(request, progress)
-        encoded, *lines = drafts.shown(found, request.draft, request.model, outcome.out if outcome else None, as_json)
-        console.show(encoded, *filter(None, lines))
+        folder = outcome.out if outcome else None
+        lines = drafts.lines_of(found, request.draft, request.model, folder)
+        console.show(drafts.to_json(found, folder) if as_json else None, *lines)
     elif memory is not None:
         console.show_export(job.run_from_disk(request, progress), request.model, as_json)
     elif dry_run:

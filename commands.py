@@ -151,7 +151,8 @@ def estimate(
     if draft:
         from dropformer.eval.draft.estimate import draft_estimate
 
-        console.show(*draft_estimate(costs.cost_of_name(model), drop, workload, device).shown(as_json))
+        pays = draft_estimate(costs.cost_of_name(model), drop, workload, device)
+        console.show(pays.to_json() if as_json else None, *pays.lines())
         return
     found = costs.estimate(costs.cost_of_name(model), drop, device, workload, lists)
     console.show_estimate(found, costs.published_speedup(recipe, drop), as_json)
@@ -215,7 +216,8 @@ def evaluate(
         from dropformer.eval.draft.run import evaluate_pair
 
         words = Calibration(text, samples, length, HELD_OUT.seed + seed)
-        console.show(*evaluate_pair(models, draft, words, new_tokens, placement).shown(as_json))
+        pair = evaluate_pair(models, draft, words, new_tokens, placement)
+        console.show(pair.to_json() if as_json else None, *pair.lines())
         return
     if names:
         from dropformer.eval.tasks.registry import find_tasks  # imports lm-eval, which takes seconds

@@ -10,7 +10,7 @@ from dropformer.eval.cost.model_cost import ModelCost
 from dropformer.eval.cost.roofline import Workload
 from dropformer.eval.draft.cost import Steps
 from dropformer.metrics.draft.formula import PAYS, best, needed_acceptance
-from dropformer.prune.architecture import Layer
+from dropformer.prune.architecture import BRANCH_KINDS, Layer
 from dropformer.prune.choosing import choose, choose_windows
 from dropformer.prune.spec import without_windows
 
@@ -32,17 +32,18 @@ class DraftEstimate:
     curve: dict[float, tuple[int, float]]
     needed: float | None
 
-    def shown(self, as_json: bool) -> list[str | None]:
-        """What is printed: JSON or None, then lines."""
-        if as_json:
-            return [json.dumps(vars(self), indent=1)]
+    def to_json(self) -> str:
+        return json.dumps(vars(self), indent=1)
+
+    def lines(self) -> list[str]:
+        """What is printed."""
         pays = f"pays from an acceptance of {self.needed:.2f} on" if self.needed else "pays at no acceptance"
         lines = [
             f"{self.spec} as the model's own draft on {self.hardware}, {self.context:,} tokens, batch {self.batch}",
             f"a draft step costs {self.cost:.3f} of a dense step; {pays} (speed-up {PAYS})",
             "acceptance  drafted  speed-up",
         ]
-        return [None, *lines, *(f"{a:10.2f}  {g:7}  {gives:8.2f}" for a, (g, gives) in self.curve.items())]
+        return [*lines, *(f"{a:10.2f}  {g:7}  {gives:8.2f}" for a, (g, gives) in self.curve.items())]
 
 
 def draft_estimate(cost: ModelCost, spec: str, workload: Workload, device: Hardware) -> DraftEstimate:
@@ -50,7 +51,8 @@ def draft_estimate(cost: ModelCost, spec: str, workload: Workload, device: Hardw
 
     The roofline counts a verifying pass too: weights and cache are read once for all drafted tokens, computing is not.
     """
-    depth: dict[Layer, float] = {layer: layer.index for layer in cost.outline.layers()}
+    kinds = ("block", *BRANCH_KINDS)
+    depth: dict[Layer, float] = {layer: layer.index for kind in kinds for layer in cost.outline.layers(kind)}
     drops = without_windows(spec)
     layers = choose(cost.outline, drops, depth) if drops else []
     windows = choose_windows(cost.outline, spec, layers, depth)

@@ -57,14 +57,14 @@ class DraftEvaluation:
             "view_bytes": run.view_bytes,
         }  # fmt: skip
 
-    def shown(self, as_json: bool) -> list[str | None]:
-        """What is printed: JSON or None, then lines."""
-        if as_json:
-            return [json.dumps(self.numbers(), indent=1)]
+    def to_json(self) -> str:
+        return json.dumps(self.numbers(), indent=1)
+
+    def lines(self) -> list[str]:
+        """What is printed."""
         found, run = self.acceptance, self.run
         without, with_draft = run.tokens_per_second
         return [
-            None,
             f"text: {sum(run.equal)} of {len(run.equal)} equal to that of the dense model alone",
             f"acceptance {found.mean:.3f} on text, {run.acceptance:.3f} in the run; greedy agreement "
             f"{float(found.agreement.mean()):.3f}",

@@ -12,16 +12,12 @@ from dropformer.eval.draft.options import DraftOptions
 from dropformer.metrics.draft.formula import PAYS, needed_cost
 
 
-def shown(
-    found: DraftFound, options: DraftOptions | None, model: str, written: Path | None, as_json: bool
-) -> list[str | None]:
-    """What is printed: JSON or None, then lines."""
-    if as_json:
-        return [json.dumps(as_numbers(found, str(written) if written else None), indent=1)]
+def lines_of(found: DraftFound, options: DraftOptions | None, model: str, written: Path | None) -> list[str]:
+    """What is printed."""
     lines = verdict(found, options or DraftOptions())
     if not written:
-        return [None, *lines, "nothing was written" + ("" if found.pays else "; --write-anyway writes it")]
-    return [None, *lines, f"wrote {written}", *engine_lines(model, str(written), found.best.tokens)]
+        return [*lines, "nothing was written" + ("" if found.pays else "; --write-anyway writes it")]
+    return [*lines, f"wrote {written}", *engine_lines(model, str(written), found.best.tokens)]
 
 
 def verdict(found: DraftFound, options: DraftOptions) -> list[str]:
@@ -44,6 +40,10 @@ def verdict(found: DraftFound, options: DraftOptions) -> list[str]:
             + "; a longer --context or a larger --batch makes windows cheaper, and a deeper model has more to spare"
         )  # fmt: skip
     return lines
+
+
+def to_json(found: DraftFound, written: Path | None) -> str:
+    return json.dumps(as_numbers(found, str(written) if written else None), indent=1)
 
 
 def as_numbers(found: DraftFound, written: str | None) -> dict[str, Any]:

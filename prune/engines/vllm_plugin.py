@@ -6,7 +6,7 @@ twin named `Dropformer...`, which vLLM imports by name when a checkpoint asks fo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 PREFIX = "Dropformer"
 MODELS = "dropformer.prune.engines.vllm_model"
@@ -39,13 +39,14 @@ class PrunedConfig:
 
 def register_configs() -> None:
     """Let transformers' AutoConfig read both formats."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from dropformer.prune.loading.deci.configuration_decilm import DeciLMConfig
 
     AutoConfig.register(DeciLMConfig.model_type, DeciLMConfig, exist_ok=True)
-    CONFIG_MAPPING.register(PrunedConfig.model_type, PrunedConfig, exist_ok=True)
+    reader = cast(type[PreTrainedConfig], PrunedConfig)  # transformers asks it for `from_dict` alone
+    CONFIG_MAPPING.register(PrunedConfig.model_type, reader, exist_ok=True)
 
 
 def register() -> None:
