@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import nn
+
 from dropformer.eval.quality.sweep import Sweep
 from dropformer.eval.report.evaluation import Candidate, Evaluation, EvaluationOptions, evaluate
 from dropformer.eval.report.page import Picture, html
@@ -69,7 +71,9 @@ def opened_together(names: Sequence[str], placement: Placement, progress: Progre
         one = open_model(name, None, place, progress.say)
         if shared := share_equal(one.model, dense.model):
             progress.say(f"{shown(shared)} of {name}'s weights are those of {names[0]}, and held once")
-        found.append(one if near else replace(one, model=one.model.to(device)))
+        if not near:
+            nn.Module.to(one.model, device)
+        found.append(one)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -55,7 +55,7 @@ def activation_bytes(model: nn.Module, length: int) -> int:
     return 4 * (12 * stream + 3 * (inner or 4 * stream) + scores)
 
 
-class Fitting:
+class Fitting(Generic[Result]):
     """Runs a function on parts of a list, with half as many at a time once the device's memory did not hold them."""
 
     def __init__(self, run: Callable[[Sequence[int]], Result]) -> None:

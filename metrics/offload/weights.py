@@ -112,7 +112,7 @@ class Weights:
         return target
 
     def _pieces(self, span: TensorSpan) -> Iterator[Tensor]:
-        view, dtype = memoryview(self._piece.numpy()), _dtype(span)
+        view, dtype = self._piece.numpy().data, _dtype(span)
         with self.checkpoint.shards[span.shard].opened() as file:
             for start in range(span.start, span.end, PIECE):
                 size = min(PIECE, span.end - start)
