@@ -45,7 +45,8 @@ class ModelArgs:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Any:
-        return BaseArgs.from_dict({**config, "model_type": CONFIG["base_model_type"]})
+        pattern = {k[1:]: v for k, v in config.items() if k == "_sliding_window_pattern"}
+        return BaseArgs.from_dict({**pattern, **config, "model_type": CONFIG["base_model_type"]})
 
 
 class Model(BaseModel):  # type: ignore[misc, valid-type]
@@ -53,6 +54,7 @@ class Model(BaseModel):  # type: ignore[misc, valid-type]
 
     def __init__(self, args: Any) -> None:
         super().__init__(args)
+        stop_where_counted(args)
         for path, form in CONFIG["dropformer_modules"].items():
             parent, _, name = path.rpartition(".")
             owner = self
@@ -61,6 +63,20 @@ class Model(BaseModel):  # type: ignore[misc, valid-type]
             if not hasattr(owner, name):
                 raise ValueError(f"mlx-lm's {CONFIG['base_model_type']} has no module for {path}, which is dropped")
             setattr(owner, name, replacement(path, form))
+
+
+def stop_where_counted(args: Any) -> None:
+    """Stop where mlx-lm tells kinds of attention by block number, and the number no longer tells them."""
+    kinds = CONFIG.get("layer_types") or []
+    every = getattr(args, "sliding_window_pattern", None)
+    if hasattr(args, "layer_types") or (not every and len(set(kinds)) < 2):
+        return
+    counted = [(i + 1) % every == 0 for i in range(len(kinds))] if every else None
+    if counted != [kind == "full_attention" for kind in kinds]:
+        raise ValueError(
+            f"mlx-lm tells the windows of {CONFIG['base_model_type']} by block number, and after the dropped blocks "
+            "the numbers no longer tell them; load it in transformers, or drop attention and MLP layers alone"
+        )
 
 
 def replacement(path: str, form: Any) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dropformer.prune.engines.facts import CheckpointFacts
 from dropformer.prune.engines.registry import Answer
+from dropformer.prune.surgery.patterns import counted_wrongly
 
 MLX_TRIED = ("llama", "qwen3", "gemma3_text")
 
@@ -33,5 +34,9 @@ def mlx(facts: CheckpointFacts) -> Answer:
         return Answer(False, why=f"loads no {facts.format} checkpoint", instead="export with --format dropformer")
     if facts.windows:
         return Answer(False, why="its attention has no window with first tokens", instead="load it in transformers")
+    every = facts.config.get("sliding_window_pattern", facts.config.get("_sliding_window_pattern"))
+    if isinstance(every, int) and counted_wrongly(dict(facts.config), every):
+        why = "it tells windows by block number, and after the dropped blocks no number does"
+        return Answer(False, why=why, instead="drop attention and MLP layers alone")
     note = "tried" if facts.family in MLX_TRIED else "not tried: it loads where mlx-lm has the family"
     return Answer(True, f"{command} --trust-remote-code", note, "", facts.saves)

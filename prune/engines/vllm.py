@@ -10,6 +10,7 @@ from typing import Any
 from dropformer.prune.engines.facts import CheckpointFacts
 from dropformer.prune.engines.registry import Answer
 from dropformer.prune.loading.deci.families import FAMILIES
+from dropformer.prune.surgery.patterns import counted_wrongly
 
 TRIED = Path(__file__).with_name("vllm_families.json")  # written by benchmarks/engines.py
 INSTALL = "pip install --no-deps dropformer beside vLLM"
@@ -50,6 +51,9 @@ def with_plugin(facts: CheckpointFacts) -> Answer:
 
 
 def _plain(facts: CheckpointFacts) -> Answer:
+    if facts.family == "gpt_oss" and counted_wrongly(dict(facts.config), 2):
+        why = "it gives windows to every second block by its number, and the dropped blocks moved them"
+        return Answer(False, why=why, instead="drop an even number of blocks between any two that stay")
     if facts.stock:
         return Answer(True, f"vllm serve {facts.path}", "where it has the base model", "", facts.saves)
     return Answer(False, why=f"does not load {facts.format} files", instead="export with --format dropformer or deci")

@@ -40,6 +40,19 @@ PAIR = ("attn_layer_period", "attn_layer_offset")
 MAYBE = re.compile(r"(layer|window|attn|attention|rope)\w*_(pattern|interval|period|freq\w*|every\w*)$|every_n")
 BUILT = {*PAIR, "expert_layer_period", "moe_layer_freq", "cross_attention_frequency"}
 
+# Engines that count full attention by the number of a block, every Nth one, whatever config.json says (read in the
+# sources of llama.cpp, 2026, and of vLLM 0.32).
+COUNTED = {
+    "gemma2": (2, "llama.cpp"),
+    "gemma3": (6, "llama.cpp"),
+    "gemma3_text": (6, "llama.cpp"),
+    "gemma3n_text": (5, "llama.cpp"),
+    "gpt_oss": (2, "vLLM and llama.cpp"),
+    "cohere2": (4, "llama.cpp"),
+    "olmo3": (4, "llama.cpp"),
+    "llama4_text": (4, "llama.cpp"),
+}
+
 
 def settled_patterns(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """A pruned config whose pattern fields say what its lists by block say, and a note for each that cannot."""
@@ -48,6 +61,7 @@ def settled_patterns(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]
         if isinstance(value, dict) and not key.startswith(("vision", "audio")):
             new[key], found = settled_patterns(value)
             notes += found
+    notes += _counted(config)
     if isinstance(config.get("attention_types"), list) and isinstance(config.get("attention_layers"), list):
         new["attention_types"] = [[config["attention_layers"], 1]]  # GPT-Neo, which expands the one into the other
     for key in config:
@@ -64,6 +78,24 @@ def settled_patterns(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]
         new |= dict(zip(PAIR, pair, strict=True)) if pair else {}
         notes += [] if pair else [_note(PAIR[0], "layers_block_type")]
     return new, notes
+
+
+def counted_wrongly(config: dict[str, Any], every: int) -> bool:
+    """Would an engine that gives full attention to every Nth block by its number differ from the config's list?"""
+    marks = _marked(config, "")
+    return marks is not None and marks != [_last(i, every) for i in range(len(marks))]
+
+
+def _counted(config: dict[str, Any]) -> list[str]:
+    """A note where an engine counts kinds of attention by block numbers that no longer tell them."""
+    every, engines = COUNTED.get(str(config.get("model_type")), (0, ""))
+    if not every or not counted_wrongly(config, every):
+        return []
+    counted = "every second block" if every == 2 else f"one block in {every}"
+    return [
+        f"{engines} give full attention to {counted} by its number, which is no longer where `layer_types` has it: "
+        "transformers, which reads that list, is right"
+    ]
 
 
 def _pair(ours: tuple[int, int], marks: list[bool]) -> tuple[int, int] | None:

@@ -64,3 +64,13 @@ def test_other_lists_have_fields_of_their_own(config, after):
     new, notes = settled_patterns(config)
     assert new == {**config, **(after or {})}
     assert len(notes) == (after is None)
+
+
+@pytest.mark.parametrize(
+    "family, kinds, right",
+    [("gpt_oss", "SFSF", True), ("gpt_oss", "SSF", False), ("gemma2", "FSF", False), ("qwen2", "FSF", True)],
+)
+def test_engines_that_count_kinds_by_block_number_are_named_where_they_would_be_wrong(family, kinds, right):
+    config = {"text_config": {"model_type": family, "layer_types": [NAMES[kind] for kind in kinds]}}
+    _, notes = settled_patterns(config)
+    assert ["by its number" in note for note in notes] == ([] if right else [True])
