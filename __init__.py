@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dropformer.prune.loading.registration import register_when_transformers_loads
-from dropformer.version import __version__
+from dropformer.prune.version import __version__
 
 if TYPE_CHECKING:  # what the table below imports on first use, so that type checkers know each name
     from dropformer.api import DropRecord as DropRecord

@@ -13,7 +13,7 @@ from dropformer.metrics.search.registry import METRICS, SELECTIONS
 from dropformer.metrics.search.strategy import QUALITIES
 from dropformer.prune.errors import OutputError
 from dropformer.prune.formats.registry import FORMATS
-from dropformer.version import __version__
+from dropformer.prune.version import __version__
 
 Text = str | None
 # Headings of `prune --help`

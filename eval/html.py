@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, Template
 from markupsafe import Markup
 
-from dropformer.version import __version__
+from dropformer.prune.version import __version__
 
 DPI, CSS_DPI = 150, 96
 ENVIRONMENT = Environment(autoescape=True, trim_blocks=True)

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dropformer.prune.errors import DropformerError, OutputError
 from dropformer.prune.files.folder import cannot_write
-from dropformer.version import __version__
+from dropformer.prune.version import __version__
 
 A = TypeVar("A", bound="Artifact")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from dropformer.metrics.analysis.analyze import proven
@@ -281,9 +282,7 @@ class Improver:
         return texts[0] if len(texts) == 1 else {"name": ",".join(text["name"] for text in texts), "texts": texts}
 
 
-def _device(model: nn.Module) -> Any:
-    import torch
-
+def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 

@@ -43,6 +43,7 @@ from .window_attention import prepare_windows
 MODEL_TYPE = "dropformer"
 OWN = ("model_type", "per_layer_config", "model_file")  # fields of config.json that are not the base config's
 CODE_FILE = "modeling_dropformer.py"  # what a copy of this file is called beside a checkpoint's weights
+MLX_FILE = "mlx_dropformer.py"  # what mlx-lm runs
 COMPANIONS = ("skipped_modules.py", "window_attention.py", "window_cache.py")  # what it imports
 
 Make = TypeVar("Make", bound=Callable[..., Any])
@@ -111,19 +112,29 @@ def pruned_config_class(base: Any) -> type[PreTrainedConfig]:
             if layers:
                 fields["per_layer_config"] = layers
             fields["auto_map"] = auto_map(base)
+            if mlx_file(base):
+                fields["model_file"] = MLX_FILE
             return {key: value for key, value in fields.items() if key != "dropformer_skips"}
 
         def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
             """As transformers does for custom code: this file is copied beside the config, wherever it is saved."""
             Path(save_directory).mkdir(parents=True, exist_ok=True)
-            for name, source in {CODE_FILE: Path(__file__).name, **{name: name for name in COMPANIONS}}.items():
+            sources = {CODE_FILE: Path(__file__), **{name: Path(__file__).with_name(name) for name in COMPANIONS}}
+            sources |= {MLX_FILE: path} if (path := mlx_file(base)) else {}
+            for name, source in sources.items():
                 with suppress(shutil.SameFileError):
-                    shutil.copyfile(Path(__file__).with_name(source), Path(save_directory) / name)
+                    shutil.copyfile(source, Path(save_directory) / name)
             super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     PrunedConfig.__name__ = PrunedConfig.__qualname__ = f"Dropformer{base.__name__}"
     _register(base, PrunedConfig)
     return PrunedConfig
+
+
+def mlx_file(base: Any) -> Path | None:
+    """The file for mlx-lm, where a family has a causal LM; only the package has it, no copy of this file does."""
+    path = Path(__file__).parents[1] / "engines" / MLX_FILE
+    return path if path.exists() and "AutoModelForCausalLM" in auto_map(base) else None
 
 
 def auto_map(base: Any) -> dict[str, str]:

@@ -133,6 +133,7 @@ def _register() -> None:
     hook = registration._DummyPrivateUse1Hook()
     hook.is_available = lambda: False
     registration._setup_privateuseone_for_python_backend(FAKE, hook=hook)
+    vars(torch)[FAKE].device_count = lambda: 0  # else other tests' random numbers would ask it for its state
 
 
 def gpu(number: int) -> str:

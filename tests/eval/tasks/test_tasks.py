@@ -264,4 +264,4 @@ def test_a_backend_from_the_registry_answers(llama, tokenizer, local_tasks):
     with BACKENDS.having("toy", BackendEntry("a toy", make_toy)):
         toy = evaluate_tasks(llama, tokenizer, ["local_endings"], TaskOptions(include=local_tasks, backend="toy"))
     fast = evaluate_tasks(llama, tokenizer, ["local_endings"], TaskOptions(include=local_tasks))
-    assert made == [{"batch_size": 1}] and toy.backend == "toy" and toy.correct == fast.correct
+    assert made == [{"batch_size": None}] and toy.backend == "toy" and toy.correct == fast.correct

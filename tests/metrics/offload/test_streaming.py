@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel
 from dropformer.metrics.analysis.capture import WindowScores
 from dropformer.metrics.analysis.measure import measure
 from dropformer.metrics.calibration.windows import Windows
-from dropformer.metrics.offload import streaming
+from dropformer.metrics.offload import passes, streaming
 from dropformer.metrics.offload.process_memory import parse_bytes, resident
 from dropformer.metrics.offload.spill import Spill, storages_in
 from dropformer.metrics.offload.streaming import open_streamed, stream, stream_scores
@@ -103,7 +103,7 @@ def test_a_parked_tensor_and_its_views_come_back_as_they_were(tmp_path):
 
 def test_a_large_embedding_is_read_row_by_row(tiny, tmp_path, monkeypatch):
     tiny("llama", vocab_size=4096).save_pretrained(tmp_path)
-    monkeypatch.setattr(streaming, "LARGE_EMBEDDING", 1000)
+    monkeypatch.setattr(passes, "LARGE_EMBEDDING", 1000)
     streamed = open_streamed(tmp_path)
     rows = stream(streamed, windows(vocab=4096), [0, 1, 2], 1, 8 * GIB)
     used = windows(vocab=4096).ids[:3].unique().numel()
