@@ -19,8 +19,8 @@ from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.formats.writing import MODEL_TYPE
 from dropformer.prune.loading.deci.families import DECI, FOREIGN, is_own_deci
 from dropformer.prune.plan import Plan
-from dropformer.prune.window import CONTEXT, KV_AT
 from dropformer.prune.version import __version__
+from dropformer.prune.window import CONTEXT, KV_AT
 
 RECORD = "dropformer.json"
 PRUNED = (MODEL_TYPE, DECI)  # the model types that checkpoints with missing layers bear

@@ -26,6 +26,7 @@ LOADING = Path(__file__).parents[1] / "loading"
 CODE_FILE = "modeling_dropformer.py"
 COMPANIONS = ("skipped_modules.py", "window_attention.py", "window_cache.py")
 CODE = {CODE_FILE: "modeling.py", **{name: name for name in COMPANIONS}}
+MLX_FILE = "mlx_dropformer.py"  # the model file that mlx-lm runs
 
 
 @dataclass(frozen=True)
