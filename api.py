@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from dropformer.prune.artifact import ModelRef
 from dropformer.prune.block_map import Surgery
 from dropformer.prune.choosing import PublishedLists, choose
 from dropformer.prune.discovery.proof import outline as outline
-from dropformer.prune.draft.generation import speculation
+from dropformer.prune.draft.generation import DRAFT_TOKENS, set_drafting, speculation
 from dropformer.prune.errors import ModelError, OutputError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.formats.export import Exported, export, save_in_memory
@@ -41,7 +40,6 @@ from dropformer.recipes.opening import LoadedModel, open_model
 from dropformer.recipes.placement import Placement
 from dropformer.request import recipe_calibration
 
-DRAFT_TOKENS = 4  # drafted at a time where neither the plan nor anyone says how many
 RECORD = "dropformer"  # the attribute of a model that `drop` returns
 __all__ = [
     "Calibration", "LoadedModel", "Placement", "analyze", "draft", "drop", "load", "open_model", "plan", "save",
@@ -148,9 +146,7 @@ def draft(
     made = drop(model, plan, repair)
     if not isinstance(made, PreTrainedModel) or not made.can_generate():
         raise ModelError(f"{type(made).__name__} generates no text, so nothing can be drafted for it")
-    settings = made.generation_config = copy.deepcopy(made.generation_config)
-    settings.num_assistant_tokens = tokens or (plan.draft.tokens if plan.draft else DRAFT_TOKENS)
-    settings.num_assistant_tokens_schedule, settings.assistant_confidence_threshold = "constant", 0.0
+    set_drafting(made, tokens or (plan.draft.tokens if plan.draft else DRAFT_TOKENS))
     return made
 
 

@@ -13,13 +13,12 @@ from dropformer.eval.draft.measure import DraftRun, run_draft
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.draft.acceptance import Acceptance, DenseText, spread
 from dropformer.metrics.draft.formula import speedup
-from dropformer.metrics.draft.search import draft_in_place
-from dropformer.prune.block_map import Surgery, map_blocks
+from dropformer.metrics.draft.search import draft_in_place, surgery_in_place
+from dropformer.prune.draft.generation import DRAFT_TOKENS, set_drafting
 from dropformer.prune.loading.device import input_device
 from dropformer.prune.plan import Plan
 
 PLACES = 8
-DRAFTED = 4
 
 
 @dataclass(frozen=True)
@@ -87,17 +86,15 @@ def evaluate_draft(
     Time: three forward passes over the windows and the decoding.  Raises CalibrationError for windows too short.
     """
     ref = plan.draft
-    drafted, heat = (ref.tokens, ref.temperature) if ref else (DRAFTED, 1.0)
+    drafted, heat = (ref.tokens, ref.temperature) if ref else (DRAFT_TOKENS, 1.0)
     heat = heat if temperature is None else temperature
     layers, windowed = plan.layers, plan.windowed
     draft, sources = draft_in_place(model, plan.outline, layers, windowed)
+    set_drafting(draft, drafted)
     length = data[0].ids.shape[1]
     text = DenseText(model, data, spread(length, PLACES, min(64, length // 4)), heat)
     found = text.acceptance(draft, sources)
     steps = measured_steps((model, draft, sources), text.rows[0], text.kept[0][0], drafted)
-    settings = draft.generation_config
-    settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = drafted, "constant"
-    settings.assistant_confidence_threshold = 0.0
-    surgery = Surgery(plan.outline, tuple(layers), map_blocks(plan.outline, layers, False, windows=windowed))
+    surgery = surgery_in_place(plan.outline, layers, windowed)
     prompts = [row[None, : length - new].to(input_device(model)) for windows in data for row in windows.ids]
     return DraftEvaluation(drafted, found, steps, run_draft(model, draft, surgery, prompts, new, heat))

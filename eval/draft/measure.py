@@ -16,7 +16,7 @@ from dropformer.eval.cost.timing import Clock
 from dropformer.metrics.draft.acceptance import shortened
 from dropformer.prune.block_map import Surgery
 from dropformer.prune.draft.generation import sources_of, speculation
-from dropformer.prune.draft.shared_cache import view_of
+from dropformer.prune.draft.shared_cache import recording_cache, view_of
 from dropformer.prune.loading.device import gpus_of
 
 
@@ -107,9 +107,7 @@ def run_draft(
 
 @torch.inference_mode()
 def _read(dense: PreTrainedModel, prompt: Tensor) -> DynamicCache:
-    config: Any = dense.config
-    cache = DynamicCache(config=config.get_text_config(decoder=True))
-    cache.activate_past_recording()
+    cache = recording_cache(dense)
     dense(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
 

@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dropformer.eval.quality.head import SplitModel
 from dropformer.eval.quality.perplexity import losses_of
 from dropformer.eval.quality.probes import NAMES
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.device import input_device
+from dropformer.prune.loading.parts import empty_cache
 
 FIRST_BAND = 128  # positions in the first band
 RUN = 64  # neighbouring positions whose losses count as one observation
@@ -117,7 +118,7 @@ def _ids(tokenizer: Any, text: str) -> Tensor:
 @torch.inference_mode()
 def read(model: PreTrainedModel, text: LongText) -> tuple[Tensor, Any]:
     """The loss of every token but the first, [T - 1] in nats and float64, and the cache that holds the text."""
-    split, cache = SplitModel(model), DynamicCache(config=model.config)
+    split, cache = SplitModel(model), empty_cache(model)
     inputs = text.ids[None].to(split.device)
     hidden = split.hidden(inputs, past_key_values=cache, use_cache=True).last_hidden_state[0, :-1]
     pieces = split.pieces(hidden)

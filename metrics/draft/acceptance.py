@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.prune.discovery.replay import evaluating
-from dropformer.prune.draft.shared_cache import view_of
+from dropformer.prune.draft.shared_cache import recording_cache, view_of
 from dropformer.prune.errors import CalibrationError
 from dropformer.prune.loading.device import input_device
 
@@ -88,9 +88,7 @@ class DenseText:
 
     def _read(self, row: Tensor) -> tuple[Cache, Tensor]:
         """Cache [of T tokens] and log-probabilities [P, G, V] of one window."""
-        config: Any = self.model.config
-        cache = DynamicCache(config=config.get_text_config(decoder=True))
-        cache.activate_past_recording()
+        cache = recording_cache(self.model)
         at = torch.tensor([place + i for place in self.places for i in range(DEPTH)], device=row.device)
         logits = self.model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=at).logits[0]
         logits = logits if len(logits) == len(at) else logits[at]

@@ -12,6 +12,7 @@ from dropformer.metrics.draft.formula import Verify, best
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import Surgery, map_blocks
 from dropformer.prune.choosing import check_attention_left
+from dropformer.prune.draft.generation import sources_of
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
 from dropformer.prune.surgery.surgery import apply_surgery
@@ -137,6 +138,10 @@ def draft_in_place(
     model: PreTrainedModel, outline: Outline, layers: Sequence[Layer], windows: Mapping[Layer, Window]
 ) -> tuple[PreTrainedModel, list[int]]:
     """The draft, whose blocks keep their numbers, and the blocks that its attentions come from; weights are shared."""
-    block_map = map_blocks(outline, layers, False, windows=windows)
-    draft = apply_surgery(sharing_copy(model), Surgery(outline, tuple(layers), block_map))
-    return draft, [block.source for block in next(iter(block_map.stacks.values()))]  # type: ignore[return-value]
+    surgery = surgery_in_place(outline, layers, windows)
+    return apply_surgery(sharing_copy(model), surgery), sources_of(surgery)  # type: ignore[return-value]
+
+
+def surgery_in_place(outline: Outline, layers: Sequence[Layer], windows: Mapping[Layer, Window]) -> Surgery:
+    """What dropping and windowing these layers changes where every block keeps its number."""
+    return Surgery(outline, tuple(layers), map_blocks(outline, layers, False, windows=windows))

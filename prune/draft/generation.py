@@ -16,6 +16,8 @@ from dropformer.prune.draft.shared_cache import view_of
 from dropformer.prune.errors import ModelError
 from dropformer.prune.loading.window_attention import first_real
 
+DRAFT_TOKENS = 4  # drafted at a time where neither the plan nor anyone says how many
+
 
 class DraftedCandidates(AssistedCandidateGenerator):
     """transformers' candidates of an assistant, except that the assistant's cache is a view of the dense model's.
@@ -46,6 +48,13 @@ class DraftedCandidates(AssistedCandidateGenerator):
     def update_candidate_strategy(self, input_ids: Any, scores: Any, num_matches: int) -> None:
         self.counts.append((scores.shape[1] - 1, int(num_matches)))
         super().update_candidate_strategy(input_ids, scores, num_matches)
+
+
+def set_drafting(draft: PreTrainedModel, tokens: int) -> None:
+    """Set a draft to draft so many tokens in every round, whatever it is sure of; the dense model's settings stay."""
+    settings = draft.generation_config = copy.deepcopy(draft.generation_config)
+    settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = tokens, "constant"
+    settings.assistant_confidence_threshold = 0.0
 
 
 def sources_of(surgery: Surgery) -> list[int]:

@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from dropformer.prune.errors import ModelError
+from dropformer.prune.loading.parts import empty_cache, windows_of
 from dropformer.prune.loading.window_cache import Window, WindowLayer, sink_slots, tokens_at
 
 SHARED = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -28,23 +29,20 @@ def view_of(cache: Cache, draft: nn.Module, sources: Sequence[int], first: Tenso
     slot of each row, [B], where rows are padded on the left.  Time and memory: a copy of S + W tokens for each
     windowed layer.  Raises ModelError for a cache whose entries are written in place (static, linear attention).
     """
-    config: Any = draft.config
-    view = DynamicCache(config=config.get_text_config(decoder=True))
-    windows = windows_of(draft)
+    view = empty_cache(draft)
+    modules: dict[str, Any] = dict(draft.named_modules())
+    windows = {modules[path].layer_idx: window for path, window in windows_of(draft).items()}
     for index, entry in enumerate(view.layers):
         if type(entry) in SHARED:
             view.layers[index] = _entry(cache.layers[sources[index]], windows.get(index), first)
     return view
 
 
-def windows_of(draft: nn.Module) -> dict[int, Window]:
-    """The window of each windowed layer, by its entry in the cache."""
-    found: dict[int, Window] = {}
-    module: Any
-    for module in draft.modules():
-        if isinstance(window := getattr(module, "window", None), Window):
-            found[module.layer_idx] = window
-    return found
+def recording_cache(model: nn.Module) -> DynamicCache:
+    """An empty cache that keeps what leaves a sliding window, so that `shortened` finds every token."""
+    cache = empty_cache(model)
+    cache.activate_past_recording()
+    return cache
 
 
 def _entry(dense: Any, window: Window | None, first: Tensor | None) -> Any:
