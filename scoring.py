@@ -17,7 +17,7 @@ from dropformer.metrics.calibration.data import CalibrationData, calibration_dat
 from dropformer.metrics.calibration.generated import Writer
 from dropformer.metrics.calibration.images import PIXELS, Pictures
 from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
-from dropformer.metrics.calibration.windows import Windows, computed_tokens
+from dropformer.metrics.calibration.windows import Windows, computed_tokens, named_texts
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.metrics.search.ladder import check_rungs
 from dropformer.metrics.search.rungs import rung_plan
@@ -31,6 +31,7 @@ from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan
 from dropformer.prune.samples.inputs import takes_pictures, writes_text
 from dropformer.prune.spec import parse_spec
+from dropformer.prune.window import Window
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import CalibrationOptions, Request
 
@@ -171,19 +172,17 @@ def plan_of_rungs(opened: LoadedModel, request: Request, progress: Progress) -> 
         raise ModelError(f"{opened.ref.name} reads no text token by token, so no rung can be told from another")
     widest = max(check_rungs(target.rungs, target.context), key=lambda window: window.width)
     settings = request.calibration.of(opened.recipe)
-    limit = context_of(opened.model.config) or TIMES * widest.width
-    length = request.calibration.length or min(limit, max(settings.length, TIMES * widest.width))
+    length, samples = _read_for(widest, opened, request)
     check_length(read_config(opened.path), length, opened.ref.name)
     names = list(dict.fromkeys([*settings.name.split(","), RECALL]))
-    each = max(1, (request.calibration.samples or max(2, WINDOW_TOKENS // length)) // len(names))
+    each = max(1, samples // len(names))
     write = writer(opened, progress)
     data = [text_windows(replace(settings, name=name, length=length, samples=each), write) for name in names]
     progress.say("calibration: " + "; ".join(f"{w.ref.name}, {len(w)} windows of {length}" for w in data))
-    ref = {"name": ",".join(names), "texts": [w.ref.model_dump() for w in data]}
     with progress.stage(f"damage of {', '.join(map(str, target.rungs))}, one pass"):
         batches = [inputs for part in data for inputs, _ in part.batches(1)]
         outline = proven_outline(opened.model)
-        return rung_plan(opened.model, outline, opened.ref, target, batches, calibration=ref)
+        return rung_plan(opened.model, outline, opened.ref, target, batches, calibration=named_texts(data))
 
 
 def losses_by_window(
@@ -194,13 +193,19 @@ def losses_by_window(
     if counted is None or counted.window is None:
         return None
     settings = request.calibration.of(opened.recipe)
-    limit = context_of(opened.model.config) or TIMES * counted.window.width
-    length = request.calibration.length or min(limit, max(settings.length, TIMES * counted.window.width))
-    samples = request.calibration.samples or max(2, WINDOW_TOKENS // length)
+    length, samples = _read_for(counted.window, opened, request)
     data = text_windows(replace(settings, length=length, samples=samples), writer(opened, progress))
     with progress.stage(f"what a window of {counted.window} takes, {samples} x {length} tokens of {settings.name}"):
         batches = [inputs for inputs, _ in data.batches(windows_at_once(opened.model, length))]
         return window_losses(opened.model, outline, batches, counted.window, counted.stack)
+
+
+def _read_for(window: Window, opened: LoadedModel, request: Request) -> tuple[int, int]:
+    """The length and number of the texts that windows of attention are told apart by: several windows long."""
+    said, several = request.calibration, TIMES * window.width
+    limit = context_of(opened.model.config) or several
+    length = said.length or min(limit, max(said.of(opened.recipe).length, several))
+    return length, said.samples or max(2, WINDOW_TOKENS // length)
 
 
 def draft_windows(

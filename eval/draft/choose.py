@@ -13,7 +13,7 @@ from dropformer.eval.draft.cost import MeasuredSteps, Steps, measured_steps
 from dropformer.eval.draft.options import DraftOptions, parse_rungs
 from dropformer.metrics.analysis.analyze import analyze_model
 from dropformer.metrics.analysis.window_loss import TIMES, window_losses
-from dropformer.metrics.calibration.windows import Windows
+from dropformer.metrics.calibration.windows import Windows, named_texts
 from dropformer.metrics.draft.acceptance import DenseText, spread
 from dropformer.metrics.draft.formula import MOST, PAYS, best
 from dropformer.metrics.draft.search import Candidate, DraftSearch, Rung, draft_in_place
@@ -132,9 +132,7 @@ def _plan(
         tokens=found.tokens, acceptance=a, cost=found.cost, speedup=found.speedup, temperature=options.temperature,
         context=options.context, batch=options.batch,
     )  # fmt: skip
-    texts = [windows.ref.model_dump() for windows in data]
-    calibration = texts[0] if len(texts) == 1 else {"name": ",".join(text["name"] for text in texts), "texts": texts}
-    fields: dict[str, Any] = {"keep": list(keep), "metric": "draft", "calibration": calibration, "draft": ref}
+    fields: dict[str, Any] = {"keep": list(keep), "metric": "draft", "calibration": named_texts(data), "draft": ref}
     return make_plan(outline, opened.ref, spec_of(found), list(found.layers), windows=found.windows, **fields)
 
 

@@ -60,6 +60,12 @@ class Windows:
         return inputs, self.scored[rows, :width]
 
 
+def named_texts(data: Sequence[Windows]) -> dict[str, Any]:
+    """The texts of several windows, as an artifact names them."""
+    texts = [windows.ref.model_dump() for windows in data]
+    return texts[0] if len(texts) == 1 else {"name": ",".join(text["name"] for text in texts), "texts": texts}
+
+
 def by_length(lengths: Sequence[int]) -> list[int]:
     """The windows from the shortest to the longest, those of one length in order."""
     return sorted(range(len(lengths)), key=lambda i: lengths[i])

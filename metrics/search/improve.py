@@ -17,7 +17,7 @@ from dropformer.metrics.blockwise.provider import InMemory, Source, provider_for
 from dropformer.metrics.blockwise.runner import BlockRunner, check_blockwise
 from dropformer.metrics.blockwise.variant import Changes, Variant, variant
 from dropformer.metrics.blockwise.work import Work
-from dropformer.metrics.calibration.windows import Windows
+from dropformer.metrics.calibration.windows import Windows, named_texts
 from dropformer.metrics.offload.keeper import Keeper
 from dropformer.metrics.repair.base import Foresight, Repair, RepairContext, reasons
 from dropformer.metrics.repair.gate import Gate, Gating
@@ -278,8 +278,7 @@ class Improver:
     @property
     def calibration(self) -> dict[str, Any]:
         """The texts, as an artifact names them."""
-        texts = [windows.ref.model_dump() for windows in self.data]
-        return texts[0] if len(texts) == 1 else {"name": ",".join(text["name"] for text in texts), "texts": texts}
+        return named_texts(self.data)
 
 
 def _device(model: nn.Module) -> torch.device:
