@@ -37,10 +37,11 @@ def test_the_tests_mirror_the_folders_of_the_library():
 
 
 def test_what_pruned_checkpoints_carry_is_told_alike_by_the_writer_and_by_the_code_itself():
-    from dropformer.prune.formats.writing import CODE
+    from dropformer.prune.formats.writing import CODE, LOADING, MLX_FILE
     from dropformer.prune.loading import modeling
 
     assert {modeling.CODE_FILE: "modeling.py"} | {name: name for name in modeling.COMPANIONS} == CODE
+    assert modeling.MLX_FILE == MLX_FILE and (LOADING.with_name("engines") / MLX_FILE).exists()
 
 
 def test_the_architecture_page_names_every_folder():

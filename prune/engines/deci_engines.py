@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dropformer.prune.engines.facts import CheckpointFacts
 from dropformer.prune.engines.registry import Answer
-from dropformer.prune.loading.deci.families import FAMILIES
 
 READ = "read, not run: compare its first answers"
 
@@ -29,7 +28,7 @@ def _answer(facts: CheckpointFacts, command: str, bias: str | None) -> Answer:
             return Answer(False, why=why, instead="export with --format dense")
         return Answer(True, command, READ, "", facts.saves)
     instead = "export with --format dense"
-    if facts.family in FAMILIES and "attention" not in facts.first:
+    if facts.fits_deci:
         instead = f"export with --format deci, or {instead.removeprefix('export with ')}"
     return Answer(False, why="of models with missing layers it has DeciLM alone", instead=instead)
 

@@ -11,7 +11,7 @@ from typing import Any
 from dropformer.prune.errors import CheckpointError, shown
 from dropformer.prune.files.config_json import CONFIG, read_config
 from dropformer.prune.files.strict_json import read_object
-from dropformer.prune.loading.deci.families import DECI, is_own_deci
+from dropformer.prune.loading.deci.families import DECI, FAMILIES, is_own_deci
 
 RECORD, PRUNED = "dropformer.json", "dropformer"
 
@@ -47,6 +47,11 @@ class CheckpointFacts:
     def stock(self) -> bool:
         """Is it a plain model of its family, in safetensors?"""
         return self.format in ("stock", "dense")
+
+    @property
+    def fits_deci(self) -> bool:
+        """Could `--format deci` carry it?  Not where the first block has no attention."""
+        return self.family in FAMILIES and "attention" not in self.first
 
 
 def read_facts(folder: Path) -> CheckpointFacts:

@@ -9,7 +9,6 @@ from typing import Any
 
 from dropformer.prune.engines.facts import CheckpointFacts
 from dropformer.prune.engines.registry import Answer
-from dropformer.prune.loading.deci.families import FAMILIES
 from dropformer.prune.surgery.patterns import counted_wrongly
 
 TRIED = Path(__file__).with_name("vllm_families.json")  # written by benchmarks/engines.py
@@ -60,4 +59,4 @@ def _plain(facts: CheckpointFacts) -> Answer:
 
 
 def _or_deci(facts: CheckpointFacts) -> str:
-    return ", or export with --format deci" if facts.family in FAMILIES and "attention" not in facts.first else ""
+    return ", or export with --format deci" if facts.fits_deci else ""
