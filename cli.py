@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from dropformer import cli_options as options
 from dropformer import commands
 from dropformer.eval.draft.options import RUNGS, DraftOptions
 from dropformer.prune.errors import DropformerError
+
+if TYPE_CHECKING:
+    from dropformer.request import Request
 
 app = typer.Typer(
     name="prune",
@@ -102,27 +105,33 @@ def prune(
         ) if draft else None,
     )  # fmt: skip
     validate.validate(request)
+    _carry_out(request, quiet, as_json)
+
+
+def _carry_out(request: Request, quiet: bool, as_json: bool) -> None:
+    """Run a validated request and print what came of it: on files alone, as a draft, from disk, or the whole job."""
     from dropformer import console
 
     progress = console.Terminal(quiet)
-    if request.on_files:
+    if request.on_files and request.selection.plan:
         from dropformer.recipes.follow import follow_plan
 
-        written = follow_plan(plan, request.model, request.folder, request.export, revision, progress)
-        console.show_export(written, request.model, as_json)
+        plan, model = request.selection.plan, request.model
+        written = follow_plan(plan, model, request.folder, request.export, request.revision, progress)
+        console.show_export(written, model, as_json)
         return
     from dropformer import job
 
-    if draft:
+    if request.draft:
         from dropformer.eval.draft import verdict as drafts
 
         found, outcome = job.draft(request, progress)
         folder = outcome.out if outcome else None
         lines = drafts.lines_of(found, request.draft, request.model, folder)
         console.show(drafts.to_json(found, folder) if as_json else None, *lines)
-    elif memory is not None:
+    elif request.scoring.memory is not None:
         console.show_export(job.run_from_disk(request, progress), request.model, as_json)
-    elif dry_run:
+    elif request.dry_run:
         console.show_plan(job.plan_only(request, progress), as_json)
     else:
         console.show_outcome(job.run(request, progress), as_json)
