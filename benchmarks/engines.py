@@ -166,7 +166,7 @@ def in_vllm(python: str, site: Path, every: list[Case]) -> None:
     left = {case.folder.name: case for case in every}
     while left:
         work = {"folders": [str(case.folder) for case in left.values()], "prompts": PROMPTS, "steps": STEPS}
-        command = [python, str(ROOT / "benchmarks/vllm_run.py"), json.dumps(work)]
+        command = [python, str(ROOT / "benchmarks/families/vllm_run.py"), json.dumps(work)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
         assert process.stdout
         for line in process.stdout:

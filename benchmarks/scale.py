@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if said.table:
         sys.path.append(str(Path(__file__).parent))
-        from scale_table import table
+        from on_gpu.scale_table import table
 
         print(table())
         return

@@ -1,6 +1,6 @@
 """Run checkpoints in vLLM, in its own environment: log-probabilities, greedy tokens, and whose keys it caches.
 
-    vllm-env/bin/python benchmarks/vllm_run.py '{"folders": [...], "prompts": [[5, 6]], "steps": 6}'
+    vllm-env/bin/python benchmarks/families/vllm_run.py '{"folders": [...], "prompts": [[5, 6]], "steps": 6}'
 
 Prints one line `FOUND {...}` for each folder as soon as it has run: what it gave, or `error`.  Settings beside those
 of the run (`trust_remote_code`, `tensor_parallel_size`) are passed to vLLM.
