@@ -25,7 +25,7 @@ from dropformer.metrics.calibration.windows import Windows, computed_tokens, nam
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.metrics.search.far_text import tail_of
 from dropformer.metrics.search.ladder import check_rungs
-from dropformer.metrics.search.rungs import rung_plan
+from dropformer.metrics.search.rungs import read_texts, rung_plan
 from dropformer.progress import Progress
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.proof import outline as proven_outline
@@ -179,7 +179,8 @@ def plan_of_rungs(opened: LoadedModel, request: Request, progress: Progress) -> 
     texts, named = _long_texts(opened, request, progress)
     outline = proven_outline(opened.model)
     with progress.stage(f"KL of {', '.join(map(str, target.rungs))}"):
-        plan, search = rung_plan(opened.model, outline, opened.ref, target, texts, calibration=named)
+        search = read_texts(opened.model, outline, target.rungs, texts, target.keep)
+        plan = rung_plan(search, opened.ref, target, calibration=named)
     tried = ", ".join(f"{kl:.4f}" for kl in search.history)
     progress.say(f"KL of the plans at the end of the texts: {tried}; {search.passes:.1f} forward passes")
     return plan

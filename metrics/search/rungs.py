@@ -7,7 +7,7 @@ layer costs beside the others, by which the rest of the search chooses again.  A
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -29,14 +29,16 @@ from dropformer.prune.rungs.registry import Rung
 from dropformer.prune.rungs.window import Windowed
 
 PASSES, ROUNDS = 6.0, 3
+STEPS = (1.0, 0.5, 0.25)  # of the way, in logarithm, from what layers cost alone to what they cost beside the others
 LEAST, MOST = 0.2, 5.0  # a round changes what a layer is taken to cost by so much at most
 
 
 @dataclass
 class RungSearch:
-    """The texts, and what each action is taken to cost each layer: `costs`, in nats of KL.
+    """What actions cost the layers that may take them, in nats of KL at the ends of these texts.
 
-    `kl`: that of the plan that was found; `history`: of each plan that was measured.
+    `kl`: that of the last plan that was found; `history`: of each that was measured on the way.  Several budgets share
+    what the layers cost alone.
     """
 
     texts: Sequence[FarText]
@@ -44,6 +46,8 @@ class RungSearch:
     actions: Sequence[Action]
     kl: float = 0.0
     history: list[float] = field(default_factory=list)
+    _alone: dict[Layer, dict[Action, float]] = field(default_factory=dict)
+    _works: list[float] = field(default_factory=list)
 
     @property
     def passes(self) -> float:
@@ -55,7 +59,13 @@ class RungSearch:
 
     def alone(self) -> dict[Layer, dict[Action, float]]:
         """Each layer's costs by itself: measured on the narrowest window and dropped, scaled for wider windows."""
-        return {layer: self._of(layer) for layer in self.layers}
+        if not self._alone:
+            self._alone = {layer: self._of(layer) for layer in self.layers}
+            self._works = [text.work for text in self.texts]
+        for text, work in zip(self.texts, self._works, strict=True):
+            text.work = work
+        self.history = []
+        return self._alone
 
     def _of(self, layer: Layer) -> dict[Action, float]:
         windows = sorted(action for action in self.actions if action is not None)
@@ -65,18 +75,20 @@ class RungSearch:
         whole = changes[windows[0]]
         return found | {w: narrow * (changes[w] / whole if whole else 0.0) for w in windows}
 
-    def beside(self, chosen: Mapping[Layer, Action], costs: Mapping[Layer, Mapping[Action, float]]) -> dict:
-        """The costs by what each chosen layer costs beside the others; other layers' grow half as much in log."""
+    def beside(
+        self, chosen: Mapping[Layer, Action], costs: Mapping[Layer, Mapping[Action, float]]
+    ) -> dict[Layer, float]:
+        """What each layer costs beside the other chosen ones, over what it was taken to cost.
+
+        Layers that were not chosen: half of the median, in logarithm.
+        """
         factors = {}
         for layer, action in chosen.items():
             gain = self.kl - self.measured({key: own for key, own in chosen.items() if key != layer})
             known = costs[layer][action]
             factors[layer] = min(MOST, max(LEAST, gain / known)) if known > 0 else 1.0
         middle = median(factors.values()) ** 0.5
-        return {
-            layer: {action: cost * factors.get(layer, middle) for action, cost in own.items()}
-            for layer, own in costs.items()
-        }
+        return {layer: factors.get(layer, middle) for layer in costs}
 
     def room(self, changed: int) -> bool:
         """Are there passes left to put each of the changed layers back, and to measure what comes of it?"""
@@ -84,30 +96,37 @@ class RungSearch:
         return self.passes + full * (changed + 1) <= PASSES
 
 
-def rung_plan(
-    model: PreTrainedModel, outline: Outline, ref: ModelRef, target: Target, texts: Sequence[Tensor], **fields: Any
-) -> tuple[Plan, RungSearch]:
-    """The plan of attention layers that meets the target's budget at its context with the least KL, and its search.
+def read_texts(
+    model: PreTrainedModel, outline: Outline, rungs: Sequence[Rung], texts: Sequence[Tensor], keep: Sequence[int] = ()
+) -> RungSearch:
+    """The dense model on these long texts, token ids [T], ready to choose among rungs by what they cost there.
 
-    texts: token ids [T] of long texts.  Raises PlanError where the budget cannot be met, ArchitectureError where no
-    attention layer takes a window.
+    Time: a forward pass; memory: the texts' KV cache.  Raises ArchitectureError where no attention layer takes a
+    window.
+    """
+    actions = [_action(rung) for rung in rungs]
+    read = [FarText(model, outline, ids, actions) for ids in texts]
+    if not read[0].damages:
+        raise ArchitectureError(f"no attention layer of {type(model).__name__} takes a window; give --budget alone")
+    free = sorted(set(unprotected(outline, ("attn",), "", keep)).intersection(read[0].damages))
+    return RungSearch(read, free, actions)
+
+
+def rung_plan(search: RungSearch, ref: ModelRef, target: Target, **fields: Any) -> Plan:
+    """The plan of attention layers that meets the target's budget at its context with the least KL.
+
+    Raises PlanError where the budget cannot be met.
     """
     check_rungs(target.rungs, target.context)
-    actions = [_action(rung) for rung in target.rungs]
-    read = [FarText(model, outline, ids, actions) for ids in texts]
-    known = read[0].damages
-    if not known:
-        raise ArchitectureError(f"no attention layer of {type(model).__name__} takes a window; give --budget alone")
-    free = sorted(set(unprotected(outline, ("attn",), "", target.keep)).intersection(known))
-    search = RungSearch(read, free, actions)
-    chosen = searched(search, _Weighing(outline, target, _kept_whole(outline, read)))
+    outline = search.texts[0].outline
+    chosen = searched(search, _Weighing(outline, target, _kept_whole(outline, search.texts)))
     order = sorted(chosen, key=lambda layer: (chosen[layer].damage, -layer.index))
     dropped = [layer for layer in order if _action(chosen[layer].rung) is None]
     windowed = {layer: window for layer in order if (window := _action(chosen[layer].rung))}
     check_attention_left(outline, dropped)
-    fields["metric"] = f"KL of {', '.join(map(str, target.rungs))} at the end of {len(texts[0]):,} tokens"
+    fields["metric"] = f"KL of {', '.join(map(str, target.rungs))} at the end of long texts"
     budget = str(parse_budget(target.budget or ""))
-    return make_plan(outline, ref, budget, dropped, windows=windowed, keep=list(target.keep), **fields), search
+    return make_plan(outline, ref, budget, dropped, windows=windowed, keep=list(target.keep), **fields)
 
 
 @dataclass(frozen=True)
@@ -131,23 +150,29 @@ class _Weighing:
         return climb(options, budget.amount)
 
 
-def searched(search: RungSearch, weigh: _Weighing) -> dict[Layer, Option]:
+def searched(search: RungSearch, weigh: Callable[..., dict[Layer, Option]]) -> dict[Layer, Option]:
     costs = search.alone()
     best = weigh(costs)
     search.kl = search.measured(_actions(best))
     search.history.append(search.kl)
     for _ in range(ROUNDS):
-        if not search.room(len(best)):
+        if not search.room(len(best) + len(STEPS)):
             break
-        costs = search.beside(_actions(best), costs)
-        found = weigh(costs)
-        if _actions(found) == _actions(best):
+        factors = search.beside(_actions(best), costs)
+        for step in STEPS:
+            scaled = {
+                layer: {action: cost * factors[layer] ** step for action, cost in own.items()}
+                for layer, own in costs.items()
+            }
+            found = weigh(scaled)
+            if _actions(found) == _actions(best):
+                continue
+            search.history.append(search.measured(_actions(found)))
+            if search.history[-1] < search.kl:
+                best, costs, search.kl = found, scaled, search.history[-1]
+                break
+        else:
             break
-        kl = search.measured(_actions(found))
-        search.history.append(kl)
-        if kl >= search.kl:
-            break
-        best, search.kl = found, kl
     return best
 
 

@@ -6,7 +6,7 @@ import torch
 from dropformer import api
 from dropformer.metrics.search.budget import parse_budget
 from dropformer.metrics.search.ladder import Option, check_rungs, climb, saved_share
-from dropformer.metrics.search.rungs import PASSES, RungSearch, rung_plan, searched
+from dropformer.metrics.search.rungs import PASSES, RungSearch, read_texts, rung_plan, searched
 from dropformer.metrics.search.strategy import Target
 from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import ModelRef
@@ -80,13 +80,16 @@ def test_a_plan_of_rungs_meets_its_budget_and_keeps_an_attention(tiny):
 
     def made(budget, keep=(), rungs="drop,window:6+2"):
         target = Target(budget=budget, keep=keep, context=CONTEXT, rungs=parse_rungs(rungs))
-        return rung_plan(model, outline, ModelRef(name="tiny"), target, texts)
+        search = read_texts(model, outline, target.rungs, texts, keep)
+        return rung_plan(search, ModelRef(name="tiny"), target), search
 
     plan, search = made("kv:-90%")
     assert plan.kv_share(CONTEXT) <= 0.1 + 1e-9 and len(plan.layers) == 3 and len(plan.windows) == 1
     assert search.kl == min(search.history) and 1 < search.passes <= PASSES
     kept, _ = made("kv:-50%", keep=(0,))
     assert kept.kv_share(CONTEXT) <= 0.5 and not any(layer.index == 0 for layer in [*kept.layers, *kept.windowed])
+    milder = rung_plan(search, ModelRef(name="tiny"), Target(budget="kv:-20%", context=CONTEXT, rungs=(DROP, WINDOW)))
+    assert milder.kv_share(CONTEXT) <= 0.8 and search.passes <= PASSES  # the layers' own costs are counted once
     several, _ = made("kv:-50%", rungs="window:2+1,window:8+1,window:20+1")
     assert several.kv_share(CONTEXT) <= 0.5 and not several.layers
     with pytest.raises(PlanError, match="ask for less"):
