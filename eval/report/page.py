@@ -63,7 +63,7 @@ KEPT = (
     "Tasks are compared per question (paired standard errors); probes have 12 to 32 questions each, and their "
     "standard errors combine both models."
 )
-SPEED = "Dots: measured, with quartiles. Bars: upper bounds from FLOPs (prefill) and bytes of weights and KV cache (decode)."
+SPEED = "Dots: measured, with quartiles. Bars: upper bounds from FLOPs (prefill) and bytes read (decode)."
 TIMES = "Medians with half the interquartile range, ratios with quartiles; models interleaved in one run."
 STREAMED = (
     "The cache holds the first four tokens and a rolling window; positions are counted inside the cache "
