@@ -1,6 +1,6 @@
-"""Text that needs its far past: passages repeated, and names and numbers asked for again, at many distances.
+"""Long-range recall: repeated passages, and questions about names and numbers stated earlier, at several distances.
 
-On prose alone a layer that retrieves looks as idle as one that does nothing.
+On ordinary text, a layer that retrieves from far back looks as redundant as one that does nothing.
 """
 
 from __future__ import annotations
@@ -8,14 +8,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 
-APART = (1500, 3000, 6000, 12000)  # characters between a passage and its repetition, in turn
+APART = (1500, 3000, 6000, 12000)  # characters between a passage and its repetition, cycled
 PASSAGE, FACTS = 600, 6
 PLACES = ("the north gate", "the old mill", "the third floor", "the harbour", "the archive", "the east wing")
 PEOPLE = ("Adams", "Bianchi", "Chen", "Dubois", "Eriksen", "Farouk", "Garcia", "Horvath", "Ivanov", "Jones")
 
 
 def recall(texts: Iterable[str]) -> Iterator[str]:
-    """Documents made of these texts, the same every time: facts and a passage, other text, the facts and it again."""
+    """Deterministic documents from these texts: facts, a passage, other text, the passage and the facts again."""
     draw = random.Random(0)
     rest = "\n".join(texts)
     at = number = 0
