@@ -7,7 +7,6 @@ facts' own tokens do not count there.
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import random
@@ -24,7 +23,7 @@ from dropformer.eval.quality.perplexity import losses_of
 from dropformer.eval.quality.probes import NAMES
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.device import input_device
-from dropformer.prune.loading.parts import empty_cache
+from dropformer.prune.loading.parts import continued, empty_cache
 
 FIRST_BAND = 128  # positions in the first band
 RUN = 64  # neighbouring positions whose losses count as one observation
@@ -130,12 +129,12 @@ def read(model: PreTrainedModel, text: LongText) -> tuple[Tensor, Any]:
 def ask(model: nn.Module, text: LongText, cache: Any) -> list[tuple[float, bool]]:
     """Log-likelihood of each fact's answer behind the text in the cache, and whether it is what the model would say.
 
-    The cache stays as it is; a copy of it is held.  Time: a short forward pass a fact.
+    The cache stays as it is.  Time: a short forward pass a fact.
     """
     found = []
     for fact in text.facts:
         ids = torch.cat([fact.question, fact.answer])[None, :-1].to(input_device(model))
-        logits = model(input_ids=ids, past_key_values=copy.deepcopy(cache), use_cache=True).logits
+        logits = model(input_ids=ids, past_key_values=continued(cache), use_cache=True).logits
         logits = logits[0, len(fact.question) - 1 :].float()
         answer = fact.answer.to(logits.device)
         logprob = logits.log_softmax(-1).gather(1, answer[:, None]).sum()
