@@ -38,7 +38,9 @@ from dropformer.prune.window import CONTEXT
 from dropformer.recipes.follow import in_percent
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import Request
-from dropformer.scoring import draft_windows, get_scores, losses_by_window, open_to_score, plan_of_rungs, writer
+from dropformer.scoring import (
+    draft_windows, get_scores, losses_by_window, open_to_score, plan_of_rungs, swept_plans, writer,
+)  # fmt: skip
 from dropformer.selection import given_plan, improved
 from dropformer.validate import check_empty
 
@@ -269,31 +271,30 @@ def analyze(request: Request, progress: Progress | None = None) -> Scores:
 
 
 def sweep(
-    request: Request, kind: str, counts: list[int], shape: tuple[int, int], progress: Progress, speed: bool = False
+    request: Request, spec: str, counts: list[int], shape: tuple[int, int], progress: Progress, speed: bool = False
 ) -> Sweep:
-    """Measure every number of drops of a kind, most redundant first, on windows of the shape (N, T); dense first.
+    """Measure every number of drops, most redundant first, on windows of text of the shape (N, T); dense first.
 
-    With `speed` all of them are timed too, interleaved.
+    spec: as "attn:{}" or "window:{}@256+4".  With `speed` all of them are timed too, interleaved.
     """
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
     if not writes_text(opened.model):
         raise ModelError(f"a sweep measures perplexity, and {request.model} is no causal language model; prune it")
     check_length(opened.model.config, max(shape[1], SWEEP.prompt + SWEEP.new if speed else 0), opened.ref.name)
-    scores = get_scores(opened, request, progress)
-    plans = [api.plan(scores, f"{kind}:{count}", request.target.keep) for count in counts if count]
+    plans = swept_plans(opened, request, [spec.format(count) for count in counts if count], shape[1], progress)
     data = text_windows(Calibration(request.report.text, *shape, seed=HELD_OUT.seed), writer(opened, progress))
     models = [opened.model, *(api.drop(opened, plan) for plan in plans)]
     setting = SWEEP if speed else AT
     points = []
     with progress.stage(f"perplexity on {request.report.text}", len(models)) as tick:
-        for model, layers in zip(models, [[], *(plan.layers for plan in plans)], strict=True):
+        for model, layers in zip(models, [[], *([*plan.layers, *plan.windowed] for plan in plans)], strict=True):
             points.append(point(opened.model, model, layers, data.ids, setting, data.partly_scored))
             tick(len(points), len(points) * data.ids.numel())
     if speed:
         with progress.stage(f"speed, {len(models)} models interleaved"):
             points = with_speed(points, models, setting)
     return Sweep(
-        model=opened.ref, of=kind, text=data.ref.model_dump(), setting=str(setting), points=points,
+        model=opened.ref, of=spec.replace(":{}", ""), text=data.ref.model_dump(), setting=str(setting), points=points,
         cliff=find_cliff(points),
     )  # fmt: skip

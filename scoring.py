@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dropformer import api
 from dropformer.eval.draft.options import DraftOptions
 from dropformer.metrics.analysis import distributed
 from dropformer.metrics.analysis.measure import Measuring, measure
@@ -222,6 +223,19 @@ def losses_by_window(
     with progress.stage(f"what a window of {counted.window} takes, {samples} x {length} tokens of {settings.name}"):
         batches = [inputs for inputs, _ in data.batches(windows_at_once(opened.model, length))]
         return window_losses(opened.model, outline, batches, counted.window, counted.stack)
+
+
+def swept_plans(opened: LoadedModel, request: Request, specs: list[str], length: int, progress: Progress) -> list[Plan]:
+    """A plan for each spec.  Raises PlanError for windows that hold all of a text of this length."""
+    (most,) = parse_spec(specs[-1])
+    if most.window is None:
+        scores = get_scores(opened, request, progress)
+        return [api.plan(scores, spec, request.target.keep) for spec in specs]
+    if most.window.width + most.window.sinks >= length:
+        raise PlanError(f"a window of {most.window} holds all of a text of {length} tokens; give a larger --length")
+    outline = api.outline(opened.model, specs[-1])
+    losses = losses_by_window(opened, request, outline, progress)
+    return [api.plan_unscored(opened.ref, outline, spec, request.target.keep, None, losses) for spec in specs]
 
 
 def _read_for(window: Window, opened: LoadedModel, request: Request) -> tuple[int, int]:
