@@ -15,7 +15,7 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from dropformer.eval.tasks.mmlu import mmlu_group
-from dropformer.prune.errors import EvaluationError
+from dropformer.prune.errors import EvaluationError, reason
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,8 @@ def _load(manager: TaskManager, name: str) -> dict[str, Any]:
     except EvaluationError:
         raise
     except Exception as error:  # data sets fail in as many ways as there are hosts, formats and versions
-        said = (str(error).splitlines() or [type(error).__name__])[0]
         raise EvaluationError(
-            f"the data of task {name!r} cannot be loaded ({said[:160]}); without a network, give local MMLU "
+            f"the data of task {name!r} cannot be loaded ({reason(error, 160)}); without a network, give local MMLU "
             "files by --mmlu-data or a filled Hugging Face cache by HF_HOME"
         ) from error
 

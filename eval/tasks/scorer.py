@@ -20,6 +20,7 @@ from transformers import Cache, PreTrainedModel
 from dropformer.eval.quality.head import SplitModel
 from dropformer.eval.tasks.packing import Limits, Packed, Query, Trunk, pack, plan
 from dropformer.eval.tasks.prefix_cache import expanded
+from dropformer.prune.errors import reason
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +206,7 @@ class Scorer:
                     return False, f"packed log-likelihoods differ by {worst:.2g} from those of one sequence"
             return True, ""
         except Exception as error:  # whatever a model does with an unusual call, the plain way remains
-            return False, f"{type(error).__name__} on a packed row: {str(error).splitlines()[:1]}"
+            return False, f"{type(error).__name__} on a packed row: {reason(error)}"
         finally:
             self.limits, self.stats = limits, stats
 

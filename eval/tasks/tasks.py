@@ -27,7 +27,7 @@ from dropformer.eval.tasks.registry import Found, find_tasks, leaves_of
 from dropformer.eval.tasks.responses import RememberingLM, SharingLM, fingerprint
 from dropformer.eval.tasks.results import Metric, TaskOptions, TaskResult, TaskResults
 from dropformer.eval.tasks.sampling import stratified
-from dropformer.prune.errors import EvaluationError
+from dropformer.prune.errors import EvaluationError, reason
 from dropformer.prune.loading.quiet import quiet_logger
 
 
@@ -63,8 +63,7 @@ def evaluate_tasks(
                 bootstrap_iters=1000,
             )
     except (ValueError, AssertionError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EvaluationError(f"lm-eval cannot run {', '.join(tasks)}: {said[:200]}") from error
+        raise EvaluationError(f"lm-eval cannot run {', '.join(tasks)}: {reason(error, 200)}") from error
     finally:
         if isinstance(remembered, RememberingLM):
             remembered.close()
