@@ -176,7 +176,7 @@ def test_scores_of_16_bits_are_those_of_float32_within_rounding(folder):
 
 
 def test_streamed_scores_on_the_gpu_are_those_in_memory(folder):
-    streamed = stream_scores(open_streamed(folder, device=DEVICE), data(), ModelRef(name="tiny"), 2**30, 2)
+    streamed = stream_scores(open_streamed(folder, device=DEVICE), data(), ModelRef(name="tiny"), 8 * 2**30, 2)
     whole = measuring.measure(load(folder, torch.bfloat16, DEVICE), data(), ModelRef(name="tiny"))
     assert streamed.similarity() == pytest.approx(whole.similarity(), abs=2e-3)
 
