@@ -207,7 +207,8 @@ def done(out: Any, record: Mapping[str, Any], difference: float | None = None, r
     if ran and form.reloads and difference is None:
         checked += ", but no memory was left to reload it and compare logits"
     notes = "".join(f"\nnote: {note}" for note in record["notes"])
-    return f"wrote {out} ({form.summary(record['packed'], bool(record['notes']))}); {checked}{notes}"
+    summary = form.summary(record["packed"], bool(record["notes"]), record["stock_windows"])
+    return f"wrote {out} ({summary}); {checked}{notes}"
 
 
 def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", caption: str = "") -> Table:

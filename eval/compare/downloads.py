@@ -1,4 +1,4 @@
-"""Bounded disk use: what a comparison fetched or converted is deleted after use; what was there before stays."""
+"""Bounded disk use: what a comparison downloaded or converted is deleted after use; older files stay."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dropformer.prune.files.output_paths import cache_folder
 
 
 class Downloads:
-    """Knows which weights were on this machine at the start, and removes others on request.
+    """Records which weights were cached at the start, and removes others on request.
 
-    `hub` False: nothing will come from the Hub, so its cache, which may be large, is not looked at.
+    `hub` False: no checkpoint comes from the Hub, so its cache, which may be large, is not scanned.
     """
 
     def __init__(self, keep: bool = False, hub: bool = True) -> None:
@@ -23,7 +23,7 @@ class Downloads:
         self._converted = _conversions()
 
     def remove(self, hub_id: str | None, commit: str | None) -> None:
-        """Remove a commit of a Hub model, and all GGUF files' conversions, that were not here at the start."""
+        """Remove a commit of a Hub model and all GGUF conversions unless they were cached at the start."""
         if self.keep:
             return
         if hub_id and commit and (hub_id, commit) not in self._held and (hub_id, commit) in _hub_revisions():
@@ -33,7 +33,7 @@ class Downloads:
 
 
 def _hub_revisions(with_weights: bool = False) -> set[tuple[str, str]]:
-    """(model, commit) of everything in the Hub's cache."""
+    """(model, commit) of everything in the Hub cache."""
     try:
         repositories = huggingface_hub.scan_cache_dir().repos
     except CacheNotFound:

@@ -1,4 +1,4 @@
-"""The output of a comparison: compare.json, three pictures, and one page with all of it."""
+"""The output of a comparison: compare.json, three plots, and one HTML page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PICTURES = {"heatmaps.png": heatmaps, "training.png": over_training, "agreement.
 
 
 def write(found: Comparison, out: Path) -> Path:
-    """Write all files into `out`, each whole or not at all; the page's path.  Raises OutputError."""
+    """Write all files into `out`, each atomically; returns the page's path.  Raises OutputError."""
     check_out(out, JSON)
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".compare-", dir=out) as scratch:
@@ -50,7 +50,7 @@ def terminal_rows(found: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def headline(found: Comparison) -> str:
-    """What the comparison says in a sentence: since when the drop set is known, or which layers are gone."""
+    """The result in a sentence: from which checkpoint on the drop set is known, or which layers are dropped."""
     last = found.checkpoints[-1]
     if any(checkpoint.gone for checkpoint in found.checkpoints):
         return " ".join(f"{c.label} lacks {listed(c.gone, full=True)}." for c in found.checkpoints if c.gone)
@@ -60,60 +60,60 @@ def headline(found: Comparison) -> str:
     if known.index == len(found.checkpoints) - 1:
         before = found.overlap[-2][-1] if found.overlap else 0.0
         return (
-            f"What {found.spec} takes of {last.label} was not known before: the checkpoint before it, "
+            f"The drop set of {last.label} for {found.spec} was not known before: the checkpoint before it, "
             f"{found.checkpoints[-2].label}, gives a set with an overlap of {before:.2f}."
         )
     since = "from the first checkpoint on" if known.index == 0 else f"from {known.label} on"
-    return f"The {count} layers that {found.spec} takes of {last.label} are known {since}."
+    return f"The {count} layers that {found.spec} drops from {last.label} are known {since}."
 
 
 def notes(found: Comparison) -> list[str]:
-    """What a reader must know besides the numbers."""
+    """Caveats to the numbers."""
     said = []
     for checkpoint in found.checkpoints:
         if checkpoint.same_weights_as:
             said.append(f"{checkpoint.label} has the same weights as {checkpoint.same_weights_as}.")
     if found.overlap_by_chance is not None:
-        said.append(f"Two random choices of that size overlap by {found.overlap_by_chance:.2f} on average.")
+        said.append(f"Two random sets of that size overlap by {found.overlap_by_chance:.2f} on average.")
     return said
 
 
 def html(found: Comparison, pictures: Path) -> str:
-    """The page, with the pictures that lie in a folder."""
+    """The HTML page, with the plots in the folder `pictures`."""
     calibration = found.calibration
     lead = (
         f"{len(found.checkpoints)} checkpoints, each scored on the same {calibration.samples} windows of "
         f"{calibration.length} tokens of {calibration.name} (seed {calibration.seed})."
     )
     sections = [
-        Section("What it says", [*map(paragraph, [headline(found), *notes(found)]), checkpoint_table(found)]),
-        Section("Over the checkpoints", [picture(pictures / "training.png", "Similarity and agreement by step", OVER)]),
+        Section("Result", [*map(paragraph, [headline(found), *notes(found)]), checkpoint_table(found)]),
+        Section("Over training", [picture(pictures / "training.png", "Similarity and agreement by step", OVER)]),
         Section("Layer by layer", [picture(pictures / "heatmaps.png", "Importance by layer and checkpoint", LAYERS)]),
-        Section("Each two checkpoints", [picture(pictures / "agreement.png", "Agreement matrices", AGREEMENT)]),
-        Section("How it was measured", [paragraph(MEASURED), models_table(found)]),
+        Section("Pairwise agreement", [picture(pictures / "agreement.png", "Agreement matrices", AGREEMENT)]),
+        Section("Method", [paragraph(MEASURED), models_table(found)]),
     ]
     return page(title(found), sections, lead)
 
 
 OVER = (
     "Left: similarity of the residual stream before and after a layer, averaged over the layers of a kind; near 1 "
-    "the layers do little. Right: rank correlation of the layers' similarity with the last checkpoint's, and the "
-    "Jaccard overlap of what the drop spec chooses."
+    "the layers change little. Right: rank correlation of the layers' similarity with the last checkpoint's, and the "
+    "Jaccard overlap of the drop sets."
 )
-LAYERS = "Importance on a logarithmic scale; a dot marks what the drop spec chooses, grey is a layer that is gone."
+LAYERS = "Importance on a logarithmic scale; a dot marks a layer in the drop set, grey a layer that is already dropped."
 AGREEMENT = (
     "Spearman's rank correlation of similarity between each two checkpoints, over the layers that both have, and the "
-    "Jaccard overlap of what the drop spec chooses of each. Grey: fewer than three layers in common."
+    "Jaccard overlap of their drop sets. Grey: fewer than three layers in common."
 )
 MEASURED = (
     "Similarity is the cosine between the residual stream before and after a layer, in float32 per token, averaged "
-    "over all tokens (arXiv 2406.15786, eq. 1 to 4); importance is 1 - similarity. Layers are numbered as in the "
-    "model that pruned ones were made from."
+    "over all tokens (arXiv 2406.15786, eq. 1 to 4); importance is 1 - similarity. Layers of pruned models have the "
+    "indices of their dense model."
 )
 
 
 def title(found: Comparison) -> str:
-    """Named after the Hub model or the training run, where all checkpoints are of one."""
+    """Names the Hub model or training run if all checkpoints share one."""
     names = {checkpoint.model.name for checkpoint in found.checkpoints}
     parents = {Path(name).parent.name if TRAINER.fullmatch(Path(name).name) else None for name in names}
     one = names if len(names) == 1 else parents
@@ -121,7 +121,7 @@ def title(found: Comparison) -> str:
 
 
 def cells(found: Comparison, index: int) -> list[str]:
-    """One checkpoint as a row: label, step, mean and rank correlation with the last of each kind, drop set."""
+    """One checkpoint as a row: label, step, per kind mean and rank correlation with the last, drop set."""
     checkpoint = found.checkpoints[index]
     row = [checkpoint.label]
     if _some_step(found):
@@ -172,7 +172,7 @@ def code(fingerprint: str | None) -> Markup:
 
 
 def listed(layers: list[str], full: bool = False) -> str:
-    """attn:3, attn:4, mlp:1 -> attention 3, 4; MLP 1.  Of one kind only the numbers."""
+    """attn:3, attn:4, mlp:1 -> attention 3, 4; MLP 1.  With one kind only the numbers."""
     kinds: dict[str, list[int]] = {}
     for layer in layers:
         kind, _, index = layer.rpartition(":")

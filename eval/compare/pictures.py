@@ -1,4 +1,4 @@
-"""Pictures of a comparison: layers by checkpoints, redundancy over training, agreement of each two checkpoints."""
+"""Plots of a comparison: layers by checkpoints, redundancy over training, pairwise agreement."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, StrMethodFo
 from dropformer.eval.compare.comparison import Comparison, Matrix, kind_title
 from dropformer.metrics.analysis.plots import COLORS, save
 
-SMALLEST = 1e-5  # an importance below this is rounding
-LABELS = 16  # at most so many along an axis
-PAGE = 9.4  # inches that fit a page beside the colour bar
-NUMBERS = 12  # at most so many checkpoints have the values written into the cells
-WIDE_RANGE = 30  # ratio of steps from which on their axis is logarithmic
+SMALLEST = 1e-5  # an importance below this is rounding error
+LABELS = 16  # most tick labels per axis
+PAGE = 9.4  # page width in inches beside the color bar
+NUMBERS = 12  # most checkpoints with values written into the cells
+WIDE_RANGE = 30  # ratio of largest to smallest step above which the axis is logarithmic
 
 
 def heatmaps(found: Comparison, path: Path) -> Path:
-    """Importance of each layer in each checkpoint, a panel a kind; what the drop spec chooses has a dot."""
+    """Importance of each layer in each checkpoint, one panel per kind; a dot marks the drop set."""
     kinds, count = found.kinds, len(found.checkpoints)
     blocks = max(len(found.checkpoints[0].similarity[kind]) for kind in kinds)
     wide, high = np.clip(0.3 * count + 1.0, 2.3, PAGE / len(kinds)), np.clip(0.17 * blocks + 1.3, 3.0, 10.0)
@@ -48,11 +48,11 @@ def heatmaps(found: Comparison, path: Path) -> Path:
 
 
 def over_training(found: Comparison, path: Path) -> Path:
-    """Left: mean similarity of each kind of layer.  Right: how near each checkpoint is to the last one."""
+    """Left: mean similarity per layer kind.  Right: agreement of each checkpoint with the last one."""
     figure = Figure(figsize=(10, 3.9), layout="constrained")
     left, right = figure.subplots(1, 2)
     places = found.steps or list(range(len(found.checkpoints)))
-    line = "-" if found.steps else "none"  # variants have no order for a line to follow
+    line = "-" if found.steps else "none"  # variants have no order
     for kind in found.kinds:
         style = {"color": COLORS[kind.rpartition(".")[2]], "marker": "o", "markersize": 3.5, "label": kind_title(kind)}
         style["linestyle"] = line
@@ -85,7 +85,7 @@ def over_training(found: Comparison, path: Path) -> Path:
 
 
 def agreement(found: Comparison, path: Path) -> Path:
-    """Between each two checkpoints: rank correlation of each kind's similarity, overlap of the drop sets."""
+    """Pairwise: rank correlation of similarity per layer kind, overlap of the drop sets."""
     parts: list[tuple[str, Matrix, float]] = [(kind_title(k), found.spearman[k], -1.0) for k in found.kinds]
     if found.overlap:
         parts.append((f"overlap of {found.spec}", [list(row) for row in found.overlap], 0.0))
@@ -171,7 +171,7 @@ def _short(step: int) -> str:
 
 
 def _thinned(count: int, most: int = LABELS) -> list[int]:
-    """At most `most` of `count` places, evenly, the last one among them."""
+    """At most `most` evenly spaced indices below `count`, the last included."""
     return [count - 1 - i for i in range(0, count, -(-count // most))][::-1]
 
 

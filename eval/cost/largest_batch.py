@@ -28,39 +28,42 @@ def with_batch(models: Mapping[str, nn.Module], setting: Setting, static: bool =
         where = "the models are on several" if gpus else "the model is not on one"
         raise EvaluationError(f"batch `max` fills a GPU's memory, and {where}; give a number")
     per_token = {name: kv_bytes_per_token(model) for name, model in models.items()}
-    tokens = setting.prompt + setting.new
-    held = sum(per_token.values()) if static else max(per_token.values())
+    whole, tokens = sum(per_token.values()), setting.prompt + setting.new
 
-    def fits(batch: int) -> bool:
-        others = {name: sum(per_token.values()) - own if static else 0 for name, own in per_token.items()}
-        return all(
-            fits_in_memory(
-                model,
-                replace(setting, batch=batch),
-                int(HEADROOM * batch * (setting.new * per_token[name] + tokens * others[name])),
-            )
-            for name, model in models.items()
-        )
+    def fits(name: str, batch: int) -> bool:
+        others = whole - per_token[name] if static else 0
+        ballast = HEADROOM * batch * (setting.new * per_token[name] + tokens * others)
+        return fits_in_memory(models[name], replace(setting, batch=batch), int(ballast))
 
-    batch = largest_batch(fits, guess=free_bytes(gpus.pop()) // max(1, int(HEADROOM * held * tokens)))
+    # The model whose cache grows most decides nearly always: the others are only asked about its answer.
+    first, *rest = sorted(models, key=lambda name: per_token[name], reverse=True)
+    held = whole if static else per_token[first]
+    guess = free_bytes(gpus.pop()) // max(1, int(HEADROOM * held * tokens))
+    batch = largest_batch(lambda n: fits(first, n), guess)
+    for name in rest if batch else ():
+        batch = largest_batch(lambda n, name=name: fits(name, n), batch, most=batch)  # type: ignore[misc]
     if not batch:
         raise EvaluationError(f"{setting} does not fit in this GPU's memory even at batch 1; use fewer tokens")
     return replace(setting, batch=batch)
 
 
-def largest_batch(fits: Callable[[int], bool], guess: int = 1) -> int:
-    """The largest batch that fits, to within an eighth of it; 0 if 1 does not.
+def largest_batch(fits: Callable[[int], bool], guess: int = 1, most: int | None = None) -> int:
+    """The largest batch that fits, at most `most`, to within an eighth of it; 0 if 1 does not.
 
-    From `guess` doubled until one fails or halved until one fits, then the gap is halved:
-    for a limit of 11 and a guess of 1: 1, 2, 4, 8 fit, 16 does not, 12 does not, 10 fits, 11 fits.
+    From `guess` by steps of an eighth, each twice the one before, up until one fails or down until one fits; then the
+    gap is halved.  For a limit of 27 and a guess of 32: 32 and 28 do not fit, 20 does, 24 does, 26 does.
+    For a limit of 11 and a guess of 1: 1, 2, 4, 8 fit, 16 does not, 12 does not, 10 fits, 11 fits.
     """
-    low, high, batch = 0, 0, max(1, guess)
-    while not high or high - low > max(1, low // 8):
+    low, high, batch, step = 0, 0 if most is None else most + 1, max(1, guess), max(1, guess // 8)
+    while True:
         if fits(batch):
             low = batch
         else:
             high = batch
-        if high == 1:
-            return 0
-        batch = (low + high) // 2 if high else 2 * low
-    return low
+        if high == 1 or (low and high and high - low <= max(1, low // 8)):
+            return low
+        if low and high:
+            batch = (low + high) // 2
+        else:
+            batch = batch + step if low else max(1, batch - step)
+            step *= 2

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 
@@ -135,16 +135,25 @@ def measure(
     down slows all of them.  `compile`: decode through torch.compile with one StaticCache a model, reset before each
     run, so that its CUDA graphs are recorded once, in the warm-up.  `seconds`: start no further repeat of a setting
     once it has taken so long (each is repeated at least once).  `warm`: run every model briefly first.  Raises
-    EvaluationError for an empty grid, or batch "max" without a GPU.
+    EvaluationError for an empty grid, or batch "max" without a GPU.  Where the largest batch runs out of memory after
+    all, as compiled steps can, an eighth less is tried.
     """
     if not models or not settings or repeats < 1:
         raise EvaluationError("nothing to measure; expected at least one model, one setting and one repeat")
-    steps = {name: decoder(model, compile) for name, model in models.items()}
+    steps = fresh_decoders(models, compile)
     works = {name: cost_of(model) for name, model in models.items()}
     rows: list[Speed] = []
-    for setting in settings:
-        setting = with_batch(models, setting, static=compile)
-        rows += _measure_one(models, steps, works, setting, _Plan(repeats, compile, seconds, warm))
+    for asked in settings:
+        setting = with_batch(models, asked, static=compile)
+        while True:
+            try:
+                rows += _measure_one(models, steps, works, setting, _Plan(repeats, compile, seconds, warm))
+                break
+            except torch.OutOfMemoryError:  # what CUDA graphs hold is known only once they are recorded
+                if asked.batch != "max" or setting.batch == 1:
+                    raise
+            setting = replace(setting, batch=int(setting.batch) * 7 // 8)
+            steps = fresh_decoders(models, compile)
     first = next(iter(models.values()))
     return SpeedTable(
         tuple(rows),
@@ -171,6 +180,15 @@ def quick(models: Mapping[str, nn.Module], seconds: float = 18.0, repeats: int =
     room = min(context_of(model.config) or 10**9 for model in models.values())
     setting = Setting(prompt=_clamp(prompt, 16, min(512, room // 2)), new=_clamp(new, 4, min(128, room // 2)))
     return measure(models, [setting], repeats, seconds=0.8 * seconds, warm=False)
+
+
+def fresh_decoders(models: Mapping[str, nn.Module], compile: bool) -> dict[str, Step]:
+    """What decodes with each model, without the memory that compiled steps before held."""
+    if compile:
+        torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return {name: decoder(model, compile) for name, model in models.items()}
 
 
 def bounds(reference: ModelCost, work: ModelCost, setting: Setting) -> tuple[float, float]:

@@ -93,7 +93,8 @@ def time_run(model: nn.Module, setting: Setting, step: Step | None = None, cache
     Decode calls `step` (default: the model's forward).  A static `cache` is reset first and used again: a
     compiled step recorded its CUDA graphs over that cache's own memory.
     """
-    clock, step = Clock(gpus_of(model)), step or model
+    clock = Clock(gpus_of(model))
+    step = model if step is None else step  # a compiled module has no truth value
     ids = prompt_of(model, setting)
     keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     if cache is not None:

@@ -16,7 +16,7 @@ from dropformer.eval.report.results import ModelResult
 from dropformer.progress import Progress
 from dropformer.prune.loading.parts import windows_of
 
-NEAR = 1024  # positions told apart where no layer has a window
+NEAR = 1024  # position that separates near from far where no layer has a window
 
 
 def at_length(
@@ -26,9 +26,10 @@ def at_length(
     context: int,
     progress: Progress,
 ) -> list[ModelResult]:
-    """The results with `long`.  Time: a forward pass a model and text, 30 questions behind each, and a few tokens.
+    """The results with `long`.
 
-    Memory: the logits of a piece of a text, and the caches of all models with the last text.
+    Time: per model and text one forward pass and 30 questions after it, then a few decoded tokens.
+    Memory: the logits of one chunk of a text, and one KV cache per model, of the last text.
     """
     losses: list[list[Tensor]] = []
     found: list[dict[str, Any]] = []
@@ -61,7 +62,7 @@ def at_length(
 def _beyond(
     model: nn.Module, texts: Sequence[LongText], losses: Sequence[Tensor], dense: Sequence[Tensor]
 ) -> dict[str, Any] | None:
-    """What is lost at positions within the widest window of the model's layers, and at those beyond."""
+    """Loss over dense at positions within the widest window of the model's layers, and at those beyond."""
     seen = [window.width + window.sinks for window in windows_of(model).values()]
     edge, context = max(seen, default=NEAR), len(texts[0].ids)
     within, past = band(texts, losses, dense, 1, edge), band(texts, losses, dense, edge, context)

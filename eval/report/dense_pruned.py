@@ -1,4 +1,4 @@
-"""Dense and pruned side by side, as tables of the terminal: what was measured, and what a record says."""
+"""Dense and pruned side by side as terminal tables: from a report, and from a checkpoint's record."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _spread(value: str, stderr: float | None) -> str:
 
 
 def report_notes(report: Report) -> list[str]:
-    """What the numbers were measured on."""
+    """How the numbers were measured."""
     notes = []
     if report.text:
         text = report.text
@@ -42,20 +42,20 @@ def report_notes(report: Report) -> list[str]:
             f"KL(dense || pruned) {report.kl:.4f} nats per token"
         )
     if report.outputs:
-        notes += [str(report.outputs), "no perplexity and no decode speed: the model writes no text token by token"]
+        notes += [str(report.outputs), "no perplexity and no decode speed: the model does not generate text"]
     if report.trend and report.trend.cliff is not None:
         notes.append(f"warning: {report.trend}")
     if report.speed:
         speed = report.speed
         notes.append(
             f"speed: {speed.device}, {speed.dtype}, batch {speed.batch}, {speed.prompt} + {speed.new} tokens, "
-            f"interleaved; work allows prefill {speed.prefill_bound:.2f}x, decode {speed.decode_bound:.2f}x"
+            f"interleaved; upper bounds: prefill {speed.prefill_bound:.2f}x, decode {speed.decode_bound:.2f}x"
         )
     return notes
 
 
 def record_table(record: Mapping[str, Any]) -> Table:
-    """What dropformer.json says of a checkpoint's sizes."""
+    """A checkpoint's sizes from its dropformer.json."""
     table = Table(title=f"{record['model']['name']}: {record['spec']}", title_justify="left")
     for name in ("", "dense", "pruned", "change"):
         table.add_column(name, justify="left" if not name else "right")

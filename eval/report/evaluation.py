@@ -1,4 +1,4 @@
-"""`prune evaluate`: tasks, perplexity, probes, speed and memory of a dense model and its pruned forms."""
+"""`prune evaluate`: tasks, perplexity, probes, speed and memory of a dense model and its pruned versions."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from dropformer.prune.loading.device import input_device
 __all__ = ["Candidate", "Evaluation", "EvaluationOptions", "ModelResult", "evaluate"]
 
 TIMED = 9
-"""Single tokens timed behind a full window, cached and recomputed, one of them to warm up."""
+"""Single tokens timed after a full window, cached and recomputed; the first is a warm-up."""
 
 
 def evaluate(models: Sequence[Candidate], options: EvaluationOptions, progress: Progress | None = None) -> Evaluation:
     """Evaluate models side by side; the first is the dense one.
 
-    Everything sees the same questions, windows and prompts; speeds are interleaved.  Of several processes
-    launched together all answer questions and only the first measures the rest.  Raises EvaluationError.
+    All models get the same questions, windows and prompts; speeds are interleaved.  Of several processes launched
+    together, all answer questions and only the first measures the rest.  Raises EvaluationError.
     """
     progress = progress or Silent()
     inputs = prepare(models, options)
@@ -129,7 +129,7 @@ def _with_probes(
 def _with_speed(
     results: list[ModelResult], models: Sequence[Candidate], options: EvaluationOptions, progress: Progress
 ) -> tuple[list[ModelResult], str | None, list[str]]:
-    """Speeds, on what they were measured, and what went wrong with torch.compile, if anything did."""
+    """Results with speeds, the device and settings, and errors of torch.compile, if any."""
     if not options.speed and not options.seconds:
         return results, None, []
     named = {candidate.name: candidate.model for candidate in models}
@@ -141,7 +141,7 @@ def _with_speed(
         with progress.stage("speed, decoding through torch.compile"):
             try:
                 tables.append(measure(named, options.speed, options.repeats, compile=True))
-            except Exception as error:  # compilers fail in many ways, and the eager figures are good without them
+            except Exception as error:  # compilers raise any type; the eager figures remain valid
                 said.append(f"torch.compile failed ({type(error).__name__}: {' '.join(str(error).split())[:120]})")
     rows = {
         name: [

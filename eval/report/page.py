@@ -1,4 +1,4 @@
-"""An evaluation as one self-contained page."""
+"""An evaluation as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Picture = tuple[Path, str]
 
 
 def html(evaluation: Evaluation, depth: Sequence[Picture] = (), sweep: Sweep | None = None) -> str:
-    """The page; `depth` are pictures of similarity by depth, with what they show; `sweep` is the dense model's."""
+    """The page; `depth` are plots of similarity by depth with captions; `sweep` is the dense model's."""
     with tempfile.TemporaryDirectory() as scratch:
         sections = list(_sections(evaluation, Path(scratch), depth, sweep))
     count = len(evaluation.models)
@@ -32,7 +32,7 @@ def _sections(
 ) -> Iterator[Section]:
     yield Section("Side by side", [table(*tables.quality(evaluation)), *map(paragraph, _measured_on(evaluation))])
     if evaluation.warnings:
-        yield Section("Where to be careful", [paragraph(line) for line in evaluation.warnings])
+        yield Section("Warnings", [paragraph(line) for line in evaluation.warnings])
     curve = pictures.quality_by_drop(evaluation, scratch / "quality.png")
     kept = pictures.kept_by_test(evaluation, scratch / "kept.png")
     swept = draw(sweep, scratch / "sweep.png") if sweep else None
@@ -55,26 +55,26 @@ def _sections(
 
 
 CURVE = (
-    "Perplexity over dense. Diamonds: the models, on all windows. Dashed: the first drops of each plan alone, a "
-    "quarter at a time, on two windows, which is how a cliff is looked for."
+    "Perplexity over dense. Diamonds: the models, on all windows. Dashed: the first quarter, half and three quarters "
+    "of each plan's drops, on two windows, to detect a cliff."
 )
 SWEPT = "Every number of drops, most redundant first: perplexity over dense, and the speed-up of decoding."
 KEPT = (
-    "Tasks are compared question by question (paired standard errors); probes have 12 to 32 "
-    "questions each, and their error counts both models."
+    "Tasks are compared per question (paired standard errors); probes have 12 to 32 questions each, and their "
+    "standard errors combine both models."
 )
-SPEED = "Dots: measured, with quartiles. Bars: what FLOPs (prefill) and bytes of weights and KV cache (decode) allow."
+SPEED = "Dots: measured, with quartiles. Bars: upper bounds from FLOPs (prefill) and bytes read (decode)."
 TIMES = "Medians with half the interquartile range, ratios with quartiles; models interleaved in one run."
 STREAMED = (
-    "The first four tokens and a rolling window stay in the cache, positions are those inside the cache "
+    "The cache holds the first four tokens and a rolling window; positions are counted inside the cache "
     "(arXiv 2309.17453)."
 )
 LONG = (
-    "Perplexity by position in the text, over dense in brackets; the windows are those of the model's layers, 1,024 "
-    "tokens where it has none. A fact counts where each token of its answer is the likeliest. Models decode in turn, "
+    "Perplexity by position in the text, over dense in brackets; the windows are those of the model's layers, or 1,024 "
+    "tokens if it has none. A fact is found if every token of its answer is the argmax. Decoding is interleaved, with "
     "quartiles in brackets."
 )
-SUBJECTS = "In brackets: answers that only the dense model has right, and that only the pruned one has."
+SUBJECTS = "In brackets: questions that only the dense model (-) or only the pruned one (+) answers correctly."
 
 
 def _measured_on(evaluation: Evaluation) -> Iterator[str]:
@@ -84,7 +84,7 @@ def _measured_on(evaluation: Evaluation) -> Iterator[str]:
     tasks = evaluation.models[0].tasks
     if tasks:
         stats = tasks.stats
-        work = f" {stats['computed']:,} tokens computed where {stats['needed']:,} are asked for." if stats else ""
+        work = f" {stats['computed']:,} tokens computed for {stats['needed']:,} requested." if stats else ""
         if stats and not stats["requests"]:
-            work = " All answers were kept from an earlier run."
+            work = " All answers were cached by an earlier run."
         yield f"Tasks by lm-eval {tasks.lm_eval}, {tasks.backend} backend, seed {tasks.seed}.{work}"

@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: quality against drop, what is kept of each test, speed against its bound."""
+"""Plots of an evaluation: quality against drop, score retained per test, speed against its bound."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def quality_by_drop(evaluation: Evaluation, path: Path) -> Path | None:
 
 
 def kept_by_test(evaluation: Evaluation, path: Path) -> Path | None:
-    """Of each task and probe the share of the dense model's score that is kept, with its standard error."""
+    """Share of the dense model's score retained per task and probe, with its standard error."""
     dense, *pruned = evaluation.models
     rows = {model.name: dict(_kept(dense, model)) for model in pruned}
     names = list(dict.fromkeys(name for kept in rows.values() for name in kept))
@@ -77,7 +77,7 @@ def kept_by_test(evaluation: Evaluation, path: Path) -> Path | None:
 
 
 def speed_against_bound(evaluation: Evaluation, path: Path) -> Path | None:
-    """At each setting the measured ratio to dense, median and quartiles, beside the one that its work allows."""
+    """Per setting the measured speed over dense, median and quartiles, beside its upper bound."""
     dense, *pruned = evaluation.models
     if not dense.speed or not pruned:
         return None
@@ -127,7 +127,7 @@ def _kept(dense: ModelResult, model: ModelResult) -> Iterator[tuple[str, tuple[f
 
 
 def _share(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float]:
-    """after / before, and its standard error as if the two were independent."""
+    """after / before, and its standard error assuming independence."""
     ratio = after["accuracy"] / before["accuracy"]
     relative = [p["stderr"] / p["accuracy"] if p["accuracy"] else 0.0 for p in (before, after)]
     return ratio, ratio * math.hypot(*relative)

@@ -1,4 +1,4 @@
-"""What an evaluation needs, made and checked before anything is measured: nothing is refused after hours of work."""
+"""The inputs of an evaluation, built and checked before anything is measured."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ LONG_TEXTS = 2  # texts in which perplexity by position is measured
 class EvaluationOptions:
     """What to evaluate.
 
-    text: windows for perplexity and KL (None: neither).  speed: settings to measure; empty with
-    `seconds` > 0 chooses one that takes about that long.  compile: measure decoding through torch.compile
-    beside it; None: where there is a GPU.  stream: tokens of text to read past the context with attention
-    sinks (0: none), `window` of them in sight (None: 1024, or the model's context).  long: tokens at which
-    perplexity by position, facts from five depths, KV bytes and decode speed are measured (0: not).
+    text: windows for perplexity and KL (None: neither).  speed: settings to measure; empty with `seconds` > 0
+    chooses one that takes about that long.  compile: also measure decoding with torch.compile (None: on a GPU).
+    stream: tokens to read past the context with attention sinks (0: none), with a cache window of `window` tokens
+    (None: 1024, or the model's context).  long: tokens at which perplexity by position, facts from five depths, KV
+    bytes and decode speed are measured (0: none).
     """
 
     tasks: tuple[str, ...] = ()
@@ -54,7 +54,7 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to evaluate, with its name and tokenizer; `plan`: how it was made from the dense one, if known."""
+    """A model to evaluate, with name and tokenizer; `plan`: the plan that made it from the dense model, if known."""
 
     name: str
     model: PreTrainedModel
@@ -64,7 +64,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The windows for perplexity, the token ids [T] to stream with the window that they are read in, long texts."""
+    """Windows for perplexity, token ids [T] to stream with the cache shape, and long texts."""
 
     text: Windows | None = None
     stream: Tensor | None = None
@@ -73,7 +73,7 @@ class Inputs:
 
 
 def prepare(models: Sequence[Candidate], options: EvaluationOptions) -> Inputs:
-    """Cut the texts and check every model.  Raises what measuring would raise, hours later."""
+    """Tokenize the texts and check every model.  Raises errors now that would otherwise occur hours later."""
     if not models:
         raise EvaluationError("evaluate needs the dense model, and usually pruned ones after it")
     dense = models[0]
@@ -89,12 +89,12 @@ def prepare(models: Sequence[Candidate], options: EvaluationOptions) -> Inputs:
     ids = windows(Calibration(name, samples=1, length=options.stream), dense.tokenizer).ids[0]
     shape = fitting(dense.model, options.window)
     for candidate in models:
-        sink_cache(candidate.model, shape)  # refuses a model that cannot stream
+        sink_cache(candidate.model, shape)  # raises for a model that cannot stream
     return Inputs(data, ids, shape, long)
 
 
 def _long_texts(models: Sequence[Candidate], options: EvaluationOptions) -> tuple[LongText, ...]:
-    """Raises EvaluationError for tokens beyond a context, and for so few that they do not hold the facts."""
+    """Long texts with facts.  Raises EvaluationError if they exceed a context or are too short for the facts."""
     for candidate in models:
         _check_context(candidate, options.long, "give fewer tokens to --long")
     chosen, tokenizer = options.text or HELD_OUT, models[0].tokenizer
@@ -104,10 +104,10 @@ def _long_texts(models: Sequence[Candidate], options: EvaluationOptions) -> tupl
 
 
 def _shared_windows(models: Sequence[Candidate], text: Calibration) -> Windows:
-    """The windows that every model's own tokenizer gives; ids of one tokenizer say nothing about another's model."""
+    """Windows that are the same with every model's own tokenizer.  Raises ModelError where they differ."""
     dense, *others = models
     if writes_itself(text.name):
-        _shared_windows(models, replace(text, name="builtin", samples=1))  # refuses other tokens
+        _shared_windows(models, replace(text, name="builtin", samples=1))  # raises for another tokenizer
         return written_windows(text, Writer(dense.model, dense.tokenizer))
     tokens = SharedTokens(text, dense.name, dense.tokenizer)
     for candidate in others:
@@ -118,7 +118,7 @@ def _shared_windows(models: Sequence[Candidate], text: Calibration) -> Windows:
 
 def _check(candidate: Candidate, dense: Candidate, options: EvaluationOptions) -> None:
     if candidate.tokenizer is None and (candidate is dense or options.tasks or options.probes):
-        raise EvaluationError(f"{candidate.name} has no tokenizer, so it can read no text; put one beside its weights")
+        raise EvaluationError(f"{candidate.name} has no tokenizer, so it cannot read text; put one beside its weights")
     if any(setting.batch == "max" for setting in options.speed) and input_device(candidate.model).type != "cuda":
         raise EvaluationError("batch `paper` fills a GPU's memory, and the model is not on one; give a number")
     longest = max([setting.prompt + setting.new for setting in options.speed], default=0)
@@ -133,12 +133,12 @@ def _check(candidate: Candidate, dense: Candidate, options: EvaluationOptions) -
     if options.text and mine != theirs:
         raise EvaluationError(
             f"{dense.name} has {theirs} tokens and {candidate.name} {mine}; perplexity and KL are compared over one "
-            "vocabulary: give a model and its own pruned forms, or --text ''"
+            "vocabulary: give a model and its own pruned versions, or --text ''"
         )
 
 
 def _check_context(candidate: Candidate, tokens: int, advice: str) -> None:
-    """Learned positions end at the context; with rotary ones a figure beyond it would be of no use."""
+    """Raises EvaluationError beyond the context: no learned positions there, and untrained rotary ones."""
     context = context_of(candidate.model.config)
     if context and tokens > context:
         raise EvaluationError(f"{tokens} tokens are more than the context of {candidate.name}, {context}; {advice}")
@@ -150,7 +150,7 @@ def _vocabulary(candidate: Candidate) -> int:
 
 
 def labels(names: Sequence[str]) -> list[str]:
-    """A short name for each model, no two alike: the last part of its path, or more of it where that is shared."""
+    """A unique short name per model: the last part of its path, or the full name where that is shared."""
     short = [short_name(name) for name in names]
     shared = Counter(short)
     found = [whole if shared[one] > 1 else one for one, whole in zip(short, names, strict=True)]

@@ -42,7 +42,7 @@ class Side(FrozenRecord):
 
 
 class TextRef(FrozenRecord):
-    """The text that perplexity was measured on; `calibrated_on`: calibration saw it too, which flatters the figure."""
+    """The text that perplexity was measured on; `calibrated_on`: also the calibration text, which biases the figure."""
 
     name: str
     windows: int
@@ -52,7 +52,7 @@ class TextRef(FrozenRecord):
 
 
 class Ratio(FrozenRecord):
-    """A measured speed over the dense model's: median and quartiles over the repeats, and what the work allows."""
+    """Measured speed over the dense model's: median and quartiles over repeats, and the upper bound by work saved."""
 
     median: float
     low: float
@@ -61,7 +61,7 @@ class Ratio(FrozenRecord):
 
     @property
     def noise(self) -> bool:
-        """Is it more than the work that was saved can give?"""
+        """Whether the median exceeds the upper bound."""
         return self.median > self.bound
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ class Ratio(FrozenRecord):
 
 
 class RepairCost(FrozenRecord):
-    """What choosing and repairing took: forward passes over the calibration windows, bytes beside the model's."""
+    """Cost of selection and repair: forward passes over the calibration windows, peak bytes beyond the model."""
 
     passes: float
     extra_bytes: int
@@ -91,7 +91,7 @@ class SpeedRef(FrozenRecord):
 
 
 class Report(Artifact):
-    """report.json: what a drop cost and what it saved."""
+    """report.json: quality lost and resources saved by a drop."""
 
     kind = "report"
     model: ModelRef
@@ -114,7 +114,7 @@ class Report(Artifact):
         return self.dense, self.pruned
 
     def ratio(self, figure: str) -> str:
-        """How many times the dense model's figure the pruned one's is, with its spread; empty for sizes."""
+        """The ratio of the pruned model's figure to the dense one's, with its spread; empty for sizes."""
         if figure == "perplexity" and self.dense.perplexity and self.pruned.perplexity:
             spread = "" if self.perplexity_ratio_stderr is None else f" ± {self.perplexity_ratio_stderr:.3f}"
             return f"{self.pruned.perplexity / self.dense.perplexity:.3f}x{spread}"
@@ -123,14 +123,14 @@ class Report(Artifact):
 
 
 def same_text(one: str, other: str) -> bool:
-    """Whether two names are of one text: the same name, or paths that lead to one file."""
+    """Whether two names are the same text: equal names, or paths of one file."""
     files = Path(one), Path(other)
     return one == other or (all(path.is_file() for path in files) and files[0].samefile(files[1]))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The fields of a report that need the models running."""
+    """The fields of a report that need the models to run."""
 
     dense: dict[str, Any]
     pruned: dict[str, Any]
@@ -173,10 +173,10 @@ def _ratio(found: Quartiles, bound: float) -> Ratio:
 
 
 def sizes(model: PreTrainedModel, checkpoint_bytes: int, kv_width: float, context: int | None = None) -> dict[str, int]:
-    """Parameters, checkpoint bytes, and KV bytes per token (0 where nothing is written), and at a context.
+    """Parameters, checkpoint bytes, and KV bytes per token (0 without generation) and at a context.
 
-    Keys and values are counted in a real cache and stated at `kv_width` bytes a number, as `record.kv_width` gives
-    it: what a model computes in here says nothing about the checkpoint.
+    Keys and values are counted in a real cache, at `kv_width` bytes per number (see `record.kv_width`), since the
+    dtype of this run may differ from the checkpoint's.
     """
     width = kv_width / model.dtype.itemsize if hasattr(model, "generate") else 0
     found = {
@@ -195,7 +195,7 @@ def report_of(
     speed: Measured,
     repair: Repair | None = None,
 ) -> Report:
-    """The report of an export: sizes of the dense model and of the one that was written, and what was measured."""
+    """The report of an export: sizes of the dense and the exported model, quality, speed and repair cost."""
     cost = RepairCost(passes=round(repair.passes, 2), extra_bytes=repair.extra_bytes) if repair else None
     width = kv_width(copied.bytes_before, plan.savings.parameters)
     context = CONTEXT if plan.windows else None
@@ -216,7 +216,7 @@ def report_of(
 
 
 def write_artifacts(folder: Path, report: Report, plan: Plan, scores: Scores | None) -> None:
-    """report.json, plan.json and, where layers were scored, scores.json with its picture, for other machines too."""
+    """Write report.json, plan.json and, if layers were scored, scores.json with its plot, without local paths."""
     report.portable().write(folder / "report.json")
     plan.portable().write(folder / "plan.json")
     if scores:
@@ -226,7 +226,7 @@ def write_artifacts(folder: Path, report: Report, plan: Plan, scores: Scores | N
 
 
 def card_lines(report: Report) -> list[str]:
-    """The measured results as the model card states them."""
+    """The measured results for the model card."""
     lines = []
     if report.text and report.dense.perplexity and report.pruned.perplexity:
         ratio = plus_minus(report.pruned.perplexity / report.dense.perplexity, report.perplexity_ratio_stderr, 3)

@@ -1,4 +1,4 @@
-"""What an evaluation found, as report.json holds it."""
+"""The results of an evaluation, as stored in report.json."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dropformer.prune.artifact import Artifact, FrozenRecord
 
 
 class ModelResult(FrozenRecord):
-    """One model's measurements; `paired` compares it with the dense model, question by question.
+    """One model's measurements; `paired` compares it with the dense model per question.
 
-    drops: the layers that were taken out of the dense model to make it, where that is known.
+    drops: the layers dropped from the dense model, if known.
     """
 
     name: str

@@ -26,13 +26,13 @@ from dropformer.recipes.placement import Placement
 
 @dataclass(frozen=True)
 class EvaluationRun:
-    """What was found, and the pictures of similarity by depth that lie beside the checkpoints."""
+    """An evaluation, and the plots of similarity by depth found beside the checkpoints."""
 
     found: Evaluation
     pictures: list[Picture]
 
     def write(self, folder: Path, sweep: Path | None = None) -> None:
-        """report.json and report.html, with a sweep's figures where its file is given."""
+        """Write report.json and report.html, with a sweep's figures if its file is given."""
         self.found.write(folder / "report.json")
         page = html(self.found, self.pictures, Sweep.read(sweep) if sweep else None)
         (folder / "report.html").write_text(page, encoding="utf-8")
@@ -41,7 +41,7 @@ class EvaluationRun:
 def evaluate_models(
     names: Sequence[str], options: EvaluationOptions, placement: Placement, progress: Progress
 ) -> EvaluationRun:
-    """Evaluate whatever `--model` takes; the first is the dense model.  Raises as `open_model` and `evaluate`."""
+    """Evaluate models by name; the first is the dense model.  Raises as `open_model` and `evaluate`."""
     if not placement.device_map:
         placement = replace(placement, device=own_device(placement.device))
     opened = opened_together(names, placement, progress)
@@ -58,10 +58,10 @@ def evaluate_models(
 
 
 def opened_together(names: Sequence[str], placement: Placement, progress: Progress) -> list[LoadedModel]:
-    """Models of which each further one shares the weights that are the first's, bit for bit.
+    """Open models; each shares the weights that equal the first model's bit for bit.
 
-    On a GPU the others are read into host memory first, so that the device never holds a kept weight twice.  Not where
-    a device map places the weights, or they are quantized: then equal weights are held twice while one is loaded.
+    On a GPU the others are loaded into host memory first, so that the device never holds a shared weight twice.  With
+    a device map or quantized weights, equal weights are held twice while a model is loaded.
     """
     dense = open_model(names[0], None, placement, progress.say)
     found, device = [dense], input_device(dense.model)
@@ -70,7 +70,7 @@ def opened_together(names: Sequence[str], placement: Placement, progress: Progre
         place = placement if near else replace(placement, device="cpu", dtype=placement.dtype or "auto")
         one = open_model(name, None, place, progress.say)
         if shared := share_equal(one.model, dense.model):
-            progress.say(f"{shown(shared)} of {name}'s weights are those of {names[0]}, and held once")
+            progress.say(f"{shown(shared)} of {name}'s weights equal those of {names[0]} and are held once")
         if not near:
             nn.Module.to(one.model, device)
         found.append(one)

@@ -1,4 +1,4 @@
-"""The figures of an evaluation as rows of text: one column per model, or, for speed and subjects, a row each."""
+"""An evaluation as rows of text: one column per model; for speed and subjects one row per model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Table = tuple[list[str], list[Row]]
 
 
 def summary(evaluation: Evaluation) -> Table:
-    """Everything, as the terminal shows it."""
+    """The terminal's table of all figures."""
     head, body = quality(evaluation)
     rows = [*body, *_speed_rows(evaluation.models), *streaming(evaluation)[1], *long(evaluation)[1]]
     return head, rows
@@ -45,13 +45,13 @@ def quality(evaluation: Evaluation) -> Table:
 
 
 def dropped(model: ModelResult) -> str:
-    """`8 attention`, or nothing for the dense model and where it is not known."""
+    """Such as `8 attention`; empty for the dense model, or if unknown."""
     counts = Counter(layer.rpartition(":")[0].rpartition(".")[2] for layer in model.drops)
     return ", ".join(f"{count} {KIND_NAMES[kind]}" for kind, count in counts.items())
 
 
 def speed(evaluation: Evaluation) -> Table:
-    """A row for each setting and model: medians with quartiles, ratio to dense, and the ratio that work allows."""
+    """A row per setting and model: medians with quartiles, ratio to dense, and the upper bound of the ratio."""
     head = [
         "setting",
         "model",
@@ -78,7 +78,7 @@ def setting_name(row: dict[str, Any]) -> str:
 
 
 def subjects(evaluation: Evaluation) -> Table:
-    """Every task below those that were named: questions, each model's score, and how many answers were lost and won."""
+    """Every subtask of the named tasks: questions, each model's score, and answers lost and gained."""
     head, first = ["", "questions", *(m.name for m in evaluation.models)], evaluation.models[0].tasks
     below = {name: task for name, task in first.tasks.items() if name not in first.named} if first else {}
     return head, [
@@ -88,7 +88,7 @@ def subjects(evaluation: Evaluation) -> Table:
 
 
 def streaming(evaluation: Evaluation) -> Table:
-    """Perplexity past the context, how flat it is, what the cache holds, and the speed-up over recomputing."""
+    """Perplexity past the context, by quarter, cache size, and speed-up over recomputing the window."""
     streams = [m.stream or {} for m in evaluation.models]
     head = ["", *(m.name for m in evaluation.models)]
     if not streams[0]:
@@ -163,7 +163,7 @@ def _speed_rows(models: Sequence[ModelResult]) -> Iterator[Row]:
 
 
 def _speed_cells(row: dict[str, Any], part: str) -> Row:
-    """The median with half of the interquartile range, the ratio with its quartiles, and its bound."""
+    """The median with half the interquartile range, the ratio with quartiles, and its bound."""
     found, ratio, bound = row[part], row[f"{part}_ratio"], row[f"bound_{part}"]
     spread = (found["high"] - found["low"]) / 2 / found["median"]
     return (
@@ -178,7 +178,7 @@ def _memory(row: dict[str, Any]) -> Row:
 
 
 def _groups(model: ModelResult, name: str) -> list[str]:
-    """The groups that a named group consists of: MMLU's categories."""
+    """The subgroups of a named group, such as MMLU's categories."""
     tasks = model.tasks.tasks if model.tasks else {}
     return [member for member in tasks[name].members if tasks[member].members]
 
@@ -220,7 +220,7 @@ def _paired_cell(model: ModelResult, name: str) -> str:
 
 
 def _quarters(segments: Sequence[float]) -> list[float]:
-    """Perplexity of four equal parts, from that of more."""
+    """Perplexity of the four quarters, from that of more segments."""
     logs, size = [math.log(s) for s in segments], max(1, len(segments) // 4)
     parts = [logs[i : i + size] for i in range(0, len(logs), size)]
     return [math.exp(sum(part) / len(part)) for part in parts]

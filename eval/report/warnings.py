@@ -1,4 +1,4 @@
-"""What a reader of an evaluation might miss: a cliff, a probe that broke, a test that cannot show a loss."""
+"""Warnings of an evaluation: a cliff, a probe whose accuracy falls, a test that cannot show a loss."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dropformer.eval.report.results import ModelResult
 
-CLEAR = 2.0  # standard errors from which on a fall, or a distance from chance, is believed
-LEAST = 0.05  # a fall of fewer points is not worth a line
-FAR = 0.005  # nor a loss, in nats, that is so little greater far into a text
+CLEAR = 2.0  # standard errors that a fall, or a distance from chance, must exceed
+LEAST = 0.05  # smallest fall in accuracy to report
+FAR = 0.005  # smallest extra loss far into a text to report, in nats
 MMLU_CHANCE = 0.25
 
 
 def warnings(results: Sequence[ModelResult]) -> list[str]:
-    """One line each; none where there is no pruned model, or nothing to be careful about."""
+    """One line per warning; none without a pruned model."""
     if len(results) < 2:
         return []
     return [*_cliffs(results), *_falls(results), *_far_losses(results), *_knowledge(results)]
@@ -38,7 +38,7 @@ def _falls(results: Sequence[ModelResult]) -> Iterator[str]:
         yield f"the needle probe was left out: its text is longer than the context of {results[0].name}"
     guessed = [name for name, probe in dense.items() if probe["accuracy"] - probe["chance"] < CLEAR * probe["stderr"]]
     if guessed:
-        yield f"{results[0].name} guesses on the probes {', '.join(guessed)}, so they cannot show a loss"
+        yield f"{results[0].name} is at chance on the probes {', '.join(guessed)}, so they cannot show a loss"
 
 
 def _far_losses(results: Sequence[ModelResult]) -> Iterator[str]:
@@ -52,8 +52,8 @@ def _far_losses(results: Sequence[ModelResult]) -> Iterator[str]:
         if more > FAR and more > CLEAR * math.hypot(within["stderr"] or 0.0, past["stderr"] or 0.0):
             name = "its windows of attention" if beyond["window"] else "the first tokens"
             yield (
-                f"{result.name}: positions beyond {name} ({past['start']:,} tokens) lose {past['lost']:.3f} nats a "
-                f"token, those within {within['lost']:.3f}: long texts suffer more than short ones show"
+                f"{result.name}: positions beyond {name} ({past['start']:,} tokens) lose {past['lost']:.3f} nats per "
+                f"token, those within {within['lost']:.3f}: long texts lose more than short ones show"
             )
 
 
@@ -71,8 +71,8 @@ def _knowledge(results: Sequence[ModelResult]) -> Iterator[str]:
             )
     if names:
         yield (
-            "MMLU holds longer than generation, arithmetic and long context do: judge a drop by perplexity and by the "
-            + ("probes too" if results[0].probes else "probes too, which were left out")
+            "MMLU degrades later than generation, arithmetic and long context: judge a drop by perplexity and the "
+            + ("probes too" if results[0].probes else "probes too, which were skipped")
         )
 
 

@@ -1,8 +1,9 @@
 """Score every layer during a forward pass: hooks read the residual stream, sums are all that is kept.
 
-What a layer costs: one dot product where it ends, and one norm for each new state of the stream (the
-end of a block is the beginning of the next, so its norm is taken once).  A stream is held from where a
-layer begins to where its block ends, no longer.
+What a layer costs: one difference and its norm where it ends, and one norm for each new state of the stream (the end
+of a block is the beginning of the next, so its norm is taken once).  Cosines are taken of all layers together after
+the pass: on a GPU a kernel that is not launched is the cheapest one.  A stream is held from where a layer begins to
+where its block ends, no longer, and is never copied to float32.
 """
 
 from __future__ import annotations
@@ -10,25 +11,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dropformer.metrics.analysis.similarity import cosine, dot, norm
+from dropformer.metrics.analysis.similarity import cosine, distance, norm
 from dropformer.prune.architecture import Architecture, Block, Branch, Layer, Tap
 from dropformer.prune.discovery.proof import on_tap
 
 
 @dataclass(frozen=True)
 class Stream:
-    """The residual stream at one tap, [..., D] in float32, and its norm per token, [...]."""
+    """The residual stream at one tap, [..., D] in the model's type, and its norm per token, [...] float32."""
 
     values: Tensor
     norm: Tensor
 
     def to(self, device: torch.device) -> Stream:
         return self if self.values.device == device else Stream(self.values.to(device), self.norm.to(device))
+
+
+class Change(NamedTuple):
+    """What a layer did to every token: |after - before|, |before| and |after|.  [B, T] float32 each."""
+
+    distance: Tensor
+    before: Tensor
+    after: Tensor
 
 
 @dataclass(frozen=True)
@@ -58,25 +67,25 @@ class Capture:
         self.batch: int | None = None
         self.listening = True  # False: forward passes are not looked at
         self._column = {layer: i for i, layer in enumerate(self.layers)}
-        self._similarity: dict[int, list[Tensor]] = {}  # column -> per token, a part for each segment, until `take`
+        self._found: dict[int, list[Change]] = {}  # column -> a part for each segment, until `take`
         self._held: dict[Tap, Stream] = {}
-        self._last: tuple[Tensor, Stream] | None = None
+        self._last: Stream | None = None
 
     def clear(self) -> None:
         """Forget what a pass that failed has left."""
-        self._similarity, self._held, self._last = {}, {}, None
+        self._found, self._held, self._last = {}, {}, None
 
     def take(self) -> WindowScores:
         """Sums over the scored tokens since the last call, and how many those were.
 
         The sum is NaN where a layer did not run.
         """
-        found = {column: self._whole(parts) for column, parts in self._similarity.items()}
-        batch = next(iter(found.values())).shape[0] if found else 0
+        found = {column: self._whole(parts) for column, parts in self._found.items()}
+        batch = next(iter(found.values())).distance.shape[0] if found else 0
         sums = torch.full((batch, len(self.layers)), torch.nan, dtype=torch.float64)
         tokens = torch.zeros((batch, len(self.layers)), dtype=torch.int64)
         for columns in _alike(found):
-            total, counted = self._sum(torch.stack([found[i] for i in columns]))
+            total, counted = self._sum(cosine(*map(torch.stack, zip(*(found[i] for i in columns), strict=True))))
             sums[:, columns], tokens[:, columns] = total.T.cpu(), counted[:, None].cpu()
         self.clear()
         return WindowScores(sums, tokens)
@@ -89,15 +98,16 @@ class Capture:
     def score(self, layer: Layer, before: Tap, stream: Tensor, inplace: bool = False) -> None:
         """Add the similarity of a layer: the stream held at `before` against `stream` after it."""
         if self.listening:
-            self._add(layer, self._held[before].to(stream.device), self._stream(stream, inplace))
+            x, y = self._held[before].to(stream.device), self._stream(stream, inplace)
+            self._add(layer, Change(distance(x.values, y.values), x.norm, y.norm))
 
     def score_delta(self, layer: Layer, before: Tap, delta: list[Tensor]) -> None:
         """The same for a parallel branch: after = before + its output."""
         if not self.listening:
             return
         x = self._held[before]
-        after = x.values + sum(d.reshape(x.values.shape).to(x.values.device) for d in delta)
-        self._add(layer, x, Stream(after, norm(after)))
+        whole = sum(d.reshape(x.values.shape).to(x.values.device).float() for d in delta)
+        self._add(layer, Change(norm(whole), x.norm, norm(x.values + whole)))
 
     def release(self, taps: list[Tap]) -> None:
         """Let go of what is held at these taps."""
@@ -106,26 +116,25 @@ class Capture:
                 self._held.pop(tap, None)
 
     def _stream(self, tensor: Tensor, inplace: bool) -> Stream:
-        """The tensor in float32 with its norm; taken once for a tensor that one module hands to the next."""
-        if inplace or self._last is None or self._last[0] is not tensor:
-            values = tensor.float()
-            self._last = (tensor, Stream(values, norm(values)))
-        return self._last[1]
+        """The tensor with its norm, which is taken once for a tensor that one module hands to the next."""
+        if inplace or self._last is None or self._last.values is not tensor:
+            self._last = Stream(tensor, norm(tensor))
+        return self._last
 
-    def _add(self, layer: Layer, x: Stream, y: Stream) -> None:
-        found = cosine(dot(x.values, y.values), x.norm, y.norm)
-        self._similarity.setdefault(self._column[layer], []).append(found)
+    def _add(self, layer: Layer, change: Change) -> None:
+        self._found.setdefault(self._column[layer], []).append(change)
 
-    def _whole(self, parts: list[Tensor]) -> Tensor:
+    def _whole(self, parts: list[Change]) -> Change:
         """The segments of a text, in the order in which the model read them, as one.  [B, T]"""
-        first = [self._batch_first(part) for part in parts]
-        return first[0] if len(first) == 1 else torch.cat(first, dim=1)
+        if len(parts) == 1:
+            return Change(*map(self._batch_first, parts[0]))
+        return Change(*(torch.cat([self._batch_first(p) for p in part], dim=1) for part in zip(*parts, strict=True)))
 
-    def _batch_first(self, similarity: Tensor) -> Tensor:
+    def _batch_first(self, part: Tensor) -> Tensor:
         """[B, T] of a stream that runs with its tokens first (XLNet, FSMT) too; others as they are."""
         batch = self.batch if self.scored is None else self.scored.shape[0]
-        first = similarity.ndim != 2 or batch is None or similarity.shape[0] == batch or similarity.shape[1] != batch
-        return similarity if first else similarity.T
+        first = part.ndim != 2 or batch is None or part.shape[0] == batch or part.shape[1] != batch
+        return part if first else part.T
 
     def _sum(self, similarity: Tensor) -> tuple[Tensor, Tensor]:
         """[layers, B, T], or [layers, B, H, W] for images -> sums [layers, B] in float64 and tokens [B]."""
@@ -137,11 +146,11 @@ class Capture:
         return kept.sum(2, dtype=torch.float64), scored.sum(1)
 
 
-def _alike(found: Mapping[int, Tensor]) -> list[list[int]]:
-    """Columns whose similarities can be stacked: of one shape, on one device."""
+def _alike(found: Mapping[int, Change]) -> list[list[int]]:
+    """Columns whose changes can be stacked: of one shape, on one device."""
     groups: dict[tuple[torch.device, torch.Size], list[int]] = {}
-    for column, similarity in found.items():
-        groups.setdefault((similarity.device, similarity.shape), []).append(column)
+    for column, change in found.items():
+        groups.setdefault((change.distance.device, change.distance.shape), []).append(column)
     return list(groups.values())
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dropformer.metrics.analysis.similarity import cosine, dot, norm
+from dropformer.metrics.analysis.similarity import cosine, distance, norm
 from dropformer.metrics.blockwise.divergence import DenseReference, dropped_modules
 from dropformer.metrics.blockwise.residuals import residual_pairs
 from dropformer.metrics.blockwise.runner import BlockRunner
@@ -53,8 +53,7 @@ Metric = Callable[["MetricContext"], dict[Layer, float]]
 
 def similarity(x: Tensor, y: Tensor) -> Tensor:
     """cos(x, y) per token.  [..., D] -> [...]."""
-    x, y = x.float(), y.float()
-    return cosine(dot(x, y), norm(x), norm(y))
+    return cosine(distance(x, y), norm(x), norm(y))
 
 
 def angular(x: Tensor, y: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ accelerate's offloading or from files (`provider`).
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -75,7 +76,7 @@ class BlockRunner:
         self.work = work or Work(len(self.blocks), self.tokens)
         self.work.measure(model, [block.path for block in self.blocks])
         self._passing = {block.path: Skipped(block.form) for block in self.blocks}
-        with torch.inference_mode():
+        with torch.no_grad():
             self._calls = [self._record(batch) for batch in self.batches]
         if any(len(calls) != len(self.blocks) for calls in self._calls):
             raise ArchitectureError(f"{self.stack.path} runs its blocks once for each segment of a text; {SIMILARITY}")
@@ -83,6 +84,12 @@ class BlockRunner:
     def like(self, batches: Sequence[Mapping[str, Tensor]], architecture: Architecture) -> BlockRunner:
         """A runner of the same model on other batches, with the same provider, work and keeper."""
         return BlockRunner(self.model, architecture, batches, self.provider, self.work, self.keeper)
+
+    def of(self, model: nn.Module) -> BlockRunner:
+        """The same batches in a model with the same blocks at the same paths, such as a changed copy."""
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -126,6 +133,12 @@ class BlockRunner:
             stream = self.step(block, batch, stream)
         return stream
 
+    @property
+    def picks_logits(self) -> bool:
+        """Does the model make logits at chosen positions alone?"""
+        few = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        return few and next(hooks_of(self.model), None) is None  # over several GPUs they would come to another one
+
     def logits(self, batch: int, stream: Tensor, positions: Tensor | None = None) -> Tensor:
         """What the model makes of the stream after its last block: logits [B, T, V], at `positions` only if given."""
         first = self.blocks[0]
@@ -134,8 +147,7 @@ class BlockRunner:
         def inject(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
             return Call(args, kwargs).on(_one(first.input), stream)
 
-        few = positions is not None and "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        few = few and next(hooks_of(self.model), None) is None  # over several GPUs they would come to another one
+        few = positions is not None and self.picks_logits
         with replaced(self.model, self._passing):
             hook = self.model.get_submodule(first.path).register_forward_pre_hook(inject, with_kwargs=True)
             try:

@@ -1,8 +1,8 @@
-"""Prompts with completions, or conversations, of which only what the model is to write counts.
+"""Prompts with completions, or conversations; only the completions are scored.
 
 A row of a .jsonl is {"prompt": ..., "completion": ...} or {"messages": [{"role": ..., "content": ...}, ...]}, with
 the tokenizer's chat template applied; the assistant's turns are the completions.  Depth pruning breaks reasoning
-first, and prose does not show it: a model should be ranked, repaired and validated on what it is used for.
+first, which perplexity on plain text does not show: calibrate and validate on the data that the model is used for.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 
 from dropformer.prune.errors import CalibrationError
 
-Row = tuple[list[int], list[bool]]  # token ids, and which of them count
+Row = tuple[list[int], list[bool]]  # token ids, and which of them are scored
 EXPECTED = '"text", "prompt" with "completion", or "messages"'
 
 
 def has_completions(name: str) -> bool:
-    """Is this a .jsonl file whose first row has completions that count apart from their prompts?"""
+    """Whether this is a .jsonl file whose first row has a completion or messages."""
     first = _first_row(name)
     return "text" not in first and bool({"completion", "messages"} & first.keys())
 
 
 def _first_row(name: str) -> dict[str, Any]:
-    """The first row of a .jsonl file; empty for any other file, and for a row that is no object."""
+    """The first row of a .jsonl file; empty for other files and if the row is not an object."""
     path = Path(name)
     if path.suffix != ".jsonl" or not path.is_file():
         return {}
@@ -38,26 +38,23 @@ def _first_row(name: str) -> dict[str, Any]:
 
 
 def completion_rows(name: str, tokenizer: Any, length: int) -> Iterator[Row]:
-    """Each row's tokens, cut after `length`, less rows that then have no token of a completion.
+    """Each row's tokens, truncated to `length`; rows without a completion token within that are skipped.
 
-    Raises CalibrationError, with the line, for a row of another form and for a template that cannot be applied.
+    Raises CalibrationError, with the line number, for a malformed row and for a template that cannot be applied.
     """
     for where, row in _rows(name):
         ids, counts = _tokens(row, tokenizer, where)
-        if any(counts[1:length]):  # the first token of a text is predicted from nothing
+        if any(counts[1:length]):  # the first token has no prediction
             yield ids[:length], counts[:length]
 
 
 def has_prompts(name: str) -> bool:
-    """Is this a .jsonl file whose first row is a prompt to answer: `prompt` or `messages`?"""
+    """Whether this is a .jsonl file whose first row has `prompt` or `messages`."""
     return bool({"prompt", "messages"} & _first_row(name).keys())
 
 
 def prompt_rows(name: str, tokenizer: Any) -> Iterator[list[int]]:
-    """The tokens of each row's prompt, or of its conversation up to the assistant's last turn.
-
-    Raises CalibrationError, with the line, for a row of another form and for a template that cannot be applied.
-    """
+    """The tokens of each row's prompt, or of its conversation up to the assistant's last turn.  Raises as above."""
     for where, row in _rows(name):
         if isinstance(row, dict) and "messages" in row:
             ids, counts = _conversation(_messages(_answered(row["messages"]), where), tokenizer, where)
@@ -71,14 +68,14 @@ def prompt_rows(name: str, tokenizer: Any) -> Iterator[list[int]]:
 
 
 def _answered(messages: Any) -> Any:
-    """A conversation with an empty turn of the assistant's where another spoke last."""
+    """The conversation, with an empty assistant turn appended if it ends with another role's turn."""
     last = messages[-1] if isinstance(messages, list) and messages else None
     asks = isinstance(last, Mapping) and last.get("role") != "assistant"
     return [*messages, {"role": "assistant", "content": ""}] if asks else messages
 
 
 def _rows(name: str) -> Iterator[tuple[str, Any]]:
-    """Each row's place, for error messages, and its content; None where it is not JSON."""
+    """Each row's file and line, for error messages, and its content; None if it is not JSON."""
     with Path(name).open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -115,9 +112,9 @@ def _messages(found: Any, where: str) -> list[dict[str, str]]:
 
 
 def _conversation(messages: list[dict[str, str]], tokenizer: Any, where: str) -> Row:
-    """A conversation as the chat template writes it; what it adds for an assistant's turn is the completion.
+    """A conversation rendered by the chat template; the assistant's turns are scored.
 
-    A turn is what the whole conversation up to it has beyond the one before it with the assistant asked to speak.
+    A turn is the rendered text through that turn, minus the rendered generation prompt before it.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise CalibrationError(
@@ -131,7 +128,7 @@ def _conversation(messages: list[dict[str, str]], tokenizer: Any, where: str) ->
                 before = _templated(tokenizer, messages[:i], add_generation_prompt=True)
                 after = _templated(tokenizer, messages[: i + 1])
                 spans.append((len(before), len(after), whole.startswith(before) and whole.startswith(after)))
-    except Exception as error:  # templates raise what they like: roles that must alternate, a system turn refused
+    except Exception as error:  # templates raise any type: roles that must alternate, no system turn allowed
         said = next(iter(str(error).splitlines()), type(error).__name__)
         raise CalibrationError(f"{where}: the chat template cannot be applied: {said}") from None
     if not all(same for *_, same in spans):

@@ -1,4 +1,4 @@
-"""What a model is calibrated on: windows of text, or images for a model that takes nothing else."""
+"""Calibration data of a model: windows of text, or images for a model that takes only images."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from dropformer.prune.samples.inputs import longest_text, takes_pictures
 
 
 class CalibrationData(Protocol):
-    """Samples as a model takes them, one per row: text windows or images."""
+    """Model inputs, one sample per row: text windows or images."""
 
     @property
     def ref(self) -> CalibrationRef:
-        """What they are, for an artifact."""
+        """Name, size, seed and hash, as artifacts record them."""
 
     def __len__(self) -> int: ...
 
     def lengths(self) -> list[int]:
-        """How long each is without padding: those that are alike are cheap to run together."""
+        """Length of each sample without padding."""
 
     def batches(self, size: int, start: int = 0) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
         """(model inputs, scored positions [B, T] bool or None for all) for `size` samples at a time, in order."""
 
     def batch(self, which: Sequence[int]) -> tuple[dict[str, Tensor], Tensor | None]:
-        """The same for these samples."""
+        """(model inputs, scored positions) of these samples."""
 
 
 def default_settings(model: Any, default: Calibration) -> Calibration:
-    """Default calibration settings, clamped to the model's maximum length; random pixels for a model of images."""
+    """Default calibration settings, clamped to the model's maximum length; random pixels for an image model."""
     if takes_pictures(model):
         return replace(default, name=PIXELS)
     limit = longest_text(model) if model is not None else None
@@ -47,7 +47,7 @@ def default_settings(model: Any, default: Calibration) -> Calibration:
 
 
 def text_windows(calibration: Calibration, writer: Writer) -> Windows:
-    """Windows of a text, or of what the model writes itself."""
+    """Windows of a text, or of text that the model generates."""
     itself = writes_itself(calibration.name)
     return written_windows(calibration, writer) if itself else windows(calibration, writer.tokenizer)
 
@@ -57,8 +57,7 @@ def calibration_data(
 ) -> CalibrationData:
     """The windows or images of a calibration for a model (None: not loaded) whose files are in `folder`.
 
-    `fingerprint` names the weights, where what the model writes is to be kept.
-
+    `fingerprint` identifies the weights in the cache of generated text (None: not cached).
     Raises ModelError for a text model without a tokenizer, CalibrationError for data that the model cannot read.
     """
     if takes_pictures(model):

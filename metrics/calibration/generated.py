@@ -1,8 +1,8 @@
-"""Calibration on what the model writes itself: `self`, or `self:FILE` for prompts of one's own.
+"""Calibration on text that the model generates: `self`, or `self:FILE` with prompts from a file.
 
-Depth pruning breaks first what a model is used for, and text that it writes itself is close to that where no other is
-at hand (data-free quantization does the same, arXiv 2305.17888).  Only what the model wrote counts, as with the
-completions of a .jsonl file.  Written once: a cache keeps the tokens by weights, prompts and settings.
+Without data from its use, a model's own samples are the closest substitute (data-free quantization does the same,
+arXiv 2305.17888).  Only generated tokens are scored, as with the completions of a .jsonl file.  They are cached by
+weights, prompts and settings.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from dropformer.prune.files.folder import new_files
 from dropformer.prune.files.output_paths import cache_folder
 from dropformer.prune.loading.quiet import quiet_transformers
 
-PROMPT = 64  # tokens of a prompt cut from a text, and at most a quarter of the window
-ROWS = 32  # texts written at once: a step then multiplies matrices, which one row would only read
+PROMPT = 64  # tokens of a prompt taken from a text; at most a quarter of the window
+ROWS = 32  # batch size of generation
 TOP_P = 0.95
 
 
 @dataclass(frozen=True)
 class Writer:
-    """A model that writes; `fingerprint` names its weights in the cache (None: nothing is kept)."""
+    """A model that generates text; `fingerprint` identifies its weights in the cache (None: not cached)."""
 
     model: nn.Module
     tokenizer: Any
@@ -53,10 +53,10 @@ class Writer:
 def written_windows(calibration: Calibration, writer: Writer) -> Windows:
     """Windows of prompts with the model's continuations; the prompts are not scored.
 
-    Prompts of a .jsonl of completions or messages are taken whole and answered up to the end-of-text token; of any
-    other text random pieces are prompts, a quarter of the window at most, and the model writes on to its end.
-    Sampled at temperature 1 among the most likely tokens of together 95 %, seeded.
-    Time: one decoding step a token for every `ROWS` windows.  Memory: their KV cache.
+    Prompts of a .jsonl with completions or messages are used whole and answered up to the end-of-text token.  From
+    any other text, random pieces of at most a quarter of the window are prompts, and the model fills the window.
+    Sampled at temperature 1 with top-p 0.95, seeded.
+    Time: one decoding step per token for every `ROWS` windows.  Memory: their KV cache.
     Raises ModelError for a model that does not generate.
     """
     if not getattr(writer.model, "can_generate", lambda: False)():
@@ -73,22 +73,22 @@ def written_windows(calibration: Calibration, writer: Writer) -> Windows:
 
 
 def _prompts(calibration: Calibration, tokenizer: Any, answers: bool) -> list[list[int]]:
-    """The prompts that the seed draws, in tokens.  Raises CalibrationError where there are too few."""
+    """Token ids of the prompts that the seed draws.  Raises CalibrationError if there are too few."""
     name = prompts_of(calibration.name)
     if answers:
         rows = [row for row in prompt_rows(name, tokenizer) if len(row) < calibration.length]
     else:
         size = max(2, min(PROMPT, calibration.length // 4))
         _, end = frame(tokenizer)
-        cut = windows(replace(calibration, name=name, length=size, skip_first=0), tokenizer).ids.tolist()
-        return [row[: size - len(end)] for row in cut]
+        pieces = windows(replace(calibration, name=name, length=size, skip_first=0), tokenizer).ids.tolist()
+        return [row[: size - len(end)] for row in pieces]
     return [rows[i] for i in picked(rows, calibration, "prompts within")]
 
 
 def _written(
     prompts: Sequence[Sequence[int]], calibration: Calibration, writer: Writer, answers: bool
 ) -> Iterator[list[int]]:
-    """Each prompt with what follows it, prompts of one length at a time so that none is padded."""
+    """Each prompt with its continuation; batches hold prompts of equal length, so none is padded."""
     alike: dict[int, list[int]] = defaultdict(list)
     for i, prompt in enumerate(prompts):
         alike[len(prompt)].append(i)
@@ -107,15 +107,15 @@ def _devices(model: Any) -> list[torch.device]:
 
 
 def _generate(writer: Writer, ids: Tensor, length: int, answers: bool) -> list[list[int]]:
-    """Rows [B, P] written on to `length` tokens, or to their end where they `answer`."""
+    """Continuations of prompts [B, P] up to `length` tokens, or up to end-of-text if `answers`."""
     model: Any = writer.model
     end = writer.tokenizer.eos_token_id
     ids = ids.to(model.device)
-    with torch.inference_mode(), quiet_transformers():  # which warns of an end that no token is
+    with torch.inference_mode(), quiet_transformers():  # warns of eos_token_id -1
         rows = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=length - ids.shape[1],
             do_sample=True, temperature=1.0, top_p=TOP_P, top_k=0,
-            eos_token_id=end if answers else -1,  # -1: no token ends a text, the next one begins behind it
+            eos_token_id=end if answers else -1,  # -1: generation never stops early
             pad_token_id=0 if end is None else end,
         )  # fmt: skip
     found = rows.tolist()
@@ -123,14 +123,14 @@ def _generate(writer: Writer, ids: Tensor, length: int, answers: bool) -> list[l
 
 
 def _ended(row: list[int], start: int, end: int | None) -> list[int]:
-    """A row up to the first end-of-text token behind its prompt.  For example [5, 6, 2, 2] from 1 on: [5, 6, 2]."""
+    """A row up to the first end-of-text token after its prompt.  For example [5, 6, 2, 2] from 1 on: [5, 6, 2]."""
     return row[: row.index(end, start) + 1] if end in row[start:] else row
 
 
 def _windows(
     calibration: Calibration, tokenizer: Any, prompts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
 ) -> Windows:
-    """The rows as windows of which only what was written counts."""
+    """The rows as windows in which only generated tokens are scored."""
     ids, padding = padded(rows, tokenizer)
     counts = padding.clone()
     for i, prompt in enumerate(prompts):
@@ -139,7 +139,7 @@ def _windows(
 
 
 def _file(calibration: Calibration, prompts: Sequence[Sequence[int]], writer: Writer) -> Path | None:
-    """Where the rows are kept: a name for the weights, their dtype, the prompts and the settings."""
+    """The cache file of the rows, named by weights, dtype, prompts and settings."""
     if writer.fingerprint is None:
         return None
     dtype = next(writer.model.parameters()).dtype
@@ -148,7 +148,7 @@ def _file(calibration: Calibration, prompts: Sequence[Sequence[int]], writer: Wr
 
 
 def _kept(file: Path | None) -> list[list[int]] | None:
-    """What an earlier run wrote; None where it wrote nothing, or nothing that can be read."""
+    """The cached rows; None if there are none or they cannot be read."""
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file else None
     except (OSError, ValueError):
@@ -158,7 +158,7 @@ def _kept(file: Path | None) -> list[list[int]] | None:
 
 
 def _keep(file: Path | None, rows: Sequence[Sequence[int]]) -> None:
-    """Keep the rows for a later run, or go without where the cache cannot be written."""
+    """Cache the rows; does nothing if the cache cannot be written."""
     if file is None:
         return
     with suppress(OSError, OutputError), new_files(file.parent) as folder:

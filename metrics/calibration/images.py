@@ -1,6 +1,6 @@
 """Calibration on images: a folder of them through the model's image processor, or random pixels.
 
-Names are checked without torch, which only reading and drawing need.
+Checking names does not import torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images as the model takes them, [N, ...], of which every patch is scored: `CalibrationData`."""
+    """`CalibrationData` of preprocessed images [N, ...]; every patch is scored."""
 
     pixels: Tensor
     ref: CalibrationRef
@@ -32,7 +32,7 @@ class Pictures:
         return self.pixels.shape[0]
 
     def lengths(self) -> list[int]:
-        """Images are all of one size."""
+        """All images have the same size."""
         return [1] * len(self)
 
     def batches(self, size: int, start: int = 0) -> Iterator[tuple[dict[str, Tensor], None]]:
@@ -41,26 +41,26 @@ class Pictures:
             yield self.batch(range(first, min(first + size, len(self))))
 
     def batch(self, which: Sequence[int]) -> tuple[dict[str, Tensor], None]:
-        """(model inputs, None: every token counts) of these images."""
+        """(model inputs, None: every position is scored) of these images."""
         return {"pixel_values": self.pixels[list(which)]}, None
 
 
 def image_files(name: str) -> list[Path]:
-    """The images in a folder, sorted.  Raises CalibrationError where there are none."""
+    """The images in a folder, sorted.  Raises CalibrationError if there are none."""
     found = sorted(p for p in Path(name).rglob("*") if p.suffix.lower() in SUFFIXES) if Path(name).is_dir() else []
     if not found:
         raise CalibrationError(
-            f"`{name}` is no folder of images; expected one with {', '.join(sorted(SUFFIXES))} files, "
+            f"`{name}` is not a folder of images; expected one with {', '.join(sorted(SUFFIXES))} files, "
             f"or `{PIXELS}` for random ones"
         )
     return found
 
 
 def pictures(calibration: Calibration, config: Any, folder: Path) -> Pictures:
-    """The images that a calibration names: a folder, or `pixels`, uniform random ones, which need no files.
+    """The images that a calibration names: a folder of images, or `pixels` for uniform random ones.
 
-    `folder` holds the model and its image processor.  Of a folder with fewer images than asked for all are
-    used.  Raises CalibrationError for a text, for a folder without images, and where there is no processor.
+    `folder` holds the model and its image processor.  All images are used if there are fewer than requested.
+    Raises CalibrationError for a text, for a folder without images, and for a model without an image processor.
     """
     from dropformer.prune.samples.inputs import random_pixels
 

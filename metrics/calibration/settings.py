@@ -1,4 +1,4 @@
-"""Calibration settings as the user gives them and as an artifact records them, and how many tokens a model reads."""
+"""Calibration settings, their record in artifacts, and a model's context length."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ CONTEXT_FIELDS = ("max_position_embeddings", "n_positions")
 
 @dataclass(frozen=True)
 class Calibration:
-    """What to calibrate on.
+    """Calibration settings: `samples` windows of `length` tokens.
 
-    `samples` windows of `length` tokens.  `packed` windows are cut from the documents laid end to end;
-    otherwise each window is the start of one document, padded, and padding never counts.
-    `skip_first` tokens of every window are run but not scored: the first token of a window is an
-    attention sink whose huge norm says little about the layer (arXiv 2309.17453).
+    `packed` windows come from concatenated documents; otherwise each window is the start of one document, padded,
+    and padding is not scored.  The first `skip_first` tokens of every window are run but not scored: the first
+    token is an attention sink whose huge norm says little about the layer (arXiv 2309.17453).
     """
 
     name: str = "builtin"
@@ -31,7 +30,7 @@ class Calibration:
 
 
 class CalibrationRef(FrozenRecord):
-    """A calibration as an artifact records it; `hash` is SHA-256 of the token ids and the scored positions."""
+    """A calibration in an artifact; `hash` is the SHA-256 of the token ids and the scored positions."""
 
     name: str
     samples: int
@@ -43,10 +42,9 @@ class CalibrationRef(FrozenRecord):
 
 
 def context_of(config: Any) -> int | None:
-    """The longest text, in tokens, that a config (or its dictionary) names; None where it names none.
+    """The context length in tokens that a config (or its dictionary) gives, in its text part if it has one, or None.
 
-    Learned positions end there, and rotary ones lose their meaning beyond.  Of a config with several parts the
-    text part counts.
+    Learned position embeddings end there, and rotary ones were not trained beyond.
     """
     if not isinstance(config, Mapping):
         config = config.to_dict()

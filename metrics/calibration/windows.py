@@ -1,4 +1,4 @@
-"""Calibration windows: token ids of a fixed length, the same for the same text, tokenizer and seed."""
+"""Calibration windows: token ids of a fixed length, deterministic for a text, tokenizer and seed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from dropformer.prune.errors import CalibrationError
 
 @dataclass(frozen=True)
 class Windows:
-    """Token ids [N, T] int64, and which positions are scored, [N, T] bool; `padding` marks real tokens.
+    """Token ids [N, T] int64; `scored` [N, T] bool marks scored positions, `padding` [N, T] bool real tokens.
 
-    A position is scored for its own token: where losses are taken, the prediction of that token counts.
+    For a loss, a scored position counts the prediction of its own token.
     """
 
     ids: Tensor
@@ -32,25 +32,25 @@ class Windows:
         return self.ids.shape[0]
 
     def lengths(self) -> list[int]:
-        """The tokens of each window, without padding."""
+        """Tokens per window, without padding."""
         return self.padding.sum(1).tolist()
 
     @property
     def partly_scored(self) -> Tensor | None:
-        """`scored` where that is not every token, else None."""
+        """`scored`, or None if every position is scored."""
         return None if self.scored.all() else self.scored
 
     def batches(self, size: int, start: int = 0) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        """(model inputs, scored positions) for `size` windows at a time, shorter ones first, so that few are padded.
+        """(model inputs, scored positions) for `size` windows at a time, sorted by length to reduce padding.
 
-        Windows of one length come in order; no mask where none is padded.
+        The sort is stable; there is no attention mask without padding.
         """
         order = by_length(self.lengths())
         for first in range(start, len(order), size):
             yield self.batch(order[first : first + size])
 
     def batch(self, which: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
-        """(model inputs, scored positions) of these windows, less the columns that are padding in all of them."""
+        """(model inputs, scored positions) of these windows, without columns that are padding in all of them."""
         rows = list(which)
         width = int(self.padding[rows].sum(1).max())
         padding = self.padding[rows, :width]
@@ -61,18 +61,18 @@ class Windows:
 
 
 def named_texts(data: Sequence[Windows]) -> dict[str, Any]:
-    """The texts of several windows, as an artifact names them."""
+    """The texts of several sets of windows, as artifacts record them."""
     texts = [windows.ref.model_dump() for windows in data]
     return texts[0] if len(texts) == 1 else {"name": ",".join(text["name"] for text in texts), "texts": texts}
 
 
 def by_length(lengths: Sequence[int]) -> list[int]:
-    """The windows from the shortest to the longest, those of one length in order."""
+    """Indices from the shortest to the longest window, in a stable order."""
     return sorted(range(len(lengths)), key=lambda i: lengths[i])
 
 
 def computed_tokens(lengths: Sequence[int], size: int) -> int:
-    """The tokens that run, padding included, where windows of these lengths run `size` at a time by length.
+    """Tokens computed, padding included, for windows of these lengths, sorted, in batches of `size`.
 
     For example [2, 9, 3, 8] by twos: 2 and 3 run as 2 x 3, 8 and 9 as 2 x 9, 24 tokens for the 22 needed.
     """
@@ -82,18 +82,18 @@ def computed_tokens(lengths: Sequence[int], size: int) -> int:
 
 
 def windows(calibration: Calibration, tokenizer: Any) -> Windows:
-    """Tokenize the calibration text and cut it.  Raises CalibrationError where there is too little of it."""
+    """Tokenize the calibration text into windows.  Raises CalibrationError if there is too little text."""
     if calibration.samples < 1 or calibration.length < 2 or not 0 <= calibration.skip_first < calibration.length:
         raise CalibrationError("calibration needs at least 1 window of 2 tokens, and fewer skipped tokens than that")
     if has_completions(calibration.name):
         return _completions(calibration, tokenizer)
-    cut = _packed if calibration.packed else _one_document_each
-    ids, padding = cut(calibration, tokenizer)
+    make = _packed if calibration.packed else _one_document_each
+    ids, padding = make(calibration, tokenizer)
     return scored_windows(calibration, ids, padding, padding)
 
 
 def scored_windows(calibration: Calibration, ids: Tensor, padding: Tensor, counts: Tensor) -> Windows:
-    """Windows of these ids [N, T] with a record of what they are; the first tokens that count are skipped."""
+    """Windows of these ids [N, T] with their record; the first `skip_first` tokens are not scored."""
     scored = counts.clone()
     scored[:, : calibration.skip_first] = False
     digest = hashlib.sha256(ids.numpy().tobytes() + scored.numpy().tobytes()).hexdigest()
@@ -102,23 +102,23 @@ def scored_windows(calibration: Calibration, ids: Tensor, padding: Tensor, count
 
 
 def _completions(calibration: Calibration, tokenizer: Any) -> Windows:
-    """A window for each prompt with its completion, or conversation; only completions are scored."""
+    """One window per prompt with completion, or per conversation; only completions are scored."""
     first = max(1, calibration.skip_first)
     found = completion_rows(calibration.name, tokenizer, calibration.length)
     rows = [row for row in found if any(row[1][first:])]
     which = picked([ids for ids, _ in rows], calibration, "completions within")
     ids, padding = padded([rows[i][0] for i in which], tokenizer)
     counts, _ = padded([rows[i][1] for i in which], None)
-    counts[:, 0] = 0  # nothing predicts a text's first token
+    counts[:, 0] = 0  # the first token has no prediction
     return scored_windows(replace(calibration, packed=False), ids, padding, counts.bool())
 
 
 def _packed(calibration: Calibration, tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Random windows of the documents laid end to end, each framed as the tokenizer frames a text."""
+    """Random windows of the concatenated documents, each with the tokenizer's special tokens around it."""
     start, end = frame(tokenizer)
     body = calibration.length - len(start) - len(end)
     if body < 1:
-        raise CalibrationError(f"{calibration.length} tokens hold no text beside the special ones; raise --length")
+        raise CalibrationError(f"{calibration.length} tokens leave no room beside special tokens; raise --length")
     rows: list[list[int]] = []
     rest: list[int] = []
     wanted = calibration.samples if calibration.name not in FINITE else None
@@ -132,7 +132,7 @@ def _packed(calibration: Calibration, tokenizer: Any) -> tuple[Tensor, Tensor]:
 
 
 FINITE = ("builtin", "heldout", "docstrings")
-STREAM_POOL = 4  # windows read for each one used, so that the seed has something to choose from
+STREAM_POOL = 4  # windows read from a stream per window used, for the seed to choose from
 
 
 def _one_document_each(calibration: Calibration, tokenizer: Any) -> tuple[Tensor, Tensor]:
@@ -151,7 +151,7 @@ def _sampled(rows: list[list[int]], calibration: Calibration, tokenizer: Any) ->
 
 
 def picked(rows: Sequence[Any], calibration: Calibration, what: str) -> list[int]:
-    """Which rows the seed draws.  Raises CalibrationError where there are too few."""
+    """Indices of the rows that the seed draws.  Raises CalibrationError if there are too few."""
     if len(rows) < calibration.samples:
         raise CalibrationError(
             f"`{calibration.name}` gives {len(rows)} {what} {calibration.length} tokens, but {calibration.samples} "
@@ -162,7 +162,7 @@ def picked(rows: Sequence[Any], calibration: Calibration, what: str) -> list[int
 
 
 def padded(picked: Sequence[Sequence[int]], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Rows padded to the longest, [N, T] int64, and which of them are no padding, [N, T] bool."""
+    """Rows padded to the longest, [N, T] int64, and a mask of the real tokens, [N, T] bool."""
     width = max(map(len, picked))
     ids = torch.full((len(picked), width), getattr(tokenizer, "pad_token_id", 0) or 0, dtype=torch.int64)
     padding = torch.zeros((len(picked), width), dtype=torch.bool)
@@ -179,7 +179,7 @@ def bos(tokenizer: Any) -> list[int]:
 
 
 def frame(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and after a text: [BOS] or [CLS], and [SEP] or [EOS]."""
+    """The special tokens that the tokenizer puts before and after a text: [BOS] or [CLS], and [SEP] or [EOS]."""
     whole, inner = (tokenizer("a", verbose=False, add_special_tokens=say)["input_ids"] for say in (True, False))
     places = (i for i in range(len(whole) - len(inner) + 1) if whole[i : i + len(inner)] == inner)
     place = next(places, len(bos(tokenizer)))

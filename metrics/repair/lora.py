@@ -2,30 +2,27 @@
 
 The pruned model learns to give the dense model's probabilities (arXiv 1503.02531) on the calibration windows: what is
 learned is not the text but the dense model's answer to it.  The adapters are merged into the weights afterwards, so
-that a checkpoint stays in its format and costs nothing more to run.  Needs peft.
+that a checkpoint stays in its format and costs nothing more to run.  Weights of norms, a number a channel, are
+learned as they are.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 from dropformer.metrics.blockwise.divergence import first_changed
 from dropformer.metrics.blockwise.runner import BlockRunner
+from dropformer.metrics.repair.adapters import Adapter, Shift, adapters
 from dropformer.metrics.repair.base import Changes, RepairContext
-from dropformer.prune.discovery.trace import outputs_of
-from dropformer.prune.loading.device import hooks_of
-from dropformer.prune.loading.parts import replaced
+from dropformer.prune.loading.parts import output_embeddings, replaced
 from dropformer.prune.surgery.views import sharing_copy
 
 Progress = Callable[[int, int], None]
@@ -33,17 +30,22 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Healing:
-    """How to train: ranks, the highest learning rate, passes over the windows, every how many positions' logits count.
+    """How to train: rank of the adapters, highest learning rates, passes over the windows, positions that count.
 
+    `norms`: the learning rate of norms' weights, relative to the root mean square of each.  `stride`: logits count at
+    every so many positions; 0: as many as keep the head no dearer than the blocks, at most 4.
     `room`: bytes of a pass that may be kept for its gradients; where they take more, blocks run again instead.
+    `logits`: bytes of logits that are held at a time.
     """
 
     rank: int = 16
     rate: float = 1e-3
+    norms: float = 3e-3
     epochs: int = 2
-    stride: int = 4
+    stride: int = 0
     warm_up: int = 8
     room: int = 2 << 30
+    logits: int = 64 << 20
 
     def factor(self, step: int, steps: int) -> float:
         """The share of the learning rate at a step: up within `warm_up` steps, then down along a cosine."""
@@ -51,7 +53,7 @@ class Healing:
 
 
 def fit_adapters(context: RepairContext) -> Changes:
-    """Adapters around every linear module behind the first gap, on top of earlier repairs, merged."""
+    """Adapters around every linear module and norm behind the first gap, on top of earlier repairs, merged."""
     found = context.variant()
     tenths = _Tenths(context.tell)
     return Changes(heal(context.runner, found.modules(), first_changed(context.runner, found.paths), progress=tenths))
@@ -75,32 +77,36 @@ def heal(
     how: Healing | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Tensor]:
-    """Parameter name -> merged weight, of every linear module in the blocks from `first` on; the model does not change.
+    """Parameter name -> new value, of linear modules and norms in the blocks from `first` on; the model stays.
 
-    `modules` replace the dense model's.  Time: a dense forward pass, and two forward passes and a backward pass
-    of the pruned model, for each batch and epoch.  Memory: the stream of a batch between blocks and one block's
-    activations, which are computed again for the backward pass, its logits twice, and the adapters with two moments
-    each; the merged weights go to the runner's keeper one by one.  A batch whose activations fit into `room` keeps
-    them, which spares a forward pass.
+    `modules` replace the dense model's.  Time: one dense forward pass; for each batch and epoch the changed blocks
+    forwards and, through weights that stay as they are, backwards, which is about as much again; the head three
+    times at the positions that count.  Memory: two streams of all windows, which the keeper may move out; one
+    batch's activations, or, where they do not fit into `room`, those of one block, which then runs again; logits
+    within `logits`, and the adapters with two moments each.
     """
     how = how or Healing()
     student = sharing_copy(runner.model)
     with ExitStack() as stack:
         stack.enter_context(replaced(student, modules))
         stack.enter_context(flags(runner.model, modules.values()))
-        adapted = adapters(student, linear_paths(student, runner, first), how)
         behind = [block.path for block in runner.blocks[first:]]
-        again = behind if activations(student, adapted, runner) > how.room else []
-        with recomputing(student, again):
-            train(student, adapted.values(), runner, how, progress)
-        passes = 4 if again else 3
-        runner.work.spent += (len(runner.blocks) + passes * len(behind)) * runner.tokens * how.epochs
-        return {f"{path}.weight": runner.keeper.keep(merged(adapted.pop(path))) for path in list(adapted)}
+        learned = adapters(student, behind, how.rank)
+        again = behind if activations(learned, runner) > how.room else []
+        stack.enter_context(replaced(student, learned))
+        stack.enter_context(recomputing(student, again))
+        lesson = Lesson(runner, runner.of(student), first, how, 2 if again else 1)
+        train(lesson, learned, progress)
+        return {
+            f"{path}.{name}": runner.keeper.keep(value)
+            for path in list(learned)
+            for name, value in learned.pop(path).merged().items()
+        }
 
 
-def activations(student: nn.Module, adapted: Iterable[str], runner: BlockRunner) -> int:
+def activations(learned: Mapping[str, Adapter | Shift], runner: BlockRunner) -> int:
     """About how many bytes a pass keeps for its gradients: what linear modules read and write, three times over."""
-    widths = sum(sum(student.get_parameter(f"{path}.weight").shape) for path in adapted)
+    widths = sum(sum(m.module.weight.shape) for m in learned.values() if isinstance(m, Adapter))
     most = max(inputs["input_ids"].numel() for inputs in runner.batches)
     return 3 * widths * most * runner.start(0).element_size()
 
@@ -110,84 +116,94 @@ def shuffled(count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def linear_paths(model: nn.Module, runner: BlockRunner, first: int) -> list[str]:
-    """The linear modules in the blocks from `first` on."""
-    return [
-        f"{block.path}.{name}"
-        for block in runner.blocks[first:]
-        for name, module in model.get_submodule(block.path).named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-    ]
+class Lesson:
+    """The dense streams before the first changed block and at the end, and what the student makes of the former."""
 
-
-def adapters(student: nn.Module, paths: Sequence[str], how: Healing) -> dict[str, Any]:
-    """Put an adapter that does nothing yet around each of the student's modules at these paths."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    turned = any(isinstance(student.get_submodule(path), Conv1D) for path in paths)
-    config = LoraConfig(
-        r=how.rank, lora_alpha=2 * how.rank, target_modules=list(paths), bias="none", fan_in_fan_out=turned
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        inject_adapter_in_model(config, student)
-    return {path: student.get_submodule(path) for path in paths}
-
-
-def train(
-    student: nn.Module,
-    adapted: Iterable[Any],
-    runner: BlockRunner,
-    how: Healing,
-    progress: Progress | None,
-) -> None:
-    """Bring KL(dense || student) down, one batch a step, domains mixed, positions in turn."""
-    steps = [batch for epoch in range(how.epochs) for batch in shuffled(len(runner), epoch)]
-    learned = [p for adapter in adapted for p in adapter.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=how.rate, betas=(0.9, 0.95), weight_decay=0.0)
-    for step, batch in enumerate(steps):
-        inputs = runner.batches[batch]
-        positions = _positions(inputs["input_ids"], runner.counted[batch], step % how.stride, how.stride)
-        for group in optimizer.param_groups:
-            group["lr"] = how.rate * how.factor(step, len(steps))
+    def __init__(self, dense: BlockRunner, student: BlockRunner, first: int, how: Healing, backward: int) -> None:
+        self.dense, self.student, self.first, self.how, self.backward = dense, student, first, how, backward
+        self.before: list[Tensor] = []
+        streams = [dense.start(batch) for batch in range(len(dense))]
         with torch.no_grad():
-            goal = log_probabilities(runner.model, inputs, positions)
+            for block in dense.walk():
+                self.before = list(streams) if block == first else self.before
+                streams = [dense.keeper.keep(dense.step(block, batch, stream)) for batch, stream in enumerate(streams)]
+        self.after = streams
+        self.stride = how.stride or self._stride()
+
+    def _stride(self) -> int:
+        """Positions apart at which the head, run three times, costs no more than the blocks, run twice; 4 at most."""
+        blocks = sum(p.numel() for block in self.dense.blocks[self.first :]
+                     for p in self.dense.model.get_submodule(block.path).parameters())  # fmt: skip
+        head = output_embeddings(self.dense.model)
+        return max(1, min(4, -(-3 * head.weight.numel() // (2 * max(blocks, 1))))) if head is not None else 4
+
+    def step(self, batch: int, turn: int) -> float:
+        """Gradients of the mean KL(dense || student) over a batch's positions in turn, which is returned."""
+        positions = self._positions(batch, turn % self.stride)
+        stream = self.before[batch]
         with torch.enable_grad():
-            found = log_probabilities(student, inputs, positions)
-            loss = nn.functional.kl_div(found, goal, log_target=True, reduction="sum") / goal.shape[:-1].numel()
-            loss.backward()
-        nn.utils.clip_grad_norm_(learned, 1.0)
+            for block in range(self.first, len(self.student.blocks)):
+                stream = self.student.step(block, batch, stream)
+            end = stream.detach().requires_grad_(True)
+            parts = [self._head(batch, end, some, len(positions)) for some in self._parts(batch, positions)]
+            stream.backward(end.grad)
+        self._count(batch)
+        return sum(parts) / (len(positions) * len(end))
+
+    def _head(self, batch: int, end: Tensor, positions: Tensor, count: int) -> float:
+        """Add the gradient at the stream's end of the KL at some positions, of `count` in all; gives their sum.
+
+        In logits z of the student, with probabilities p of it and q of the dense model, it is p - q.
+        """
+        with torch.no_grad():
+            goal = torch.log_softmax(self.dense.logits(batch, self.after[batch], positions).float(), -1)
+        logits = self.student.logits(batch, end, positions)
+        found = torch.log_softmax(logits.detach().float(), -1)
+        goal = goal.to(found.device)
+        chances = goal.exp()
+        divergence = float((chances * (goal - found)).sum())
+        logits.backward(((found.exp_() - chances) / (count * len(end))).to(logits.dtype))
+        return divergence
+
+    def _parts(self, batch: int, positions: Tensor) -> Sequence[Tensor]:
+        """Positions whose logits are held together."""
+        head = output_embeddings(self.dense.model)
+        if head is None or not self.dense.picks_logits:
+            return [positions]
+        row = 4 * head.weight.shape[0] * len(self.before[batch])
+        return positions.split(max(1, self.how.logits // row))
+
+    def _positions(self, batch: int, first: int) -> Tensor:
+        """Every so many of the positions whose next token counts in any of the batch's windows, from `first` on."""
+        ids, counted = self.dense.batches[batch]["input_ids"], self.dense.counted[batch]
+        if counted is None:
+            return torch.arange(first, ids.shape[1], self.stride, device=ids.device)
+        found = counted[:, 1:].any(0).nonzero()[:, 0].to(ids.device)
+        return found[min(first, len(found) - 1) :: self.stride]
+
+    def _count(self, batch: int) -> None:
+        """A backward pass through frozen weights takes what a forward pass takes."""
+        for block in self.student.blocks[self.first :]:
+            module = self.student.model.get_submodule(block.path)
+            self.dense.work.add(block.path, module, self.backward * self.dense.batches[batch]["input_ids"].numel())
+
+
+def train(lesson: Lesson, learned: Mapping[str, Adapter | Shift], progress: Progress | None) -> None:
+    """Bring KL(dense || student) down, one batch a step, domains mixed, positions in turn."""
+    how = lesson.how
+    steps = [batch for epoch in range(how.epochs) for batch in shuffled(len(lesson.dense), epoch)]
+    groups = [group for module in learned.values() for group in module.learned(how.rate, how.norms)]
+    optimizer = torch.optim.AdamW(groups, lr=how.rate, betas=(0.9, 0.95), weight_decay=0.0)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for step, batch in enumerate(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = group["most"] * how.factor(step, len(steps))
+        lesson.step(batch, step)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if progress:
             progress(step + 1, len(steps))
-
-
-def _positions(ids: Tensor, counted: Tensor | None, first: int, stride: int) -> Tensor:
-    """Every `stride`-th of the positions whose next token counts in any of the batch's windows, from `first` on."""
-    if counted is None:
-        return torch.arange(first, ids.shape[1], stride)
-    found = counted[:, 1:].any(0).nonzero()[:, 0].cpu()
-    return found[min(first, len(found) - 1) :: stride]
-
-
-def log_probabilities(model: nn.Module, inputs: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-    """[B, positions, V] in float32."""
-    few = "logits_to_keep" in inspect.signature(model.forward).parameters
-    few = few and next(hooks_of(model), None) is None  # over several GPUs they would come to another one
-    positions = positions.to(inputs["input_ids"].device)
-    output = model(**inputs, **({"logits_to_keep": positions} if few else {}))
-    logits = getattr(output, "logits", None)
-    logits = next(iter(outputs_of(output).values())) if logits is None else logits
-    logits = logits if few else logits[:, positions.to(logits.device)]
-    return torch.log_softmax(logits.float(), -1)
-
-
-def merged(adapter: Any) -> Tensor:
-    """The weight of the linear module with its adapter added, in its dtype."""
-    base, delta = adapter.get_base_layer(), adapter.get_delta_weight("default").detach()
-    step = delta.T if isinstance(base, Conv1D) and delta.shape != base.weight.shape else delta
-    return (base.weight.detach().float() + step.float()).to(base.weight.dtype).contiguous()
 
 
 @contextmanager

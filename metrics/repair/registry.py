@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from dropformer.prune.errors import PlanError
 from dropformer.prune.registry import Registry, imported
 
 if TYPE_CHECKING:
@@ -21,16 +19,14 @@ class RepairEntry:
     """One repair: how it is fitted, and how a search sees it.
 
     `fit` is a `base.RepairMethod`, `foresee` a `base.ForesightMethod`, or "module:name" of one; without `foresee` a
-    search measures candidates as if the repair were not.  `needs`: packages, by the extra that installs them.
-    `passes`: about how many forward passes it takes, for a bar.  `whole`: it trains through the whole model, so that
-    the weights cannot come block by block.  `maps`: it leaves linear maps in place of attention layers, which not
-    every export format can hold.
+    search measures candidates as if the repair were not.  `passes`: about how many forward passes it takes, for a
+    bar.  `whole`: it trains through the whole model, so that the weights cannot come block by block.  `maps`: it
+    leaves linear maps in place of attention layers, which not every export format can hold.
     """
 
     summary: str
     fit: str | Callable
     foresee: str | Callable | None = None
-    needs: tuple[tuple[str, str], ...] = ()
     whole: bool = False
     maps: bool = False
     passes: float = 1.0
@@ -44,14 +40,6 @@ class RepairEntry:
 
     def foresight(self) -> ForesightMethod:
         return imported(self.foresee)
-
-    def check(self, name: str) -> None:
-        """Raises PlanError where a package that the repair needs is missing."""
-        for package, extra in self.needs:
-            if find_spec(package) is None:
-                raise PlanError(
-                    f"--repair {name} needs {package}, which is not installed; pip install 'dropformer[{extra}]'"
-                )
 
 
 REPAIRS: Registry[RepairEntry] = Registry(
@@ -78,11 +66,10 @@ REPAIRS: Registry[RepairEntry] = Registry(
             f"{_HERE}.distill:fit_blocks",
         ),
         "lora": RepairEntry(
-            "adapters distilled from the dense model and merged (needs peft)",
+            "adapters distilled from the dense model and merged",
             f"{_HERE}.lora:fit_adapters",
-            needs=(("peft", "lora"),),
             whole=True,
-            passes=8.0,
+            passes=5.0,
         ),
     },
 )

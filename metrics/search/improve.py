@@ -48,8 +48,8 @@ class Improver:
     """A model on calibration windows of one or more domains, ready to choose and to repair.
 
     All windows pass a block before the next is entered; streams and fitted changes are held by `keeper`, which moves
-    them to files beyond its allowance.  `work` counts what that takes and tells how far it is.  Raises PlanError for
-    a repair whose package is missing and ModelError for one that needs the whole model in memory where it is not.
+    them to files beyond its allowance.  `work` counts what that takes and tells how far it is.  Raises ModelError for a
+    repair that needs the whole model in memory where it is not.
     """
 
     model: nn.Module
@@ -91,7 +91,6 @@ class Improver:
                 "choose by one-shot similarity"
             )
         for name in self.quality.repair:
-            REPAIRS[name].check(name)
             if REPAIRS[name].whole and not isinstance(self.provider, InMemory):
                 raise ModelError(
                     f"--repair {name} trains through the whole model, which must be in memory; leave out --memory and "

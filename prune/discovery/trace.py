@@ -72,11 +72,12 @@ class Value:
 
 @dataclass
 class Trace:
-    """The operations and the module calls of one forward pass."""
+    """The operations and the module calls of one forward pass.  `parameters`: those values that are the model's."""
 
     ops: list[Op] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     values: list[Value] = field(default_factory=list)
+    parameters: dict[int, str] = field(default_factory=dict)
 
     @cached_property
     def last_reader(self) -> dict[int, int]:
@@ -135,6 +136,7 @@ def tracing(model: nn.Module) -> Iterator[Trace]:
     Modules are named as in `model.named_modules()`.  Hooks are removed on exit.
     """
     recorder = _Recorder()
+    recorder.trace.parameters = {recorder.value(parameter): name for name, parameter in model.named_parameters()}
     with ExitStack() as stack:
         for path, module in model.named_modules():
             for handle in _hook(module, path, recorder):

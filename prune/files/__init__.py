@@ -1,6 +1,6 @@
-"""A checkpoint's files at byte level: open, copy, and write a folder whole or not at all.
+"""A checkpoint's files at byte level: open, copy, and write a folder atomically.
 
-No tensor is decoded, so every dtype passes byte for byte, and neither torch nor NumPy is imported.
+No tensor is decoded, so every dtype is copied byte for byte, and neither torch nor NumPy is imported.
 """
 
 from dropformer.prune.files.copying import CopyReport, NewTensor, copy_checkpoint

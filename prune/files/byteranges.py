@@ -1,10 +1,9 @@
-"""Copying and comparing ranges of bytes between open files, at the speed of the page cache.
+"""Copying and comparing byte ranges between open files, at the speed of the page cache.
 
-The kernel copies a range by itself (copy_file_range), page by page: a range that begins elsewhere in its
-page than its copy does costs twice the time, so it goes through a buffer that stays in the processor's
-cache instead.  Either way the first chunk ends where the target reaches a multiple of 64 KiB or of the
-buffer: the page cache then gets whole large folios, which saves a third of the time, and file systems that
-can (XFS, Btrfs) share the blocks from there on as `cp` makes them do.
+copy_file_range copies page by page in the kernel: a range with another offset in its page than its copy takes twice
+the time, so it is copied through a buffer that stays in the CPU cache instead.  Either way the first chunk ends where
+the target reaches a multiple of 64 KiB or of the buffer: the page cache then gets whole large folios, which saves a
+third of the time, and file systems that can (XFS, Btrfs) share the blocks from there on, as with `cp`.
 """
 
 import errno
@@ -15,7 +14,7 @@ PAGE = 4096
 """Bytes in a page of the page cache, and in a block of most file systems."""
 
 FOLIO = 64 << 10
-"""Bytes that the kernel hands from file to file at a time."""
+"""Bytes of a large folio of the page cache."""
 
 KERNEL_CHUNK = 64 << 20
 BUFFER = 1 << 20
@@ -26,7 +25,7 @@ _UNSUPPORTED = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno
 def copy_range(source: int, target: int, start: int, at: int, length: int, moved: Callable[[int], None]) -> bool:
     """Copy `length` bytes from offset `start` of one descriptor to offset `at` of another.
 
-    moved: called with the number of bytes of every chunk, for progress.
+    moved: called with the number of bytes of each chunk, for progress.
     Returns False if the source ends too early.
     """
     in_kernel = (start - at) % PAGE == 0 and hasattr(os, "copy_file_range")
@@ -61,7 +60,7 @@ def holds(file: int, at: int, data: memoryview) -> bool:
 
 
 def read_at(file: int, length: int, at: int) -> bytes:
-    """`length` bytes from offset `at`, fewer where the file ends: one system call gives at most 2 GiB."""
+    """`length` bytes from offset `at`, fewer at the end of the file; in a loop, as one call reads at most 2 GiB."""
     parts = []
     while length and (part := os.pread(file, length, at)):
         parts.append(part)
@@ -77,7 +76,7 @@ def write_at(target: int, data: memoryview, at: int) -> None:
 
 
 def _in_kernel(source: int, target: int, start: int, at: int, length: int) -> int:
-    """Bytes copied; 0 where this pair of files cannot be copied so, or the source has ended."""
+    """Bytes copied; 0 if the kernel cannot copy between these files, or at the end of the source."""
     chunk = -at % FOLIO or KERNEL_CHUNK
     try:
         return os.copy_file_range(source, target, min(length, chunk), start, at)

@@ -1,4 +1,4 @@
-"""config.json, read in one place: a JSON object of bounded size that names its model_type and counts what it may."""
+"""Reading config.json: a JSON object of bounded size with a model_type and plausible counts."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ BLOCK_COUNTS = {
     "encoder": ("encoder_layers", "num_encoder_layers", "num_layers"),
     "decoder": ("decoder_layers", "num_decoder_layers"),
 }
-"""The fields that count the blocks of a stack, by the stack's name."""
+"""Config fields with the number of blocks of a stack, by the stack's name."""
 
 _COUNTED = re.compile(r"layers$|blocks$|depths?$|experts$|^n_layer$|hidden_groups$|stages$")
-_FREE = re.compile(r"^max_|window|^num_dense_layers$|^first_k")  # bounds and thresholds, which build nothing
+_FREE = re.compile(r"^max_|window|^num_dense_layers$|^first_k")  # bounds and thresholds, which build no modules
 _ALWAYS_FINE = 512
-_LARGEST_NUMBER = 1 << 23  # of what builds no modules: positions, buckets, heads
+_LARGEST_NUMBER = 1 << 23  # for counts that build no modules: positions, buckets, heads
 
 
 def read_config(folder: Path, name: object = None) -> dict[str, Any]:
     """The content of a folder's config.json.
 
-    name: what to call the folder in messages.  Raises CheckpointError, one line, where the file is missing, hostile,
-    no JSON object or has no model_type.
+    name: the folder's name in messages.  Raises CheckpointError if the file is missing, not a JSON object, without
+    a model_type, or redirects to other weights or code.
     """
     path = folder / CONFIG
     if not path.exists():
@@ -47,7 +47,7 @@ def read_config(folder: Path, name: object = None) -> dict[str, Any]:
 
 
 def _check_redirects(config: Mapping[str, Any], where: str) -> None:
-    """Raises CheckpointError for fields by which transformers takes other weights, or code, than the folder's own."""
+    """Raises CheckpointError for fields that make transformers load weights or code from outside the folder."""
     if config.get("transformers_weights") is not None:
         raise CheckpointError(f"{where}: transformers_weights names other weights than the folder's; remove the field")
     for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
@@ -56,16 +56,16 @@ def _check_redirects(config: Mapping[str, Any], where: str) -> None:
 
 
 def block_count(config: Mapping[str, Any]) -> int | None:
-    """The number of blocks that a config states in a usual field of its top level, None where it does not."""
+    """The number of blocks in a known field of the config's top level, or None."""
     found = [config[key] for key in BLOCK_COUNTS[""] if type(config.get(key)) is int and config[key] > 0]
     return found[0] if found else None
 
 
 def check_counts(config: Mapping[str, Any], tensors: Iterable[TensorSpan], where: object) -> None:
-    """Raises CheckpointError where a config counts more blocks or experts than the files could hold.
+    """Raises CheckpointError if a config counts more blocks or experts than the files could hold.
 
-    Each block or expert has a tensor of its own, or a place in a stacked one [E, M, N]; a config that says a billion
-    would be built for hours before anything noticed.
+    Each block or expert has a tensor of its own or a row of a stacked one [E, M, N].  Without this check, a config
+    with a billion blocks would be built for hours before any error.
     """
     spans = list(tensors)
     stacked = max((span.shape[0] for span in spans if len(span.shape) > 2), default=0)
@@ -87,7 +87,7 @@ def check_counts(config: Mapping[str, Any], tensors: Iterable[TensorSpan], where
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
-    """Every whole number in a config with the key that it is under; in a list, the list's key."""
+    """Every integer in a config with its key; within a list, the list's key."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from _numbers(item, str(name))

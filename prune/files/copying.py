@@ -1,9 +1,8 @@
-"""Copy a checkpoint without the tensors that were dropped: byte ranges, never through a tensor.
+"""Copy a checkpoint without the dropped tensors, as byte ranges, without decoding tensors.
 
     copy_checkpoint(open_checkpoint(folder), target, rename)      # rename: old name -> new name, or None
 
-What is kept travels in as few calls as the file allows, and is compared with the source before the copy
-counts as done.
+Adjacent tensors are copied in one call, and the copy is compared with the source before it is complete.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ Rename = Callable[[str], str | None]
 """The new name of a tensor, or None to drop it."""
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes to do."""
+"""Called with the bytes done and the total."""
 
 _WINDOW = 4096
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -46,7 +45,7 @@ _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(frozen=True)
 class CopyReport:
-    """What a copy did.  Bytes are those of tensors, headers left out; `notes` are lines for a person."""
+    """Counts and bytes of a copy, without headers; `notes` are lines to show to the user."""
 
     tensors_kept: int
     tensors_dropped: int
@@ -61,16 +60,16 @@ class CopyReport:
 
     @property
     def bytes_before(self) -> int:
-        """All tensors of the source."""
+        """Bytes of all tensors of the source."""
         return self.bytes_kept + self.bytes_dropped + self.bytes_overwritten
 
     @property
     def bytes_after(self) -> int:
-        """All tensors of the copy."""
+        """Bytes of all tensors of the copy."""
         return self.bytes_kept + self.bytes_new
 
     def noted(self, note: str | None) -> CopyReport:
-        """The report with one more line for a person, if there is one."""
+        """The report with one more note, unless it is None."""
         return dataclasses.replace(self, notes=(*self.notes, note)) if note else self
 
 
@@ -93,13 +92,12 @@ def copy_checkpoint(
 ) -> CopyReport:
     """Write the source's kept tensors, in its shards' order, as a new checkpoint in the folder `target`.
 
-    replace: tensors by NEW name that take the place of the source's, or come on top of them.
-    link: shards in which nothing changes become hard links where the file system can (then both
-    checkpoints share the file: whoever edits one in place edits the other).
-    verify: "sample" compares beginning, end and a random window of every tensor with the source, "all"
-    every byte.
-    Raises OutputError if the target cannot be written or already holds such files, CheckpointError if
-    the source changes meanwhile, VerificationError if the copy differs; the files written are then removed.
+    replace: tensors by NEW name that replace the source's or are added.
+    link: unchanged shards become hard links where the file system can (both checkpoints then share the file: an
+    in-place edit changes both).
+    verify: "sample" compares beginning, end and a random window of every tensor with the source, "all" every byte.
+    Raises OutputError if the target cannot be written or already has weights, CheckpointError if the source changes
+    meanwhile, VerificationError if the copy differs; the files written are then removed.
     """
     if verify not in ("sample", "all"):
         raise ValueError(f"verify is {verify!r}, expected 'sample' or 'all'")
@@ -116,7 +114,7 @@ def copy_checkpoint(
 
 
 class _Written:
-    """The files that this copy has made in its folder: none but new ones, none elsewhere."""
+    """The files that this copy created in its folder; existing files are never opened."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -132,7 +130,7 @@ class _Written:
             os.close(file)
 
     def link(self, shard: Shard, name: str) -> bool:
-        """Make `name` a second name of the shard's file, if that is allowed and the same file system."""
+        """Hard-link the shard's file as `name`; False if the file system does not allow it."""
         with shard.opened():
             pass
         try:
@@ -165,7 +163,7 @@ def _all_or_none(folder: Path) -> Iterator[_Written]:
 
 
 def _check_no_weights(folder: Path) -> None:
-    """Two checkpoints' files in one folder would be read as one."""
+    """Raises OutputError if the folder has weights: two checkpoints in one folder would be read as one."""
     for path in folder.iterdir():
         if path.name == INDEX or path.suffix == ".safetensors":
             raise OutputError(f"{shown(path, 1000)}: there is a checkpoint already; name another folder")
@@ -205,7 +203,7 @@ def _write_run(source: int, target: int, run: Run, base: int, moved: Callable[[i
 
 
 def _verify(source: int, target: int, shard: NewShard, thorough: bool) -> None:
-    """Read the new file back as a stranger would; VerificationError if it is not what was meant."""
+    """Read the new file back; VerificationError if header or tensors differ from what was to be written."""
     try:
         spans = read_header(target, "", "the copy").tensors
     except CheckpointError:
@@ -235,7 +233,7 @@ def _same(source: int, target: int, piece: Piece, start: int, at: int, length: i
 
 
 def _write_index(written: _Written, source: Checkpoint, shards: Mapping[str, NewShard]) -> None:
-    """The index as transformers writes it; what the source's says besides sizes is kept."""
+    """The index as transformers writes it, with the source's metadata except sizes."""
     pieces = {piece.name: (piece, name) for name, shard in shards.items() for piece in shard.pieces}
     metadata = {key: value for key, value in source.index_metadata.items() if key != "total_parameters"}
     metadata["total_size"] = sum(piece.nbytes for piece, _ in pieces.values())

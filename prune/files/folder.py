@@ -1,10 +1,10 @@
-"""A folder, or a file, that appears complete or not at all.
+"""Atomic output: a folder or file appears complete or not at all.
 
     with new_folder(out) as folder:      # a hidden sibling of `out`, locked by this process
         ...                              # write into it
-    # flushed to the disk and renamed to `out`; after any error it is removed instead
+    # flushed to disk and renamed to `out`; removed instead after any error
 
-A run that was killed leaves its hidden folder behind; the next run beside it takes it away.
+A killed run leaves its hidden folder behind; the next run that writes beside it removes it.
 """
 
 import errno
@@ -20,20 +20,20 @@ from pathlib import Path
 from dropformer.prune.errors import DropformerError, OutputError, shown
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-"""What the operating system answers when no more can be written there."""
+"""Error numbers for a disk that is full or read-only."""
 
 TEMPORARY = ".dropformer-"
-"""What the names of temporary folders begin with."""
+"""Prefix of temporary folder names."""
 
 _LEFT_OVER = re.compile(re.escape(TEMPORARY) + r"(\d+)-[0-9a-f]{8}")
 
 
 @contextmanager
 def new_folder(out: Path | str) -> Iterator[Path]:
-    """Yield a temporary folder beside `out` that becomes `out` when the block ends well.
+    """Yield a temporary folder beside `out` that becomes `out` when the block succeeds.
 
-    An existing empty `out` is replaced.  Raises OutputError if `out` exists and is not an empty folder, or
-    if the disk is full; whatever the block raises, KeyboardInterrupt too, nothing is left behind.
+    An existing empty `out` is replaced.  Raises OutputError if `out` exists and is not an empty folder, or if the
+    disk is full.  After any exception, KeyboardInterrupt included, nothing is left behind.
     """
     out = _usable(Path(out))
     with _hidden_beside(out) as temporary:
@@ -44,9 +44,9 @@ def new_folder(out: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def new_file(out: Path | str) -> Iterator[Path]:
-    """Yield where to write a file that becomes `out` when the block ends well; otherwise as `new_folder`.
+    """Yield a temporary path for a file that becomes `out` when the block succeeds; otherwise as `new_folder`.
 
-    Raises OutputError if `out` exists, whatever it is.
+    Raises OutputError if `out` exists.
     """
     out = _unused(Path(out))
     with _hidden_beside(out) as temporary:
@@ -58,10 +58,10 @@ def new_file(out: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def new_files(out: Path | str) -> Iterator[Path]:
-    """Yield a temporary folder whose files move into the folder `out` together when the block ends well.
+    """Yield a temporary folder whose files move into the folder `out` together when the block succeeds.
 
-    Files of the same names in `out` are replaced, others stay.  After any error `out` is as it was, and absent where
-    it was absent.  Raises OutputError where nothing can be written there.
+    Files of the same names in `out` are replaced, others stay.  After an error in the block `out` is unchanged.
+    Raises OutputError if `out` cannot be written.
     """
     out = Path(out)
     with _one_line(out):
@@ -85,7 +85,7 @@ def new_files(out: Path | str) -> Iterator[Path]:
 @contextmanager
 def _hidden_beside(out: Path) -> Iterator[Path]:
     """A locked temporary folder beside `out`, which the `with` moves to `out`; removed after any error."""
-    with suppress(OSError):  # tidying up must not stand in the way
+    with suppress(OSError):  # a failed cleanup of old runs is harmless
         _remove_left_overs(out.parent)
     temporary = out.parent / f"{TEMPORARY}{os.getpid()}-{secrets.token_hex(4)}"
     lock = -1
@@ -105,13 +105,13 @@ def _hidden_beside(out: Path) -> Iterator[Path]:
 
 
 def cannot_write(path: Path, error: OSError) -> OutputError:
-    """The one line for an operating system that refuses to write at `path`."""
+    """The error for an OSError on writing at `path`."""
     advice = "free some space or choose another disk" if error.errno in FULL else "choose another folder"
     return OutputError(f"{shown(path, 1000)}: cannot be written ({error.strerror}); {advice}")
 
 
 def flush(folder: Path) -> None:
-    """Wait until every file below `folder`, and every folder's list of names, is on the disk."""
+    """fsync every file and folder below `folder`."""
     for place, _, files in os.walk(folder):
         for path in [*(Path(place, name) for name in files), Path(place)]:
             if not path.is_symlink():
@@ -127,7 +127,7 @@ def _flush_one(path: Path) -> None:
 
 
 def _usable(out: Path) -> Path:
-    """`out` with its links resolved and its parent made, once it is certain that it may become ours."""
+    """`out` with links resolved and its parent created; OutputError unless it is new or an empty folder."""
     with _one_line(out):
         out = out.resolve()
         if out.is_dir():
@@ -142,7 +142,7 @@ def _usable(out: Path) -> Path:
 
 
 def _unused(out: Path) -> Path:
-    """`out` with its parent's links resolved and its parent made, once it is certain that there is nothing."""
+    """`out` with its parent resolved and created; OutputError if `out` exists."""
     with _one_line(out):
         out = out.parent.resolve() / out.name
         if os.path.lexists(out):
@@ -153,23 +153,23 @@ def _unused(out: Path) -> Path:
 
 @contextmanager
 def _one_line(out: Path) -> Iterator[None]:
-    """What the system says against `out` becomes an OutputError."""
+    """Turns an OSError about `out` into an OutputError."""
     try:
         yield
     except OSError as error:
         raise cannot_write(out, error) from None
-    except RuntimeError:  # Python before 3.13 reports a loop of links so
+    except RuntimeError:  # how Python before 3.13 reports a symlink loop
         raise OutputError(f"{shown(out, 1000)}: a loop of links; name another folder") from None
 
 
 def _create(temporary: Path) -> int:
-    """Make and lock the folder; the lock ends with this process, however it ends."""
+    """Create and lock the folder; the lock is released when this process ends, also when killed."""
     try:
         temporary.mkdir()
         lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
         raise cannot_write(temporary, error) from None
-    with suppress(OSError):  # some network file systems cannot lock: then no run takes left-overs away
+    with suppress(OSError):  # some network file systems cannot lock: leftovers then stay
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return lock
 
@@ -185,7 +185,7 @@ def _rename(temporary: Path, out: Path) -> None:
 
 
 def _move(file: Path, out: Path) -> None:
-    """Give a file its name, but never one that exists; a file system without links cannot rule out a race."""
+    """Rename a file, never over an existing one; without hard links a race remains."""
     try:
         os.link(file, out)
     except FileExistsError:
@@ -198,7 +198,7 @@ def _move(file: Path, out: Path) -> None:
 
 
 def _remove_left_overs(parent: Path) -> None:
-    """Remove the temporary folders of dead runs: no such process, and the lock free."""
+    """Remove the temporary folders of dead runs: the process is gone and the lock is free."""
     for path in parent.iterdir():
         match = _LEFT_OVER.fullmatch(path.name)
         if match and not path.is_symlink() and path.is_dir() and not _is_alive(int(match[1])):

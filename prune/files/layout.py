@@ -1,7 +1,7 @@
-"""The layout of a new checkpoint: pure arithmetic, nothing is read or written.
+"""The layout of a new checkpoint, computed without reading or writing files.
 
-lay_out(source, names, replace) -> [NewShard(pieces, ...), ...]      what each new file holds
-runs(pieces)                    -> [Run(at, start, length), ...]     what to copy in one go
+lay_out(source, names, replace) -> [NewShard(pieces, ...), ...]      the content of each new file
+runs(pieces)                    -> [Run(at, start, length), ...]     adjacent bytes to copy in one call
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from dropformer.prune.files.shards import Checkpoint, Shard
 
 
 class NewTensor(NamedTuple):
-    """A tensor whose bytes do not come from the source: contiguous, little-endian, row-major."""
+    """A tensor that is not from the source: contiguous, little-endian, row-major."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -25,7 +25,7 @@ class NewTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor of a new shard: its bytes are the source's at `span`, or `data`."""
+    """One tensor of a new shard, from the source at `span` or from `data`."""
 
     name: str
     dtype: str
@@ -37,7 +37,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class NewShard:
-    """What one new file holds, and the source's shard that it comes from (None if from none)."""
+    """The content of one new file, and the source's shard that it comes from, if any."""
 
     source: Shard | None
     pieces: tuple[Piece, ...]
@@ -50,7 +50,7 @@ class NewShard:
 
 @dataclass(frozen=True)
 class Run:
-    """Adjacent bytes to write at offset `at` of the tensor data: the source's from `start`, or `data`."""
+    """Adjacent bytes to write at offset `at` of the tensor data, from the source at `start` or from `data`."""
 
     at: int
     length: int
@@ -59,11 +59,11 @@ class Run:
 
 
 def lay_out(source: Checkpoint, names: Mapping[str, str | None], replace: Mapping[str, NewTensor]) -> list[NewShard]:
-    """The new shards: the source's, in order, without what is dropped and without those left empty.
+    """The new shards: the source's, in order, without dropped tensors and empty shards.
 
-    names: the new name of every tensor of the source, None if it is dropped.  Tensors of `replace` that
-    none of them is called end up in the last shard.
-    Raises OutputError if two tensors would have one name, or if nothing is left.
+    names: the new name of every tensor of the source, None if dropped.  Tensors of `replace` with other names are
+    added to the last shard.
+    Raises OutputError if two tensors would have the same name, or if nothing is left.
     """
     _check_names(names)
     kept: dict[str, list[Piece]] = {name: [] for name in source.shards}
@@ -96,7 +96,7 @@ def shard_names(count: int) -> list[str]:
 
 
 def runs(pieces: Iterable[Piece]) -> list[Run]:
-    """The pieces one after the other, those that are neighbours in the source joined."""
+    """The pieces in order, joined where they are adjacent in the source."""
     found: list[Run] = []
     at = 0
     for piece in pieces:
@@ -111,7 +111,7 @@ def runs(pieces: Iterable[Piece]) -> list[Run]:
 
 
 def best_phase(found: Iterable[Run]) -> int | None:
-    """The length of header, modulo a page, with which most bytes keep their place in their page."""
+    """The header length, modulo a page, with which most bytes keep their offset in their page."""
     votes: dict[int, int] = {}
     for run in found:
         if run.data is None:
@@ -149,7 +149,7 @@ def _run(piece: Piece, at: int) -> Run:
 
 
 def _aligned(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
-    """As they are if each starts at a multiple of its element's size, else large elements first."""
+    """The pieces in order if each starts at a multiple of its element size, else sorted by element size."""
     if all(at % max(BITS[piece.dtype] // 8, 1) == 0 for at, piece in _offsets(pieces)):
         return tuple(pieces)
     return tuple(sorted(pieces, key=lambda piece: -BITS[piece.dtype]))

@@ -1,4 +1,4 @@
-"""Where a command may write, told before its work is done, and where caches are kept."""
+"""Early checks of output folders, and the cache folder."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dropformer.prune.errors import OutputError
 
 
 def check_out(out: Path, own: str) -> None:
-    """Raises OutputError unless `out` is new, empty, or holds `own`, the file by which an earlier run is known."""
+    """Raises OutputError unless `out` is new, empty, or holds `own`, a file of an earlier run."""
     check_place(out)
     if out.is_dir() and any(out.iterdir()) and not (out / own).exists():
         raise OutputError(f"{out} is not empty and holds no {own}; choose another --out or remove it")
 
 
 def check_place(out: Path) -> None:
-    """Raises OutputError unless `out` is a folder in which one may write, or could be made as one."""
+    """Raises OutputError unless `out` is a writable folder or could be created."""
     nearest = _nearest(out)
     if not nearest.is_dir():
         said = "" if nearest == out.absolute() else f", and {out} would lie in it"
@@ -28,14 +28,14 @@ def check_place(out: Path) -> None:
 
 
 def _nearest(out: Path) -> Path:
-    """`out` itself where there is something of that name, else the first folder or file above it."""
+    """`out` itself if it exists, else its nearest existing parent."""
     whole = out.absolute()
     for path in (whole, *whole.parents):
         try:
             path.stat()
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except OSError as error:  # a name that is too long, a loop of links, a folder that may not be entered
+        except OSError as error:  # name too long, symlink loop, no permission to enter a folder
             raise OutputError(f"{out} cannot be written ({error.strerror}); choose another --out") from None
         return path
     return whole

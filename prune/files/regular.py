@@ -1,4 +1,4 @@
-"""Only regular files, and only those inside the model's folder or the Hub cache behind it."""
+"""Opening regular files only, and only inside the model's folder or its Hub cache."""
 
 import os
 import stat
@@ -9,12 +9,12 @@ from typing import IO
 
 from dropformer.prune.errors import CheckpointError, shown
 
-READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: a FIFO must not hang us
+READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # O_NONBLOCK: opening a FIFO must not block
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """A regular file, open for reading.  Raises CheckpointError for a FIFO, a device, a folder, an unreadable file."""
+    """Open a regular file.  Raises CheckpointError for a FIFO, a device, a folder or an unreadable file."""
     try:
         descriptor = os.open(path, READ_FLAGS)
     except OSError as error:
@@ -27,7 +27,7 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
 
 
 def file_behind(folder: Path, name: str) -> Path:
-    """The regular file that folder/name is or links to; CheckpointError if it is missing or elsewhere."""
+    """The regular file that folder/name is or links to; CheckpointError if it is missing or outside."""
     target = check_inside(folder, name)
     if not target.is_file():
         raise CheckpointError(f"{shown(folder / name, 1000)}: not a regular file; put the file itself there")
@@ -35,13 +35,13 @@ def file_behind(folder: Path, name: str) -> Path:
 
 
 def check_inside(folder: Path, name: str) -> Path:
-    """What folder/name is or links to, once it is certain that it belongs to the folder; raises as `file_behind`."""
+    """The path that folder/name is or links to; CheckpointError if it is missing or outside of the folder."""
     path = folder / name
     try:
         target = path.resolve(strict=True)
     except FileNotFoundError:
         raise CheckpointError(f"{shown(path, 1000)}: missing; download the model again") from None
-    except (OSError, RuntimeError):  # Python before 3.13 reports a loop of links as RuntimeError
+    except (OSError, RuntimeError):  # RuntimeError: a symlink loop, before Python 3.13
         raise CheckpointError(f"{shown(path, 1000)}: a loop of links; copy the file there") from None
     if not any(target.is_relative_to(root) for root in link_roots(folder)):
         raise CheckpointError(f"{shown(path, 1000)}: a link that leads out of the folder; copy the file there")
@@ -49,7 +49,7 @@ def check_inside(folder: Path, name: str) -> Path:
 
 
 def link_roots(folder: Path) -> list[Path]:
-    """Where a link may lead: the folder; for a Hub snapshot its repository's cache, and the shared blobs."""
+    """Folders that a link may point to: the folder itself; for a Hub snapshot also its and the shared blobs."""
     folder = folder.resolve()
     for parent in folder.parents:
         if parent.name == "snapshots" and parent.parent.name.startswith("models--"):

@@ -1,11 +1,11 @@
 """The header of a safetensors file, read and written at byte level, without torch and without NumPy.
 
-A file is 8 bytes (little-endian length N), N bytes of JSON, then the tensors' bytes without a hole:
+A file is 8 bytes (little-endian length N), N bytes of JSON, then the tensors' bytes without gaps:
 
     {"__metadata__": {str: str}, NAME: {"dtype": "BF16", "shape": [2, 3], "data_offsets": [0, 12]}, ...}
 
-Offsets count from the end of the header. The rules are those of the format's own description and of the
-safetensors 0.8 reader; where that reader is lenient (repeated names, unknown keys) this one refuses.
+Offsets count from the end of the header.  The rules are those of the format's description and of the
+safetensors 0.8 reader; repeated names and unknown keys, which that reader accepts, are errors here.
 """
 
 import json
@@ -30,13 +30,13 @@ BITS = {
 
 _ENTRY = {"dtype", "shape", "data_offsets"}
 _COUNT_LIMIT = 2**63
-HEADER_BASE = 4 << 20  # bytes of `__metadata__` at most
-HEADER_PER_TENSOR = 1024  # bytes of JSON for a tensor; real ones take about 120
+HEADER_BASE = 4 << 20  # most bytes of `__metadata__`
+HEADER_PER_TENSOR = 1024  # most bytes of JSON per tensor; real ones take about 120
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpan:
-    """Where one tensor's bytes are: `[start, end)` in the file `shard`, counted from the file's first byte."""
+    """The byte range `[start, end)` of a tensor in the file `shard`, from the file's first byte."""
 
     shard: str
     dtype: str
@@ -51,14 +51,14 @@ class TensorSpan:
 
 @dataclass(frozen=True)
 class Header:
-    """A validated header: tensors in the order of their bytes, and the file's metadata."""
+    """A validated header: tensors in file order, and the file's metadata."""
 
     tensors: Mapping[str, TensorSpan]
     metadata: Mapping[str, str]
 
 
 def byte_size(dtype: str, shape: Iterable[int]) -> int:
-    """Bytes of a tensor; ValueError for an unknown dtype, a bad shape or a size that is no whole byte."""
+    """Bytes of a tensor; ValueError for an unknown dtype, a bad shape or a fractional number of bytes."""
     if not isinstance(dtype, str) or dtype not in BITS:
         raise ValueError(f"unknown dtype {shown(dtype)!r}")
     count = 1
@@ -77,8 +77,8 @@ def byte_size(dtype: str, shape: Iterable[int]) -> int:
 def read_header(file: int, shard: str, where: object) -> Header:
     """Read and validate the header of an open file.
 
-    file: a file descriptor; its position does not move.  where: the path for messages.
-    Raises CheckpointError, one line, unless every byte of the file is accounted for.
+    file: a file descriptor; its position does not change.  where: the path for messages.
+    Raises CheckpointError unless header and tensors cover every byte of the file.
     """
     size = os.fstat(file).st_size
     prefix = os.pread(file, 8, 0)
@@ -106,11 +106,11 @@ def read_header(file: int, shard: str, where: object) -> Header:
 def encode_header(
     tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str], phase: int | None = None
 ) -> bytes:
-    """The first bytes of a file that holds `tensors` (name, dtype, shape) in that order.
+    """The length prefix and header of a file with `tensors` (name, dtype, shape) in that order.
 
-    As upstream, spaces pad it to a multiple of 8 bytes; with a `phase` that is one, to that remainder modulo
-    a page, which lets the bytes behind it keep their places in their pages.
-    Raises OutputError if readers would refuse its length.
+    Padded with spaces to a multiple of 8 bytes, as upstream; with a `phase` that is one, to that remainder modulo a
+    page, so that the tensors keep their offsets in their pages (see `best_phase`).
+    Raises OutputError if the header is longer than readers accept.
     """
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -137,7 +137,7 @@ def _metadata(value: Any) -> dict[str, str]:
 
 
 def _span(name: str, entry: Any, shard: str, base: int) -> TensorSpan:
-    """The tensor's place in the file, once dtype, shape and offsets agree."""
+    """The tensor's byte range; ValueError unless dtype, shape and offsets agree."""
     _check_unicode(name)
     if not isinstance(entry, dict) or entry.keys() != _ENTRY or not isinstance(entry["shape"], list):
         raise ValueError(f"tensor {shown(name)!r} is not described by dtype, shape and data_offsets")
@@ -155,7 +155,7 @@ def _span(name: str, entry: Any, shard: str, base: int) -> TensorSpan:
 
 
 def _without_gaps(spans: list[tuple[str, TensorSpan]], start: int, end: int) -> dict[str, TensorSpan]:
-    """The spans in the order of their bytes, once they tile [start, end) exactly."""
+    """The spans in file order; ValueError unless they tile [start, end) exactly."""
     spans.sort(key=lambda item: (item[1].start, item[1].end))
     for name, span in spans:
         if span.start != start:

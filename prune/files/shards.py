@@ -4,9 +4,8 @@
     checkpoint.tensors["model.norm.weight"]   # TensorSpan(shard, dtype, shape, start, end)
     checkpoint.read("model.norm.weight")      # its bytes
 
-Only safetensors is read: `model.safetensors`, else the shards of `model.safetensors.index.json` (the order
-in which transformers looks).  A symbolic link may not lead out of the folder, except from a snapshot of the
-Hugging Face Hub's cache to that cache's blobs.
+Only safetensors is read: `model.safetensors`, else the shards of `model.safetensors.index.json` (the order of
+transformers).  A symbolic link may not lead out of the folder, except from a snapshot of the Hub cache to its blobs.
 """
 
 import hashlib
@@ -30,7 +29,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 INDEX_BYTES = 64 << 20
-"""Cap on an index; that of a model of 90,000 tensors has 9 MiB."""
+"""Cap on an index; for 90,000 tensors it has 9 MiB."""
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SAMPLED_TENSORS = 4096
@@ -49,8 +48,8 @@ class Shard:
 
     @contextmanager
     def opened(self) -> Iterator[int]:
-        """A descriptor of the very file whose header was validated; CheckpointError if it is another by now
-        or was written to before the block ended.
+        """A descriptor of the file whose header was validated; CheckpointError if it was replaced, or is changed
+        before the block ends.
         """
         try:
             file = os.open(self.path, READ_FLAGS)
@@ -70,7 +69,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The weights in a folder: shards in the order of their names, tensors in the order of their bytes."""
+    """The weights in a folder: shards sorted by name, tensors in file order."""
 
     folder: Path
     shards: Mapping[str, Shard]
@@ -79,7 +78,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, headers left out."""
+        """Bytes of all tensors, without headers."""
         return sum(span.nbytes for span in self.tensors.values())
 
     @property
@@ -95,12 +94,11 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A SHA-256 that tells checkpoints apart, of one training run too, in at most 4 MiB of reading.
+        """A SHA-256 that distinguishes checkpoints, also of one training run, and reads at most 4 MiB.
 
-        Over the tensors in the order of their names, however they are split into shards: name, dtype and
-        shape of each, then 512 bytes from the start and from the middle of each (of 4096 tensors evenly
-        spaced, if there are more).  It identifies; it does not authenticate: a byte outside of the sample
-        may differ.
+        Over the tensors sorted by name, independent of shards: name, dtype and shape of each, then 512 bytes from
+        the start and from the middle of each (of at most 4096 tensors, evenly spaced).  It does not authenticate:
+        bytes outside of the sample may differ.
         """
         digest = hashlib.sha256()
         names = sorted(self.tensors)
@@ -112,7 +110,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _samples(self, names: list[str]) -> Iterator[bytes]:
-        """Start and middle of each tensor, name after name; a shard is opened once, however names mix."""
+        """Start and middle of each tensor, in the order of names; each shard is opened once."""
         found: dict[str, bytes] = {}
         for shard in self.shards.values():
             with shard.opened() as file:
@@ -126,8 +124,7 @@ class Checkpoint:
 def open_checkpoint(folder: Path | str) -> Checkpoint:
     """Find and validate the safetensors files of a Hugging Face checkpoint folder.
 
-    Raises CheckpointError, one line that says what is wrong, for whatever is missing, damaged, hostile or
-    of another format: a checkpoint that comes back is complete and consistent.
+    Raises CheckpointError for a checkpoint that is incomplete, damaged, hostile or of another format.
     """
     try:
         folder = Path(folder).resolve(strict=True)
@@ -166,7 +163,7 @@ def _open_shard(folder: Path, name: str) -> tuple[Shard, Mapping[str, TensorSpan
 
 
 def _read_index(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
-    """weight_map (tensor to shard) and metadata of the index, its file names proven harmless."""
+    """weight_map (tensor to shard) and metadata of the index, with file names checked."""
     if not os.path.lexists(folder / INDEX):
         raise CheckpointError(_why_no_weights(folder))
     where = _line(folder / INDEX)
@@ -183,7 +180,7 @@ def _read_index(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
 
 
 def _is_plain_name(name: Any) -> bool:
-    """Whether an index may name this file: no folder, no way out, nothing that a terminal would act on."""
+    """Whether an index may name this file: no path separators, not hidden, printable."""
     return (
         isinstance(name, str)
         and name.endswith(".safetensors")

@@ -1,8 +1,8 @@
-"""What lies beside a checkpoint's weights: carried over to the pruned checkpoint, or left behind and named.
+"""The files beside a checkpoint's weights: copied to the pruned checkpoint, or left behind and listed.
 
-Everything in the folder that is no weight belongs to the model: tokenizers of any kind, chat templates, the code that
-config.json names, the module folders of sentence-transformers (their own small weights too).  Weights in other formats
-and folders that hold them (`onnx/`, `original/`) are the dense model's and stay behind.
+Everything except weights is copied: tokenizers, chat templates, the code that config.json names, the module folders of
+sentence-transformers (with their own small weights).  Weights in other formats and folders with such weights (`onnx/`,
+`original/`) are the dense model's and are left behind.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ WEIGHTS = (
     ".pickle", ".ot", ".tflite", ".pdparams", ".mlmodel", ".nemo", ".engine", ".pb", ".distcp", ".llamafile", ".keras",
     ".index.json",
 )  # fmt: skip
-"""Endings of files that hold the dense model's weights, or say where they are."""
+"""Suffixes of weight and index files."""
 
 REWRITTEN = {"config.json", "README.md", "dropformer.json", "plan.json", "scores.json", "report.json", "report.html"}
-"""Files that the pruned checkpoint has of its own."""
+"""Files that are written anew for the pruned checkpoint."""
 
 UNTOLD = (".git", ".cache", ".gitattributes", ".gitignore", "__pycache__", ".DS_Store", ".ipynb_checkpoints")
-"""What version control, downloads and editors leave: neither carried over nor mentioned."""
+"""Files of version control, downloads and editors: neither copied nor listed."""
 
 ADAPTER = "adapter_config.json"
 MODULE_FOLDER = re.compile(r"\d+_\w+")  # 1_Pooling, 2_Dense: sentence-transformers' modules
@@ -50,19 +50,19 @@ class SideFiles:
 
     @property
     def note(self) -> str | None:
-        """A line that names what is left behind, None where nothing is."""
+        """A line that lists the files left behind, None if there are none."""
         if not self.left:
             return None
         named = ", ".join(shown(name) for name in self.left[:8])
         more = f" and {len(self.left) - 8} more" if len(self.left) > 8 else ""
-        return f"left behind, as weights of the dense model or beside them: {named}{more}"
+        return f"not copied, as weights of the dense model or beside them: {named}{more}"
 
 
 def sort_side_files(names: Iterable[str], modules: Collection[str] = ()) -> SideFiles:
-    """Which files of a model's folder, by their paths, are carried over and which are left behind.
+    """Sort the files of a model's folder into copied and left behind.
 
-    modules: folders named by modules.json of sentence-transformers, carried with their weights.  The safetensors
-    shards at the top are neither, nor is what the pruned checkpoint has of its own.
+    modules: folders named by modules.json of sentence-transformers, copied with their weights.  Neither are the
+    safetensors shards at the top and the files in `REWRITTEN`.
     """
     names = sorted(name for name in names if not any(_untold(part) for part in PurePosixPath(name).parts))
     heavy = {PurePosixPath(name).parts[0] for name in names if "/" in name and _is_weight(name)}
@@ -79,10 +79,10 @@ def sort_side_files(names: Iterable[str], modules: Collection[str] = ()) -> Side
 
 
 def list_side_files(folder: Path) -> SideFiles:
-    """The same for a folder on disk.
+    """`sort_side_files` for a folder on disk.
 
-    Raises CheckpointError, naming the file, for a link that leads out of the folder (the blobs of the Hub's cache
-    belong to it), for a FIFO or a device, and for a folder that is no model's alone.
+    Raises CheckpointError, naming the file, for a link out of the folder (other than to the Hub cache's blobs), for a
+    FIFO or a device, and for a folder with too many files or levels.
     """
     names: list[str] = []
     for place, folders, files in os.walk(folder):
@@ -114,10 +114,7 @@ def check_no_adapter(side: SideFiles, where: object) -> None:
 
 
 def copy_side_files(source: Path, target: Path) -> SideFiles:
-    """Carry the side files of a model's folder over; what is in `target` already stays.
-
-    Raises as `list_side_files`.
-    """
+    """Copy the side files of a model's folder; files that exist in `target` stay.  Raises as `list_side_files`."""
     found = list_side_files(source)
     for name in found.carried:
         place = target / name
@@ -136,7 +133,7 @@ def _untold(part: str) -> bool:
 
 
 def _module_folders(folder: Path) -> set[str]:
-    """Top folders that modules.json of sentence-transformers names; none where it cannot be read as that."""
+    """Top folders that modules.json of sentence-transformers names; empty if it cannot be read."""
     path = folder / "modules.json"
     if not path.is_file() or path.stat().st_size > CONFIG_BYTES:
         return set()
@@ -147,7 +144,7 @@ def _module_folders(folder: Path) -> set[str]:
 
 
 def _check_json(path: Path, where: str, values: int) -> None:
-    """Raises CheckpointError for JSON that would take hundreds of megabytes or minutes once a library parses it."""
+    """Raises CheckpointError for JSON that would take minutes or hundreds of megabytes to parse."""
     size = path.stat().st_size
     if size < values:
         return
@@ -158,6 +155,6 @@ def _check_json(path: Path, where: str, values: int) -> None:
 
 
 def weights_of(names: Sequence[str]) -> list[str]:
-    """The safetensors files at the top of a repository, less Mistral's second copy of them, with their index."""
+    """The safetensors files and index at the top of a repository, without Mistral's second copy (consolidated)."""
     top = [name for name in names if "/" not in name and not name.startswith("consolidated")]
     return [name for name in top if name.endswith((".safetensors", ".safetensors.index.json"))]

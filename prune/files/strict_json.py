@@ -1,4 +1,4 @@
-"""JSON from strangers: one object, no repeated key, no NaN, bounded size and nesting, one line if refused."""
+"""Untrusted JSON: one object, no repeated keys, no NaN, bounded size and nesting."""
 
 import json
 from collections import Counter
@@ -12,19 +12,19 @@ MAX_BYTES = 100_000_000
 """Upstream's cap on a safetensors header."""
 
 CONFIG_BYTES = 16 << 20
-"""Cap on config.json and its like; those of published models stay below 1 MiB."""
+"""Cap on config.json and similar files; those of published models are below 1 MiB."""
 
 MAX_DEPTH = 64
-"""Deepest nesting; a config has about five levels, and whoever copies one recurses through them."""
+"""Deepest nesting; configs have about five levels, and copying one recurses."""
 
 MAX_VALUES = 2_000_000
-"""Values in one file: Python takes about 60 bytes each, so these are 120 MB."""
+"""Values per file; at about 60 bytes each in Python, 120 MB."""
 
 
 def read_object(path: Path, limit: int = CONFIG_BYTES) -> dict[str, Any]:
     """The JSON object in a regular file of at most `limit` bytes.
 
-    Raises CheckpointError, in one line, for anything else; a FIFO or a device is not read.
+    Raises CheckpointError for anything else; a FIFO or a device is not read.
     """
     with opened(path) as file:
         raw = file.read(limit + 1)
@@ -37,8 +37,8 @@ def read_object(path: Path, limit: int = CONFIG_BYTES) -> dict[str, Any]:
 def parse_object(raw: bytes, where: object, max_values: int = MAX_VALUES) -> dict[str, Any]:
     """The JSON object in `raw`.
 
-    where: the file it came from, named in the message.  max_values: refused before parsing where commas and
-    brackets, those inside strings too, say that there may be more.
+    where: the file's name in messages.  max_values: limit on commas and brackets, also those in strings, checked
+    before parsing.
     Raises CheckpointError if `raw` is anything but one well-formed object in UTF-8.
     """
     if not raw.startswith(b"{"):

@@ -1,10 +1,10 @@
-"""The `dense` format: dropped branches stay in the files as zeros.
+"""The `dense` format: dropped branches stay in the files, and what they write into the residual stream is zero.
 
 It loads anywhere and gives the pruned model's outputs, but saves nothing: the oracle that the other formats
 are compared with, and a way into engines that none of them serves.
 
-Scales, zero points and their like are divisors or tables: engines divide activations by them, so that a zero there is
-0 / 0.  They stay; only weights and biases become zeros, as the byte that means zero in their quantization.
+Only the last weights and biases of a branch become zeros (`surgery.writers`), as the byte that means zero in their
+quantization.  Its norms, queries and scales keep their numbers: engines divide by some of them, and 0 / 0 is no number.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dropformer.prune.architecture import Layer, owns
 from dropformer.prune.block_map import new_name
 from dropformer.prune.errors import PlanError
 from dropformer.prune.files import CopyReport, NewTensor
@@ -32,15 +31,19 @@ FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FN", "F8_E5
 
 
 def write_dense(writing: ExportJob, folder: Path) -> CopyReport:
-    """config.json as it was, and the source's tensors with the weights and biases of dropped branches set to zero.
+    """config.json as it was, and the source's tensors with those zero that dropped branches write to the stream by.
 
-    Zeros in all of a branch's weights, its norms and biases too, are exactly a drop: what it adds is zero.  The scales
-    of quantized weights and of activations stay, since engines divide by them.
+    Time and memory beside the copy: a model without weights, and a traced pass of a few tokens.
     Raises PlanError for what zeros cannot express.
     """
+    from dropformer.prune.loading.load import weightless  # torch: the default format of a plan does without
+    from dropformer.prune.surgery.writers import writers
+
     _check_expressible(writing)
+    model = weightless(writing.source.folder, writing.how.trust_remote_code)
+    silent = writers(model, writing.outline, writing.surgery.layers)
     (folder / "config.json").write_text(json.dumps(writing.config, indent=2) + "\n", encoding="utf-8")
-    return writing.copy(folder, lambda name: name, dict(_replaced(writing)))
+    return writing.copy(folder, lambda name: name, dict(_replaced(writing, silent)))
 
 
 def _check_expressible(writing: ExportJob) -> None:
@@ -57,14 +60,15 @@ def _check_expressible(writing: ExportJob) -> None:
             )
 
 
-def _replaced(writing: ExportJob) -> Iterator[tuple[str, NewTensor]]:
-    """Zeros for what is dropped, new values for what is repaired, by tensor name."""
-    gone = set(writing.outline.branch_layers(writing.surgery.layers))
+def _replaced(writing: ExportJob, silent: Mapping[str, str]) -> Iterator[tuple[str, NewTensor]]:
+    """Zeros for what writes to the stream, new values for what is repaired, by tensor name."""
     most = max((span.nbytes for span in writing.source.tensors.values()), default=0) or 1
     fills: dict[int, mmap.mmap] = {}
+    written = set()
     for tensor, span in writing.source.tensors.items():
         for parameter in writing.parameters(tensor):
-            if _owner(writing, parameter) in gone:
+            if writer := next((name for name in silent if _part_of(parameter, name)), None):
+                written.add(silent[writer])
                 if beside_weight(tensor):
                     continue
                 byte = zero_byte(writing.config, tensor, span.dtype)
@@ -72,6 +76,18 @@ def _replaced(writing: ExportJob) -> Iterator[tuple[str, NewTensor]]:
                 yield tensor, NewTensor(span.dtype, span.shape, memoryview(fill)[: span.nbytes])
             elif (new := new_name(writing.outline, writing.block_map, parameter)) in writing.repaired:
                 yield tensor, writing.repaired[new]
+    if missing := sorted(set(silent.values()) - written):
+        raise PlanError(f"--format dense finds no tensor for {missing[0]} in the files; use --format dropformer")
+
+
+def _part_of(parameter: str, writer: str) -> bool:
+    """Is a parameter a writer, or codes of it: `down_proj.qweight` for `down_proj.weight`, `down_proj_blocks`?
+
+    A bias is none of the weight's codes.
+    """
+    owner, _, leaf = writer.rpartition(".")
+    given, _, code = parameter.rpartition(".")
+    return parameter == writer or (given == owner and leaf in code and ("bias" in leaf) == ("bias" in code))
 
 
 def _filled(size: int, byte: int) -> mmap.mmap:
@@ -80,18 +96,6 @@ def _filled(size: int, byte: int) -> mmap.mmap:
     if byte:
         memory[:] = bytes([byte]) * size
     return memory
-
-
-def _owner(writing: ExportJob, parameter: str) -> Layer | None:
-    """The branch whose own a parameter is."""
-    for stack in writing.outline.stacks:
-        index, _, rest = parameter.removeprefix(stack.path + ".").partition(".")
-        if not parameter.startswith(stack.path + ".") or not index.isdecimal() or int(index) >= stack.blocks:
-            continue
-        for branch in stack.of_block(int(index)):
-            if owns(branch.modules, rest):
-                return Layer(branch.kind, int(index), stack.name)
-    return None
 
 
 def beside_weight(tensor: str) -> bool:

@@ -20,6 +20,7 @@ from dropformer.prune.formats.names import numbered_heads, renaming
 from dropformer.prune.outline import Outline
 from dropformer.prune.surgery.config import pruned_config, without_heads
 from dropformer.prune.surgery.patterns import settled_patterns
+from dropformer.prune.surgery.stock_windows import stock_windows
 
 MODEL_TYPE = "dropformer"
 LOADING = Path(__file__).parents[1] / "loading"
@@ -105,11 +106,14 @@ class ExportJob:
 
 
 def write_pruned(writing: ExportJob, folder: Path) -> CopyReport:
-    """The default format: a stock, shorter model where the plan packs, else of model_type `dropformer` with the code
-    that loads it."""
+    """The default format: a stock model where the plan packs, or has windows that a stock class obeys, else one of
+    model_type `dropformer` with the code that loads it."""
     heads = numbered_heads(writing.outline, writing.block_map, writing.names, writing.prefix)
     config = without_heads(writing.config, writing.outline, heads)
     fields = pruned_config(config, writing.outline, writing.block_map)
+    if writing.block_map.windows:
+        plain = pruned_config(config, writing.outline, replace(writing.block_map, windows={}))
+        fields = stock_windows(plain, writing.outline, writing.block_map) or fields
     notes: list[str] = []
     if not writing.block_map.in_place(writing.outline):
         fields, notes = settled_patterns(fields)

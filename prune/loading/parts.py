@@ -23,6 +23,12 @@ def input_embeddings(model: Any) -> nn.Module | None:
     return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
 
 
+def output_embeddings(model: Any) -> nn.Module | None:
+    """The module that turns the last hidden states into logits, with a weight [V, D]; None where there is none."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return head if getattr(head, "weight", None) is not None else None
+
+
 def windows_of(model: nn.Module) -> dict[str, Window]:
     """Module path -> the window of each attention layer that has one."""
     found: dict[str, Any] = {path: getattr(module, "window", None) for path, module in model.named_modules()}

@@ -69,7 +69,7 @@ def test_an_earlier_comparison_is_replaced_and_nothing_else(tmp_path: Path) -> N
 
 def test_the_headline_says_since_when_the_drop_set_is_known() -> None:
     found = comparison()
-    assert headline(found) == "The 2 layers that attn:2 takes of step<2> are known from step<1> on."
+    assert headline(found) == "The 2 layers that attn:2 drops from step<2> are known from step<1> on."
     first = found.model_copy(update={"known_from": KnownFrom(label="step<0>", index=0)})
     assert headline(first).endswith("are known from the first checkpoint on.")
     last = found.model_copy(update={"known_from": KnownFrom(label="step<2>", index=2)})

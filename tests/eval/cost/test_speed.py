@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -54,6 +56,22 @@ def test_a_compiled_model_decodes_into_one_static_cache_reset_before_each_run(mo
     assert len(made) == 2  # one a model, for a warm-up and three repeats
     assert all(cache.get_seq_length() == 8 + 3 for cache in made)  # of the last run alone
     assert [row.repeats for row in table.rows] == [3, 3]
+
+
+def test_a_largest_batch_that_does_not_fit_after_all_is_made_smaller(monkeypatch):
+    from dropformer.eval.cost import speed
+
+    def run(model, setting, step, cache):
+        if setting.batch > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return timed(model, setting, step, cache)
+
+    timed = speed.time_run
+    monkeypatch.setattr(speed, "time_run", run)
+    monkeypatch.setattr(speed, "with_batch", lambda models, setting, static: replace(setting, batch=8))
+    assert measure({"dense": llama()}, [Setting(8, 2, "max")], repeats=1).rows[0].setting.batch == 5  # 8, 7, 6, 5
+    with pytest.raises(torch.OutOfMemoryError):
+        measure({"dense": llama()}, [Setting(8, 2, 8)], repeats=1)  # a number that was asked for is not changed
 
 
 def test_an_empty_grid_is_refused():

@@ -1,7 +1,5 @@
 """Healing with low-rank adapters: closer to the dense model, in the model's own format, and nothing else changes."""
 
-import sys
-
 import pytest
 import torch
 
@@ -9,11 +7,8 @@ from dropformer.metrics.blockwise.divergence import DenseReference, dropped_modu
 from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import Changes, variant
 from dropformer.metrics.repair.lora import Healing, heal, shuffled
-from dropformer.metrics.search.improve import Improver
-from dropformer.metrics.search.strategy import Strategy
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.errors import PlanError
 
 HOW = Healing(rank=4, rate=1e-2, epochs=8, stride=1)
 SIZES = {"gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4}}
@@ -61,7 +56,7 @@ def test_healing_leaves_the_dense_model_as_it_was(opened):
         assert torch.equal(value, p) and p.requires_grad == flag and id(p) == identity
 
 
-def test_merged_adapters_are_plain_linear_modules_behind_the_first_change(opened):
+def test_what_healing_changes_lies_behind_the_first_change_and_in_no_dropped_module(opened):
     model, architecture, runner = opened()
     healed = heal(runner, dropped_modules(model, architecture, [Layer("attn", 2)]), 2, Healing(rank=2, rate=1e-2))
     assert all(tensor.shape == model.get_parameter(name).shape for name, tensor in healed.items())
@@ -69,8 +64,36 @@ def test_merged_adapters_are_plain_linear_modules_behind_the_first_change(opened
     assert not any("self_attn" in path for path in healed if path.startswith("model.layers.2."))
 
 
-def test_without_peft_the_error_says_what_to_install(opened, monkeypatch):
-    model, _, _ = opened()
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(PlanError, match=r"pip install 'dropformer\[lora\]'"):
-        Improver(model, [], Strategy(repair=("lora",)))
+def test_a_norm_is_healed_as_well_as_what_is_linear(opened):
+    model, architecture, runner = opened()
+    healed = heal(runner, dropped_modules(model, architecture, [Layer("attn", 1)]), 1, Healing(rank=2, rate=1e-2))
+    norms = {name for name in healed if model.get_parameter(name).ndim == 1}
+    assert "model.layers.2.post_attention_layernorm.weight" in norms
+    assert all(not torch.equal(healed[name], model.get_parameter(name)) for name in norms)
+
+
+def test_logits_in_parts_teach_what_all_of_them_teach(opened):
+    model, architecture, runner = opened()
+    modules = dropped_modules(model, architecture, [Layer("attn", 1)])
+    whole, parts = (heal(runner, modules, 1, Healing(rank=2, stride=2, logits=size)) for size in (1 << 30, 2048))
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_that_run_again_teach_what_kept_activations_teach(opened):
+    model, architecture, runner = opened()
+    modules = dropped_modules(model, architecture, [Layer("attn", 1)])
+    kept, again = (heal(runner, modules, 1, Healing(rank=2, room=room)) for room in (1 << 30, 0))
+    assert all(torch.allclose(kept[name], again[name], atol=1e-5) for name in kept)
+
+
+def test_small_steps_add_up_in_sixteen_bits(opened):
+    model, architecture, _ = opened()
+    model.bfloat16()
+    ids = torch.randint(3, 64, (8, 24), generator=torch.Generator().manual_seed(3))
+    runner = BlockRunner(model, architecture, [{"input_ids": row[None]} for row in ids])
+    dense, layers = DenseReference(runner), [Layer("attn", 1), Layer("mlp", 2)]
+    changes = Changes(heal(runner, dropped_modules(model, architecture, layers), 1, HOW))
+    variants = [variant(model, architecture, layers), variant(model, architecture, layers, changes)]
+    dropped, healed = (damage.mean_kl for damage in dense.compare_each(variants))
+    assert healed < 0.9 * dropped and {value.dtype for value in changes.tensors.values()} == {torch.bfloat16}

@@ -53,13 +53,14 @@ def test_zeros_load_anywhere_and_give_the_pruned_models_logits(opened, tmp_path,
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == family
 
 
-def test_only_what_is_dropped_is_zero(opened, tmp_path):
-    dense = opened("llama")
-    dropformer.save(pruned_of(dense, "attn=1"), tmp_path / "out", "dense")
+def test_only_what_writes_to_the_stream_is_zero(opened, tmp_path):
+    dense = opened("llama", attention_bias=True)
+    dropformer.save(pruned_of(dense, "attn=1,block=2"), tmp_path / "out", "dense")
     before = load_file(dense.path / "model.safetensors")
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()
-    gone = {n for n in before if "layers.1.self_attn" in n or "layers.1.input_layernorm" in n}
+    gone = {n for n in before if "layers.1.self_attn.o_proj" in n or "layers.2.self_attn.o_proj" in n}
+    gone.add("model.layers.2.mlp.down_proj.weight")
     assert len(gone) == 5
     for name, tensor in after.items():
         assert torch.equal(tensor, torch.zeros_like(tensor) if name in gone else before[name])
