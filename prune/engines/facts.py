@@ -20,8 +20,8 @@ RECORD, PRUNED, REMOTE = "dropformer.json", "dropformer", "dropformer_remote"
 class CheckpointFacts:
     """One checkpoint.
 
-    format: "dropformer", "deci", "gguf", "onnx", "dense" (dropped layers are zeros) or "stock" (a plain model, packed
-    ones too); family: transformers' model type of the dense model, of a GGUF file llama.cpp's architecture.
+    format: "dropformer", "deci", "gguf", "onnx", "executorch", "dense" (dropped layers are zeros) or "stock" (a plain
+    model, packed ones too); family: transformers' model type of the dense model, of a GGUF file llama.cpp's.
     skipped: the kinds that some block lacks ("attention", "mlp"); first: what the first block lacks.
     saves: parameters and KV cache against the dense model, in words; "" where nothing says.
     """
@@ -67,9 +67,11 @@ def read_facts(folder: Path) -> CheckpointFacts:
         family = read_config(folder)["model_type"] if (folder / CONFIG).exists() else "?"
         return CheckpointFacts(folder, "onnx", family, file="model.onnx", saves=_saves(record))
     try:
+        if record.get("format") == "executorch":
+            return _executorch(folder, record)
         return _hugging_face(folder, record)
     except (AttributeError, IndexError, KeyError, TypeError):
-        raise CheckpointError(f"{shown(folder)}: config.json is not as dropformer writes it; get it again") from None
+        raise CheckpointError(f"{shown(folder)}: its files are not as dropformer writes them; get it again") from None
 
 
 def _hugging_face(folder: Path, record: Mapping[str, Any]) -> CheckpointFacts:
@@ -98,6 +100,12 @@ def _hugging_face(folder: Path, record: Mapping[str, Any]) -> CheckpointFacts:
     form = "dense" if record.get("format") == "dense" else "stock"
     saves = "nothing: dropped layers are zeros" if form == "dense" else _saves(record)
     return CheckpointFacts(folder, form, family, architecture, saves=saves, config=config)
+
+
+def _executorch(folder: Path, record: Mapping[str, Any]) -> CheckpointFacts:
+    family, dropped = record["model"]["model_type"], record["dropped"]
+    skipped = frozenset(kind for kind in ("attention", "mlp") if dropped.get(kind))
+    return CheckpointFacts(folder, "executorch", family, file="params.json", skipped=skipped, saves=_saves(record))
 
 
 def _gguf(file: Path, record: Mapping[str, Any]) -> CheckpointFacts:
