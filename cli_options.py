@@ -287,6 +287,7 @@ Pushed = Annotated[Path, typer.Argument(metavar="FOLDER", help="A checkpoint tha
 Loadable = Annotated[
     Path, typer.Argument(metavar="CHECKPOINT", help="A folder that dropformer wrote, a plain model's, or a .gguf file.")
 ]
+Full = Annotated[bool, typer.Option("--full", help="No table: each command on a line of its own, to copy.")]
 Repository = Annotated[str, typer.Argument(metavar="REPO", help="The model repository on the Hub: user/name.")]
 Private = Annotated[bool, typer.Option("--private", help="Make the repository a private one.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

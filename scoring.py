@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from dropformer.eval.draft.options import DraftOptions
 from dropformer.metrics.analysis import distributed
@@ -14,16 +18,21 @@ from dropformer.metrics.analysis.stability import check_spec
 from dropformer.metrics.analysis.window_loss import TIMES, window_losses
 from dropformer.metrics.calibration.batching import busy_tokens, windows_at_once
 from dropformer.metrics.calibration.data import CalibrationData, calibration_data, default_settings, text_windows
+from dropformer.metrics.calibration.far_recall import far_recall
 from dropformer.metrics.calibration.generated import Writer
 from dropformer.metrics.calibration.images import PIXELS, Pictures
 from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
 from dropformer.metrics.calibration.windows import Windows, computed_tokens, named_texts
 from dropformer.metrics.offload.process_memory import parse_bytes
+from dropformer.metrics.search.budget import check_budget, parse_budget
+from dropformer.metrics.search.far_text import tail_of
 from dropformer.metrics.search.ladder import check_rungs
-from dropformer.metrics.search.rungs import rung_plan
+from dropformer.metrics.search.rungs import read_texts, rung_plan
 from dropformer.progress import Progress
 from dropformer.prune.architecture import Layer
+from dropformer.prune.choosing import check_possible
 from dropformer.prune.discovery.proof import outline as proven_outline
+from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading.load import usable_device
@@ -36,6 +45,7 @@ from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import CalibrationOptions, Request
 
 RECALL = "recall"  # beside any calibration text where windows are chosen
+TEXTS = 2  # of the context, by whose ends rungs are chosen
 WINDOW_TOKENS = 8192  # read to rank windows by: about two texts several windows long
 
 
@@ -61,8 +71,25 @@ def open_to_score(request: Request, progress: Progress) -> LoadedModel:
     return opened
 
 
-def get_scores(opened: LoadedModel, request: Request, progress: Progress) -> Scores:
-    """The scores of a model: those of the same weights on the same tokens if any are kept, else new ones."""
+def check_early(opened: LoadedModel, request: Request, specs: Sequence[str] = ()) -> None:
+    """Raises PlanError where the model's anatomy alone says that a spec or a budget cannot be met, before a text is
+    read; nothing for a model that is read in pieces."""
+    if opened.model is None:
+        return
+    target, outline = request.target, summarize(opened.model, opened.architecture)
+    published = opened.recipe.published if opened.recipe else None
+    for spec in specs or filter(None, [target.spec, request.scoring.until_stable]):
+        check_possible(outline, spec, target.keep, published)
+    if target.budget and not target.rungs:
+        check_budget(parse_budget(target.budget), outline, target.keep, target.context)
+
+
+def get_scores(opened: LoadedModel, request: Request, progress: Progress, specs: Sequence[str] = ()) -> Scores:
+    """The scores of a model: those of the same weights on the same tokens if any are kept, else new ones.
+
+    `specs`: what they are for, where the request does not say.  Raises PlanError first for what no scores can meet.
+    """
+    check_early(opened, request, specs)
     if request.selection.scores:
         scores = Scores.read(request.selection.scores)
         if scores.model.fingerprint != opened.ref.fingerprint:
@@ -129,7 +156,9 @@ def _reused(kept: Path, opened: LoadedModel, data: CalibrationData) -> Scores | 
 def _measured(opened: LoadedModel, data: CalibrationData, request: Request, rows: Path, progress: Progress) -> Scores:
     if request.scoring.memory is not None:
         return _streamed(opened, data, request, progress)
-    how = Measuring(request.scoring.batch_size, request.scoring.until_stable, tuple(request.target.keep), rows)
+    how = Measuring(
+        request.scoring.batch_size, request.scoring.until_stable, tuple(request.target.keep), rows, opened.architecture
+    )
     size = how.size(opened.model, data)
     needed, computed = sum(data.lengths()), computed_tokens(data.lengths(), size)
     if len(set(data.lengths())) > 1 and not request.scoring.until_stable:
@@ -161,28 +190,46 @@ def _streamed(opened: LoadedModel, data: CalibrationData, request: Request, prog
 
 
 def plan_of_rungs(opened: LoadedModel, request: Request, progress: Progress) -> Plan | None:
-    """The plan that a budget makes of `--rungs`, from one pass over the calibration text and text to recall.
+    """The plan that a budget makes of `--rungs`, None where no rungs are asked for.
 
-    None where no rungs are asked for.  Raises PlanError, CalibrationError, ArchitectureError or ModelError.
+    Raises PlanError, CalibrationError, ArchitectureError or ModelError.
     """
     target = request.target
     if not target.rungs:
         return None
     if opened.tokenizer is None or not writes_text(opened.model):
         raise ModelError(f"{opened.ref.name} reads no text token by token, so no rung can be told from another")
-    widest = max(check_rungs(target.rungs, target.context), key=lambda window: window.width)
-    settings = request.calibration.of(opened.recipe)
-    length, samples = _read_for(widest, opened, request)
+    texts, named = _long_texts(opened, request, progress)
+    outline = proven_outline(opened.model)
+    with progress.stage(f"KL of {', '.join(map(str, target.rungs))}"):
+        search = read_texts(opened.model, outline, target.rungs, texts, target.keep)
+        plan = rung_plan(search, opened.ref, target, calibration=named)
+    tried = ", ".join(f"{kl:.4f}" for kl in search.history)
+    progress.say(f"KL of the plans at the end of the texts: {tried}; {search.passes:.1f} forward passes")
+    return plan
+
+
+def _long_texts(opened: LoadedModel, request: Request, progress: Progress) -> tuple[list[Tensor], dict[str, Any]]:
+    """Texts of the context that ask at their end for what was said long before, and their record."""
+    said, target = request.calibration, request.target
+    settings = said.of(opened.recipe)
+    limit = context_of(opened.model.config) or target.context
+    length = said.length or min(limit, target.context)
     check_length(read_config(opened.path), length, opened.ref.name)
-    names = list(dict.fromkeys([*settings.name.split(","), RECALL]))
-    each = max(1, samples // len(names))
-    write = writer(opened, progress)
+    widest = max(check_rungs(target.rungs, target.context))
+    if widest.width + widest.sinks + tail_of(length) > length:
+        raise CalibrationError(
+            f"what a window of {widest} costs does not show in texts of {length:,} tokens; leave out --length, or "
+            "give narrower windows"
+        )
+    names, write = settings.name.split(","), writer(opened, progress)
+    each = max(1, (said.samples or TEXTS) // len(names))
     data = [text_windows(replace(settings, name=name, length=length, samples=each), write) for name in names]
-    progress.say("calibration: " + "; ".join(f"{w.ref.name}, {len(w)} windows of {length}" for w in data))
-    with progress.stage(f"damage of {', '.join(map(str, target.rungs))}, one pass"):
-        batches = [inputs for part in data for inputs, _ in part.batches(1)]
-        outline = proven_outline(opened.model)
-        return rung_plan(opened.model, outline, opened.ref, target, batches, calibration=named_texts(data))
+    rows = [row for part in data for row in part.ids]
+    texts = [far_recall(row, opened.tokenizer, tail_of(length), settings.seed + i) for i, row in enumerate(rows)]
+    progress.say(f"calibration: {settings.name} with recall, {len(texts)} texts of {length:,} tokens")
+    named = named_texts(data)
+    return texts, named | {"name": f"{named['name']},{RECALL}"}
 
 
 def losses_by_window(

@@ -1,13 +1,14 @@
 """Attention windows in place of drops, at length: what the KV cache shrinks to, and what that costs.
 
     python benchmarks/ladder.py [--quick] [--model smollm2-135m] [--text heldout] [--length 8192] [--texts 2]
-        [--window 256+4] [--shares 0.5,0.3333,0.25] [--drops]
+        [--rungs window:256+4,window:512+4,...] [--read 2] [--shares 0.5,0.3333,0.25] [--plans FILE] [--drops]
 
-Layers are ranked by one pass over the calibration text (`window_loss`); for each share the fewest layers get the
-window that bring the cache of `--length` tokens down to it. Dense and windowed models read the same texts: perplexity
-over dense at positions beyond 1,024 (an eighth of the length where that is shorter), facts from five depths, and
-decode speed behind the text, models in turn, beside what the bytes of weights and cache allow. `--drops` adds the
-attention layers whose dropping saves the same bytes, chosen and repaired by `--quality best`: that takes an hour.
+For each share of the cache of `--length` tokens, rungs are chosen as `--budget kv:-50% --rungs` does, on `--read`
+texts of that length. `--plans` keeps what was chosen, and reads it where the file exists. Dense and windowed models
+read the same texts: perplexity over dense at positions beyond 1,024 (an eighth of the length where that is shorter),
+facts from five depths, and decode speed behind the text, models in turn, beside what the bytes of weights and cache
+allow. `--drops` adds the attention layers whose dropping saves the same bytes, chosen and repaired by `--quality best`:
+that takes an hour.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,33 +27,51 @@ import dropformer
 from dropformer import api
 from dropformer.eval.cost.decoding import decode_behind
 from dropformer.eval.quality.long_context import ask, band, needle, read, text_tokens, with_facts
-from dropformer.metrics.analysis.window_loss import TIMES, window_losses
+from dropformer.metrics.calibration.far_recall import far_recall
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.windows import windows
+from dropformer.metrics.search.far_text import tail_of
+from dropformer.metrics.search.rungs import read_texts, rung_plan
+from dropformer.metrics.search.strategy import Target
 from dropformer.prune.plan import Plan
-from dropformer.prune.window import Window
+from dropformer.prune.rungs.registry import parse_rungs
+from dropformer.prune.spec import named_layers
 
 GOALS = {0.5: 1.01, 0.3333: 1.02, 0.25: 1.04}
 FAR = 1024
+WIDTHS = (256, 512, 1024, 2048, 4096)
 
 
-def plans(opened: Any, window: Window, shares: Sequence[float], length: int, tokens: int) -> Iterator[tuple[str, Plan]]:
-    """For each share of the cache the plan of fewest windows; `tokens`: read to rank by."""
-    outline, size = api.outline(opened.model), TIMES * window.width
-    data = windows(Calibration("builtin", max(1, tokens // size), size), opened.tokenizer)
+def chosen(opened: Any, args: argparse.Namespace) -> dict[str, str]:
+    """For each share of the cache the spec that names the rung of each layer."""
+    outline, rungs = api.outline(opened.model), parse_rungs(args.rungs)
+    rows = windows(Calibration("builtin", args.read, args.length), opened.tokenizer).ids
+    tail = tail_of(args.length)
     start = time.process_time()
-    losses = window_losses(opened.model, outline, [inputs for inputs, _ in data.batches(1)], window)
-    print(f"ranked by {len(data)} x {size} tokens in one pass, {time.process_time() - start:.0f} s of CPU", flush=True)
-    for share in shares:
-        made = (
-            api.plan_unscored(opened.ref, outline, f"window:{count}@{window}", (), None, losses)
-            for count in range(1, len(losses) + 1)
-        )
-        found = next((plan for plan in made if plan.kv_share(length) <= share), None)
-        if found is None:
-            raise SystemExit(f"windows of {window} in every layer leave more than {share} of the cache")
-        print(f"{share:.0%} of the cache: {', '.join(found.windows)}", flush=True)
-        yield f"{share:g}", found
+    texts = [far_recall(row, opened.tokenizer, tail, seed) for seed, row in enumerate(rows)]
+    search = read_texts(opened.model, outline, rungs, texts)
+    print(f"{len(texts)} texts of {args.length} tokens read, {time.process_time() - start:.0f} s of CPU", flush=True)
+    found = {}
+    for share in args.shares.split(","):
+        target = Target(budget=f"kv:-{100 * (1 - float(share)):g}%", context=args.length, rungs=rungs)
+        plan = rung_plan(search, opened.ref, target)
+        found[share] = named_layers(plan.layers, plan.windowed)
+        print(
+            f"{share} of the cache: {found[share]}; KL {', '.join(f'{kl:.4f}' for kl in search.history)}, "
+            f"{search.passes:.1f} passes, {time.process_time() - start:.0f} s of CPU since the start", flush=True,
+        )  # fmt: skip
+    return found
+
+
+def plans(opened: Any, args: argparse.Namespace) -> Iterator[tuple[str, Plan]]:
+    """The chosen plans, from the file that keeps them where there is one."""
+    kept = Path(args.plans) if args.plans else None
+    specs = json.loads(kept.read_text()) if kept and kept.exists() else chosen(opened, args)
+    if kept and not kept.exists():
+        kept.write_text(json.dumps(specs, indent=1) + "\n")
+    outline = api.outline(opened.model)
+    for share, spec in specs.items():
+        yield share, api.plan_unscored(opened.ref, outline, spec, (), None)
 
 
 def dropping(opened: Any, share: float) -> Any:
@@ -107,19 +127,22 @@ def main() -> None:
     parser.add_argument("--text", default="heldout")
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--texts", type=int, default=2)
-    parser.add_argument("--window", default="256+4")
+    parser.add_argument("--rungs", default=",".join(f"window:{width}+4" for width in WIDTHS))
+    parser.add_argument("--read", type=int, default=2, help="texts by whose ends rungs are chosen")
+    parser.add_argument("--plans", help="keeps the chosen plans, or gives them where it exists")
     parser.add_argument("--shares", default="0.5,0.3333,0.25")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--ranked", type=int, default=8192, help="tokens read to rank layers by")
     parser.add_argument("--drops", action="store_true")
     args = parser.parse_args()
     if args.quick:
-        args.length, args.texts, args.window, args.repeats, args.ranked = 1536, 1, "64+4", 3, 1024
+        args.length, args.texts, args.repeats, args.read = 1536, 1, 3, 1
+        args.rungs = "window:64+4,window:256+4"
     opened = dropformer.open_model(args.model)
     shares = [float(share) for share in args.shares.split(",")]
     models = {"dense": opened.model}
-    for name, plan in plans(opened, Window.parse(args.window), shares, args.length, args.ranked):
-        models[f"windows {name}"] = dropformer.drop(opened, plan)
+    for name, plan in plans(opened, args):
+        print(f"{name}: {plan.kv_share(args.length):.1%} of the cache at {args.length:,} tokens")
+        models[f"windows {float(name):g}"] = dropformer.drop(opened, plan)
     for share in shares if args.drops else ():
         models[f"drops {share:g}"] = dropping(opened, share)
     found = rows(models, opened, args)
@@ -130,7 +153,7 @@ def main() -> None:
             kept = row["needle"] / dense["needle"] if dense["needle"] else float("nan")
             print(f"{share:.0%}: {ratio:.4f} times dense (goal {goal}), needle {kept:.0%} of dense (goal 95%)")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    settings = {key: getattr(args, key) for key in ("model", "text", "length", "texts", "window", "ranked")}
+    settings = {key: getattr(args, key) for key in ("model", "text", "length", "texts", "rungs", "read")}
     print(json.dumps({"benchmark": "ladder", **settings, "rows": found, "peak_rss_mib": round(peak)}))
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dropformer.prune.architecture import Layer
 from dropformer.prune.errors import PlanError
 from dropformer.prune.files.config_json import block_count
 from dropformer.prune.window import Window
@@ -92,6 +93,19 @@ def _selector(text: str, match: re.Match[str]) -> Selector:
     ):
         raise PlanError(f"drop spec `{text}`: a published list takes a count, as in published:attn:8")
     return selector
+
+
+def named_layers(layers: Iterable[Layer], windows: Mapping[Layer, Window]) -> str:
+    """The drop spec that names these layers: `attn=20,21,window=3,7@256+4`."""
+    items: dict[tuple[str, str, str], list[int]] = {}
+    for layer in layers:
+        items.setdefault((layer.stack, layer.kind, ""), []).append(layer.index)
+    for layer, window in windows.items():
+        items.setdefault((layer.stack, "window", f"@{window}"), []).append(layer.index)
+    return ",".join(
+        f"{stack + '.' if stack else ''}{kind}={','.join(map(str, sorted(indices)))}{rung}"
+        for (stack, kind, rung), indices in items.items()
+    )
 
 
 def without_windows(spec: str) -> str:

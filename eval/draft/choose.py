@@ -24,6 +24,7 @@ from dropformer.prune.errors import ModelError
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import DraftRef, Plan, make_plan
 from dropformer.prune.samples.inputs import writes_text
+from dropformer.prune.spec import named_layers
 from dropformer.prune.window import Window
 from dropformer.recipes.opening import LoadedModel
 
@@ -133,17 +134,11 @@ def _plan(
         context=options.context, batch=options.batch,
     )  # fmt: skip
     fields: dict[str, Any] = {"keep": list(keep), "metric": "draft", "calibration": named_texts(data), "draft": ref}
-    return make_plan(outline, opened.ref, spec_of(found), list(found.layers), windows=found.windows, **fields)
-
-
-def spec_of(found: Candidate) -> str:
-    """The drop spec that names these layers: `attn=20,21,window=3,7@256+4`."""
-    items: dict[tuple[str, str, str], list[int]] = {}
-    for layer in found.layers:
-        items.setdefault((layer.stack, layer.kind, ""), []).append(layer.index)
-    for layer, window in found.windows.items():
-        items.setdefault((layer.stack, "window", f"@{window}"), []).append(layer.index)
-    return ",".join(
-        f"{stack + '.' if stack else ''}{kind}={','.join(map(str, sorted(indices)))}{rung}"
-        for (stack, kind, rung), indices in items.items()
+    return make_plan(
+        outline,
+        opened.ref,
+        named_layers(found.layers, found.windows),
+        list(found.layers),
+        windows=found.windows,
+        **fields,
     )

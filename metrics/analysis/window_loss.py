@@ -87,7 +87,7 @@ def _comparing(
             if unfit(module):
                 continue
             entered: list[Tensor] = []
-            hooks.callback(block.register_forward_pre_hook(_note(entered), with_kwargs=True).remove)
+            hooks.callback(block.register_forward_pre_hook(noting(entered), with_kwargs=True).remove)
             twins = {window: windowed_twin(module, window) for window in windows}
             compare = _compare(layer, twins, entered, sums)
             hooks.callback(module.register_forward_hook(compare, with_kwargs=True).remove)
@@ -105,7 +105,7 @@ def windowed_twin(module: nn.Module, window: Window) -> nn.Module:
     return twin
 
 
-def _note(entered: list[Tensor]) -> Any:
+def noting(entered: list[Tensor]) -> Any:
     def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
         entered[:] = [hidden_states(args, kwargs)]
 
@@ -121,11 +121,11 @@ def _compare(
     beyond = slice(max(window.width + window.sinks for window in twins), None)
 
     def hook(_module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        full = _first(output)[:, beyond].float()
+        full = first_output(output)[:, beyond].float()
         size = entered[0][:, beyond].to(full.device).float().square().sum(-1).clamp_min(1e-12)
         lost: dict[Window | None, Tensor] = {None: full}
         for window, twin in twins.items():
-            lost[window] = _first(twin(*args, **kwargs))[:, beyond].float() - full
+            lost[window] = first_output(twin(*args, **kwargs))[:, beyond].float() - full
         for rung, difference in lost.items():
             total = (difference.square().sum(-1) / size).sum(dtype=torch.float64)
             key = layer, rung  # read once all have passed: the device does not wait
@@ -134,5 +134,5 @@ def _compare(
     return hook
 
 
-def _first(result: Any) -> Tensor:
+def first_output(result: Any) -> Tensor:
     return result[0] if isinstance(result, (tuple, list)) else result

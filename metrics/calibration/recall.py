@@ -21,15 +21,16 @@ def recall(texts: Iterable[str]) -> Iterator[str]:
     at = number = 0
     while at + PASSAGE + APART[number % len(APART)] <= len(rest):
         passage, between = rest[at : at + PASSAGE], rest[at + PASSAGE : at + PASSAGE + APART[number % len(APART)]]
-        facts = _facts(draw)
-        again = draw.sample(facts, len(facts))
-        told = "\n".join(f"{name} keeps key {code} at {place}." for name, code, place in facts)
+        all_facts = facts(draw, FACTS)
+        again = draw.sample(all_facts, FACTS)
+        told = "\n".join(f"{name} keeps key {code} at {place}." for name, code, place in all_facts)
         asked = "\n".join(f"Which key does {name} keep? Key {code}. Where? At {place}." for name, code, place in again)
         yield f"{told}\n\n{passage}\n\n{between}\n\n{passage}\n\n{asked}\n"
         at += PASSAGE + len(between)
         number += 1
 
 
-def _facts(draw: random.Random) -> list[tuple[str, int, str]]:
-    names = draw.sample(PEOPLE, FACTS)
+def facts(draw: random.Random, count: int) -> list[tuple[str, int, str]]:
+    """Names, each with a key and a place; at most as many as there are people."""
+    names = draw.sample(PEOPLE, count)
     return [(name, draw.randrange(1000, 10000), draw.choice(PLACES)) for name in names]

@@ -1,13 +1,24 @@
-"""A plan of rungs under a budget, from one forward pass over text of which part needs its far past."""
+"""A plan of rungs under a budget, by the KL divergence that each costs at the end of long texts.
+
+Each layer is tried alone on its harshest rungs; wider windows are taken to cost as much less as they change less.
+The plan of least sum is measured as a whole, then each of its layers is put back in turn: what that gains is what the
+layer costs beside the others, by which the rest of the search chooses again.  All within PASSES forward passes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
 
-from dropformer.metrics.analysis.window_loss import rung_losses
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from dropformer.metrics.search.budget import parse_budget
+from dropformer.metrics.search.far_text import Action, FarText
 from dropformer.metrics.search.ladder import Option, check_rungs, climb, saved_share
+from dropformer.metrics.search.strategy import Target
 from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.choosing import check_attention_left, unprotected
@@ -16,54 +27,165 @@ from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, make_plan
 from dropformer.prune.rungs.registry import Rung
 from dropformer.prune.rungs.window import Windowed
-from dropformer.prune.window import Window
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from dropformer.metrics.search.strategy import Target
-
-Damages = Mapping[Layer, Mapping[Window | None, float]]
+PASSES, ROUNDS = 6.0, 3
+STEPS = (1.0, 0.5, 0.25)  # of the way, in logarithm, from what layers cost alone to what they cost beside the others
+LEAST, MOST = 0.2, 5.0  # a round changes what a layer is taken to cost by so much at most
 
 
-def rung_plan(
-    model: nn.Module, outline: Outline, ref: ModelRef, target: Target, batches: Iterable[Mapping[str, Tensor]],
-    **fields: Any,
-) -> Plan:  # fmt: skip
-    """The plan that meets the target's budget at its context with the least damage, attention layers alone.
+@dataclass
+class RungSearch:
+    """What actions cost the layers that may take them, in nats of KL at the ends of these texts.
 
-    Damage: what `rung_losses` says of each layer alone, added up.  Batches: as there.  Raises PlanError where the
-    budget cannot be met, ArchitectureError where no attention layer takes a window, CalibrationError.
+    `kl`: that of the last plan that was found; `history`: of each that was measured on the way.  Several budgets share
+    what the layers cost alone.
     """
-    windows = check_rungs(target.rungs, target.context)
-    damages = rung_losses(model, outline, batches, windows)
-    if not damages:
+
+    texts: Sequence[FarText]
+    layers: Sequence[Layer]
+    actions: Sequence[Action]
+    kl: float = 0.0
+    history: list[float] = field(default_factory=list)
+    _alone: dict[Layer, dict[Action, float]] = field(default_factory=dict)
+    _works: list[float] = field(default_factory=list)
+
+    @property
+    def passes(self) -> float:
+        """Forward passes over the texts until now."""
+        return sum(text.work for text in self.texts) / len(self.texts)
+
+    def measured(self, actions: Mapping[Layer, Action]) -> float:
+        return sum(text.kl(actions) for text in self.texts) / len(self.texts) if actions else 0.0
+
+    def alone(self) -> dict[Layer, dict[Action, float]]:
+        """Each layer's costs by itself: measured on the narrowest window and dropped, scaled for wider windows."""
+        if not self._alone:
+            self._alone = {layer: self._of(layer) for layer in self.layers}
+            self._works = [text.work for text in self.texts]
+        for text, work in zip(self.texts, self._works, strict=True):
+            text.work = work
+        self.history = []
+        return self._alone
+
+    def _of(self, layer: Layer) -> dict[Action, float]:
+        windows = sorted(action for action in self.actions if action is not None)
+        found: dict[Action, float] = {None: self.measured({layer: None})} if None in self.actions else {}
+        narrow = self.measured({layer: windows[0]})
+        changes = {w: sum(text.damages[layer][w] for text in self.texts) for w in windows}
+        whole = changes[windows[0]]
+        return found | {w: narrow * (changes[w] / whole if whole else 0.0) for w in windows}
+
+    def beside(
+        self, chosen: Mapping[Layer, Action], costs: Mapping[Layer, Mapping[Action, float]]
+    ) -> dict[Layer, float]:
+        """What each layer costs beside the other chosen ones, over what it was taken to cost.
+
+        Layers that were not chosen: half of the median, in logarithm.
+        """
+        factors = {}
+        for layer, action in chosen.items():
+            gain = self.kl - self.measured({key: own for key, own in chosen.items() if key != layer})
+            known = costs[layer][action]
+            factors[layer] = min(MOST, max(LEAST, gain / known)) if known > 0 else 1.0
+        middle = median(factors.values()) ** 0.5
+        return {layer: factors.get(layer, middle) for layer in costs}
+
+    def room(self, changed: int) -> bool:
+        """Are there passes left to put each of the changed layers back, and to measure what comes of it?"""
+        full = sum(text.price for text in self.texts) / len(self.texts)
+        return self.passes + full * (changed + 1) <= PASSES
+
+
+def read_texts(
+    model: PreTrainedModel, outline: Outline, rungs: Sequence[Rung], texts: Sequence[Tensor], keep: Sequence[int] = ()
+) -> RungSearch:
+    """The dense model on these long texts, token ids [T], ready to choose among rungs by what they cost there.
+
+    Time: a forward pass; memory: the texts' KV cache.  Raises ArchitectureError where no attention layer takes a
+    window.
+    """
+    actions = [_action(rung) for rung in rungs]
+    read = [FarText(model, outline, ids, actions) for ids in texts]
+    if not read[0].damages:
         raise ArchitectureError(f"no attention layer of {type(model).__name__} takes a window; give --budget alone")
-    budget = parse_budget(target.budget or "")
-    free = set(unprotected(outline, ("attn",), "", target.keep)).intersection(damages)
-    whole = _whole(outline, damages)
-    options = {
-        layer: [
-            Option(rung, saved_share(outline, layer, rung, budget, target.context), damages[layer][_window(rung)])
-            for rung in target.rungs
-            if isinstance(rung, Windowed) or layer != whole
-        ]
-        for layer in sorted(free)
-    }
-    chosen = climb(options, budget.amount)
+    free = sorted(set(unprotected(outline, ("attn",), "", keep)).intersection(read[0].damages))
+    return RungSearch(read, free, actions)
+
+
+def rung_plan(search: RungSearch, ref: ModelRef, target: Target, **fields: Any) -> Plan:
+    """The plan of attention layers that meets the target's budget at its context with the least KL.
+
+    Raises PlanError where the budget cannot be met.
+    """
+    check_rungs(target.rungs, target.context)
+    outline = search.texts[0].outline
+    chosen = searched(search, _Weighing(outline, target, _kept_whole(outline, search.texts)))
     order = sorted(chosen, key=lambda layer: (chosen[layer].damage, -layer.index))
-    dropped = [layer for layer in order if _window(chosen[layer].rung) is None]
-    windowed = {layer: window for layer in order if (window := _window(chosen[layer].rung))}
+    dropped = [layer for layer in order if _action(chosen[layer].rung) is None]
+    windowed = {layer: window for layer in order if (window := _action(chosen[layer].rung))}
     check_attention_left(outline, dropped)
-    fields["metric"] = f"damage of {', '.join(map(str, target.rungs))} at {target.context:,} tokens"
-    return make_plan(outline, ref, str(budget), dropped, windows=windowed, keep=list(target.keep), **fields)
+    fields["metric"] = f"KL of {', '.join(map(str, target.rungs))} at the end of long texts"
+    budget = str(parse_budget(target.budget or ""))
+    return make_plan(outline, ref, budget, dropped, windows=windowed, keep=list(target.keep), **fields)
 
 
-def _window(rung: Rung) -> Window | None:
+@dataclass(frozen=True)
+class _Weighing:
+    """What turns costs into options: the budget at its context, and the layer that may not be dropped."""
+
+    outline: Outline
+    target: Target
+    whole: Layer | None
+
+    def __call__(self, costs: Mapping[Layer, Mapping[Action, float]]) -> dict[Layer, Option]:
+        budget, context = parse_budget(self.target.budget or ""), self.target.context
+        options = {
+            layer: [
+                Option(rung, saved_share(self.outline, layer, rung, budget, context), own[_action(rung)])
+                for rung in self.target.rungs
+                if isinstance(rung, Windowed) or layer != self.whole
+            ]
+            for layer, own in costs.items()
+        }
+        return climb(options, budget.amount)
+
+
+def searched(search: RungSearch, weigh: Callable[..., dict[Layer, Option]]) -> dict[Layer, Option]:
+    costs = search.alone()
+    best = weigh(costs)
+    search.kl = search.measured(_actions(best))
+    search.history.append(search.kl)
+    for _ in range(ROUNDS):
+        if not search.room(len(best) + len(STEPS)):
+            break
+        factors = search.beside(_actions(best), costs)
+        for step in STEPS:
+            scaled = {
+                layer: {action: cost * factors[layer] ** step for action, cost in own.items()}
+                for layer, own in costs.items()
+            }
+            found = weigh(scaled)
+            if _actions(found) == _actions(best):
+                continue
+            search.history.append(search.measured(_actions(found)))
+            if search.history[-1] < search.kl:
+                best, costs, search.kl = found, scaled, search.history[-1]
+                break
+        else:
+            break
+    return best
+
+
+def _actions(chosen: Mapping[Layer, Option]) -> dict[Layer, Action]:
+    return {layer: _action(option.rung) for layer, option in chosen.items()}
+
+
+def _action(rung: Rung) -> Action:
     return rung.window if isinstance(rung, Windowed) else None
 
 
-def _whole(outline: Outline, damages: Damages) -> Layer | None:
-    """The attention with keys that dropping would harm most: a model keeps one."""
+def _kept_whole(outline: Outline, texts: Sequence[FarText]) -> Layer | None:
+    """The attention with keys whose output is the largest: a model keeps one."""
+    damages = texts[0].damages
     with_keys = [layer for layer in damages if outline.branch(layer).kv]
-    return max(with_keys, key=lambda layer: damages[layer][None], default=None)
+    return max(with_keys, key=lambda layer: sum(t.damages[layer][None] for t in texts), default=None)

@@ -14,16 +14,17 @@ from dropformer.prune.artifact import without_paths
 from dropformer.prune.block_map import BlockMap, original_blocks, whole
 from dropformer.prune.errors import PlanError
 from dropformer.prune.files import CopyReport
+from dropformer.prune.files.config_json import read_config
 from dropformer.prune.formats.card import model_card
 from dropformer.prune.formats.registry import FORMATS
-from dropformer.prune.formats.writing import MODEL_TYPE
+from dropformer.prune.formats.writing import MODEL_TYPE, REMOTE_TYPE
 from dropformer.prune.loading.deci.families import DECI, FOREIGN, is_own_deci
 from dropformer.prune.plan import Plan
 from dropformer.prune.version import __version__
 from dropformer.prune.window import CONTEXT, KV_AT
 
 RECORD = "dropformer.json"
-PRUNED = (MODEL_TYPE, DECI)  # the model types that checkpoints with missing layers bear
+PRUNED = (MODEL_TYPE, REMOTE_TYPE, DECI)  # the model types that checkpoints with missing layers bear
 
 
 def need_dense(config: dict[str, Any], name: str) -> None:
@@ -48,8 +49,9 @@ def write_record(
 ) -> dict[str, Any]:
     """dropformer.json, which is returned, and the model card; `results` are lines of measurements for the card."""
     record = provenance(plan, block_map, copied, format)
+    record["stock_windows"] = bool(plan.windows) and read_config(folder)["model_type"] not in PRUNED
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    loading = FORMATS[format].loading(block_map.packed, bool(record["notes"]))
+    loading = FORMATS[format].loading(block_map.packed, bool(record["notes"]), record["stock_windows"])
     (folder / "README.md").write_text(model_card(plan, record, loading, results), encoding="utf-8")
     return record
 

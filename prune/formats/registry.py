@@ -29,6 +29,10 @@ LIMITED = (
     "The layers that remain pair up, so this is a stock, shorter model: transformers loads it as it loads the base "
     "model, and so does every engine that the notes do not except."
 )
+WINDOWED = (
+    "This is a stock model whose class obeys `layer_types` and `sliding_window`: it loads wherever that class does, as "
+    "`AutoModelForCausalLM.from_pretrained(...)` does, without code beside it."
+)
 
 
 @dataclass(frozen=True)
@@ -87,12 +91,19 @@ class Format:
             able = ", ".join(other for other, kind in FORMATS.items() if kind.windows)
             raise PlanError(f"--format {name} holds no attention windows, which this plan has; give --format {able}")
 
-    def loading(self, packed: bool, limited: bool = False) -> str:
-        """How a checkpoint is loaded; `limited`: notes of its record name engines that would read it wrongly."""
+    def loading(self, packed: bool, limited: bool = False, windowed: bool = False) -> str:
+        """How a checkpoint is loaded; `limited`: notes of its record name engines that would read it wrongly.
+
+        `windowed`: a stock model with windows of attention.
+        """
+        if windowed:
+            return WINDOWED
         stock = LIMITED if limited else PACKED
         return stock if packed and self.packs else self.loads
 
-    def summary(self, packed: bool, limited: bool = False) -> str:
+    def summary(self, packed: bool, limited: bool = False, windowed: bool = False) -> str:
+        if windowed:
+            return "a stock model with sliding windows: loads wherever its class does"
         stock = "loads in transformers; not in every engine" if limited else "loads anywhere"
         return f"a stock, shorter model: {stock}" if packed and self.packs else self.brief
 
@@ -156,6 +167,19 @@ FORMATS: Registry[Format] = Registry(
             links=False,
             copies=False,
             checked="ONNX Runtime gives the model's logits",
+        ),
+        "executorch": Format(
+            f"{_HERE}.executorch:write",
+            "params.json and model.pth, for ExecuTorch's exporter",
+            "ExecuTorch's exporter makes a .pte of it: `python -m executorch.extension.llm.export.export_llm "
+            "base.params=params.json base.checkpoint=model.pth model.use_kv_cache=True backend.xnnpack.enabled=True`.",
+            help="ExecuTorch",
+            check=f"{_HERE}.executorch:check",
+            runs=True,
+            links=False,
+            copies=False,
+            maps=False,
+            checked="every tensor is the model's",
         ),
     },
     OutputError,

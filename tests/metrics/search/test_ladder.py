@@ -1,16 +1,18 @@
 """Rungs under a budget: what each saves, and which layer gets which."""
 
 import pytest
+import torch
 
 from dropformer import api
 from dropformer.metrics.search.budget import parse_budget
 from dropformer.metrics.search.ladder import Option, check_rungs, climb, saved_share
-from dropformer.metrics.search.rungs import rung_plan
+from dropformer.metrics.search.rungs import PASSES, RungSearch, read_texts, rung_plan, searched
 from dropformer.metrics.search.strategy import Target
 from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import PlanError
 from dropformer.prune.rungs.registry import parse_rungs
+from dropformer.prune.window import Window
 
 DROP, WINDOW = parse_rungs("drop,window:6+2")
 CONTEXT = 32
@@ -72,17 +74,43 @@ def test_rungs_that_a_budget_cannot_choose_among_are_refused(text, said):
         check_rungs(parse_rungs(text), CONTEXT)
 
 
-def test_a_plan_of_rungs_meets_its_budget_and_keeps_an_attention(tiny, ids):
-    model = tiny("llama", initializer_range=0.3)
-    outline, batches = api.outline(model), [{"input_ids": ids.repeat(1, 2)}]
+def test_a_plan_of_rungs_meets_its_budget_and_keeps_an_attention(tiny):
+    model = tiny("llama", initializer_range=0.3, max_position_embeddings=200)
+    outline, texts = api.outline(model), [torch.arange(200) % 61 + 3, torch.arange(200) % 7 + 3]
 
-    def made(budget, keep=()):
-        target = Target(budget=budget, keep=keep, context=CONTEXT, rungs=(DROP, WINDOW))
-        return rung_plan(model, outline, ModelRef(name="tiny"), target, batches)
+    def made(budget, keep=(), rungs="drop,window:6+2"):
+        target = Target(budget=budget, keep=keep, context=CONTEXT, rungs=parse_rungs(rungs))
+        search = read_texts(model, outline, target.rungs, texts, keep)
+        return rung_plan(search, ModelRef(name="tiny"), target), search
 
-    plan = made("kv:-90%")
+    plan, search = made("kv:-90%")
     assert plan.kv_share(CONTEXT) <= 0.1 + 1e-9 and len(plan.layers) == 3 and len(plan.windows) == 1
-    kept = made("kv:-50%", keep=(0,))
+    assert search.kl == min(search.history) and 1 < search.passes <= PASSES
+    kept, _ = made("kv:-50%", keep=(0,))
     assert kept.kv_share(CONTEXT) <= 0.5 and not any(layer.index == 0 for layer in [*kept.layers, *kept.windowed])
+    milder = rung_plan(search, ModelRef(name="tiny"), Target(budget="kv:-20%", context=CONTEXT, rungs=(DROP, WINDOW)))
+    assert milder.kv_share(CONTEXT) <= 0.8 and search.passes <= PASSES  # the layers' own costs are counted once
+    several, _ = made("kv:-50%", rungs="window:2+1,window:8+1,window:20+1")
+    assert several.kv_share(CONTEXT) <= 0.5 and not several.layers
     with pytest.raises(PlanError, match="ask for less"):
         made("kv:-97%")
+
+
+def test_a_round_puts_each_layer_back_and_keeps_the_better_plan():
+    """Two layers that are harmless alone and harmful together: the second round takes another."""
+
+    class Text:
+        work, price = 1.0, 0.01
+        damages = {Layer("attn", i): {Window(6, 2): 1.0, None: 1.0} for i in range(3)}
+
+        def kl(self, actions):
+            taken = {layer.index for layer in actions}
+            return 0.1 * len(taken) + 0.05 * (2 in taken) + (1.0 if {0, 1} <= taken else 0.0)
+
+    search = RungSearch([Text()], list(Text.damages), [Window(6, 2)])
+
+    def weigh(costs):
+        return climb({layer: [Option(WINDOW, 0.3, own[Window(6, 2)])] for layer, own in costs.items()}, 0.6)
+
+    found = {layer.index for layer in searched(search, weigh)}
+    assert 2 in found and len(found) == 2 and len(search.history) == 2 and search.kl < search.history[0]
