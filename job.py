@@ -288,7 +288,7 @@ def sweep(
     if not writes_text(opened.model):
         raise ModelError(f"a sweep measures perplexity, and {request.model} is no causal language model; prune it")
     check_length(opened.model.config, max(shape[1], SWEEP.prompt + SWEEP.new if speed else 0), opened.ref.name)
-    scores = get_scores(opened, request, progress)
+    scores = get_scores(opened, request, progress, [f"{kind}:{count}" for count in counts if count])
     plans = [api.plan(scores, f"{kind}:{count}", request.target.keep) for count in counts if count]
     data = text_windows(Calibration(request.report.text, *shape, seed=HELD_OUT.seed), writer(opened, progress))
     models = [opened.model, *(api.drop(opened, plan) for plan in plans)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,15 @@ from dropformer.metrics.calibration.images import PIXELS, Pictures
 from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
 from dropformer.metrics.calibration.windows import Windows, computed_tokens, named_texts
 from dropformer.metrics.offload.process_memory import parse_bytes
+from dropformer.metrics.search.budget import check_budget, parse_budget
 from dropformer.metrics.search.far_text import tail_of
 from dropformer.metrics.search.ladder import check_rungs
 from dropformer.metrics.search.rungs import read_texts, rung_plan
 from dropformer.progress import Progress
 from dropformer.prune.architecture import Layer
+from dropformer.prune.choosing import check_possible
 from dropformer.prune.discovery.proof import outline as proven_outline
+from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading.load import usable_device
@@ -67,8 +71,25 @@ def open_to_score(request: Request, progress: Progress) -> LoadedModel:
     return opened
 
 
-def get_scores(opened: LoadedModel, request: Request, progress: Progress) -> Scores:
-    """The scores of a model: those of the same weights on the same tokens if any are kept, else new ones."""
+def check_early(opened: LoadedModel, request: Request, specs: Sequence[str] = ()) -> None:
+    """Raises PlanError where the model's anatomy alone says that a spec or a budget cannot be met, before a text is
+    read; nothing for a model that is read in pieces."""
+    if opened.model is None:
+        return
+    target, outline = request.target, summarize(opened.model, opened.architecture)
+    published = opened.recipe.published if opened.recipe else None
+    for spec in specs or filter(None, [target.spec, request.scoring.until_stable]):
+        check_possible(outline, spec, target.keep, published)
+    if target.budget and not target.rungs:
+        check_budget(parse_budget(target.budget), outline, target.keep, target.context)
+
+
+def get_scores(opened: LoadedModel, request: Request, progress: Progress, specs: Sequence[str] = ()) -> Scores:
+    """The scores of a model: those of the same weights on the same tokens if any are kept, else new ones.
+
+    `specs`: what they are for, where the request does not say.  Raises PlanError first for what no scores can meet.
+    """
+    check_early(opened, request, specs)
     if request.selection.scores:
         scores = Scores.read(request.selection.scores)
         if scores.model.fingerprint != opened.ref.fingerprint:
@@ -135,7 +156,9 @@ def _reused(kept: Path, opened: LoadedModel, data: CalibrationData) -> Scores | 
 def _measured(opened: LoadedModel, data: CalibrationData, request: Request, rows: Path, progress: Progress) -> Scores:
     if request.scoring.memory is not None:
         return _streamed(opened, data, request, progress)
-    how = Measuring(request.scoring.batch_size, request.scoring.until_stable, tuple(request.target.keep), rows)
+    how = Measuring(
+        request.scoring.batch_size, request.scoring.until_stable, tuple(request.target.keep), rows, opened.architecture
+    )
     size = how.size(opened.model, data)
     needed, computed = sum(data.lengths()), computed_tokens(data.lengths(), size)
     if len(set(data.lengths())) > 1 and not request.scoring.until_stable:

@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
-from dropformer.prune.errors import CheckpointError
+from dropformer.prune.errors import CheckpointError, reason
 from dropformer.prune.files.output_paths import cache_folder
 from dropformer.prune.formats.gguf.header import GgufHeader, read_gguf_header
 from dropformer.prune.loading.quiet import quiet_streams, quiet_transformers
@@ -143,7 +143,6 @@ def _one_line_errors(path: Path) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:  # struct, numpy, key, unicode, memory map ...: a corrupt file can cause any
-        reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{path.name} cannot be read as a GGUF model ({type(error).__name__}: {reason}); get it again"
+            f"{path.name} cannot be read as a GGUF model ({type(error).__name__}: {reason(error, 200)}); get it again"
         ) from error

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from dropformer.prune.errors import CheckpointError, ModelError
+from dropformer.prune.errors import CheckpointError, ModelError, reason
 from dropformer.prune.files.side_files import REWRITTEN, sort_side_files, weights_of
 from dropformer.recipes.cache import Progress, silent
 
@@ -163,7 +163,7 @@ def _unreachable(error: Exception, model: str) -> Exception:
     """`error` if it is none of the Hub's or the network's, else how to do without."""
     instead = "; use a machine with network once, or give the path of a folder or .gguf file"
     if isinstance(error, HfHubHTTPError):
-        return ModelError(f"the Hub refused {model} ({' '.join(str(error).split())[:200]}){instead}")
+        return ModelError(f"the Hub refused {model} ({reason(error, 200)}){instead}")
     if not is_network(error):
         return error
     if constants.HF_HUB_OFFLINE:

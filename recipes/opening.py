@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from dropformer.progress import Tell
+from dropformer.prune.architecture import Architecture
 from dropformer.prune.artifact import ModelRef
+from dropformer.prune.discovery.discover import discover
+from dropformer.prune.discovery.proof import prove
 from dropformer.prune.errors import ModelError
 from dropformer.prune.formats.export import reference
 from dropformer.prune.loading.load import load
@@ -32,6 +36,13 @@ class LoadedModel:
     ref: ModelRef
     recipe: Recipe | None
     file: Path | None = None
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What is in the model, found and proven once.  Raises ArchitectureError."""
+        found = discover(self.model)
+        prove(self.model, found)
+        return found
 
 
 def open_model(

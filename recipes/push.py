@@ -8,7 +8,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
-from dropformer.prune.errors import ModelError, OutputError
+from dropformer.prune.errors import ModelError, OutputError, reason
 from dropformer.prune.formats.record import RECORD
 from dropformer.recipes.cache import Progress, silent
 from dropformer.recipes.hub import is_hub_id, is_network
@@ -57,7 +57,7 @@ def _translated(error: Exception, repo: str) -> Exception:
             f"the Hub does not let this token write to {repo}; run `hf auth login` with a token that may write there"
         )
     if isinstance(error, HfHubHTTPError):
-        return OutputError(f"the Hub refused {repo} ({' '.join(str(error).split())[:200]})")
+        return OutputError(f"the Hub refused {repo} ({reason(error, 200)})")
     if is_network(error):
         return OutputError(f"the Hub cannot be reached to push {repo} ({type(error).__name__}); try again with network")
     return error

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from dropformer.prune.errors import ModelError, PlanError
+from dropformer.prune.errors import ModelError, PlanError, reason
 
 Kind = Annotated[str, Field(pattern="^(attn|mlp|block)$")]
 Index = Annotated[int, Field(ge=0, strict=True)]
@@ -104,7 +104,7 @@ def parse_recipe(name: str, text: str) -> Recipe:
             raise ModelError(f"recipe {name}: expected a mapping of keys to values")
         return Recipe(name=name, **content)
     except yaml.YAMLError as error:
-        raise ModelError(f"recipe {name}: not YAML ({' '.join(str(error).split())})") from error
+        raise ModelError(f"recipe {name}: not YAML ({reason(error)})") from error
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

@@ -13,7 +13,7 @@ from dropformer.prune.files.config_json import CONFIG, read_config
 from dropformer.prune.files.strict_json import read_object
 from dropformer.prune.loading.deci.families import DECI, FAMILIES, is_own_deci
 
-RECORD, PRUNED = "dropformer.json", "dropformer"
+RECORD, PRUNED, REMOTE = "dropformer.json", "dropformer", "dropformer_remote"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _hugging_face(folder: Path, record: Mapping[str, Any]) -> CheckpointFacts:
     config = read_config(folder)
     kind, family = config["model_type"], config.get("base_model_type", config["model_type"])
     architecture = (config.get("architectures") or [""])[0]
-    if kind == PRUNED:
+    if kind in (PRUNED, REMOTE):
         forms = config.get("dropformer_modules") or {}
         words = {key for form in forms.values() if isinstance(form, dict) for key in form}
         layers = config.get("per_layer_config") or {}
