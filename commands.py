@@ -220,6 +220,8 @@ def evaluate(
 
         words = Calibration(text, samples, length, HELD_OUT.seed + seed)
         pair = evaluate_pair(models[0], draft, words, new_tokens, placement)
+        if out:
+            pair.write(out)
         console.show(pair.to_json() if as_json else None, *pair.lines())
         return
     if names:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from dropformer import api
 from dropformer.eval.cost.timing import Setting
 from dropformer.eval.draft.choose import DraftFound, choose_draft
+from dropformer.eval.draft.verdict import add_to_card
 from dropformer.eval.quality.output_similarity import OutputSimilarity, output_similarity
 from dropformer.eval.quality.perplexity import HELD_OUT
 from dropformer.eval.quality.sweep import AT, Sweep, find_cliff, point, with_speed
@@ -104,7 +107,8 @@ def draft(request: Request, progress: Progress | None = None) -> tuple[DraftFoun
     if request.dry_run or not (found.pays or options.anyway):
         return found, None
     with plan_kept(found.plan, request.folder, always=True):
-        held_out, chosen = _held_out(opened, request, progress), _Chosen(found.plan, None, None)
+        held_out = _held_out(opened, request, progress)
+        chosen = _Chosen(found.plan, None, None, partial(add_to_card, found))
         report, exported = _carried_out(opened, chosen, request.folder, held_out, request, progress)
     return found, Outcome(request.folder, found.plan, report, exported)
 
@@ -140,11 +144,15 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """What to do to the model, and the scores behind it where there are any."""
+    """What to do to the model, and the scores behind it where there are any.
+
+    add: writes more files into the folder, and returns lines for the model card.
+    """
 
     plan: Plan
     scores: Scores | None
     repair: Repair | None
+    add: Callable[[Path], list[str]] = lambda folder: []
 
 
 def _carried_out(
@@ -163,7 +171,7 @@ def _carried_out(
         kept = pruned if FORMATS[request.export.format].saves else opened.model
         made.append(reports.report_of((opened.model, kept), plan, copied, quality, speed, chosen.repair))
         reports.write_artifacts(folder, made[0], plan, chosen.scores)
-        return reports.card_lines(made[0])
+        return [*reports.card_lines(made[0]), *chosen.add(folder)]
 
     with progress.stage("exporting, reloading and verifying") as tick:
         how = replace(request.export, gguf=opened.file, progress=tick)

@@ -173,7 +173,7 @@ NEEDED = (  # options of `prune evaluate` that only mean something beside anothe
 )
 WITH_DRAFT = (  # all that `prune evaluate --draft` heeds
     *("models", "draft", "text", "samples", "length", "seed", "new_tokens", "dtype", "device", "device_map"),
-    *("trust_remote_code", "as_json", "quiet"),
+    *("trust_remote_code", "out", "as_json", "quiet"),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -12,7 +13,7 @@ from dropformer.eval.draft.cost import MeasuredSteps, measured_steps
 from dropformer.eval.draft.measure import DraftRun, run_draft
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.draft.acceptance import Acceptance, DenseText, spread
-from dropformer.metrics.draft.formula import speedup
+from dropformer.metrics.draft.formula import curve, speedup
 from dropformer.metrics.draft.search import draft_in_place, surgery_in_place
 from dropformer.prune.draft.generation import DRAFT_TOKENS, set_drafting
 from dropformer.prune.errors import CalibrationError
@@ -68,6 +69,15 @@ class DraftEvaluation:
 
     def to_json(self) -> str:
         return json.dumps(self.numbers(), indent=1)
+
+    def write(self, folder: Path) -> None:
+        """draft.json, and the picture of speed-up over drafted tokens."""
+        from dropformer.eval.draft.picture import PNG, draw_speedup
+
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "draft.json").write_text(self.to_json() + "\n", encoding="utf-8")
+        expected = curve(self.acceptance.mean, self.steps.cost, lambda _: self.steps.verify_cost)
+        draw_speedup(expected, self.steps.cost, folder / PNG, (self.tokens, self.run.speedup))
 
     def lines(self) -> list[str]:
         """What is printed."""

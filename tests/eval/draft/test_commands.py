@@ -39,10 +39,11 @@ def test_evaluate_measures_equality_acceptance_speed_and_memory_of_a_draft(plann
     assert found["pair_bytes"] == found["dense_bytes"] and found["view_bytes"] > 0
 
 
-def test_what_evaluate_prints_names_the_figures(planned, capsys):
+def test_what_evaluate_prints_names_the_figures(planned, capsys, tmp_path):
     model, plan = planned("attn=2")
     words = ["evaluate", model, "--draft", plan, "--text", "builtin", "--samples", "1", "--length", "64"]
-    status, printed, _ = run(*words, "--new-tokens", "4", capsys=capsys)
+    status, printed, _ = run(*words, "--new-tokens", "4", "--out", tmp_path / "said", capsys=capsys)
+    assert {path.name for path in (tmp_path / "said").iterdir()} == {"draft.json", "draft.png"}
     assert status == 0 and "text: 1 of 1 equal" in printed
     for words in ("acceptance", "by position", "a draft step costs", "tokens/s", "speed-up", "memory"):
         assert words in printed
