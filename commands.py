@@ -8,6 +8,7 @@ import typer
 
 from dropformer import cli_options as options
 from dropformer import file_commands
+from dropformer.prune.errors import EvaluationError
 
 BATCH, CONTEXT = "1", "512"
 
@@ -140,6 +141,8 @@ def estimate(
     from dropformer.prune.spec import parse_spec
 
     parse_spec(drop)
+    if draft and new_tokens:
+        raise EvaluationError("--new-tokens has no effect beside --draft, which counts single steps; leave it out")
     from dropformer import console
     from dropformer.eval.cost import estimate as costs
     from dropformer.eval.cost.hardware import hardware as named_hardware
@@ -216,7 +219,9 @@ def evaluate(
         from dropformer.eval.draft.run import evaluate_pair
 
         words = Calibration(text, samples, length, HELD_OUT.seed + seed)
-        pair = evaluate_pair(models, draft, words, new_tokens, placement)
+        pair = evaluate_pair(models[0], draft, words, new_tokens, placement)
+        if out:
+            pair.write(out)
         console.show(pair.to_json() if as_json else None, *pair.lines())
         return
     if names:

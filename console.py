@@ -221,7 +221,11 @@ def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str =
     return table
 
 
-def show_engines(found: Mapping[str, Any], as_json: bool) -> None:
+def show_engines(found: Mapping[str, Any], as_json: bool, full: bool = False) -> None:
+    """A table; `full`: a line for each engine, its command on one of its own, for copying."""
+    if full and not as_json:
+        show(None, *full_answers(found["engines"].values()))
+        return
     table = Table(title=f"{found['checkpoint']}: {found['format']}, {found['family']}", title_justify="left")
     for name in ("engine", "loads", "how"):
         table.add_column(name, overflow="fold")
@@ -230,6 +234,15 @@ def show_engines(found: Mapping[str, Any], as_json: bool) -> None:
         table.add_row(entry["title"], "yes" if entry["loads"] else "no", Text(how))
     saves = f"Where it loads it saves: {found['saves']}." if found["saves"] else ""
     show(json.dumps(found, indent=1) if as_json else None, table, *filter(None, [saves]))
+
+
+def full_answers(answers: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """What each engine does with a checkpoint, in lines that are not broken."""
+    for entry in answers:
+        said = "; ".join(filter(None, (entry["why"], entry["instead"], entry["saves"] and f"saves {entry['saves']}")))
+        yield f"{entry['title']}: {'yes' if entry['loads'] else 'no'}{', ' if said else ''}{said}"
+        if entry["command"]:
+            yield f"    {entry['command']}"
 
 
 def show_recipes(recipes: Mapping[str, Recipe], as_json: bool) -> None:

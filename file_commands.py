@@ -5,12 +5,12 @@ from __future__ import annotations
 from dropformer import cli_options as options
 
 
-def engines(folder: options.Loadable, as_json: options.Json = False) -> None:
+def engines(folder: options.Loadable, full: options.Full = False, as_json: options.Json = False) -> None:
     """Which engines load a checkpoint, with which command; what to do for those that do not."""
     from dropformer import console
     from dropformer.prune.engines.registry import engines as answers
 
-    console.show_engines(answers(folder), as_json)
+    console.show_engines(answers(folder), as_json, full)
 
 
 def push(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from dropformer import api
 from dropformer.eval.cost.timing import Setting
 from dropformer.eval.draft.choose import DraftFound, choose_draft
+from dropformer.eval.draft.verdict import add_to_card
 from dropformer.eval.quality.output_similarity import OutputSimilarity, output_similarity
 from dropformer.eval.quality.perplexity import HELD_OUT
 from dropformer.eval.quality.sweep import AT, Sweep, find_cliff, point, with_speed
@@ -18,12 +21,12 @@ from dropformer.metrics.analysis.plots import similarity_by_depth
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.data import calibration_data, default_settings, text_windows
 from dropformer.metrics.calibration.images import PIXELS
-from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
+from dropformer.metrics.calibration.settings import Calibration, check_length
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.repair.base import Repair
 from dropformer.progress import Progress, Silent
 from dropformer.prune.architecture import of_images
-from dropformer.prune.errors import CalibrationError, ModelError, PlanError
+from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.files.folder import new_files
 from dropformer.prune.files.output_paths import check_place
@@ -39,7 +42,14 @@ from dropformer.recipes.follow import in_percent
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import Request
 from dropformer.scoring import (
-    draft_windows, get_scores, losses_by_window, open_to_score, plan_of_rungs, swept_plans, writer,
+    draft_windows,
+    get_scores,
+    held_out_windows,
+    losses_by_window,
+    open_to_score,
+    plan_of_rungs,
+    swept_plans,
+    writer,
 )  # fmt: skip
 from dropformer.selection import given_plan, improved
 from dropformer.validate import check_empty
@@ -106,7 +116,8 @@ def draft(request: Request, progress: Progress | None = None) -> tuple[DraftFoun
     if request.dry_run or not (found.pays or options.anyway):
         return found, None
     with plan_kept(found.plan, request.folder, always=True):
-        held_out, chosen = _held_out(opened, request, progress), _Chosen(found.plan, None, None)
+        held_out = held_out_windows(opened, request, progress)
+        chosen = _Chosen(found.plan, None, None, partial(add_to_card, found))
         report, exported = _carried_out(opened, chosen, request.folder, held_out, request, progress)
     return found, Outcome(request.folder, found.plan, report, exported)
 
@@ -121,7 +132,9 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
     check_empty(out)
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
-    held_out = _held_out(opened, request, progress)  # a text that is too short is said before anything is measured
+    held_out = held_out_windows(
+        opened, request, progress
+    )  # a text that is too short is said before anything is measured
     scores, repair = None, None
     if request.selection.strategy:
         plan, repair = improved(opened, request, progress, plan=plan_of_rungs(opened, request, progress))
@@ -142,11 +155,15 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
 
 @dataclass(frozen=True)
 class _Chosen:
-    """What to do to the model, and the scores behind it where there are any."""
+    """What to do to the model, and the scores behind it where there are any.
+
+    add: writes more files into the folder, and returns lines for the model card.
+    """
 
     plan: Plan
     scores: Scores | None
     repair: Repair | None
+    add: Callable[[Path], list[str]] = lambda folder: []
 
 
 def _carried_out(
@@ -165,7 +182,7 @@ def _carried_out(
         kept = pruned if FORMATS[request.export.format].saves else opened.model
         made.append(reports.report_of((opened.model, kept), plan, copied, quality, speed, chosen.repair))
         reports.write_artifacts(folder, made[0], plan, chosen.scores)
-        return reports.card_lines(made[0])
+        return [*reports.card_lines(made[0]), *chosen.add(folder)]
 
     with progress.stage("exporting, reloading and verifying") as tick:
         how = replace(request.export, gguf=opened.file, progress=tick)
@@ -222,17 +239,6 @@ def _measure(
             with progress.stage("speed, dense and pruned interleaved"):
                 speed = reports.measure_speed(opened.model, pruned, request.report.seconds)
     return quality, speed
-
-
-def _held_out(opened: LoadedModel, request: Request, progress: Progress) -> Windows | None:
-    """The report's text, None where perplexity is not measured.  Raises CalibrationError where there is too little."""
-    if not request.measures or opened.tokenizer is None or not writes_text(opened.model):
-        return None
-    length = min(HELD_OUT.length, context_of(opened.model.config) or HELD_OUT.length)
-    try:
-        return text_windows(replace(HELD_OUT, name=request.report.text, length=length), writer(opened, progress))
-    except CalibrationError as error:
-        raise CalibrationError(f"--text: {error}") from None
 
 
 def _calibrated_on(opened: LoadedModel, plan: Plan, request: Request) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from dropformer import api
 from dropformer.eval.draft.options import DraftOptions
+from dropformer.eval.quality.perplexity import HELD_OUT
 from dropformer.metrics.analysis import distributed
 from dropformer.metrics.analysis.measure import Measuring, measure
 from dropformer.metrics.analysis.score_cache import keep, kept_scores, score_file
@@ -24,12 +26,15 @@ from dropformer.metrics.calibration.images import PIXELS, Pictures
 from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
 from dropformer.metrics.calibration.windows import Windows, computed_tokens, named_texts
 from dropformer.metrics.offload.process_memory import parse_bytes
+from dropformer.metrics.search.budget import check_budget, parse_budget
 from dropformer.metrics.search.far_text import tail_of
 from dropformer.metrics.search.ladder import check_rungs
 from dropformer.metrics.search.rungs import read_texts, rung_plan
 from dropformer.progress import Progress
 from dropformer.prune.architecture import Layer
+from dropformer.prune.choosing import check_possible
 from dropformer.prune.discovery.proof import outline as proven_outline
+from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading.load import usable_device
@@ -68,8 +73,25 @@ def open_to_score(request: Request, progress: Progress) -> LoadedModel:
     return opened
 
 
-def get_scores(opened: LoadedModel, request: Request, progress: Progress) -> Scores:
-    """The scores of a model: those of the same weights on the same tokens if any are kept, else new ones."""
+def check_early(opened: LoadedModel, request: Request, specs: Sequence[str] = ()) -> None:
+    """Raises PlanError where the model's anatomy alone says that a spec or a budget cannot be met, before a text is
+    read; nothing for a model that is read in pieces."""
+    if opened.model is None:
+        return
+    target, outline = request.target, summarize(opened.model, opened.architecture)
+    published = opened.recipe.published if opened.recipe else None
+    for spec in specs or filter(None, [target.spec, request.scoring.until_stable]):
+        check_possible(outline, spec, target.keep, published)
+    if target.budget and not target.rungs:
+        check_budget(parse_budget(target.budget), outline, target.keep, target.context)
+
+
+def get_scores(opened: LoadedModel, request: Request, progress: Progress, specs: Sequence[str] = ()) -> Scores:
+    """The scores of a model: those of the same weights on the same tokens if any are kept, else new ones.
+
+    `specs`: what they are for, where the request does not say.  Raises PlanError first for what no scores can meet.
+    """
+    check_early(opened, request, specs)
     if request.selection.scores:
         scores = Scores.read(request.selection.scores)
         if scores.model.fingerprint != opened.ref.fingerprint:
@@ -136,7 +158,9 @@ def _reused(kept: Path, opened: LoadedModel, data: CalibrationData) -> Scores | 
 def _measured(opened: LoadedModel, data: CalibrationData, request: Request, rows: Path, progress: Progress) -> Scores:
     if request.scoring.memory is not None:
         return _streamed(opened, data, request, progress)
-    how = Measuring(request.scoring.batch_size, request.scoring.until_stable, tuple(request.target.keep), rows)
+    how = Measuring(
+        request.scoring.batch_size, request.scoring.until_stable, tuple(request.target.keep), rows, opened.architecture
+    )
     size = how.size(opened.model, data)
     needed, computed = sum(data.lengths()), computed_tokens(data.lengths(), size)
     if len(set(data.lengths())) > 1 and not request.scoring.until_stable:
@@ -165,6 +189,17 @@ def _streamed(opened: LoadedModel, data: CalibrationData, request: Request, prog
     size = request.scoring.batch_size or max(1, busy_tokens(device) // max(data.lengths()))
     with progress.stage("scoring windows, block by block", len(data)) as tick:
         return stream_scores(streamed, data, opened.ref, parse_bytes(memory), size, tick)
+
+
+def held_out_windows(opened: LoadedModel, request: Request, progress: Progress) -> Windows | None:
+    """The report's text, None where perplexity is not measured.  Raises CalibrationError where there is too little."""
+    if not request.measures or opened.tokenizer is None or not writes_text(opened.model):
+        return None
+    length = min(HELD_OUT.length, context_of(opened.model.config) or HELD_OUT.length)
+    try:
+        return text_windows(replace(HELD_OUT, name=request.report.text, length=length), writer(opened, progress))
+    except CalibrationError as error:
+        raise CalibrationError(f"--text: {error}") from None
 
 
 def plan_of_rungs(opened: LoadedModel, request: Request, progress: Progress) -> Plan | None:
@@ -229,7 +264,7 @@ def swept_plans(opened: LoadedModel, request: Request, specs: list[str], length:
     """A plan for each spec.  Raises PlanError for windows that hold all of a text of this length."""
     (most,) = parse_spec(specs[-1])
     if most.window is None:
-        scores = get_scores(opened, request, progress)
+        scores = get_scores(opened, request, progress, specs)
         return [api.plan(scores, spec, request.target.keep) for spec in specs]
     if most.window.width + most.window.sinks >= length:
         raise PlanError(f"a window of {most.window} holds all of a text of {length} tokens; give a larger --length")

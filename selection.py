@@ -28,7 +28,7 @@ from dropformer.prune.plan import Plan, make_plan
 from dropformer.prune.samples.inputs import writes_text
 from dropformer.recipes.opening import LoadedModel, open_model
 from dropformer.request import GATE, Request, recipe_calibration
-from dropformer.scoring import writer
+from dropformer.scoring import check_early, writer
 
 if TYPE_CHECKING:
     from dropformer.metrics.blockwise.from_disk import BlockSource
@@ -82,11 +82,14 @@ def improved(
     strategy, chosen, target = request.selection.strategy, request.selection, request.target
     assert strategy is not None
     need_tokenizer(opened)
+    if not (plan or chosen.plan or blocks):
+        check_early(opened, request)
     calibration = calibrated_on(opened, request, progress)
     progress.say("calibration: " + "; ".join(f"{w.ref.name}, {len(w)} windows of {w.ref.length}" for w in calibration))
     other = gate_windows(opened, progress, chosen.gate) if strategy.repair else None
     memory = PeakMemory(input_device(opened.model))
-    improver = Improver(opened.model, calibration, strategy, progress.say, **(blocks.given() if blocks else {}))
+    known = blocks.given() if blocks else {"known": opened.architecture}
+    improver = Improver(opened.model, calibration, strategy, progress.say, **known)
     given = plan or (given_plan(opened, chosen.plan) if chosen.plan else None)
     total = improver.steps(chooses=given is None, budget=target.budget is not None)
     with progress.stage(f"choosing and repairing by {wording(strategy)}", total) as tick:

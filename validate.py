@@ -167,14 +167,31 @@ class EvaluationFacts:
 
 NEEDED = (  # options of `prune evaluate` that only mean something beside another, and what to do
     ("tasks", ("shots", "limit", "mmlu_data", "include", "cache"), "name some, as in --tasks mmlu"),
-    ("speed", ("batch", "prompt", "new_tokens", "repeats", "compile"), "add it"),
+    ("speed", ("batch", "prompt", "repeats", "compile"), "add it"),
     ("stream", ("window",), "give the number of tokens to stream, as in --stream 65536"),
     ("out", ("sweep",), "name a folder for the page"),
 )
+WITH_DRAFT = (  # all that `prune evaluate --draft` heeds
+    *("models", "draft", "text", "samples", "length", "seed", "new_tokens", "dtype", "device", "device_map"),
+    *("trust_remote_code", "out", "as_json", "quiet"),
+)
+
+
+def check_draft(facts: EvaluationFacts) -> None:
+    """Raises EvaluationError for options that --draft would ignore, and for those that need it."""
+    if "draft" not in facts.given:
+        if "new_tokens" in facts.given and "speed" not in facts.given:
+            raise EvaluationError("--new-tokens has no effect without --speed or --draft; leave it out, or add one")
+        return
+    if idle := [option for option in sorted(facts.given) if option not in WITH_DRAFT]:
+        raise EvaluationError(f"{_idle(idle)} beside --draft, which measures a draft alone; {_leave(idle)}")
+    if len(facts.models) != 1:
+        raise EvaluationError("--draft measures a model with its own draft; name one model")
 
 
 def validate_evaluation(facts: EvaluationFacts) -> None:
     """Raise what an evaluation would end in, as far as its arguments and files alone can tell."""
+    check_draft(facts)
     for model in facts.models:
         check_model(model)
     if facts.text:

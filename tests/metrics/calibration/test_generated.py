@@ -83,7 +83,7 @@ def test_what_the_model_writes_chooses_repairs_and_gates(tiny, cache):
 def test_a_model_that_writes_nothing_and_a_text_for_several_models_are_refused(tiny, cache):
     with pytest.raises(ModelError, match="generates no text"):
         text_windows(Calibration("self", samples=2, length=16), Writer(None, Chat()))
-    with pytest.raises(CalibrationError, match="no text for several"):
+    with pytest.raises(CalibrationError, match="several cannot share it"):
         windows(Calibration("self", samples=2, length=16), Chat())
     with pytest.raises(CalibrationError, match="does not exist"):
         written(tiny("llama"), "self:absent.jsonl")
