@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from dropformer import api
+from dropformer import api, scoring
 from dropformer.eval.cost.timing import Setting
 from dropformer.eval.draft.choose import DraftFound, choose_draft
 from dropformer.eval.draft.verdict import add_to_card
@@ -41,16 +41,6 @@ from dropformer.prune.window import CONTEXT
 from dropformer.recipes.follow import in_percent
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import Request
-from dropformer.scoring import (
-    draft_windows,
-    get_scores,
-    held_out_windows,
-    losses_by_window,
-    open_to_score,
-    plan_of_rungs,
-    swept_plans,
-    writer,
-)  # fmt: skip
 from dropformer.selection import given_plan, improved
 from dropformer.validate import check_empty
 
@@ -75,21 +65,21 @@ def make_plan(opened: LoadedModel, request: Request, progress: Progress) -> tupl
         if plan.repairs:
             progress.say(plan.lost_repairs(path))
         return plan.unrepaired(), None
-    if made := plan_of_rungs(opened, request, progress):
+    if made := scoring.plan_of_rungs(opened, request, progress):
         return made, None
     spec, keep = request.target.spec, request.target.keep
     published = opened.recipe.published if opened.recipe else None
     if all(s.published or s.window or s.indices is not None for s in parse_spec(spec)):
         outline = api.outline(opened.model, spec)
-        losses = losses_by_window(opened, request, outline, progress)
+        losses = scoring.losses_by_window(opened, request, outline, progress)
         return api.plan_unscored(opened.ref, outline, spec, keep, published, losses), None
     if seen := next((s for s in parse_spec(spec) if of_images(s.stack)), None):
         raise PlanError(
             f"`{seen}` needs scores on images with their texts; name the layers, as in {seen.stack}.{seen.kind}=1,2, "
             "or use dropformer.analyze(model, batches) in Python"
         )
-    scores = get_scores(opened, request, progress)
-    losses = losses_by_window(opened, request, scores.outline, progress)
+    scores = scoring.get_scores(opened, request, progress)
+    losses = scoring.losses_by_window(opened, request, scores.outline, progress)
     return api.plan(scores, spec, keep, published, losses=losses), scores
 
 
@@ -99,7 +89,7 @@ def plan_only(request: Request, progress: Progress | None = None) -> Plan:
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
     if request.selection.strategy:
-        return improved(opened, request, progress, plan=plan_of_rungs(opened, request, progress))[0]
+        return improved(opened, request, progress, plan=scoring.plan_of_rungs(opened, request, progress))[0]
     return make_plan(opened, request, progress)[0]
 
 
@@ -111,12 +101,12 @@ def draft(request: Request, progress: Progress | None = None) -> tuple[DraftFoun
         check_empty(request.folder)
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
-    data = draft_windows(opened, request.calibration, options, progress)
+    data = scoring.draft_windows(opened, request.calibration, options, progress)
     found = choose_draft(opened, options, data, request.target.keep, api.outline(opened.model), progress)
     if request.dry_run or not (found.pays or options.anyway):
         return found, None
     with plan_kept(found.plan, request.folder, always=True):
-        held_out = held_out_windows(opened, request, progress)
+        held_out = scoring.held_out_windows(opened, request, progress)
         chosen = _Chosen(found.plan, None, None, partial(add_to_card, found))
         report, exported = _carried_out(opened, chosen, request.folder, held_out, request, progress)
     return found, Outcome(request.folder, found.plan, report, exported)
@@ -132,12 +122,10 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
     check_empty(out)
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
-    held_out = held_out_windows(
-        opened, request, progress
-    )  # a text that is too short is said before anything is measured
+    held_out = scoring.held_out_windows(opened, request, progress)  # one that is too short is said before all else
     scores, repair = None, None
     if request.selection.strategy:
-        plan, repair = improved(opened, request, progress, plan=plan_of_rungs(opened, request, progress))
+        plan, repair = improved(opened, request, progress, plan=scoring.plan_of_rungs(opened, request, progress))
     else:
         plan, scores = make_plan(opened, request, progress)
     if plan.layers:
@@ -267,8 +255,8 @@ def analyze(request: Request, progress: Progress | None = None) -> Scores:
     """
     progress = progress or Silent()
     check_place(request.folder)
-    opened = open_to_score(request, progress)
-    scores = get_scores(opened, request, progress)
+    opened = scoring.open_to_score(request, progress)
+    scores = scoring.get_scores(opened, request, progress)
     if rank() == 0:
         with new_files(request.folder) as folder:
             scores.write(folder / "scores.json")
@@ -288,8 +276,8 @@ def sweep(
     if not writes_text(opened.model):
         raise ModelError(f"a sweep measures perplexity, and {request.model} is no causal language model; prune it")
     check_length(opened.model.config, max(shape[1], SWEEP.prompt + SWEEP.new if speed else 0), opened.ref.name)
-    plans = swept_plans(opened, request, [spec.format(count) for count in counts if count], shape[1], progress)
-    data = text_windows(Calibration(request.report.text, *shape, seed=HELD_OUT.seed), writer(opened, progress))
+    plans = scoring.swept_plans(opened, request, [spec.format(count) for count in counts if count], shape[1], progress)
+    data = text_windows(Calibration(request.report.text, *shape, seed=HELD_OUT.seed), scoring.writer(opened, progress))
     models = [opened.model, *(api.drop(opened, plan) for plan in plans)]
     setting = SWEEP if speed else AT
     points = []
