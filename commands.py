@@ -1,4 +1,4 @@
-"""The subcommands of `prune`: each parses, validates, calls and prints.  Heavy imports wait until one runs."""
+"""The subcommands of `prune`: each parses, validates, calls and prints.  Heavy modules are imported when one runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BATCH, CONTEXT = "1", "512"
 
 
 def given(context: typer.Context) -> frozenset[str]:
-    """The parameters that the user wrote, as against those left at their defaults."""
+    """Names of the parameters that the user gave, without those left at their defaults."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE")
 

@@ -1,4 +1,4 @@
-"""The main job, end to end: fetch, calibrate, score, plan, drop, measure, export, reload, verify, report."""
+"""The main job end to end: fetch, calibrate, score, plan, drop, measure, export, reload, verify, report."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ from dropformer.selection import given_plan, improved
 from dropformer.validate import check_empty
 
 SWEEP = Setting(prompt=256, new=16)
-"""What a sweep times each model at."""
+"""Setting at which a sweep measures speed."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the main job made."""
+    """Results of the main job."""
 
     out: Path
     plan: Plan
@@ -59,7 +59,7 @@ class Outcome:
 
 
 def make_plan(opened: LoadedModel, request: Request, progress: Progress) -> tuple[Plan, Scores | None]:
-    """The plan from a file, from lists (no calibration needed), or from scores."""
+    """The plan from a file, from lists (without calibration), or from scores."""
     if path := request.selection.plan:
         plan = given_plan(opened, path)
         if plan.repairs:
@@ -84,7 +84,7 @@ def make_plan(opened: LoadedModel, request: Request, progress: Progress) -> tupl
 
 
 def plan_only(request: Request, progress: Progress | None = None) -> Plan:
-    """The plan that `run` would follow."""
+    """The plan that `run` would apply."""
     progress = progress or Silent()
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
@@ -94,7 +94,7 @@ def plan_only(request: Request, progress: Progress | None = None) -> Plan:
 
 
 def draft(request: Request, progress: Progress | None = None) -> tuple[DraftFound, Outcome | None]:
-    """Find the model's own draft, and write it where it pays or was asked for anyway.  Raises a DropformerError."""
+    """Find the model's own draft, and write it if it pays or `anyway` is set.  Raises a DropformerError."""
     progress, options = progress or Silent(), request.draft
     assert options is not None
     if not request.dry_run:
@@ -113,16 +113,16 @@ def draft(request: Request, progress: Progress | None = None) -> tuple[DraftFoun
 
 
 def run(request: Request, progress: Progress | None = None) -> Outcome:
-    """Do the whole job.  Raises a DropformerError, and then nothing is left of the output.
+    """Run the whole job.  Raises a DropformerError and then leaves no output.
 
-    The plan is kept beside the output where a check failed, memory ran out, or choosing it took long.
+    After a failed check, an out-of-memory error or a long search, the plan is kept beside the output.
     """
     progress = progress or Silent()
     out = request.folder
     check_empty(out)
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
-    held_out = scoring.held_out_windows(opened, request, progress)  # one that is too short is said before all else
+    held_out = scoring.held_out_windows(opened, request, progress)  # raises before anything is measured
     scores, repair = None, None
     if request.selection.strategy:
         plan, repair = improved(opened, request, progress, plan=scoring.plan_of_rungs(opened, request, progress))
@@ -162,7 +162,7 @@ def _carried_out(
     pruned = api.drop(opened, plan, chosen.repair)
     surgery = api.drop_record(pruned).surgery
     if surgery.note:
-        progress.say(f"dropped blocks stay as empty ones: {surgery.note}")
+        progress.say(f"dropped blocks stay as identity blocks: {surgery.note}")
     quality, speed = _measure(opened, pruned, plan, request, held_out, progress)
     made: list[reports.Report] = []
 
@@ -179,9 +179,9 @@ def _carried_out(
 
 
 def run_from_disk(request: Request, progress: Progress | None = None) -> Written:
-    """Choose, repair and write with the blocks' weights read from the files, for a model that exceeds memory.
+    """Select, repair and export with weights read from the files block by block, for a model that exceeds memory.
 
-    Nothing is measured on the result, and nothing of it is loaded again.  Raises a DropformerError.
+    The result is neither measured nor reloaded.  Raises a DropformerError.
     """
     from dropformer.metrics.blockwise.from_disk import open_source_of_blocks
     from dropformer.metrics.offload.process_memory import parse_bytes
@@ -230,14 +230,14 @@ def _measure(
 
 
 def _calibrated_on(opened: LoadedModel, plan: Plan, request: Request) -> list[str]:
-    """The texts that layers were chosen on, or repaired; none where a list names the layers."""
+    """Names of the texts that layers were selected or repaired on; none if a list names the layers."""
     chosen = str(plan.calibration["name"]).split(",") if plan.calibration else []
     repaired = request.calibration.of(opened.recipe).name.split(",") if request.selection.strategy else []
     return chosen + repaired
 
 
 def _likeness(opened: LoadedModel, pruned: Any, request: Request, progress: Progress) -> OutputSimilarity | None:
-    """How like the outputs are on held-out text, or on images like those calibrated on; None without either."""
+    """Output similarity on held-out text, or on images of the calibration set; None without either."""
     name = next(iter(request.calibration.texts), PIXELS) if takes_pictures(pruned) else request.report.text
     if opened.tokenizer is None and not takes_pictures(pruned):
         return None
@@ -251,7 +251,7 @@ def _likeness(opened: LoadedModel, pruned: Any, request: Request, progress: Prog
 def analyze(request: Request, progress: Progress | None = None) -> Scores:
     """Score a model and write scores.json and similarity.png into the request's folder.
 
-    Of several processes launched together only the first writes.
+    Of several processes launched together, only the first writes.
     """
     progress = progress or Silent()
     check_place(request.folder)
@@ -267,14 +267,16 @@ def analyze(request: Request, progress: Progress | None = None) -> Scores:
 def sweep(
     request: Request, spec: str, counts: list[int], shape: tuple[int, int], progress: Progress, speed: bool = False
 ) -> Sweep:
-    """Measure every number of drops, most redundant first, on windows of text of the shape (N, T); dense first.
+    """Measure perplexity for every number of drops, most redundant first, on windows of text of shape (N, T).
 
-    spec: as "attn:{}" or "window:{}@256+4".  With `speed` all of them are timed too, interleaved.
+    spec: such as "attn:{}" or "window:{}@256+4".  With `speed`, all models are timed too, interleaved.
     """
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
     if not writes_text(opened.model):
-        raise ModelError(f"a sweep measures perplexity, and {request.model} is no causal language model; prune it")
+        raise ModelError(
+            f"a sweep measures perplexity, but {request.model} is not a causal language model; prune it with --drop"
+        )
     check_length(opened.model.config, max(shape[1], SWEEP.prompt + SWEEP.new if speed else 0), opened.ref.name)
     plans = scoring.swept_plans(opened, request, [spec.format(count) for count in counts if count], shape[1], progress)
     data = text_windows(Calibration(request.report.text, *shape, seed=HELD_OUT.seed), scoring.writer(opened, progress))
