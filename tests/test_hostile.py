@@ -1,7 +1,6 @@
 """Whatever is in a checkpoint's files: a checkpoint that loads, or one line and exit status 2, soon."""
 
 import json
-import resource
 import shutil
 import time
 
@@ -11,7 +10,10 @@ from mutants import mutant
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from dropformer.metrics.offload.process_memory import PeakMemory, shown
 from dropformer.prune.loading.load import load
+
+HELD = 600 << 20  # beside the 0.4 GiB that a fresh `prune` is resident with once torch and transformers are imported
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +31,14 @@ def honest(tmp_path_factory, tiny):
 
 
 def outcome(*args, capsys) -> tuple[int, str]:
-    """Exit status and stderr; fails where it is neither success nor one line, or takes longer than ten seconds."""
-    start = time.process_time()  # not the clock: other work on the machine is no fault of the file
+    """Exit status and stderr; fails where it is neither success nor one line, or takes ten seconds or 1 GiB resident.
+
+    The memory counts from what this process holds already: other tests of it have left theirs.
+    """
+    memory, start = PeakMemory(), time.process_time()  # not the clock: other work on the machine is no fault of a file
     status, out, err = run(*args, "-q", capsys=capsys)
     assert time.process_time() - start < 10, err
+    assert memory.extra < HELD, f"{shown(memory.extra)}: {err}"
     assert status in (0, 2) and "Traceback" not in err, err
     if status == 2:
         assert out == "" and err.count("\n") == 1, err
@@ -66,11 +72,10 @@ def check(seeds, honest, here, capsys) -> None:
         for path in (folder, out, here / f"s{seed}"):
             shutil.rmtree(path, ignore_errors=True)
     assert not list(here.glob(".dropformer-*"))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 3 << 20  # KiB: other tests of the process too
 
 
 def test_mutated_files_end_in_a_checkpoint_that_loads_or_in_one_line(honest, here, capsys):
-    check(range(24), honest, here, capsys)
+    check(range(12), honest, here, capsys)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from dropformer.eval.cost.memory import parameter_count
 from dropformer.eval.cost.model_cost import BlockCost, Experts, ModelCost
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.weightless import outline_without_weights
-from dropformer.prune.errors import ArchitectureError, ModelError
+from dropformer.prune.errors import ArchitectureError, ModelError, reason
 from dropformer.prune.loading.load import auto_class
 from dropformer.prune.loading.parts import text_config, windows_of
 from dropformer.prune.outline import Outline, StackOutline
@@ -28,8 +28,8 @@ EXPERTS_USED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe
 def cost_of_config(config: PreTrainedConfig | Mapping[str, Any]) -> ModelCost:
     """The cost of the causal language model that a config describes, built on the meta device.
 
-    Raises ModelError for a config that builds none, ArchitectureError where nothing can be dropped, or where the
-    forward pass depends on numbers that a model without weights does not have (DBRX's experts).
+    Raises ModelError for a config of another kind, ArchitectureError if no layer can be dropped, or if the forward
+    pass depends on tensor values, which the meta device does not have (DBRX's experts).
     """
     try:
         if isinstance(config, Mapping):
@@ -37,19 +37,19 @@ def cost_of_config(config: PreTrainedConfig | Mapping[str, Any]) -> ModelCost:
         with torch.device("meta"):
             model = auto_class(config).from_config(config, dtype=torch.bfloat16).eval()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ModelError(f"the config builds no causal language model ({reason}); expected a decoder's") from error
+        said = reason(error, 160)
+        raise ModelError(f"the config builds no causal language model ({said}); expected a decoder's") from error
     if not writes_text(model):
-        raise ModelError(f"{type(model).__name__} is no causal language model; expected a decoder's config")
+        raise ModelError(f"{type(model).__name__} is not a causal language model; expected a decoder's config")
     return _counted(model)
 
 
 def cost_of(model: nn.Module) -> ModelCost:
-    """The cost of a decoder, dense or pruned, with the windows that a plan gave its attention layers.
+    """The cost of a decoder, dense or pruned, with the attention windows of its plan.
 
-    Its structure is read off a twin without weights, so that nothing is computed; a model that its config alone
-    does not describe, or whose forward pass needs numbers, is traced itself.  Raises ArchitectureError where no
-    layer can be dropped.
+    Its structure is traced on a copy without weights, so that nothing is computed.  If its config does not describe
+    it fully, or its forward pass depends on tensor values, the model itself is traced.  Raises ArchitectureError if
+    no layer can be dropped.
     """
     found: ModelCost | None = None
     with suppress(ArchitectureError):
@@ -60,7 +60,7 @@ def cost_of(model: nn.Module) -> ModelCost:
 
 
 def _windows(model: nn.Module, outline: Outline) -> dict[Layer, Window]:
-    """The windows that a plan gave the attention layers of a model, by their present places."""
+    """The attention windows of a model's plan, by current layer index."""
     paths = {f"{stack.path}.": stack.name for stack in outline.stacks if stack.name in ("", "decoder")}
     found = {}
     for name, window in windows_of(model).items():
@@ -72,7 +72,7 @@ def _windows(model: nn.Module, outline: Outline) -> dict[Layer, Window]:
 
 
 def _twin(model: nn.Module) -> nn.Module | None:
-    """The same model on the meta device; None where its config does not build one with the same parameters."""
+    """The same model on the meta device; None if its config does not build the same parameters."""
     if not isinstance(model, PreTrainedModel):
         return None
     try:
@@ -123,7 +123,7 @@ def _block(config: Any, stack: StackOutline, index: int, experts: Experts | None
 
 
 def _reads_keys(config: Any, stack: StackOutline, index: int) -> bool:
-    """Does the block attend over keys, its own or an earlier block's?  A state-space mixer does not."""
+    """Whether the block attends over keys, its own or an earlier block's; a state-space mixer does not."""
     branch = stack.branch("attn", index)
     shared = getattr(config, "num_kv_shared_layers", 0) or 0
     return branch is not None and (branch.kv > 0 or index >= stack.blocks - shared)
@@ -156,7 +156,7 @@ def _experts(block: nn.Module, config: Any) -> Experts | None:
 
 
 def _head_and_lookup(model: Any) -> tuple[int, int]:
-    """Parameters of the output head, and of embedding tables that are only looked up."""
+    """Parameters of the output head, and of embedding tables not tied to it."""
     head = model.get_output_embeddings()
     multiplied = {id(p): p.numel() for p in head.parameters()} if head is not None else {}
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]

@@ -1,4 +1,4 @@
-"""Decode speed behind a text that is in the cache already, models in turn, beside what their bytes allow."""
+"""Decode speed after a cached text, models interleaved, with upper bounds from bytes read."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ REPEATS, NEW = 7, 8
 
 @dataclass(frozen=True)
 class Decoding:
-    """Tokens/s, their ratio to the first model's repeat by repeat, and the ratio that bytes of weights and keys allow.
+    """Tokens/s, their ratio to the first model's per repeat, and its upper bound from bytes of weights and KV cache.
 
-    kv_bytes: what the cache held before the first token.
+    kv_bytes: size of the cache before the first token.
     """
 
     kv_bytes: int
@@ -37,7 +37,7 @@ def decode_behind(
 ) -> dict[str, Decoding]:
     """Decode `new` tokens `repeats` times with every model, batch 1, continuing its cache; the first is the dense one.
 
-    One run of each before them warms up.  Memory: the caches of all models at once.
+    Each model runs once before as a warm-up.  Memory: the caches of all models at once.
     """
     held = {name: kv_bytes(cache) for name, cache in caches.items()}
     context = next(iter(caches.values())).get_seq_length()

@@ -1,7 +1,7 @@
-"""What a drop costs and saves on a device, from the config alone: no weights are needed.
+"""What a drop saves on a device, from the config alone, without weights.
 
-The model's blocks are traced on the meta device, so parameters, experts and KV bytes are exact and a branch owns what
-it owns in the exported checkpoint; times are a roofline (`roofline`).
+The model's blocks are traced on the meta device, so parameters, experts and KV bytes are exact, and branches own the
+same parameters as in the exported checkpoint; times are a roofline (`roofline`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHIPPED = Path(__file__).parents[2] / "recipes" / "costs"
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times faster than the dense model: prefill, decode, and both together."""
+    """Speed-up over the dense model: prefill, decode, and both together."""
 
     prefill: float
     decode: float
@@ -84,10 +84,10 @@ def estimate(
 ) -> Estimate:
     """Estimate what dropping layers changes.
 
-    config: a transformers config, its keys and values (with `model_type`), or a cost already counted.  spec: a drop
-    spec, or "" for none.  A count takes the deepest layers but the last, where published lists lie; where layers
-    are alike, as in most models, the choice is free.  Raises ModelError for a config that builds no causal
-    language model, ArchitectureError for one of which nothing can be dropped, PlanError as a plan does.
+    config: a transformers config, its dictionary (with `model_type`), or a cost already counted.  spec: a drop spec,
+    or "" for none.  A count selects the deepest layers except the last, like published lists; in most models all
+    layers cost the same, so the selection does not matter.  Raises ModelError for a config that is not a causal
+    language model's, ArchitectureError if no layer can be dropped, PlanError as a plan does.
     """
     if not isinstance(config, ModelCost):
         from dropformer.eval.cost.counting import cost_of_config
@@ -102,13 +102,13 @@ def estimate(
 
 
 def _depths(outline: Outline) -> dict[Layer, float]:
-    """A ranking of attention layers for windows as `_deepest` has it."""
+    """Scores of attention layers that rank windows in the order of `_deepest`."""
     found = [layer for stack in outline.stacks for layer in outline.layers("attn", stack.name)]
     return {layer: -1.0 if layer.index == max(l.index for l in found) else float(layer.index) for layer in found}
 
 
 def _deepest(free: Sequence[Layer], count: int, _: Sequence[Layer]) -> list[Layer]:
-    """The deepest of the free layers, the last block's only where no other is left."""
+    """The deepest of the free layers; the last block's come last."""
     last = max(layer.index for layer in free)
     return sorted(free, key=lambda layer: (layer.index == last, -layer.index, layer.kind))[:count]
 
@@ -129,7 +129,7 @@ def cost_of_name(name: str, revision: str | None = None) -> ModelCost:
 
 
 def shipped_cost(name: str, config: Mapping[str, Any], folder: Path = SHIPPED) -> ModelCost | None:
-    """The cost of a recipe's config that comes with the package; None where there is none of this very config."""
+    """The cost of a recipe's config shipped with the package; None if there is none of exactly this config."""
     try:
         kept = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     except OSError:
@@ -138,7 +138,7 @@ def shipped_cost(name: str, config: Mapping[str, Any], folder: Path = SHIPPED) -
 
 
 def write_costs(folder: Path = SHIPPED) -> None:
-    """Count every recipe that holds a config anew, for the package (`make costs`)."""
+    """Recount every recipe with a config, for the package (`make costs`)."""
     folder.mkdir(exist_ok=True)
     for name, recipe in recipes().items():
         if recipe.config:
@@ -159,7 +159,7 @@ def _count(config: dict[str, Any] | Path) -> ModelCost:
 
 
 def _kept(config: str, count: Callable[[], ModelCost]) -> ModelCost:
-    """The cost of a config from the cache folder, else counted and kept there where that can be written."""
+    """The cost of a config from the cache folder, else counted and cached."""
     sources = sorted(Path(__file__).parents[2].glob("prune/discovery/*.py")) + sorted(
         Path(__file__).parent.glob("*.py")
     )
@@ -176,12 +176,12 @@ def _kept(config: str, count: Callable[[], ModelCost]) -> ModelCost:
         temporary.write_bytes(adapter.dump_json(cost))
         temporary.replace(path)
     except OSError:
-        pass  # a cache that cannot be written costs time only
+        pass  # an unwritable cache only costs time
     return cost
 
 
 def published_speedup(recipe: Recipe | None, spec: str) -> float | None:
-    """The speed-up that was published for this drop spec, as `attn:40`; None if none was."""
+    """The published speed-up of this drop spec, such as `attn:40`, or None."""
     for result in recipe.results if recipe else ():
         if result.drop == spec.replace(" ", ""):
             return result.speedup
@@ -196,7 +196,7 @@ KERNEL_TITLES = {
 
 
 def estimate_lines(estimate: Estimate, published: float | None = None) -> list[str]:
-    """Lines for the terminal.  published: the measured speed-up of the same drop, where one is known."""
+    """Lines for the terminal.  published: the measured speed-up of the same drop, if known."""
     dense, pruned = estimate.dense, estimate.pruned
     place, load = dense.hardware, dense.workload
     lines = [

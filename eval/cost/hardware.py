@@ -1,7 +1,7 @@
-"""Peak speeds of the devices an estimate knows, from their vendors' datasheets, and this machine's, measured.
+"""Peak speeds of known devices, from vendors' datasheets, and of this machine, measured.
 
-flops: dense 16-bit tensor operations with 32-bit accumulation (sparsity, which datasheets like to
-quote, halves away).  A measured machine's figures are in the dtype it was measured with.
+flops: dense 16-bit tensor operations with 32-bit accumulation (half of the figures with sparsity in datasheets).
+Measured figures are in the dtype of the measurement.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 class Hardware:
     """flops: FLOP/s.  bandwidth, copy: bytes/s read, and moved by a concatenation.  memory: bytes.
 
-    launch: seconds that one small operation costs where it cannot hide behind the one before it (a
-    CPU); 0 on a GPU, whose queue hides it as long as the device is the bottleneck.
-    compute_share, memory_share: what programs reach of the peaks, 1 for measured figures.  A datasheet
-    says nothing about it: 0.6 and 0.8 are what large matrix products and streaming kernels commonly
-    reach, and the same for dense and pruned, so a speed-up hardly depends on them.
+    launch: overhead of one small operation in seconds, on a CPU; 0 on a GPU, whose queue hides it while the device
+    is the bottleneck.
+    compute_share, memory_share: achieved share of the peaks, 1 for measured figures.  0.6 and 0.8 are common for
+    large matrix products and streaming kernels; as both models have the same, a speed-up hardly depends on them.
     """
 
     name: str
@@ -40,7 +39,7 @@ class Hardware:
     memory_share: float = 0.8
 
     def seconds(self, flops: float, nbytes: float) -> float:
-        """Roofline: the longer of computing and of reading."""
+        """Roofline: the larger of compute time and memory time."""
         return max(flops / (self.flops * self.compute_share), nbytes / (self.bandwidth * self.memory_share))
 
     def copy_seconds(self, nbytes: float) -> float:
@@ -61,7 +60,7 @@ HARDWARE: dict[str, Hardware] = {
 
 
 def hardware(name: str, dtype: torch.dtype | None = None) -> Hardware:
-    """A device of the table, or `cpu`: this machine, measured now.  Raises EvaluationError for another."""
+    """A device of the table, or `cpu`: this machine, measured now.  Raises EvaluationError for other names."""
     if name == "cpu":
         return measure_cpu(dtype)
     if name not in HARDWARE:
@@ -70,13 +69,13 @@ def hardware(name: str, dtype: torch.dtype | None = None) -> Hardware:
 
 
 def measure_cpu(dtype: torch.dtype | None = None) -> Hardware:
-    """This machine's speeds with torch's present number of threads, by default in float32; takes about two seconds.
+    """This machine's speeds with torch's current number of threads, by default in float32; takes about two seconds.
 
-    flops: a 1024 x 1024 matrix product.  bandwidth: products of one vector with 1024 x 1024 matrices
-    that together exceed the caches, as decoding reads weights.  copy: joining one row to a tensor of
-    the size of a layer's keys.  launch: adding two tensors of four elements.
+    flops: a 1024 x 1024 matrix product.  bandwidth: products of a vector with 1024 x 1024 matrices that together
+    exceed the caches, as decoding reads weights.  copy: concatenating one row to a tensor of the size of a layer's
+    keys.  launch: adding two tensors of four elements.
     """
-    import torch  # the table above is read without it
+    import torch  # not needed for the table above
 
     dtype = dtype or torch.float32
     size = torch.empty((), dtype=dtype).element_size()
@@ -106,9 +105,9 @@ def measure_cpu(dtype: torch.dtype | None = None) -> Hardware:
 
 
 def _seconds(function: Callable[[], object], threads: int, repeats: int = 7) -> float:
-    """The fastest of several calls after a warm-up, by the clock or by the processor time of each of `threads`.
+    """The fastest of several calls after a warm-up, by wall-clock time or CPU time per thread.
 
-    Other programs only ever slow a call down, and hardly touch its processor time.
+    Other programs can only slow a call down, and hardly change its CPU time.
     """
     times = []
     function()

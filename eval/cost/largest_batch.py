@@ -1,4 +1,4 @@
-"""The largest batch at which every compared model fits into a GPU's memory."""
+"""The largest batch size at which every compared model fits in a GPU's memory."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dropformer.eval.cost.timing import Setting, fits_in_memory
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.device import free_bytes, gpus_of
 
-HEADROOM = 1.0625  # decoding briefly holds the cache of one layer twice, and keys repeated for every query head
+HEADROOM = 1.0625  # decoding briefly holds one layer's cache twice, and keys repeated for every query head
 
 
 def with_batch(models: Mapping[str, nn.Module], setting: Setting, static: bool = False) -> Setting:
-    """The setting with batch "max" replaced by the largest number at which every model fits, so that all run alike.
+    """The setting with batch "max" replaced by the largest batch size at which every model fits.
 
-    Each trial runs one prefill beside as many bytes as the KV cache will have grown to; `static`: the caches of all
-    models are held at once.  Raises EvaluationError without a GPU, and where batch 1 does not fit.
+    Each trial runs one prefill beside an allocation of the KV cache's final size; `static`: the caches of all models
+    are held at once.  Raises EvaluationError without a single GPU, and if batch 1 does not fit.
     """
     if setting.batch != "max":
         return setting
@@ -35,7 +35,7 @@ def with_batch(models: Mapping[str, nn.Module], setting: Setting, static: bool =
         ballast = HEADROOM * batch * (setting.new * per_token[name] + tokens * others)
         return fits_in_memory(models[name], replace(setting, batch=batch), int(ballast))
 
-    # The model whose cache grows most decides nearly always: the others are only asked about its answer.
+    # The model with the largest cache nearly always decides: the others are only checked at its batch.
     first, *rest = sorted(models, key=lambda name: per_token[name], reverse=True)
     held = whole if static else per_token[first]
     guess = free_bytes(gpus.pop()) // max(1, int(HEADROOM * held * tokens))
@@ -50,8 +50,8 @@ def with_batch(models: Mapping[str, nn.Module], setting: Setting, static: bool =
 def largest_batch(fits: Callable[[int], bool], guess: int = 1, most: int | None = None) -> int:
     """The largest batch that fits, at most `most`, to within an eighth of it; 0 if 1 does not.
 
-    From `guess` by steps of an eighth, each twice the one before, up until one fails or down until one fits; then the
-    gap is halved.  For a limit of 27 and a guess of 32: 32 and 28 do not fit, 20 does, 24 does, 26 does.
+    From `guess`, in steps that start at an eighth and double, up until one fails or down until one fits; then by
+    bisection.  For a limit of 27 and a guess of 32: 32 and 28 do not fit, 20 does, 24 does, 26 does.
     For a limit of 11 and a guess of 1: 1, 2, 4, 8 fit, 16 does not, 12 does not, 10 fits, 11 fits.
     """
     low, high, batch, step = 0, 0 if most is None else most + 1, max(1, guess), max(1, guess // 8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dropformer.eval.cost.timing import Clock, Setting, prompt_of
+from dropformer.eval.cost.timing import Clock, Setting, last_logits, prompt_of
 from dropformer.metrics.calibration.settings import context_of
 from dropformer.metrics.search.budget import Latency
 from dropformer.prune.architecture import Architecture, Layer
@@ -25,13 +24,12 @@ STEPS, WARM = 16, 3
 def layer_latency(model: nn.Module, architecture: Architecture, context: int = 2048, steps: int = STEPS) -> Latency:
     """Median seconds of every attention and MLP layer, and of a whole step, over decode steps at batch 1.
 
-    The cache holds `context` tokens (at most the model's maximum length).  A layer's time is that of its own
-    modules, norms included; additions to the residual stream are in no layer's time.  Clocks: `timing.Clock`.
+    The cache holds `context` tokens (at most the model's maximum length).  A layer's time is that of its own modules
+    with norms, without additions to the residual stream.  Clocks: `timing.Clock`.
     """
     room = (context_of(model.config) or context + WARM + steps) - WARM - steps
     setting = Setting(prompt=max(1, min(context, room)), new=WARM + steps)
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    output = model(input_ids=prompt_of(model, setting), use_cache=True, **keep)
+    output = model(input_ids=prompt_of(model, setting), use_cache=True, **last_logits(model))
     past, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
     clock = Clock(gpus_of(model))
     layers: dict[Layer, list[float]] = defaultdict(list)
@@ -50,7 +48,7 @@ def layer_latency(model: nn.Module, architecture: Architecture, context: int = 2
 
 @contextmanager
 def _timing(model: nn.Module, architecture: Architecture, clock: Clock) -> Iterator[dict[Layer, list[tuple]]]:
-    """Begin and end of each layer's modules in the forward passes inside the `with`."""
+    """Start and end of each layer's modules in the forward passes inside the `with`."""
     spans: dict[Layer, list[tuple]] = defaultdict(list)
     with ExitStack() as hooks:
         for layer in (found for found in architecture.layers() if found.kind != "block"):

@@ -1,7 +1,7 @@
-"""Bytes: of a model's parameters, of the KV cache it really holds, and at the peak of a computation.
+"""Bytes of a model's parameters, of its KV cache, and at the peak of a computation.
 
-KV bytes are counted from the cache's own tensors, never from a config, so grouped heads, sliding
-windows and dropped attention layers (whose cache entry holds nothing) come out as they are.
+KV bytes are counted from the cache's tensors, not from a config, so grouped heads, sliding windows and dropped
+attention layers (with an empty cache entry) are counted correctly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dropformer.metrics.offload.process_memory import PeakMemory
-from dropformer.prune.errors import EvaluationError
+from dropformer.prune.errors import EvaluationError, reason
 from dropformer.prune.loading.device import input_device
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ _STATE_NAMES = ("conv_states", "recurrent_states")
 
 @dataclass(frozen=True)
 class Peak:
-    """The most memory a computation held above what was held before it, in bytes, and how it was read."""
+    """Peak memory of a computation above the level before it, in bytes, and how it was read."""
 
     nbytes: int
     source: str  # "cuda", "rss" or "rss (lifetime)"
@@ -39,15 +39,15 @@ class Peak:
 
 
 def kv_bytes(cache: Any) -> int:
-    """Bytes of the keys and values a transformers `Cache` holds now; for a StaticCache all it has reserved.
+    """Bytes of the keys and values in a transformers `Cache`; for a StaticCache, all that it has reserved.
 
-    Linear-attention states are not keys or values: see `state_bytes`.
+    Without linear-attention states: see `state_bytes`.
     """
     return sum(layer_kv_bytes(cache))
 
 
 def layer_kv_bytes(cache: Any) -> list[int]:
-    """KV bytes layer by layer; 0 where the layer has no cache (a dropped attention layer's DummyLayer)."""
+    """KV bytes per layer; 0 for a layer without a cache (a dropped attention layer's DummyLayer)."""
     return [_bytes_of(getattr(layer, name, None) for name in _KV_NAMES) for layer in _layers(cache)]
 
 
@@ -58,13 +58,12 @@ def state_bytes(cache: Any) -> int:
 
 @torch.inference_mode()
 def layer_kv_bytes_per_token(model: nn.Module) -> list[int]:
-    """What one more token of context adds to each layer's cache, in bytes, for one sequence.
+    """Bytes that one more token adds to each layer's cache, for one sequence.
 
-    Two short prefills of the model itself, and the difference between them: a constant state cancels,
-    and a layer whose window is shorter than both adds nothing.  A layer that a plan gave a window adds nothing
-    either, however long the window is: see `kv_bytes_at`.  Works on a model of the meta device, where nothing is
-    computed.  Empty for a model that keeps no cache (an encoder, an image model).  Raises
-    EvaluationError if the model cannot be run on token ids alone.
+    The difference of two short prefills: a constant state cancels, and a layer whose window is shorter than both adds
+    nothing.  A layer with a window from a plan adds nothing either, whatever its width: see `kv_bytes_at`.  Works on
+    the meta device.  Empty for a model without a cache (an encoder, an image model).  Raises EvaluationError if the
+    model cannot be run on token ids alone.
     """
     caches = [_prefill(model, length) for length in _LENGTHS]
     if any(not hasattr(cache, "layers") and not hasattr(cache, "self_attention_cache") for cache in caches):
@@ -77,7 +76,7 @@ def layer_kv_bytes_per_token(model: nn.Module) -> list[int]:
 
 
 def kv_bytes_per_token(model: nn.Module) -> int:
-    """Bytes that one more token of context adds to the whole KV cache, measured: see the layered form."""
+    """Bytes that one more token adds to the whole KV cache; see `layer_kv_bytes_per_token`."""
     return sum(layer_kv_bytes_per_token(model))
 
 
@@ -85,8 +84,8 @@ def kv_bytes_per_token(model: nn.Module) -> int:
 def kv_bytes_at(model: nn.Module, context: int) -> int:
     """Bytes of the KV cache of one sequence of `context` tokens, from one short prefill.
 
-    A layer with a window of W tokens and S sinks holds min(context, W + S) of them.  0 for a model that keeps no
-    cache.  Raises EvaluationError as `layer_kv_bytes_per_token`.
+    A layer with a window of W tokens and S sinks holds min(context, W + S) of them.  0 for a model without a cache.
+    Raises EvaluationError as `layer_kv_bytes_per_token`.
     """
     cache = _prefill(model, _LENGTHS[1])
     if not hasattr(cache, "layers") and not hasattr(cache, "self_attention_cache"):
@@ -99,38 +98,38 @@ def kv_bytes_at(model: nn.Module, context: int) -> int:
 
 
 def _plan_window(layer: Any) -> Any:
-    """The window of a cache entry that a plan gave one; a copy of the entry's class lies beside each checkpoint."""
+    """The window of a cache entry, by its attributes: checkpoints carry their own copy of the entry's class."""
     window = getattr(layer, "window", None)
     return window if hasattr(window, "sinks") else None
 
 
 def _most_tokens(layer: Any) -> float:
-    """How many tokens a cache entry holds at most."""
+    """Most tokens that a cache entry holds."""
     if window := _plan_window(layer):
         return window.width + window.sinks
     return getattr(layer, "sliding_window", None) or math.inf
 
 
 def _tokens_held(layer: Any) -> int:
-    """How many tokens' keys a cache entry has room for now."""
+    """Tokens in a cache entry."""
     parts = (getattr(layer, name, None) for name in ("keys", "sink_keys"))
     return sum(part.shape[-2] for part in parts if isinstance(part, Tensor) and part.dim() == 4)
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Parameters, a tied one counted once."""
+    """Number of parameters, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def parameter_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters as they are held, a tied one counted once."""
+    """Bytes of the parameters in their dtypes, tied ones counted once."""
     return _bytes_of(model.parameters())
 
 
 def peak_of(function: Callable[[], T], device: torch.device | str = "cpu") -> tuple[T, Peak]:
     """Run `function` and return its result with the peak memory it added.
 
-    See `PeakMemory` for what is counted; run the function once before, so that lazy loading is not.
+    See `PeakMemory` for what is counted; run the function once before, so that lazy loading is not counted.
     """
     memory = PeakMemory(device)
     result = function()
@@ -138,7 +137,7 @@ def peak_of(function: Callable[[], T], device: torch.device | str = "cpu") -> tu
 
 
 def _prefill(model: nn.Module, length: int) -> Any:
-    """The cache after reading `length` tokens; None for a model that keeps none."""
+    """The cache after `length` tokens; None for a model without one."""
     if "input_ids" not in inspect.signature(model.forward).parameters:
         return None
     ids = torch.ones((1, length), dtype=torch.long, device=input_device(model))
@@ -148,9 +147,9 @@ def _prefill(model: nn.Module, length: int) -> Any:
     try:
         return getattr(model(**inputs), "past_key_values", None)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:120]
         raise EvaluationError(
-            f"{type(model).__name__} cannot be run on {length} token ids ({reason}); its KV cache cannot be measured"
+            f"{type(model).__name__} cannot be run on {length} token ids ({reason(error, 120)}); its KV cache cannot "
+            "be measured"
         ) from error
 
 

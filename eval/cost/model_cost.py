@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and bytes of a forward pass, block by block, of the dense model and without dropped layers.
+"""Parameters, FLOPs and bytes of a forward pass per block, for the dense model and without dropped layers.
 
 Formulas (batch B, T tokens in context, layer width d = heads x head size, multiply-add = 2 FLOPs):
 linear layers 2 x active parameters per token; attention 4 x T x d per query token (scores and weighted
@@ -18,14 +18,14 @@ from dropformer.prune.window import Window
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts: how many there are, how many a token uses, parameters of each."""
+    """A mixture of experts: number of experts, experts used per token, parameters of each."""
 
     count: int
     used: int
     parameters: int
 
     def read(self, tokens: int) -> float:
-        """Expected number of different experts that `tokens` tokens use, if each picks evenly at random."""
+        """Expected number of distinct experts that `tokens` tokens use, under uniform random routing."""
         return self.count * (1 - (1 - self.used / self.count) ** tokens)
 
 
@@ -33,9 +33,9 @@ class Experts:
 class BlockCost:
     """One block: parameters of its branches (norms included) and the shape of its attention.
 
-    attention, mlp, shared: parameters; `shared` belongs to neither branch.  width: heads x head size.
-    kv: key and value elements per token.  window: tokens that the layer can see, None for all.
-    groups: query heads for each key head.
+    attention, mlp, shared: parameters; `shared` is in neither branch.  width: heads x head size.
+    kv: key and value elements per token.  window: tokens that the layer attends to, None for all.
+    groups: query heads per key head.
     """
 
     attention: int
@@ -55,7 +55,7 @@ class BlockCost:
         return self.attention + self.mlp + self.shared - idle
 
     def read(self, tokens: int) -> float:
-        """Parameters read for `tokens` tokens computed together."""
+        """Parameters read for `tokens` tokens in one pass."""
         if self.experts is None:
             return self.active
         used = self.experts.read(tokens) - self.experts.used
@@ -65,7 +65,7 @@ class BlockCost:
         return context if self.window is None else min(context, self.window)
 
     def without(self, kind: str, parameters: int) -> BlockCost:
-        """The block after dropping its branch of a kind, which owns so many parameters."""
+        """The block after dropping its branch of a kind, with that branch's number of parameters."""
         if kind == "attn":
             return BlockCost(0, self.mlp, self.shared, experts=self.experts)
         if kind == "mlp":
@@ -75,11 +75,11 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """A decoder's cost: its blocks, the head that every computed logit multiplies by, and the rest.
+    """A decoder's cost: its blocks, the output head, and the rest.
 
-    lookup: parameters of tables of which only single rows are read; a tied table is in `head` alone.
+    lookup: parameters of embedding tables, of which only single rows are read; a tied table is in `head` only.
     other: parameters outside the blocks that are always read (the last norm).
-    outline: what each branch owns.  `blocks` are those of its main stack, all of them.
+    outline: parameters per branch.  `blocks` are all blocks of its main stack.
     """
 
     blocks: tuple[BlockCost, ...]
@@ -103,11 +103,11 @@ class ModelCost:
         return sum(block.kv for block in self.blocks)
 
     def kv(self, context: int) -> int:
-        """Key and value elements held for one sequence of `context` tokens (windows considered)."""
+        """Key and value elements cached for one sequence of `context` tokens, with windows."""
         return sum(block.kv * block.seen(context) for block in self.blocks)
 
     def read(self, tokens: int) -> float:
-        """Parameters read to compute `tokens` tokens together."""
+        """Parameters read to compute `tokens` tokens in one pass."""
         return self.head + self.other + sum(block.read(tokens) for block in self.blocks)
 
     def prefill_flops(self, batch: int, tokens: int) -> float:
@@ -116,16 +116,16 @@ class ModelCost:
         return batch * (linear + sum(4 * block.width * _pairs(tokens, block.window) for block in self.blocks))
 
     def decode_flops(self, batch: int, context: int) -> float:
-        """FLOPs of one decode step of which the new token sees `context` tokens."""
+        """FLOPs of one decode step whose new token attends to `context` tokens."""
         linear = 2 * (sum(block.active for block in self.blocks) + self.head)
         return batch * (linear + sum(4 * block.width * block.seen(context) for block in self.blocks))
 
     def decode_elements(self, batch: int, context: int) -> float:
-        """Elements that one decode step must read: weights once, every kept key and value once."""
+        """Elements that one decode step must read: all weights and the KV cache once."""
         return self.read(batch) + batch * self.kv(context)
 
     def windowed(self, windows: Mapping[Layer, Window]) -> ModelCost:
-        """The cost where attention layers of the main stack see a window, by their places in `blocks`."""
+        """The cost with windows on attention layers of the main stack, by their index in `blocks`."""
         blocks = list(self.blocks)
         for layer, window in windows.items():
             seen = blocks[layer.index].seen(window.width + window.sinks)
@@ -135,8 +135,8 @@ class ModelCost:
     def without(self, layers: Iterable[Layer]) -> ModelCost:
         """The cost after dropping layers of the main stack, by their indices in the original model.
 
-        As in the checkpoint, a block that loses all of its branches loses its other parameters too.  Raises
-        PlanError for a layer that the model does not have.
+        As in the checkpoint, a block without branches loses its other parameters too.  Raises PlanError for a layer
+        that the model does not have.
         """
         layers, costs = list(layers), dict(enumerate(self.blocks))
         for layer in self.outline.branch_layers(layers):
@@ -148,9 +148,9 @@ class ModelCost:
 
 
 def _pairs(tokens: int, window: int | None) -> int:
-    """Query-key pairs of a causal pass over `tokens` tokens, each seeing at most `window` keys.
+    """Query-key pairs of a causal pass over `tokens` tokens with at most `window` keys per query.
 
-    tokens 5, window 2: the queries see 1, 2, 2, 2 and 2 keys, 9 pairs.
+    tokens 5, window 2: the queries have 1, 2, 2, 2 and 2 keys, 9 pairs.
     """
     if window is None or window >= tokens:
         return tokens * (tokens + 1) // 2

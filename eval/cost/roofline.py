@@ -1,10 +1,10 @@
-"""Roofline times of a prefill and of decoding (Williams et al. 2009), by what the kernels do with the KV cache.
+"""Roofline times of prefill and decoding (Williams et al. 2009), by attention implementation.
 
-Linear layers and attention run one after the other, each takes max(FLOPs / peak, bytes / bandwidth).  What the
-kernels do with the KV cache decides most of what dropping attention saves:
+Linear layers and attention run in sequence; each takes max(FLOPs / peak, bytes / bandwidth).  How the attention
+implementation handles the KV cache decides most of what dropping attention saves:
 
 fused   the cache is written in place and read once by a fused kernel (FlashAttention, vLLM)
-sdpa    transformers' default: the cache is concatenated anew at every step, then read once
+sdpa    transformers' default: the cache is concatenated at every step, then read once
 eager   transformers' eager attention: also repeats key heads for grouped queries and writes the
         scores to memory
 """
@@ -20,12 +20,12 @@ from dropformer.eval.cost.model_cost import BlockCost, ModelCost
 from dropformer.prune.errors import EvaluationError
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-LAUNCHES = {"attention": 45, "mlp": 20}  # small operations of a Llama branch in transformers, counted
+LAUNCHES = {"attention": 45, "mlp": 20}  # counted small operations per Llama branch in transformers
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What an attention implementation does with keys and values: see the module's docstring."""
+    """How an attention implementation handles keys and values: see the module's docstring."""
 
     name: str
     concatenates: bool
@@ -74,7 +74,7 @@ class Workload:
 
     @property
     def size(self) -> int:
-        """Bytes of an element."""
+        """Bytes per element."""
         return BYTES[self.dtype]
 
 
@@ -94,9 +94,9 @@ class Times:
 class Side:
     """The dense or the pruned model under a workload on a device.
 
-    kv_bytes: of all sequences at the full context.  prefill_flops: of the whole batch; decode_flops:
-    of one step half-way.  devices: how many are needed to hold weights and cache; they work one after
-    the other (`device_map="auto"`), so more of them do not make it faster.
+    kv_bytes: of all sequences at the full context.  prefill_flops: of the whole batch; decode_flops: of one step
+    half-way.  devices: number needed for weights and cache; they run in sequence (`device_map="auto"`), so more of
+    them are not faster.
     """
 
     cost: ModelCost
@@ -148,7 +148,7 @@ def _times(side: Side, kernels: Kernels) -> Times:
 
 
 def _samples(workload: Workload, count: int = 8) -> list[int]:
-    """Contexts spread evenly over the new tokens, at the middle of each of `count` parts."""
+    """`count` context lengths, evenly spread over the new tokens."""
     return [workload.prompt + int(workload.new * (part + 0.5) / count) for part in range(count)]
 
 
@@ -164,13 +164,13 @@ def _prefill(side: Side, kernels: Kernels) -> float:
     return linear + side.hardware.seconds(pairs, elements * side.workload.size) + _launches(side)
 
 
-# Passes over the scores of eager attention in 16 bits: written (1), masked (2), softmax in 32 bits (1 + 2),
-# cast back (2 + 1), multiplied by the values (1).
+# 16-bit passes over the scores of eager attention: write (1), mask (2), softmax in 32 bits (1 + 2), cast back (2 + 1),
+# product with the values (1).
 _SCORE_PASSES = 10
 
 
 def step_seconds(side: Side, kernels: Kernels, context: int, tokens: int = 1) -> float:
-    """Seconds of a decode step of `tokens` tokens a sequence, behind `context`: weights and cache are read once."""
+    """Seconds of a step that decodes `tokens` tokens per sequence after `context`, reading weights and cache once."""
     cost, batch, size = side.cost, side.workload.batch, side.workload.size
     linear_flops = 2 * batch * (sum(block.active for block in cost.blocks) + cost.head)
     linear = side.hardware.seconds(tokens * linear_flops, cost.read(batch * tokens) * size)
@@ -182,7 +182,7 @@ def step_seconds(side: Side, kernels: Kernels, context: int, tokens: int = 1) ->
 
 
 def _reads(block: BlockCost, kernels: Kernels) -> int:
-    """Times each kept key and value crosses the memory bus in a step, the concatenation not counted."""
+    """How often each cached key and value is read or written per step, without concatenation."""
     return 2 * block.groups + 1 if kernels.repeats and block.groups > 1 else 1
 
 

@@ -1,12 +1,10 @@
 """A KV cache of constant size: attention sinks and a rolling window (StreamingLLM, arXiv 2309.17453).
 
-The first tokens, on which attention rests its surplus weight, and the most recent ones are kept; what
-lies between is evicted.  Positions are those inside the cache, so they never exceed its size: keys
-are stored as they were before the rotary embedding and rotated by slot whenever they are read.
+The first tokens (attention sinks) and the most recent ones are kept; the others are evicted.  Positions are slots of
+the cache, so they never exceed its size: keys are stored without the rotary embedding and rotated by slot on reading.
 
-No forward is copied.  How a model rotates its keys is found by looking: one token is computed at two
-positions, and the keys that the model itself caches must differ by exactly one of the rotations that
-its own frequencies allow.  A model for which none fits is refused.
+No `forward` is copied.  How a model rotates its keys is measured: one token is computed at two positions, and the
+cached keys must differ by exactly one of the rotations that the model's frequencies allow.  Other models are refused.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin
 
-from dropformer.prune.errors import ArchitectureError, EvaluationError
+from dropformer.prune.errors import ArchitectureError, EvaluationError, reason
 from dropformer.prune.loading.device import input_device
 from dropformer.prune.loading.parts import empty_cache
 
@@ -31,10 +29,10 @@ _TOLERANCE_16_BIT = 4e-2
 
 @dataclass(frozen=True)
 class Sinks:
-    """sinks: first tokens kept for good; window: recent tokens kept, the ones being computed included.
+    """sinks: first tokens that are always kept; window: recent tokens kept, including those being computed.
 
-    chunk: tokens computed at once, which is what makes reading a long text fast.  The first of a chunk
-    sees window - chunk recent tokens before it, the last window - 1; chunk 1 is the paper's case.
+    chunk: tokens per forward pass.  The first token of a chunk attends to window - chunk recent tokens, the last one
+    to window - 1; the paper uses chunk 1.
     """
 
     sinks: int = 4
@@ -50,7 +48,7 @@ class Sinks:
 
     @property
     def size(self) -> int:
-        """The most tokens that attention sees."""
+        """Most tokens in the cache."""
         return self.sinks + self.window
 
     def __str__(self) -> str:
@@ -58,7 +56,7 @@ class Sinks:
 
 
 def fitting(model: nn.Module, size: int | None = None) -> Sinks:
-    """4 sinks and a window that together are `size` tokens (None: 1024, or the model's context where that is shorter).
+    """4 sinks and a window, together `size` tokens (None: 1024, or the model's context if shorter).
 
     Raises EvaluationError for more than the context.
     """
@@ -74,8 +72,8 @@ def fitting(model: nn.Module, size: int | None = None) -> Sinks:
 class Rotation:
     """A rotary embedding's rotation of keys (arXiv 2104.09864): angle = position x frequency.
 
-    pairing: the two numbers of a pair lie half the rotated part apart ("half") or side by side
-    ("interleaved"); "none" leaves keys as they are (a layer without positions).
+    pairing: the two numbers of a pair are half the rotated width apart ("half") or adjacent ("interleaved"); "none"
+    does not rotate (a layer without positions).
     """
 
     frequencies: Tensor  # [r], so that the first 2r numbers of a head are rotated
@@ -95,7 +93,7 @@ class Rotation:
         return turned.to(keys.dtype)
 
     def _pair(self, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Views of the two numbers of every rotated pair, each [..., r]."""
+        """Views of the two elements of every rotated pair, each [..., r]."""
         r = len(self.frequencies)
         if self.pairing == "half":
             return keys[..., :r], keys[..., r : 2 * r]
@@ -103,17 +101,17 @@ class Rotation:
 
 
 class SinkLayer(DynamicLayer):
-    """One layer's keys (not rotated) and values of the kept tokens."""
+    """One layer's cache: keys without rotation, and values, of the kept tokens."""
 
     def __init__(self, shape: Sinks, rotation: Rotation) -> None:
         super().__init__()
         self.shape, self.rotation = shape, rotation
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add tokens and return what attention may see: keys rotated by slot, and values.
+        """Add tokens and return all keys, rotated by slot, and values.
 
-        The model has rotated `key_states` by the slots after those filled, because that is the length
-        this layer reports.  Afterwards only what leaves room for the next chunk stays.
+        The model has rotated `key_states` by the slots after those filled, because this layer reports that length.
+        Then tokens are evicted to make room for the next chunk.
         """
         start = self.get_seq_length()
         slots = torch.arange(start + key_states.shape[-2], device=key_states.device)
@@ -136,10 +134,10 @@ class SinkLayer(DynamicLayer):
 
 
 def sink_cache(model: nn.Module, shape: Sinks) -> Cache:
-    """An empty cache for `model`, to be passed as `past_key_values`, at most `shape.chunk` tokens at a time.
+    """An empty cache for `model`, to pass as `past_key_values` with at most `shape.chunk` tokens at a time.
 
-    Dropped attention layers keep their empty entry, linear-attention layers their state.  Raises
-    ArchitectureError for a model whose keys are not rotated by position, with the layer and reason.
+    Dropped attention layers keep their empty entry, linear-attention layers their state.  Raises ArchitectureError,
+    with layer and reason, for a model whose keys are not rotated by position.
     """
     rotations = key_rotations(model)
     layers = empty_cache(model).layers
@@ -158,10 +156,10 @@ def _sink_layer(layer: Any, rotation: Rotation | None, shape: Sinks) -> Any:
 
 @torch.inference_mode()
 def key_rotations(model: nn.Module) -> dict[int, Rotation]:
-    """How each layer that caches keys rotates them, by the layer's index in the cache; proven, see the module.
+    """The key rotation of each layer that caches keys, by its index in the cache; measured, see the module.
 
-    Raises ArchitectureError if a layer's keys do not follow any rotation of the model's frequencies, if
-    its values depend on the position, or if the model does not take positions from the cache's length.
+    Raises ArchitectureError if a layer's keys do not follow any rotation of the model's frequencies, if its values
+    depend on the position, or if the model does not take positions from the cache's length.
     """
     before, after = (_probe(model, position) for position in _POSITIONS)
     candidates = list(_candidates(model))
@@ -178,7 +176,7 @@ def key_rotations(model: nn.Module) -> dict[int, Rotation]:
 
 @dataclass(frozen=True)
 class _Cached:
-    """What a layer caches for single tokens.  [B, H, 1, D]"""
+    """A layer's cache entry for single tokens.  [B, H, 1, D]"""
 
     keys: Tensor
     values: Tensor
@@ -193,10 +191,10 @@ def _fitting(candidates: list[Rotation], start: _Cached, end: _Cached, refusal: 
 
 
 def _check_default_positions(model: nn.Module, rotations: dict[int, Rotation]) -> None:
-    """Prove that a forward without position_ids counts on from the length of the cache.
+    """Check that a forward pass without position_ids continues from the length of the cache.
 
-    Only the first caching layer can tell (the keys of deeper ones depend on the tokens before), and
-    only if no linear-attention layer comes before it.
+    Only the first caching layer can show it (deeper keys depend on the earlier tokens), and only if no
+    linear-attention layer comes before it.
     """
     layers = empty_cache(model).layers
     first = min(rotations, default=None)
@@ -225,16 +223,16 @@ def _close(one: Tensor, two: Tensor) -> bool:
 
 
 def _candidates(model: nn.Module) -> Iterator[Rotation]:
-    """None, then every set of frequencies in both pairings and both directions."""
+    """No rotation, then every set of frequencies in both pairings and both directions."""
     yield Rotation(torch.zeros(0), "none")
     for frequencies in _frequencies(model):
-        for signed in (frequencies, -frequencies):  # NanoChat turns the other way
+        for signed in (frequencies, -frequencies):  # NanoChat rotates in the other direction
             yield Rotation(signed, "half")
             yield Rotation(signed, "interleaved")
 
 
 def _frequencies(model: nn.Module) -> Iterator[Tensor]:
-    """Those that the model holds; for GPT-J and CodeGen, which hold tables instead, those of their formula."""
+    """The model's frequency buffers; for GPT-J and CodeGen, which store tables instead, by their formula."""
     seen: list[Tensor] = []
     for name, buffer in model.named_buffers():
         if not name.endswith("inv_freq") or name.endswith("original_inv_freq") or buffer.dim() != 1:
@@ -254,7 +252,7 @@ def _probe_ids(model: nn.Module) -> Tensor:
 
 
 def _probe(model: nn.Module, position: int) -> list[_Cached | None]:
-    """What each layer caches for single tokens at `position`; None where it caches no keys."""
+    """Each layer's cache entry for single tokens at `position`; None if it caches no keys."""
     ids = _probe_ids(model)
     cache = empty_cache(model)
     _forward(model, input_ids=ids, position_ids=torch.full_like(ids, position), past_key_values=cache)
@@ -265,10 +263,9 @@ def _forward(model: nn.Module, **inputs: Any) -> None:
     try:
         model(**inputs, use_cache=True)
     except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:100]
         raise ArchitectureError(
-            f"{type(model).__name__} cannot stream: a token at a given position cannot be run ({reason}); "
-            "attention sinks need a decoder with rotary positions, or none"
+            f"{type(model).__name__} cannot stream: a token at a given position cannot be run "
+            f"({reason(error, 100)}); attention sinks need a decoder with rotary positions, or none"
         ) from error
 
 

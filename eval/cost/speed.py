@@ -1,8 +1,8 @@
-"""Speed: prefill and decode measured apart, with the real KV cache, models interleaved in one run.
+"""Speed of prefill and decode, measured separately, with the real KV cache, models interleaved in one run.
 
-A prefill is one forward pass over the prompt that fills the cache and computes the last position's
-logits; a decode step is one forward pass over one token that reads the cache.  Both go through the
-model's own forward, so what is measured is what `generate` does without its bookkeeping.
+A prefill is one forward pass over the prompt that fills the cache and computes the last position's logits; a decode
+step is one forward pass over one token that reads the cache.  Both call the model's own forward: the cost of
+`generate` without its bookkeeping.
 """
 
 from __future__ import annotations
@@ -67,12 +67,12 @@ class Quartiles:
 
 @dataclass(frozen=True)
 class Speed:
-    """One model at one setting.  Speeds in tokens/s; ratios over the first model, repeat by repeat.
+    """One model at one setting.  Speeds in tokens/s; ratios over the first model per repeat.
 
-    bound_prefill, bound_decode: the ratios that FLOPs, and parameter and KV bytes, allow.  A measured
-    ratio above its bound means that the dropped layers also cost something else: copies of the cache,
-    launches of small operations.  prefill_cpu, decode_cpu: seconds of processor time of all threads, and
-    their ratios; other programs on a busy machine disturb them least; they say nothing on a GPU.
+    bound_prefill, bound_decode: upper bounds of the ratios, from FLOPs, and from parameter and KV bytes.  A measured
+    ratio above its bound means that dropped layers also had other costs: cache copies, kernel launches.
+    prefill_cpu, decode_cpu: CPU seconds of all threads, and their ratios; they are the least disturbed by other
+    programs, and meaningless on a GPU.
     """
 
     model: str
@@ -94,7 +94,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class SpeedTable:
-    """Every model at every setting, and on what they ran."""
+    """Every model at every setting, and the device."""
 
     rows: tuple[Speed, ...]
     device: str
@@ -110,7 +110,7 @@ class SpeedTable:
         raise KeyError(model)
 
     def __str__(self) -> str:
-        """A table for the terminal: speeds in tokens/s, medians over the repeats with quartiles."""
+        """A terminal table: speeds in tokens/s, medians over the repeats with quartiles."""
         head = f"{self.device}, {self.threads} threads, {self.dtype}{', compiled' if self.compiled else ''}"
         return "\n".join([head, *(_line(row) for row in self.rows)])
 
@@ -129,14 +129,14 @@ def measure(
     seconds: float | None = None,
     warm: bool = True,
 ) -> SpeedTable:
-    """Measure every model at every setting; the first model is what the others are compared with.
+    """Measure every model at every setting; the others are compared with the first model.
 
-    In each repeat every model runs once, and the order rotates from repeat to repeat, so that a machine that slows
-    down slows all of them.  `compile`: decode through torch.compile with one StaticCache a model, reset before each
-    run, so that its CUDA graphs are recorded once, in the warm-up.  `seconds`: start no further repeat of a setting
-    once it has taken so long (each is repeated at least once).  `warm`: run every model briefly first.  Raises
-    EvaluationError for an empty grid, or batch "max" without a GPU.  Where the largest batch runs out of memory after
-    all, as compiled steps can, an eighth less is tried.
+    In each repeat every model runs once, and the order rotates between repeats, so that a slowdown of the machine
+    affects all of them.  `compile`: decode with torch.compile and one StaticCache per model, reset before each run, so
+    that its CUDA graphs are recorded once, in the warm-up.  `seconds`: start no further repeat of a setting after this
+    time (each runs at least once).  `warm`: run every model briefly first.  If batch "max" runs out of memory anyway,
+    as compiled steps can, an eighth less is tried.  Raises EvaluationError for an empty grid, or batch "max" without a
+    GPU.
     """
     if not models or not settings or repeats < 1:
         raise EvaluationError("nothing to measure; expected at least one model, one setting and one repeat")
@@ -149,7 +149,7 @@ def measure(
             try:
                 rows += _measure_one(models, steps, works, setting, _Plan(repeats, compile, seconds, warm))
                 break
-            except torch.OutOfMemoryError:  # what CUDA graphs hold is known only once they are recorded
+            except torch.OutOfMemoryError:  # the memory of CUDA graphs is known only once they are recorded
                 if asked.batch != "max" or setting.batch == 1:
                     raise
             setting = replace(setting, batch=int(setting.batch) * 7 // 8)
@@ -167,7 +167,7 @@ def measure(
 def quick(models: Mapping[str, nn.Module], seconds: float = 18.0, repeats: int = 3) -> SpeedTable:
     """`measure` at batch 1, with prompt and new tokens chosen to take about `seconds` in all.
 
-    A short run of every model, after one that warms it up, tells how many tokens the time allows.
+    The number of tokens follows from a short run of every model after a warm-up.
     """
     start = time.perf_counter()
     trial = Setting(prompt=32, new=4)
@@ -183,7 +183,7 @@ def quick(models: Mapping[str, nn.Module], seconds: float = 18.0, repeats: int =
 
 
 def fresh_decoders(models: Mapping[str, nn.Module], compile: bool) -> dict[str, Step]:
-    """What decodes with each model, without the memory that compiled steps before held."""
+    """The decode function of each model, after memory of earlier compiled ones is freed."""
     if compile:
         torch.compiler.reset()
     if torch.cuda.is_available():
@@ -192,7 +192,7 @@ def fresh_decoders(models: Mapping[str, nn.Module], compile: bool) -> dict[str, 
 
 
 def bounds(reference: ModelCost, work: ModelCost, setting: Setting) -> tuple[float, float]:
-    """The ratios over `reference` that work alone allows: prefill by FLOPs, decode by bytes read.
+    """Upper bounds of the speed-ups over `reference`: prefill by FLOPs, decode by bytes read.
 
     Decode is counted half-way through the new tokens.  setting.batch must be a number.
     """
@@ -219,7 +219,7 @@ def _measure_one(
 ) -> list[Speed]:
     names = list(models)
     caches = {name: static_cache(models[name], setting) if plan.compile else None for name in names}
-    # A compiled step is specialised to its cache and to the cache's length, so it is warmed up on a whole run.
+    # A compiled step is specialized to its cache and the cache's length, so its warm-up is a whole run.
     warm_up = setting if plan.compile else Setting(min(setting.prompt, 64), 2, setting.batch)
     for name in names if plan.warm else ():
         time_run(models[name], warm_up, steps[name], caches[name])
@@ -269,7 +269,7 @@ def _speed(
 
 
 def _run_peak(model: nn.Module, run: Callable[[], Run], watch: bool) -> tuple[Run, Peak]:
-    """A run, with its peak memory if `watch` (reading the resident set's peak costs a little time)."""
+    """A run, with its peak memory if `watch` (reading the peak costs a little time)."""
     return peak_of(run, input_device(model)) if watch else (run(), Peak(0, ""))
 
 

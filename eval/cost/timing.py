@@ -20,7 +20,7 @@ Step = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Setting:
-    """One point of the grid: batch, tokens of the prompt, tokens decoded after it."""
+    """One point of the grid: batch size, prompt tokens, tokens decoded after it."""
 
     prompt: int
     new: int
@@ -32,7 +32,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Took:
-    """Wall-clock seconds, and processor seconds of all threads of this process (meaningless on a GPU)."""
+    """Wall-clock seconds, and CPU seconds of all threads of this process (meaningless on a GPU)."""
 
     wall: float
     cpu: float
@@ -48,10 +48,10 @@ class Run:
 
 
 class Clock:
-    """Moments on the devices that compute, and the seconds between two of them.
+    """Time stamps on the model's devices, and the seconds between two of them.
 
-    On one GPU, CUDA events on that GPU's current stream, for which nothing waits.  On several, whose events cannot
-    be compared, all are synchronized and the host's clock is read.  Without a GPU, the host's clock.
+    On one GPU, CUDA events on its current stream, without synchronization.  On several, whose events cannot be
+    compared, the host's clock after synchronizing all.  Without a GPU, the host's clock.
     """
 
     def __init__(self, gpus: Sequence[torch.device] = ()) -> None:
@@ -72,7 +72,7 @@ class Clock:
         return end - begin
 
     def settle(self) -> None:
-        """Wait until every GPU has done what it was given."""
+        """Wait until every GPU is idle."""
         for gpu in self.gpus:
             torch.cuda.synchronize(gpu)
 
@@ -90,18 +90,17 @@ class Clock:
 def time_run(model: nn.Module, setting: Setting, step: Step | None = None, cache: StaticCache | None = None) -> Run:
     """One prefill and `setting.new` greedy decode steps, each timed as a whole.
 
-    Decode calls `step` (default: the model's forward).  A static `cache` is reset first and used again: a
-    compiled step recorded its CUDA graphs over that cache's own memory.
+    Decode calls `step` (default: the model's forward).  A static `cache` is reset and reused: a compiled step's CUDA
+    graphs refer to that cache's memory.
     """
     clock = Clock(gpus_of(model))
     step = model if step is None else step  # a compiled module has no truth value
     ids = prompt_of(model, setting)
-    keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     if cache is not None:
         cache.reset()
 
     def prefill() -> Any:
-        return model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
+        return model(input_ids=ids, past_key_values=cache, use_cache=True, **last_logits(model))
 
     output, prefill_took = clock.timed(prefill)
     past, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
@@ -118,8 +117,13 @@ def time_run(model: nn.Module, setting: Setting, step: Step | None = None, cache
     return Run(prefill_took, decode_took, kv_bytes(past))
 
 
+def last_logits(model: nn.Module, tokens: int = 1) -> dict[str, int]:
+    """The argument that limits logits to the last `tokens` positions, if the model takes it."""
+    return {"logits_to_keep": tokens} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
 def fits_in_memory(model: nn.Module, setting: Setting, ballast: int) -> bool:
-    """Whether the GPU holds a prefill at this setting, whose batch is a number, beside `ballast` more bytes."""
+    """Whether a prefill at this setting (with a numeric batch) fits on the GPU beside `ballast` more bytes."""
     try:
         held = torch.empty(ballast, dtype=torch.uint8, device=input_device(model))
         time_run(model, Setting(setting.prompt, 2, setting.batch))
@@ -132,18 +136,18 @@ def fits_in_memory(model: nn.Module, setting: Setting, ballast: int) -> bool:
 
 
 def decoder(model: nn.Module, compile: bool) -> Step:
-    """The forward that decode steps go through."""
+    """The function that computes decode steps."""
     return torch.compile(model, mode="reduce-overhead") if compile else model
 
 
 def static_cache(model: nn.Module, setting: Setting) -> StaticCache:
-    """A cache of fixed size for one setting, which allocates its memory in its first prefill."""
+    """A cache of fixed size for one setting, allocated in its first prefill."""
     config: Any = model.config
     return StaticCache(config=config, max_cache_len=setting.prompt + setting.new)
 
 
 def prompt_of(model: nn.Module, setting: Setting) -> Tensor:
-    """Random token ids, the same for every model of one vocabulary.  [batch, prompt]"""
+    """Random token ids, the same for every model with the same vocabulary.  [batch, prompt]"""
     config: Any = model.config
     generator = torch.Generator().manual_seed(0)
     shape = (int(setting.batch), setting.prompt)

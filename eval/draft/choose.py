@@ -15,7 +15,7 @@ from dropformer.metrics.analysis.analyze import analyze_model
 from dropformer.metrics.analysis.window_loss import TIMES, window_losses
 from dropformer.metrics.calibration.windows import Windows, named_texts
 from dropformer.metrics.draft.acceptance import DenseText, spread
-from dropformer.metrics.draft.formula import MOST, PAYS, best
+from dropformer.metrics.draft.formula import MOST, PAYS, Verify, best, curve
 from dropformer.metrics.draft.search import Candidate, DraftSearch, Rung, draft_in_place
 from dropformer.progress import Progress
 from dropformer.prune.architecture import Layer
@@ -36,7 +36,7 @@ class DraftFound:
     """The best draft of a search: its plan, and whether it pays.
 
     steps: timed on this machine, where that is the hardware asked for and batch 1; verify: a verifying pass by the
-    estimate, in dense steps; tried: how many drafts were measured.
+    estimate, in dense steps; tried: how many drafts were measured; curve: expected speed-up by drafted tokens.
     """
 
     plan: Plan
@@ -45,6 +45,7 @@ class DraftFound:
     verify: float
     steps: MeasuredSteps | None
     tried: int
+    curve: dict[int, float]
 
     @property
     def pays(self) -> bool:
@@ -84,16 +85,22 @@ def choose_draft(
         with progress.stage("timing the draft"):
             pair = (opened.model, *draft_in_place(opened.model, outline, found.layers, found.windows))
             timed = measured_steps(pair, text.rows[0], text.kept[0][0], found.tokens)
-    final = found if timed is None else _by_the_clock(found, timed, steps)
+    scale = timed.verify_cost / steps.verify(found.tokens + 1) if timed else 1.0
+
+    def verify(tokens: int) -> float:
+        """What verifying costs; other numbers of tokens are scaled from the one that was timed."""
+        return scale * steps.verify(tokens)
+
+    final = found if timed is None else _at_cost(found, timed.cost, verify)
     plan = _plan(opened, outline, options, final, data, keep)
-    return DraftFound(plan, final, found, steps.verify(found.tokens + 1), timed, len(search.tried))
+    expected = curve(final.acceptance, final.cost, verify)
+    return DraftFound(plan, final, found, steps.verify(found.tokens + 1), timed, len(search.tried), expected)
 
 
-def _by_the_clock(found: Candidate, timed: MeasuredSteps, steps: Steps) -> Candidate:
-    """The candidate at its timed costs; verifying other numbers of tokens is scaled from the one that was timed."""
-    scale = timed.verify_cost / steps.verify(found.tokens + 1)
-    tokens, gives = best(found.acceptance, timed.cost, lambda m: scale * steps.verify(m), MOST)
-    return replace(found, cost=timed.cost, tokens=tokens, speedup=gives)
+def _at_cost(found: Candidate, cost: float, verify: Verify) -> Candidate:
+    """The candidate where a step costs so much, with as many drafted tokens as are best then."""
+    tokens, gives = best(found.acceptance, cost, verify, MOST)
+    return replace(found, cost=cost, tokens=tokens, speedup=gives)
 
 
 def rankings(

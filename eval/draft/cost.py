@@ -48,11 +48,15 @@ class Steps:
 
 @dataclass(frozen=True)
 class MeasuredSteps:
-    """Seconds of a dense step, a draft step, and a dense pass over the drafted tokens and one more; medians."""
+    """Seconds of a dense step, a draft step, a dense pass over the drafted tokens and one more; medians.
+
+    view: of making the draft's view of the cache, once a round.
+    """
 
     dense: float
     draft: float
     verify: float
+    view: float = 0.0
 
     @property
     def cost(self) -> float:
@@ -60,7 +64,8 @@ class MeasuredSteps:
 
     @property
     def verify_cost(self) -> float:
-        return self.verify / self.dense
+        """v: what a round costs beside its draft steps."""
+        return (self.verify + self.view) / self.dense
 
 
 @torch.inference_mode()
@@ -73,17 +78,20 @@ def measured_steps(
 ) -> MeasuredSteps:
     """Time the steps behind the dense model's cache of `ids` [1, T], in turn, the first turn to warm up.
 
-    models: dense, draft, and the draft's sources as `view_of` takes them.  A view is made beforehand, as once a round.
+    models: dense, draft, and the draft's sources as `view_of` takes them.
     """
     dense, draft, sources = models
     length, clock = ids.shape[1] - drafted - 1, Clock(gpus_of(dense))
-    took: dict[str, list[float]] = {"dense": [], "draft": [], "verify": []}
+    took: dict[str, list[float]] = {"dense": [], "draft": [], "verify": [], "view": []}
     for turn in range(repeats + 1):
         behind = shortened(cache, length)
+        view, making = clock.timed(lambda behind=behind: view_of(behind, draft, sources))
         calls: dict[str, Callable] = {}
+        if turn:
+            took["view"].append(making.wall)
         for name, model, past, count in (
             ("dense", dense, behind, 1),
-            ("draft", draft, view_of(behind, draft, sources), 1),
+            ("draft", draft, view, 1),
             ("verify", dense, shortened(cache, length), drafted + 1),
         ):
             new = ids[:, length : length + count]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -12,10 +13,10 @@ from dropformer.eval.draft.cost import MeasuredSteps, measured_steps
 from dropformer.eval.draft.measure import DraftRun, run_draft
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.draft.acceptance import Acceptance, DenseText, spread
-from dropformer.metrics.draft.formula import speedup
+from dropformer.metrics.draft.formula import curve, speedup
 from dropformer.metrics.draft.search import draft_in_place, surgery_in_place
 from dropformer.prune.draft.generation import DRAFT_TOKENS, set_drafting
-from dropformer.prune.loading.device import input_device
+from dropformer.prune.errors import CalibrationError
 from dropformer.prune.plan import Plan
 
 PLACES = 8
@@ -25,8 +26,8 @@ PLACES = 8
 class DraftEvaluation:
     """A draft on held-out text: what was predicted for it there, and what decoding gave.
 
-    predicted: by the formula from acceptance on the text and timed steps; bound: the same where every token is
-    accepted and verifying costs one step.
+    predicted: by the formula from acceptance on the text and timed steps; explained: the same from the tokens that
+    the rounds of the run gave; bound: where every token is accepted and verifying costs one step.
     """
 
     tokens: int
@@ -36,7 +37,15 @@ class DraftEvaluation:
 
     @property
     def predicted(self) -> float:
-        return speedup(self.acceptance.mean, self.tokens, self.steps.cost, lambda _: self.steps.verify_cost)
+        """Acceptance comes in stretches, so a round gives more than 1 + a + a^2 + ...: its tokens are counted."""
+        return self._speedup(self.acceptance.round_tokens(self.tokens))
+
+    @property
+    def explained(self) -> float:
+        return self._speedup(self.run.round_tokens)
+
+    def _speedup(self, round_tokens: float) -> float:
+        return round_tokens / (self.tokens * self.steps.cost + self.steps.verify_cost)
 
     @property
     def bound(self) -> float:
@@ -50,7 +59,9 @@ class DraftEvaluation:
             "acceptance_predicted": found.mean, "acceptance_measured": run.acceptance,
             "greedy_agreement": float(found.agreement.mean()), "by_position": found.by_position,
             "by_domain": found.by_domain, "by_depth": found.by_depth, "cost": self.steps.cost,
-            "verify_cost": self.steps.verify_cost, "speedup_predicted": self.predicted, "speedup_measured": run.speedup,
+            "verify_cost": self.steps.verify_cost, "speedup_predicted": self.predicted,
+            "speedup_explained": self.explained, "round_tokens_predicted": found.round_tokens(self.tokens),
+            "speedup_measured": run.speedup,
             "bound": self.bound, "tokens_per_second": run.tokens_per_second, "round_tokens": run.round_tokens,
             "dense_bytes": run.dense_bytes, "pair_bytes": run.pair_bytes, "kv_bytes": run.kv_bytes,
             "view_bytes": run.view_bytes,
@@ -58,6 +69,15 @@ class DraftEvaluation:
 
     def to_json(self) -> str:
         return json.dumps(self.numbers(), indent=1)
+
+    def write(self, folder: Path) -> None:
+        """draft.json, and the picture of speed-up over drafted tokens."""
+        from dropformer.eval.draft.picture import PNG, draw_speedup
+
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "draft.json").write_text(self.to_json() + "\n", encoding="utf-8")
+        expected = curve(self.acceptance.mean, self.steps.cost, lambda _: self.steps.verify_cost)
+        draw_speedup(expected, self.steps.cost, folder / PNG, (self.tokens, self.run.speedup))
 
     def lines(self) -> list[str]:
         """What is printed."""
@@ -72,7 +92,8 @@ class DraftEvaluation:
             f"a draft step costs {self.steps.cost:.3f} of a dense step, verifying {self.tokens + 1} tokens "
             f"{self.steps.verify_cost:.3f}",
             f"tokens/s: {without:.2f} without, {with_draft:.2f} with {self.tokens} drafted at a time",
-            f"speed-up {run.speedup:.3f} measured, {self.predicted:.3f} predicted, bound {self.bound:.3f}",
+            f"speed-up {run.speedup:.3f} measured, {self.predicted:.3f} predicted from the text, {self.explained:.3f} "
+            f"from the run's acceptance, bound {self.bound:.3f}",
             f"memory: {run.pair_bytes - run.dense_bytes:,} bytes of weights and {run.view_bytes:,} of cache beside the "
             f"dense model's {run.dense_bytes:,} and {run.kv_bytes:,}",
         ]
@@ -83,18 +104,44 @@ def evaluate_draft(
 ) -> DraftEvaluation:
     """Measure the draft of a plan on windows of one length, whose last `new` tokens are decoded anew.
 
-    Time: three forward passes over the windows and the decoding.  Raises CalibrationError for windows too short.
+    Time: a forward pass over the windows and the decoding.  Raises CalibrationError for windows too short.
     """
-    ref = plan.draft
-    drafted, heat = (ref.tokens, ref.temperature) if ref else (DRAFT_TOKENS, 1.0)
-    heat = heat if temperature is None else temperature
-    layers, windowed = plan.layers, plan.windowed
-    draft, sources = draft_in_place(model, plan.outline, layers, windowed)
-    set_drafting(draft, drafted)
+    heat = plan.draft.temperature if plan.draft else 1.0
+    return evaluate_on(dense_text(model, data, heat if temperature is None else temperature), plan, new)
+
+
+def dense_text(model: PreTrainedModel, data: Sequence[Windows], temperature: float) -> DenseText:
+    """What drafts are held against: the same for every draft of a model."""
     length = data[0].ids.shape[1]
-    text = DenseText(model, data, spread(length, PLACES, min(64, length // 4)), heat)
+    return DenseText(model, data, spread(length, PLACES, min(64, length // 4)), temperature)
+
+
+def evaluate_on(text: DenseText, plan: Plan, new: int = 32, prompts: int = 1) -> DraftEvaluation:
+    """Measure the draft of a plan on windows that the dense model has read.
+
+    Of each window so many beginnings are prompts, the longest `new` tokens short of it.  Raises CalibrationError for
+    windows too short to decode behind.
+    """
+    model, drafted = text.model, plan.draft.tokens if plan.draft else DRAFT_TOKENS
+    shortest = min(row.shape[1] for row in text.rows)
+    if shortest < text.places[0] + max(new, drafted + 1) + 1:
+        raise CalibrationError(
+            f"windows of {shortest} tokens are too short to decode {new} or draft {drafted} behind {text.places[0]}; "
+            "give longer ones"
+        )
+    draft, sources = draft_in_place(model, plan.outline, plan.layers, plan.windowed)
+    set_drafting(draft, drafted)
     found = text.acceptance(draft, sources)
     steps = measured_steps((model, draft, sources), text.rows[0], text.kept[0][0], drafted)
-    surgery = surgery_in_place(plan.outline, layers, windowed)
-    prompts = [row[None, : length - new].to(input_device(model)) for windows in data for row in windows.ids]
-    return DraftEvaluation(drafted, found, steps, run_draft(model, draft, surgery, prompts, new, heat))
+    surgery = surgery_in_place(plan.outline, plan.layers, plan.windowed)
+    begun = [
+        (row[:, :length], cache)
+        for row, (cache, _) in zip(text.rows, text.kept, strict=True)
+        for length in lengths(row.shape[1] - new, prompts, text.places[0])
+    ]
+    return DraftEvaluation(drafted, found, steps, run_draft(model, draft, surgery, begun, new, text.temperature))
+
+
+def lengths(longest: int, count: int, least: int) -> list[int]:
+    """`count` lengths of prompts up to the longest, evenly: 3 up to 100 from 10 are 40, 70, 100."""
+    return [round(least + (longest - least) * (i + 1) / count) for i in range(count)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from dropformer.eval.cost.memory import kv_bytes, parameter_bytes
 from dropformer.eval.cost.timing import Clock
@@ -66,13 +66,14 @@ def run_draft(
     dense: PreTrainedModel,
     draft: PreTrainedModel,
     surgery: Surgery,
-    prompts: Sequence[Tensor],
+    prompts: Sequence[tuple[Tensor, Cache | None]],
     new: int = 64,
     temperature: float = 0.0,
 ) -> DraftRun:
     """Decode `new` tokens after each prompt [1, T], without and with the draft, whichever was second coming first next.
 
-    The prompt is read once for both, and is not timed.  temperature 0: greedy, where the texts must be equal; else
+    prompts: each with the dense model's cache of it or of a longer text that begins with it; None: it is read, once
+    for both.  Reading is not timed.  temperature 0: greedy, where the texts must be equal; else
     both sample and `equal` says nothing (all true).  Time: two generations a prompt.
     """
     run = DraftRun([], [], [], [])
@@ -83,8 +84,8 @@ def run_draft(
     model: Any = dense
     with_draft = {"custom_generate": speculation(draft, surgery, run.rounds)}
     sizes = (0, 0)
-    for turn, prompt in enumerate(prompts):
-        cache = _read(dense, prompt)
+    for turn, (prompt, held) in enumerate(prompts):
+        cache = shortened(held or _read(dense, prompt), prompt.shape[1])
         sizes = kv_bytes(cache), _view_bytes(cache, draft, surgery)
         found: dict[bool, tuple[Tensor, float]] = {}
         for drafted in (bool(turn % 2), not turn % 2):
@@ -106,13 +107,13 @@ def run_draft(
 
 
 @torch.inference_mode()
-def _read(dense: PreTrainedModel, prompt: Tensor) -> DynamicCache:
+def _read(dense: PreTrainedModel, prompt: Tensor) -> Cache:
     cache = recording_cache(dense)
     dense(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
 
 
-def _view_bytes(cache: DynamicCache, draft: PreTrainedModel, surgery: Surgery) -> int:
+def _view_bytes(cache: Cache, draft: PreTrainedModel, surgery: Surgery) -> int:
     """Bytes of a view of the cache that are not the cache's own."""
     layers: list[Any] = [entry for entry in cache.layers if getattr(entry, "is_initialized", False)]
     own = {entry.keys.untyped_storage().data_ptr() for entry in layers}

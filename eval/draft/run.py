@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from dropformer.eval.draft.evaluate import DraftEvaluation, evaluate_draft
 from dropformer.metrics.calibration.settings import Calibration, check_length
 from dropformer.metrics.calibration.windows import windows
-from dropformer.prune.errors import EvaluationError, ModelError, PlanError
+from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.plan import Plan
 from dropformer.recipes.opening import open_model
 from dropformer.recipes.placement import Placement
 
 
-def evaluate_pair(models: Sequence[str], path: Path, text: Calibration, new: int, place: Placement) -> DraftEvaluation:
-    """The draft of a plan.json beside the one model.  Raises PlanError where the plan was made for other weights."""
-    if len(models) != 1:
-        raise EvaluationError("--draft measures a model with its own draft; name one model")
-    plan, opened = Plan.read(path), open_model(models[0], None, place)
+def evaluate_pair(model: str, path: Path, text: Calibration, new: int, place: Placement) -> DraftEvaluation:
+    """The draft of a plan.json beside its model.  Raises PlanError where the plan was made for other weights."""
+    plan, opened = Plan.read(path), open_model(model, None, place)
     if plan.model.fingerprint != opened.ref.fingerprint:
         raise PlanError(f"{path} was made for other weights than {opened.ref.name}; plan this model")
     if opened.tokenizer is None:

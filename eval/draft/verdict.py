@@ -60,8 +60,26 @@ def as_numbers(found: DraftFound, written: str | None) -> dict[str, Any]:
         "pays": found.pays,
         "tried": found.tried,
         "steps": asdict(found.steps) if found.steps else None,
+        "expected": found.curve,
         "written": written,
     }
+
+
+def add_to_card(found: DraftFound, folder: Path) -> list[str]:
+    """Draw the speed-up over drafted tokens beside the weights; lines for the model card."""
+    from dropformer.eval.draft.picture import PNG, draw_speedup
+
+    one, ref = found.best, found.plan.draft
+    assert ref is not None
+    draw_speedup(found.curve, one.cost, folder / PNG)
+    return [
+        f"A draft of the model it came from, for speculative decoding: expected {one.speedup:.2f} times the dense "
+        f"model's tokens per second with {one.tokens} drafted at a time behind {ref.context:,} tokens, batch "
+        f"{ref.batch} (acceptance {one.acceptance:.3f} on calibration text, a draft step at {one.cost:.3f} of a dense "
+        "step).",
+        "",
+        f"![Speed-up over drafted tokens]({PNG})",
+    ]
 
 
 def engine_lines(model: str, folder: str, tokens: int) -> list[str]:

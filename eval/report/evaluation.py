@@ -22,6 +22,7 @@ from dropformer.eval.tasks.results import compare_tasks
 from dropformer.metrics.analysis.distributed import rank
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.progress import Progress, Silent
+from dropformer.prune.errors import reason
 from dropformer.prune.loading.device import input_device
 
 __all__ = ["Candidate", "Evaluation", "EvaluationOptions", "ModelResult", "evaluate"]
@@ -142,7 +143,7 @@ def _with_speed(
             try:
                 tables.append(measure(named, options.speed, options.repeats, compile=True))
             except Exception as error:  # compilers raise any type; the eager figures remain valid
-                said.append(f"torch.compile failed ({type(error).__name__}: {' '.join(str(error).split())[:120]})")
+                said.append(f"torch.compile failed ({type(error).__name__}: {reason(error, 120)})")
     rows = {
         name: [
             {**asdict(row), "compiled": table.compiled} for table in tables for row in table.rows if row.model == name

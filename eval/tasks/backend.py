@@ -1,8 +1,8 @@
-"""`FastLM`: lm-eval's `hf` model with the forward passes packed.
+"""`FastLM`: lm-eval's `hf` model with packed forward passes.
 
-Everything around the forwards is lm-eval's own class: tokenization, the split of context and continuation,
-the BOS rule, truncation from the left, chat templates. What changes is which tokens are computed: a few-shot
-prefix once, the choices of a question together, no padding, logits only where they are read (`scorer`).
+Tokenization, the split of context and continuation, the BOS rule, truncation from the left and chat templates are
+lm-eval's own. Only the computed tokens differ: a few-shot prefix once, the choices of a question together, no padding,
+logits only where they are read (`scorer`).
 
     lm_eval.simple_evaluate(FastLM(model, tokenizer), tasks=["hellaswag"])
 """
@@ -33,10 +33,10 @@ from dropformer.prune.loading.quiet import quiet_logger
 Tokenized = tuple[tuple[str, str] | None, list[int], list[int]]
 
 Progress = Callable[[int, int], None]
-"""Called with the requests answered and all that were asked."""
+"""Called with the number of requests answered and the total."""
 
-OWN_TOKENS = 2048  # of a request, by which the batch of lm-eval's own class is chosen
-TOGETHER_CPU, TOGETHER_GPU = 8, 64  # prompts that generate together at most
+OWN_TOKENS = 2048  # assumed request length for the batch size of lm-eval's own class
+TOGETHER_CPU, TOGETHER_GPU = 8, 64  # largest batch of prompts in generation
 
 AT_ONCE = 16384
 """Requests tokenized at a time: a few-shot prompt's token ids take more memory than its text."""
@@ -46,8 +46,8 @@ class FastLM(HFLM):
     """lm-eval `LM` whose log-likelihoods come from packed rows.
 
     model: a causal LM in memory, dense or pruned. options: those of lm-eval's `hf` model (max_length,
-    add_bos_token, prefix_token_id, ...). limits: how large a packed row may be. pack=False pads instead.
-    batch_size: prompts that generate together; None: by their length and the memory that is free.
+    add_bos_token, prefix_token_id, ...). limits: size of a packed row. pack=False pads instead.
+    batch_size: prompts per batch in generation; None: by their length and free memory.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class FastLM(HFLM):
 
     @property
     def stats(self) -> Stats:
-        """Tokens computed against tokens needed, since this was built."""
+        """Tokens computed and needed since construction."""
         return self.scorer.stats
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability, is greedy) of each request's continuation: lm-eval's contract."""
-        disable_tqdm = disable_tqdm or self.progress is not None  # someone else shows how far it is
+        disable_tqdm = disable_tqdm or self.progress is not None
         answers: list[tuple[float, bool]] = []
         for start in range(0, len(requests), AT_ONCE):
             part = requests[start : start + AT_ONCE]
@@ -105,7 +105,7 @@ class FastLM(HFLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy or sampled text for each request, by lm-eval's own loop behind the prompts' common stem."""
+        """Greedy or sampled text for each request, by lm-eval's own loop after the prompts' cached common prefix."""
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         self._stem = self._common_stem(prompts)
         if self._chooses and requests:
@@ -118,7 +118,7 @@ class FastLM(HFLM):
             self._stem = None
 
     def _common_stem(self, prompts: Sequence[list[int]]) -> PrefixCache | None:
-        """What all prompts begin with, computed; None where it is short, or the model has shown no trunk."""
+        """The cache of the prompts' common prefix; None if it is short, or the model does not support packing."""
         if not self.scorer.packs or len(prompts) < 2:
             return None
         length = longest_stem(prompts)
@@ -153,24 +153,24 @@ class FastLM(HFLM):
         return [(score.logprob, score.greedy) for score in scores]
 
     def _want(self, context: list[int], continuation: list[int]) -> ScoreRequest:
-        """The tokens that go in: cut from the left to the context, without the last, which is only scored."""
+        """The input tokens, truncated from the left to the context, without the last one, which is only scored."""
         if not context or not 0 < len(continuation) <= self.max_length:
             raise EvaluationError(
-                f"a request has {len(context)} tokens of context and {len(continuation)} to score; both must "
-                f"be there and the latter fit the model's {self.max_length}: drop the task or raise max_length"
+                f"a request has {len(context)} tokens of context and {len(continuation)} to score; expected at least "
+                f"one of each and at most {self.max_length} to score: remove the task or raise max_length"
             )
         tokens = (context + continuation)[-(self.max_length + 1) :][:-1]
         return ScoreRequest(tuple(tokens), tuple(continuation))
 
     @contextmanager
     def _encoding_ahead(self, requests: list[Instance]) -> Iterator[None]:
-        """Encodes all contexts and texts in one call, which a fast tokenizer spreads over its threads."""
+        """Encode all contexts and texts in one call, which a fast tokenizer runs on several threads."""
         texts: set[str] = set()
         for request in requests:
             context, continuation = request.args
             bare = context.rstrip()
             texts |= {bare, context + continuation} if context else set()
-        bos = self.tokenizer.decode(self.prefix_token_id)  # such texts get no second one, so not from here
+        bos = self.tokenizer.decode(self.prefix_token_id)  # texts that begin with BOS must not get a second one
         ordered = sorted(text for text in texts if text and not text.startswith(bos))
         flags = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
         try:
@@ -187,17 +187,14 @@ class FastLM(HFLM):
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        """lm-eval's encoding of a string, from those made ahead where there is one."""
+        """lm-eval's encoding of a string, from `_encoding_ahead` if it is there."""
         if add_special_tokens is None and not left_truncate_len and string in self._encoded:
             return list(self._encoded[string])
         return super().tok_encode(string, add_special_tokens, left_truncate_len, **kwargs)
 
 
 def prompts_at_once(model: nn.Module, length: int) -> int:
-    """How many prompts generate together, with up to `length` tokens each, answers included.
-
-    A decode step reads the weights once for all of them.  On a GPU, as many as fit with their keys and values.
-    """
+    """Batch size for generation with up to `length` tokens per sequence; on a GPU, as many as fit with KV cache."""
     gpus = gpus_of(model)
     if not gpus:
         return TOGETHER_CPU
@@ -206,14 +203,14 @@ def prompts_at_once(model: nn.Module, length: int) -> int:
 
 
 def without_remarks() -> AbstractContextManager[None]:
-    """lm-eval warns that a model in memory ignores loading options; here that is the purpose."""
+    """Silences lm-eval's warning that a model in memory ignores loading options."""
     return quiet_logger("lm_eval.models.huggingface")
 
 
 def own_lm(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int | None = None, **options: Any
 ) -> HFLM:
-    """lm-eval's own model class, for comparison; it keeps whole logits, so its batch is chosen for long requests."""
+    """lm-eval's own model class, for comparison; it keeps full logits, so its batch size is for long requests."""
     size = batch_size or windows_at_once(model, OWN_TOKENS)
     with without_remarks():
         return HFLM(model, backend="causal", tokenizer=tokenizer, batch_size=size, **options)

@@ -1,9 +1,8 @@
-"""The real MMLU from local CSV files in the original layout, as lm-eval tasks, without a network.
+"""MMLU from local CSV files in the original layout, as lm-eval tasks, without a network.
 
 DIR/dev/anatomy_dev.csv and DIR/test/anatomy_test.csv have no header; a row is question, A, B, C, D, letter.
-The prompt, the few-shot rule and the metric are those of lm-eval's own `mmlu` (its YAML files are read, not
-copied): only the documents come from the folder. Categories are lm-eval's: stem, humanities, social_sciences
-and other, each weighted by its questions, as is the whole.
+Prompt, few-shot rule and metric are those of lm-eval's `mmlu`, read from its YAML files; only the documents come from
+the folder. Categories are lm-eval's: stem, humanities, social_sciences and other, weighted by number of questions.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ FEATURES = datasets.Features(
 def mmlu_subjects(folder: Path) -> list[str]:
     """Subjects that have a test file in `folder`, sorted.
 
-    Raises EvaluationError when there is none, or when one is not a subject of lm-eval's MMLU.
+    Raises EvaluationError if there is none, or if one is not a subject of lm-eval's MMLU.
     """
     found = sorted(path.name.removesuffix("_test.csv") for path in (folder / "test").glob("*_test.csv"))
     if not found:
@@ -57,9 +56,9 @@ def mmlu_subjects(folder: Path) -> list[str]:
 
 
 def mmlu_group(folder: Path) -> Group:
-    """lm-eval's group `mmlu` over the subjects in `folder`: leaves `mmlu_SUBJECT`, groups `mmlu_CATEGORY`.
+    """lm-eval's group `mmlu` over the subjects in `folder`: tasks `mmlu_SUBJECT`, groups `mmlu_CATEGORY`.
 
-    Raises EvaluationError for a folder without questions and for a row that is not one, by file and line.
+    Raises EvaluationError for a folder without questions and, with file and line, for a malformed row.
     """
     categories: dict[str, list[Task]] = defaultdict(list)
     for subject in mmlu_subjects(folder):
@@ -99,7 +98,7 @@ def _subject_task(folder: Path, subject: str) -> tuple[str, Task]:
     manager, name = _manager(), f"mmlu_{subject}"
     (category,) = (tag.removesuffix("_tasks") for tag in manager.task_index[name].tags)
     spec = {"group": "mmlu_local", "task": [{"task": name, "custom_dataset": _documents(folder, subject)}]}
-    # lm-eval remarks, once a subject, on how to pass arguments to a custom data set
+    # lm-eval logs a hint on custom data sets, once per subject
     with quiet_logger("lm_eval.api.task"):
         return category, manager.load([spec])["tasks"][name]
 
@@ -120,13 +119,13 @@ def _documents(folder: Path, subject: str) -> Callable[..., datasets.DatasetDict
 
 
 def _group(name: str) -> Group:
-    """An empty copy of lm-eval's group of that name: alias and weighting, without its members."""
+    """A copy of lm-eval's group of that name, with alias and weighting but without members."""
     config = dict(_manager().task_index[name].cfg or {})
     return Group.from_config({**config, "task": []})
 
 
 @lru_cache(maxsize=1)
 def _manager() -> TaskManager:
-    """lm-eval's MMLU alone: its whole registry has 14,000 files and takes seconds to index."""
+    """Only lm-eval's MMLU: its full registry has 14,000 files and takes seconds to index."""
     folder = Path(lm_eval.tasks.__path__[0]) / "mmlu" / "default"
     return TaskManager(include_path=str(folder), include_defaults=False)

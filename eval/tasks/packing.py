@@ -1,9 +1,9 @@
-"""How many token sequences become few, full rows without padding and without computing a prefix twice.
+"""Packing of token sequences into few full rows, without padding and without computing a prefix twice.
 
-Sorted, the sequences are a trie read depth first: each adds to the one before it only what follows their
-common prefix. A **row** is a run of them packed as that trie: every token once, attending to its ancestors
-alone. A prefix that more than one row would repeat is a **trunk**: computed once, its keys and values kept
-for every row below it. Trunks nest (all of MMLU, one subject's few shots). Nothing here touches a model.
+Sorted sequences are a trie in depth-first order: each adds to the one before it only what follows their common prefix.
+A **row** is a range of them packed as that trie: every token once, attending only to its ancestors. A prefix that
+several rows share is a **trunk**: computed once, with its keys and values cached for the rows below. Trunks nest (all
+of MMLU, one subject's few-shot examples). This module does not use a model.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from itertools import pairwise
 import numpy as np
 
 MAX_DEPTH = 32
-"""Trunks nested deeper than this are not worth their caches; it also bounds the recursion."""
+"""Deepest nesting of trunks; deeper ones are not worth their caches. Also bounds the recursion."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """`tokens` a row may hold (one longer sequence is a row of its own); `shared`, the least that a prefix
-    must save to be computed apart: a short forward costs as much as some tens of tokens."""
+    """`tokens`: most tokens per row (a longer sequence is a row of its own).  `shared`: fewest tokens of a prefix
+    that is computed separately, since a short forward pass costs as much as some tens of tokens."""
 
     tokens: int = 512
     shared: int = 32
@@ -29,7 +29,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Query:
-    """Token ids, and the first position whose next-token distribution is asked for."""
+    """Token ids, and the first position whose next-token distribution is needed."""
 
     tokens: tuple[int, ...]
     first: int
@@ -37,8 +37,8 @@ class Query:
 
 @dataclass
 class Trunk:
-    """Tokens [start, stop) of sequence `example`, after the trunk above it; then rows of sequence indices
-    that continue at `stop`, and trunks that do."""
+    """Tokens [start, stop) of sequence `example`, after the parent trunk; then rows of sequence indices and inner
+    trunks that continue at `stop`."""
 
     start: int
     stop: int
@@ -49,8 +49,8 @@ class Trunk:
 
 @dataclass(frozen=True)
 class Packed:
-    """One row: `tokens` [Q] and their `positions` [Q], `visible` [Q, Q] (may the row's token attend to the
-    column's?), and for each sequence the places of its asked positions."""
+    """One row: `tokens` [Q], their `positions` [Q], `visible` [Q, Q] (whether the row's token attends to the
+    column's), and for each sequence the indices in the row of its queried positions."""
 
     tokens: np.ndarray
     positions: np.ndarray
@@ -59,7 +59,7 @@ class Packed:
 
     @property
     def is_chain(self) -> bool:
-        """One sequence and its prefixes: plain causal attention will do."""
+        """Whether the row is one sequence and its prefixes, so that causal attention suffices."""
         return bool((np.diff(self.positions) == 1).all())
 
 
@@ -72,7 +72,7 @@ def plan(sequences: Sequence[Query], limits: Limits) -> Trunk:
 
 
 def pack(sequences: Sequence[Query], start: int) -> Packed:
-    """One row of sorted sequences that have [0, start) in common and behind them."""
+    """One row of sorted sequences whose common prefix [0, start) is cached."""
     pairs = pairwise(sequences)
     keeps = [0, *(common_prefix(one.tokens, two.tokens) - start for one, two in pairs)]
     news = [len(s.tokens) - start - kept for s, kept in zip(sequences, keeps, strict=True)]
@@ -93,7 +93,7 @@ def pack(sequences: Sequence[Query], start: int) -> Packed:
 
 
 def common_prefix(one: Sequence[int], two: Sequence[int]) -> int:
-    """Length of the longest common prefix, found by halving: slices compare at C speed."""
+    """Length of the longest common prefix, by bisection: slices compare at C speed."""
     low, high = 0, min(len(one), len(two))
     while low < high:
         middle = (low + high + 1) // 2
@@ -111,7 +111,7 @@ class _Planner:
     limits: Limits
 
     def trunk(self, low: int, high: int, start: int, depth: int) -> Trunk:
-        """Covers sequences [low, high), which have [0, start) behind them."""
+        """The trunk of sequences [low, high), whose prefix [0, start) is cached."""
         branch = self._shared_by(low, high)
         stop = min(branch, *(s.first for s in self.sequences[low:high]))
         if stop - start < self.limits.shared or self._tokens(low, high, start) <= self.limits.tokens:
@@ -132,10 +132,10 @@ class _Planner:
         return out
 
     def _rows(self, loose: list[int], start: int) -> list[list[int]]:
-        """Fills rows in order; a full row is cut where its two sides share the shortest prefix.
+        """Fill rows in order; a full row is split where its two sides share the shortest prefix.
 
-        Example, room for 6 tokens, the sequences abc, abd, xyz, xyw: abc costs 3 tokens and abd 1, since ab is
-        computed already; xyz would be the 7th.  Cut before it, where nothing is shared: rows [abc, abd], [xyz, xyw].
+        Example with 6 tokens per row and the sequences abc, abd, xyz, xyw: abc costs 3 tokens and abd 1, since ab is
+        computed already; xyz would be the 7th.  Split before it, where nothing is shared: [abc, abd], [xyz, xyw].
         """
         rows: list[list[int]] = []
         row: list[int] = []
@@ -156,25 +156,25 @@ class _Planner:
         return [*rows, row] if row else rows
 
     def _cut(self, row: list[int], start: int) -> int:
-        """The place in the second half of `row` at which its two sides share the shortest prefix."""
+        """The index in the second half of `row` at which its two sides share the shortest prefix."""
         places = range(len(row) // 2 or 1, len(row))
         return min(reversed(places), key=lambda i: self._shared_by(row[i - 1], row[i] + 1))
 
     def _cost(self, before: int | None, index: int, start: int) -> int:
-        """Tokens that a sequence adds to a row in which `before` is the last."""
+        """Tokens that a sequence adds to a row whose last sequence is `before`."""
         kept = start if before is None else max(start, self._shared_by(before, index + 1))
         return len(self.sequences[index].tokens) - kept
 
     def _tokens(self, low: int, high: int, start: int) -> int:
-        """Tokens of the trie of [low, high) that lie after `start`."""
+        """Tokens of the trie of [low, high) after `start`."""
         lengths = sum(len(s.tokens) for s in self.sequences[low:high])
         return lengths - sum(self.shared[low + 1 : high]) - start
 
     def _shared_by(self, low: int, high: int) -> int:
-        """Length of the prefix that sequences [low, high) have in common."""
+        """Length of the common prefix of sequences [low, high)."""
         return min(self.shared[low + 1 : high], default=len(self.sequences[low].tokens))
 
     def _children(self, low: int, high: int, branch: int) -> list[tuple[int, int]]:
-        """Runs of [low, high) that have more than `branch` tokens in common."""
+        """Ranges within [low, high) that share more than `branch` tokens."""
         edges = [low, *(i for i in range(low + 1, high) if self.shared[i] <= branch), high]
         return list(pairwise(edges))

@@ -1,8 +1,8 @@
-"""Two models, the same questions: what a drop changed, question by question.
+"""Paired comparison of two models per question.
 
 Both models answer the same questions, so the test is paired: McNemar's exact test (Quinn McNemar, Psychometrika
-12, 1947) asks whether the questions that only one of them answers right split evenly. It sees differences that
-two separate standard errors hide.
+12, 1947) tests whether the questions that only one of them answers correctly split evenly. It detects differences
+that two separate standard errors hide.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Q = TypeVar("Q", bound=Hashable)
 class Paired(FrozenRecord):
     """Dense against pruned on `questions` questions.
 
-    lost: only dense is right; gained: only pruned. p_value: McNemar's, exact, two-sided. retained: pruned
-    accuracy over dense, None when dense answers none; its standard error by the delta method, paired.
-    difference: pruned minus dense accuracy, with its paired standard error.
+    lost: only dense is correct; gained: only pruned. p_value: McNemar's, exact, two-sided. retained: pruned accuracy
+    over dense, None if dense has 0; its standard error by the delta method, paired. difference: pruned minus dense
+    accuracy, with its paired standard error.
     """
 
     questions: int
@@ -38,7 +38,7 @@ class Paired(FrozenRecord):
 
     @property
     def unseen(self) -> float:
-        """The share of answers that may change though none of these did, with 95% confidence: 1 - 0.05^(1/n).
+        """Upper 95% bound of the share of changed answers if none of these changed: 1 - 0.05^(1/n).
 
         About 3 / n, the rule of three (Hanley and Lippman-Hand, JAMA 249, 1983): 5.1% for 57 questions.
         """
@@ -84,7 +84,7 @@ def mcnemar(lost: int, gained: int) -> float:
 
 
 def _paired(n: int, right: int, lost: int, gained: int) -> Paired:
-    """From the counts: n questions, `right` by dense, and the discordant ones."""
+    """From counts: n questions, `right` by dense, and the discordant ones."""
     dense, pruned = right / n, (right - lost + gained) / n
     difference = pruned - dense
     variance = ((lost + gained) / n - difference**2) / max(n - 1, 1)

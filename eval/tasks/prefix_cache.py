@@ -1,4 +1,4 @@
-"""Generation behind a shared few-shot prefix: its keys and values are computed once, for every batch."""
+"""Generation after a shared few-shot prefix, whose keys and values are computed once for all batches."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from dropformer.eval.tasks.packing import common_prefix
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """Tokens that every prompt begins with, and the cache that holds them, for a batch of one."""
+    """The prompts' common prefix and its cache, for a batch of one."""
 
     tokens: Tensor
     cache: Cache
 
     def under(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Prompts [B, T] padded on the left, as [stem, padding, rest], with their mask; None if one has no stem.
+        """Left-padded prompts [B, T] rearranged as [prefix, padding, rest], with mask; None if one lacks the prefix.
 
-        A position is counted by the mask, so padding behind the stem moves nothing.
+        Positions are counted by the mask, so the padding after the prefix does not shift them.
         """
         length, width = len(self.tokens), ids.shape[1]
         pads = (mask == 0).sum(1)
@@ -38,18 +38,18 @@ class PrefixCache:
         return moved, (~behind).to(mask.dtype)
 
     def cache_for(self, batch: int) -> Cache:
-        """The cache for a batch, sharing its tensors: generation appends to new ones."""
+        """The cache for a batch, sharing tensors; generation appends to new ones."""
         return expanded(self.cache, batch)
 
 
 def longest_stem(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts begin with, leaving at least one of each to be computed."""
+    """Length of the prompts' common prefix, leaving at least one token of each to compute."""
     low, high = min(map(tuple, prompts)), max(map(tuple, prompts))
     return min(common_prefix(low, high), min(map(len, prompts)) - 1)
 
 
 def expanded(cache: Cache, batch: int) -> Cache:
-    """A twin of a cache of one sequence, seen by `batch` of them; dropped layers hold nothing."""
+    """A copy of a one-sequence cache, expanded to `batch` sequences without copying tensors."""
     twin = copy.copy(cache)
     twin.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in twin.layers:

@@ -1,4 +1,4 @@
-"""From the names a person gives to lm-eval's tasks: its registry, YAML files, or the local MMLU."""
+"""lm-eval tasks by name: from its registry, YAML files, or local MMLU files."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 from dropformer.eval.tasks.mmlu import mmlu_group
-from dropformer.prune.errors import EvaluationError
+from dropformer.prune.errors import EvaluationError, reason
 
 
 @dataclass(frozen=True)
 class Found:
-    """What was asked for, by name: each a task or a group of them (`tops`), and all below (`leaves`)."""
+    """The named tasks and groups (`tops`), and all tasks in them (`leaves`)."""
 
     tops: dict[str, Task | Group]
 
@@ -35,16 +35,16 @@ class Found:
 
 
 def leaves_of(top: Task | Group) -> list[Task]:
-    """The tasks that a task or group consists of."""
+    """The tasks in a task or group."""
     return top.get_all_tasks() if isinstance(top, Group) else [top]
 
 
 def find_tasks(names: Sequence[str], mmlu_data: Path | None = None, include: Path | None = None) -> Found:
     """lm-eval tasks by name: `hellaswag`, `mmlu_anatomy`, a tag, a glob, a YAML file.
 
-    With `mmlu_data`, names that begin with `mmlu` come from that folder. `include` is a folder of further
-    task files. Raises EvaluationError for a name that nothing has, with the nearest ones; for data that
-    cannot be had without a network; and for two names that contain the same task.
+    With `mmlu_data`, names that begin with `mmlu` come from that folder. `include` is a folder of further task files.
+    Raises EvaluationError for an unknown name, with close matches; for data that needs a network; and for two names
+    that contain the same task.
     """
     if not names:
         raise EvaluationError("no task is named; give at least one, such as mmlu or hellaswag")
@@ -95,16 +95,15 @@ def _load(manager: TaskManager, name: str) -> dict[str, Any]:
         return cast(dict[str, Any], manager.load([name]))
     except EvaluationError:
         raise
-    except Exception as error:  # data sets fail in as many ways as there are hosts, formats and versions
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # data sets raise any type
         raise EvaluationError(
-            f"the data of task {name!r} cannot be loaded ({said[:160]}); without a network, give local MMLU "
+            f"the data of task {name!r} cannot be loaded ({reason(error, 160)}); without a network, give local MMLU "
             "files by --mmlu-data or a filled Hugging Face cache by HF_HOME"
         ) from error
 
 
 def _manager_for(name: str, include: Path | None) -> TaskManager:
-    """The smallest registry that has the name: indexing all of lm-eval's takes seconds."""
+    """The smallest registry with the name: indexing all of lm-eval's takes seconds."""
     if include is not None and name in _manager(include, defaults=False).all_tasks:
         return _manager(include, defaults=False)
     path = Path(name)
@@ -116,7 +115,7 @@ def _manager_for(name: str, include: Path | None) -> TaskManager:
 
 
 class _Tolerant(yaml.SafeLoader):
-    """Reads a task file's keys; its `!function` values, which only lm-eval resolves, as nothing."""
+    """Reads a task file's keys; `!function` values, which only lm-eval resolves, become None."""
 
 
 _Tolerant.add_multi_constructor("!", lambda loader, suffix, node: None)
@@ -131,4 +130,4 @@ def _manager(include: Path | None, defaults: bool) -> TaskManager:
 
 def _nearest(name: str, known) -> str:
     near = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {', '.join(near)}?" if near else "; `lm_eval ls tasks` lists those it has"
+    return f"; did you mean {', '.join(near)}?" if near else "; `lm_eval ls tasks` lists all tasks"

@@ -1,4 +1,4 @@
-"""Around an lm-eval LM: answers kept on disk, so that a long run resumes, and requests shared by processes."""
+"""Wrappers of an lm-eval LM: answers cached on disk, so that a run can resume, and requests split over processes."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from sqlitedict import SqliteDict
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ASIDE = ("_name_or_path", "transformers_version", "architectures", "dtype")
-"""Fields of a config that say nothing about answers; a weight's own dtype is in the fingerprint."""
+"""Config fields that do not change answers; the dtype of each weight is in the fingerprint."""
 
 
 class RememberingLM(CachingLM):
-    """lm-eval's caching LM with JSON in its file: its own keeps pickles, which run code when read."""
+    """lm-eval's caching LM with JSON instead of pickles, which can run code when read."""
 
     def __init__(self, lm: LM, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,15 +31,15 @@ class RememberingLM(CachingLM):
         lm.set_cache_hook(self.get_cache_hook())
 
     def close(self) -> None:
-        """Ends the file's writing thread; answers were committed as they came."""
+        """End the file's writer thread; answers are already committed."""
         self.dbdict.close()
 
 
 class SharingLM(LM):
-    """Splits requests among the processes of one launch; every process gets every answer.
+    """Splits requests over the processes of one launch; every process gets all answers.
 
-    Each process takes a run of the requests in the order of their texts, so a few-shot prefix stays with one
-    process. lm-eval's own split deals questions out in turn and fails when a task has fewer than processes.
+    Each process takes a contiguous range of the requests, sorted by text, so a few-shot prefix stays in one process.
+    lm-eval's own split is round-robin and fails if a task has fewer questions than processes.
     """
 
     def __init__(self, lm: LM | CachingLM) -> None:
@@ -73,9 +73,9 @@ class SharingLM(LM):
 
 
 def shares(texts: Sequence[str], processes: int) -> list[list[int]]:
-    """Indices of `texts`, sorted, in as many runs as processes, of about equal length in characters.
+    """Indices of `texts`, sorted by text, in one range per process, of similar length in characters.
 
-    Equal texts stay in one run: they are the choices of one question.
+    Equal texts stay together: they are the choices of one question.
     """
     order = sorted(range(len(texts)), key=lambda i: (texts[i], i))
     ends = list(accumulate(len(texts[i]) + 1 for i in order))
@@ -89,7 +89,7 @@ def shares(texts: Sequence[str], processes: int) -> list[list[int]]:
 
 
 def fingerprint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
-    """16 hex digits of the model's config, a sample of each weight, and the tokenizer; not of where they lie."""
+    """16 hex digits of the model's config, a sample of each weight, and the tokenizer, independent of paths."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ASIDE}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""How tasks are asked for and what they gave.  Light: lm-eval is imported only where tasks are run (`tasks`)."""
+"""Options and results of tasks.  Does not import lm-eval, which only running tasks needs (`tasks`)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from dropformer.prune.artifact import Artifact, FrozenRecord
 class TaskOptions:
     """How tasks are run.
 
-    shots: few-shot examples, None for each task's own. limit: questions for each named task or group, drawn
-    by `seed` in proportion to its parts. mmlu_data: folder of MMLU's CSV files. include: folder of further
-    task files. backend: a name in `backends.BACKENDS`. batch_size: prompts that generate together, and with
-    "hf" requests that are scored together (None: chosen). cache: folder in which answers are kept; a run that
-    was cut off resumes from them. lm: further arguments of lm-eval's hf model.
+    shots: few-shot examples, None for each task's own. limit: questions per named task or group, drawn by `seed` in
+    proportion to its parts. mmlu_data: folder of MMLU's CSV files. include: folder of further task files. backend: a
+    name in `backends.BACKENDS`. batch_size: prompts per batch in generation, and with "hf" also in scoring (None:
+    chosen automatically). cache: folder of cached answers, from which an interrupted run resumes. lm: further
+    arguments of lm-eval's hf model.
     """
 
     shots: int | None = None
@@ -34,7 +34,7 @@ class TaskOptions:
 
 
 class Metric(FrozenRecord):
-    """A metric and its standard error, where lm-eval has one."""
+    """A metric and its standard error, if lm-eval has one."""
 
     value: float | None
     stderr: float | None = None
@@ -62,10 +62,10 @@ class TaskResult(FrozenRecord):
 
 
 class TaskResults(Artifact):
-    """What `evaluate_tasks` found: the named tasks and groups first, then what they consist of.
+    """Results of `evaluate_tasks`: the named tasks and groups first, then their members.
 
-    correct[task][question]: whether the model answered it right by the task's metric, for tasks in which that
-    is a matter of yes or no. stats: tokens computed against tokens needed, of the fast backend.
+    correct[task][question]: whether the answer is correct by the task's metric, for tasks with a 0/1 metric.
+    stats: tokens computed and needed, of the fast backend.
     """
 
     kind: ClassVar[str] = "tasks"
@@ -88,7 +88,7 @@ class TaskResults(Artifact):
 
 
 def compare_tasks(dense: TaskResults, pruned: TaskResults) -> dict[str, Paired]:
-    """Paired comparison of each task and group whose answers are right or wrong.
+    """Paired comparison of each task and group with a 0/1 metric.
 
     Raises EvaluationError unless both models answered the same questions.
     """

@@ -1,4 +1,4 @@
-"""A sample of questions that keeps the proportions of the tasks it is taken from."""
+"""A sample of questions, stratified by task."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Mapping
 def stratified(sizes: Mapping[str, int], limit: int, seed: int) -> dict[str, list[int]]:
     """At most `limit` question indices over the tasks, in proportion to `sizes`, each task's sorted.
 
-    Shares are rounded by largest remainder, so every total is exact; a task whose share rounds to nothing is
-    absent. The draw within a task depends on the seed and the task's name alone: the same questions whatever
-    else is evaluated with it at the same share.
+    Shares are rounded by largest remainder, so totals are exact; a task whose share rounds to 0 is absent. The draw
+    within a task depends only on the seed and the task's name: the same questions whatever else is evaluated with it
+    at the same share.
     """
     total = sum(sizes.values())
     if limit >= total:

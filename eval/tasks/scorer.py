@@ -1,9 +1,8 @@
 """Log-probabilities of given next tokens, packed: prefixes computed once, rows without padding.
 
-`packing` says which tokens go into which forward; here they go. A row is one sequence of the batch with a 4D
-attention mask (each token sees the cached trunk and its own ancestors) and explicit positions. Not every
-architecture honours such a mask, so the way is proven on the model itself before it is used, and what cannot
-be proven runs as batches padded on the right, which a causal model cannot see.
+`packing` plans the forward passes. A row is one sequence of the batch with a 4D attention mask (each token attends to
+the cached trunk and its own ancestors) and explicit positions. Not every architecture supports such a mask, so it is
+tested on the model itself first; other models run batches padded on the right, which causal attention ignores.
 """
 
 from __future__ import annotations
@@ -20,13 +19,14 @@ from transformers import Cache, PreTrainedModel
 from dropformer.eval.quality.head import SplitModel
 from dropformer.eval.tasks.packing import Limits, Packed, Query, Trunk, pack, plan
 from dropformer.eval.tasks.prefix_cache import expanded
+from dropformer.prune.errors import reason
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
-    """The last len(targets) positions of sequence `tokens`, and the token wanted after each."""
+    """The last len(targets) positions of sequence `tokens`, and the target token after each."""
 
     tokens: tuple[int, ...]
     targets: tuple[int, ...]
@@ -42,8 +42,8 @@ class Score:
 
 @dataclass
 class Stats:
-    """What was computed. `needed` counts the distinct sequences' own tokens, without padding or sharing;
-    `computed` the tokens that went through the model; `logits` the positions the head was run on."""
+    """Counts. `needed`: tokens of the distinct sequences, without padding or sharing; `computed`: tokens that ran
+    through the model; `logits`: positions that ran through the output head."""
 
     requests: int = 0
     sequences: int = 0
@@ -55,14 +55,14 @@ class Stats:
 
 @dataclass
 class _Asked:
-    """One distinct sequence and all that is wanted of it: (index of the want, its targets)."""
+    """One distinct sequence and all requests for it: (index of the request, its targets)."""
 
     query: Query
     wants: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
 
 
 class Scorer:
-    """Scores wants with `model`. `packs` says whether rows are packed; `why_not`, if not, why."""
+    """Scores requests with `model`. `packs`: whether rows are packed; `why_not`: the reason if not."""
 
     def __init__(self, model: PreTrainedModel, limits: Limits | None = None, pack: bool = True) -> None:
         self.split = SplitModel(model)
@@ -78,7 +78,7 @@ class Scorer:
 
     @torch.inference_mode()
     def score(self, wants: Sequence[ScoreRequest], done: Callable[[int, Score], None] | None = None) -> list[Score]:
-        """A score for each want, in order. `done` is called with (index, score) as each is known."""
+        """A score for each request, in order. `done` is called with each (index, score) once known."""
         scores: dict[int, Score] = {}
 
         def keep(index: int, score: Score) -> None:
@@ -105,7 +105,7 @@ class Scorer:
         return self._forward(np.array(tokens), np.arange(len(tokens)), None, None, use_cache=True).past_key_values
 
     def _trunk(self, trunk: Trunk, asked: list[_Asked], cache: Cache | None, keep: Callable) -> None:
-        """Extends the cache by the trunk's own tokens, then runs its rows and inner trunks."""
+        """Extend the cache by the trunk's own tokens, then run its rows and inner trunks."""
         if trunk.stop > trunk.start:
             tokens = asked[trunk.example].query.tokens[trunk.start : trunk.stop]
             positions = np.arange(trunk.start, trunk.stop)
@@ -139,7 +139,7 @@ class Scorer:
         cache: Cache | None,
         use_cache: bool = False,
     ):
-        """One sequence of tokens [Q] at positions [Q] behind a copy of `cache`."""
+        """One sequence of tokens [Q] at positions [Q] after a copy of `cache`."""
         self.stats.computed += len(tokens)
         self.stats.forwards += 1
         return self.split.hidden(
@@ -151,7 +151,7 @@ class Scorer:
         )
 
     def _mask(self, packed: Packed, start: int) -> Tensor | None:
-        """Additive mask [1, 1, Q, start + Q]: 0 where a token may look, the lowest number elsewhere."""
+        """Additive mask [1, 1, Q, start + Q]: 0 where a token attends, the lowest number elsewhere."""
         if packed.is_chain:
             return None
         dtype, size = self.split.model.dtype, len(packed.tokens)
@@ -160,7 +160,7 @@ class Scorer:
         return mask
 
     def _read(self, hidden: Tensor, found: list[tuple[_Asked, np.ndarray]], keep: Callable) -> None:
-        """Scores from hidden states [N, D]: each sequence with the places of its asked positions."""
+        """Scores from hidden states [N, D], given the row indices of each sequence's queried positions."""
         places, inverse = np.unique(np.concatenate([p for _, p in found]), return_inverse=True)
         rows, targets, owners = _lookups(found, inverse)
         picked, best = self._look_up(hidden[torch.from_numpy(places).to(hidden.device)], rows, targets)
@@ -187,31 +187,31 @@ class Scorer:
 
     @torch.inference_mode()
     def _prove(self) -> tuple[bool, str]:
-        """Packed scores of a few made-up sequences against those of each alone."""
+        """Compare packed scores of a few synthetic sequences with those of each alone."""
         model = self.split.model
         if model.config._attn_implementation not in ("sdpa", "eager"):
-            return False, f"{model.config._attn_implementation} attention takes no mask of four dimensions"
+            return False, f"{model.config._attn_implementation} attention takes no 4D mask"
         wants = _made_up(model.get_input_embeddings().weight.shape[0])
         if max(len(w.tokens) for w in wants) > self.longest:
-            return False, f"the model sees only the last {self.longest} tokens"
+            return False, f"the model attends only to the last {self.longest} tokens"
         limits, stats = self.limits, self.stats
         self.limits, self.stats = Limits(tokens=1000), Stats()
         try:
-            alone = self.score(wants)  # packs is still False: padded, as a causal model cannot see
+            alone = self.score(wants)  # packs is still False: padded
             for trial in (Limits(tokens=1000, shared=1000), Limits(tokens=14, shared=4)):
                 self.limits, self.packs = trial, True
                 worst = max(abs(a.logprob - b.logprob) for a, b in zip(alone, self.score(wants), strict=True))
                 if worst > _allowed(model.dtype):
                     return False, f"packed log-likelihoods differ by {worst:.2g} from those of one sequence"
             return True, ""
-        except Exception as error:  # whatever a model does with an unusual call, the plain way remains
-            return False, f"{type(error).__name__} on a packed row: {str(error).splitlines()[:1]}"
+        except Exception as error:  # a model may raise any type here; padded batches still work
+            return False, f"{type(error).__name__} on a packed row: {reason(error)}"
         finally:
             self.limits, self.stats = limits, stats
 
 
 def _distinct(wants: Sequence[ScoreRequest]) -> list[_Asked]:
-    """The distinct sequences, sorted, each with every want of it."""
+    """The distinct sequences, sorted, each with its requests."""
     found: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
     for index, want in enumerate(wants):
         found.setdefault(want.tokens, []).append((index, want.targets))
@@ -225,7 +225,7 @@ def _distinct(wants: Sequence[ScoreRequest]) -> list[_Asked]:
 def _lookups(
     found: list[tuple[_Asked, np.ndarray]], inverse: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
-    """Flat (row among the asked hidden states, target) pairs, and their owners (want, how many)."""
+    """Flat (row among the queried hidden states, target) pairs, and their owners (request, number of targets)."""
     rows: list[np.ndarray] = []
     targets: list[int] = []
     owners: list[tuple[int, int]] = []
@@ -241,7 +241,7 @@ def _lookups(
 
 
 def _padded_batches(asked: list[_Asked], tokens: int) -> Iterator[list[_Asked]]:
-    """Batches of at most `tokens` tokens with their padding, longest first."""
+    """Batches of at most `tokens` tokens, padding included, longest first."""
     batch: list[_Asked] = []
     for one in sorted(asked, key=lambda a: -len(a.query.tokens)):
         if batch and (len(batch) + 1) * len(batch[0].query.tokens) > tokens:
@@ -253,7 +253,7 @@ def _padded_batches(asked: list[_Asked], tokens: int) -> Iterator[list[_Asked]]:
 
 
 def _longest_packed(model: PreTrainedModel) -> int:
-    """Longest sequence for which every layer sees the whole past and rotary angles do not change."""
+    """Longest sequence for which every layer attends to the whole past and rotary angles do not change."""
     config = model.config.get_text_config()
     bounds = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     rope = getattr(config, "rope_parameters", None) or {}
@@ -264,7 +264,7 @@ def _longest_packed(model: PreTrainedModel) -> int:
 
 
 def _made_up(vocabulary: int) -> list[ScoreRequest]:
-    """Sequences that share a prefix, branch twice, and end at different depths."""
+    """Synthetic sequences that share a prefix, branch twice, and end at different depths."""
     token = lambda i: 1 + i * 7919 % (vocabulary - 1)  # noqa: E731
     stem = tuple(token(i) for i in range(8))
     question = [stem + tuple(token(20 + 9 * q + i) for i in range(4 + q)) for q in range(4)]
@@ -273,5 +273,5 @@ def _made_up(vocabulary: int) -> list[ScoreRequest]:
 
 
 def _allowed(dtype: torch.dtype) -> float:
-    """Rounding between two orders of the same sums, in nats over up to three tokens."""
+    """Tolerance for rounding by order of summation, in nats over up to three tokens."""
     return 1e-3 if dtype in (torch.float32, torch.float64) else 0.5

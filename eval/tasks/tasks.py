@@ -1,7 +1,7 @@
-"""Tasks through lm-eval: its registry, prompts and metrics, on a model in memory.
+"""lm-eval tasks, with its registry, prompts and metrics, on a model in memory.
 
-`evaluate_tasks` runs any of lm-eval's tasks by name (`registry`), by the fast backend or lm-eval's own, and
-keeps which questions were answered right, so that two models can be compared question by question (`paired`).
+`evaluate_tasks` runs lm-eval tasks by name (`registry`), with the fast backend or lm-eval's own, and records which
+questions were answered correctly, for paired comparisons (`paired`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dropformer.eval.tasks.registry import Found, find_tasks, leaves_of
 from dropformer.eval.tasks.responses import RememberingLM, SharingLM, fingerprint
 from dropformer.eval.tasks.results import Metric, TaskOptions, TaskResult, TaskResults
 from dropformer.eval.tasks.sampling import stratified
-from dropformer.prune.errors import EvaluationError
+from dropformer.prune.errors import EvaluationError, reason
 from dropformer.prune.loading.quiet import quiet_logger
 
 
@@ -38,8 +38,7 @@ def evaluate_tasks(
     options: TaskOptions | None = None,
     progress: Progress | None = None,
 ) -> TaskResults:
-    """Runs lm-eval tasks on a causal LM. In a launch of several processes they share the questions, and
-    each returns all results.
+    """Run lm-eval tasks on a causal LM. Processes of one launch split the questions, and each returns all results.
 
     Raises EvaluationError for an unknown task, missing data, more shots than examples, or a task that this
     kind of model cannot run.
@@ -55,7 +54,7 @@ def evaluate_tasks(
     remembered = _remembered(lm, model, tokenizer, options)
     evaluated = {name: task for name, task in found.leaves.items() if samples is None or name in samples}
     try:
-        with quiet_logger("lm_eval.api.group"):  # a sample leaves some parts of a group without a question
+        with quiet_logger("lm_eval.api.group"):  # warns of group members without questions in a sample
             raw = evaluate(
                 _distributed(remembered),
                 {"tasks": evaluated, "groups": found.groups},
@@ -63,8 +62,7 @@ def evaluate_tasks(
                 bootstrap_iters=1000,
             )
     except (ValueError, AssertionError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise EvaluationError(f"lm-eval cannot run {', '.join(tasks)}: {said[:200]}") from error
+        raise EvaluationError(f"lm-eval cannot run {', '.join(tasks)}: {reason(error, 200)}") from error
     finally:
         if isinstance(remembered, RememberingLM):
             remembered.close()
@@ -84,7 +82,7 @@ def _sample(found: Found, options: TaskOptions) -> dict[str, list[int]] | None:
 
 
 def _set_shots(found: Found, shots: int | None) -> None:
-    """As lm-eval's command does: a task that says 0 keeps it; none said is 0."""
+    """Set few-shot examples like lm-eval's command: a task with 0 keeps it; the default is 0."""
     for name, task in found.leaves.items():
         own = task.get_config("num_fewshot")
         if shots is not None and own != 0:
@@ -95,7 +93,7 @@ def _set_shots(found: Found, shots: int | None) -> None:
         pool = len(task.sampler.df) if getattr(task, "sampler", None) is not None else 0
         if (wanted := task.get_config("num_fewshot")) > pool:
             raise EvaluationError(
-                f"{name} has {pool} few-shot examples and {wanted} are asked for; give --shots {pool} or fewer"
+                f"{name} has {pool} few-shot examples, but {wanted} were requested; give --shots {pool} or fewer"
             )
 
 
@@ -115,7 +113,7 @@ def _remembered(
 
 
 def _join_launch(model: PreTrainedModel) -> None:
-    """Meets the other processes of an `accelerate launch` or `torchrun`, if there are any."""
+    """Join the process group of an `accelerate launch` or `torchrun`, if there is one."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         PartialState(cpu=model.device.type == "cpu")
 
@@ -149,7 +147,7 @@ def _results(raw: Any, found: Found, options: TaskOptions, lm: LM) -> TaskResult
 
 
 def _with_stderr(task: TaskResult, results: TaskResults) -> TaskResult:
-    """The binomial standard error where lm-eval has none, as for a group of which one task has a single question."""
+    """Adds a binomial standard error where lm-eval has none, as for a group in which a task has one question."""
     answers = list(results.answers(task.name).values())
     if task.stderr is not None or len(answers) < 2 or task.value is None:
         return task
@@ -183,7 +181,7 @@ def _result(raw: Any, name: str, members: Sequence[str]) -> TaskResult:
 
 
 def _plain(key: str) -> str:
-    """`acc` for lm-eval's `acc,none`; `exact_match,strict` keeps the filter, which tells two apart."""
+    """`acc` for lm-eval's `acc,none`; other filters stay, as in `exact_match,strict`."""
     return key.removesuffix(",none")
 
 
@@ -193,12 +191,12 @@ def _metric(row: Mapping[str, Any], key: str) -> Metric:
 
 
 def _number(value: Any) -> float | None:
-    """lm-eval writes "N/A" where there is none."""
+    """The number, or None for lm-eval's "N/A"."""
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def _correct(samples: Sequence[Mapping[str, Any]], metric: str) -> dict[int, bool]:
-    """Right or wrong by question, or nothing where the metric is not a matter of yes or no."""
+    """Correctness by question; empty unless the metric is 0 or 1."""
     name, _, kind = metric.partition(",")
     rows = [s for s in samples if s.get("filter", "none") == (kind or "none") and name in s]
     values = {int(s["doc_id"]): s[name] for s in rows}

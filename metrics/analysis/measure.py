@@ -35,13 +35,14 @@ class Measuring:
 
     `batch_size`: windows at once (None: as many as keep the device busy and fit); fewer once memory runs out.
     `until_stable`: a drop spec; stop once the layers that it drops are settled.  `rows`: a file to keep
-    the windows' rows in until all are measured, so that a killed run resumes.
+    the windows' rows in until all are measured, so that a killed run resumes.  `architecture`: proven already.
     """
 
     batch_size: int | None = None
     until_stable: str | None = None
     keep: tuple[int, ...] = ()
     rows: Path | None = None
+    architecture: Architecture | None = None
 
     def size(self, model: nn.Module, data: CalibrationData) -> int:
         """Windows at once; few where it may stop early, which is seen after each round."""
@@ -62,7 +63,7 @@ def measure(
     ArchitectureError, CalibrationError, or PlanError for a spec that the model cannot satisfy.
     """
     how = how or Measuring()
-    architecture = proven(model)
+    architecture = how.architecture or proven(model)
     size = how.size(model, data)
     stopper = None
     if how.until_stable:

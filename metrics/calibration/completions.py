@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dropformer.prune.errors import CalibrationError
+from dropformer.prune.errors import CalibrationError, reason
 
 Row = tuple[list[int], list[bool]]  # token ids, and which of them are scored
 EXPECTED = '"text", "prompt" with "completion", or "messages"'
@@ -129,8 +129,7 @@ def _conversation(messages: list[dict[str, str]], tokenizer: Any, where: str) ->
                 after = _templated(tokenizer, messages[: i + 1])
                 spans.append((len(before), len(after), whole.startswith(before) and whole.startswith(after)))
     except Exception as error:  # templates raise any type: roles that must alternate, no system turn allowed
-        said = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CalibrationError(f"{where}: the chat template cannot be applied: {said}") from None
+        raise CalibrationError(f"{where}: the chat template cannot be applied: {reason(error)}") from None
     if not all(same for *_, same in spans):
         raise CalibrationError(
             f"{where}: the chat template writes earlier turns differently once others follow, so the assistant's turns "

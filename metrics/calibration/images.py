@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropformer.metrics.calibration.settings import Calibration, CalibrationRef
-from dropformer.prune.errors import CalibrationError
+from dropformer.prune.errors import CalibrationError, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,4 +105,4 @@ def _one(process: Any, path: Path) -> Tensor:
         with Image.open(path) as image:
             return process(images=[image.convert("RGB")], return_tensors="pt")["pixel_values"].float()
     except (OSError, ValueError) as error:
-        raise CalibrationError(f"image {path} cannot be read: {str(error).splitlines()[0]}") from None
+        raise CalibrationError(f"image {path} cannot be read: {reason(error)}") from None

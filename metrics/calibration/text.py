@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dropformer.metrics.calibration.recall import recall
-from dropformer.prune.errors import CalibrationError
+from dropformer.prune.errors import CalibrationError, reason
 
 SELF = "self"
 HELD_OUT_SHARE = 4  # one builtin topic in four is held out
@@ -95,9 +95,9 @@ def _hub(path: str, config: str, split: str, **fields: str) -> Iterator[str]:
             if row["text"].strip():
                 yield row["text"]
     except (OSError, ValueError, RuntimeError) as error:
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CalibrationError(
-            f"data set {path} cannot be read ({said}); check the network, or use --calibration builtin or a file"
+            f"data set {path} cannot be read ({reason(error)}); check the network, or use --calibration builtin or a "
+            "file"
         ) from None
 
 

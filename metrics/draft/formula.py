@@ -30,6 +30,11 @@ def speedup(acceptance: float, drafted: int, cost: float, verify: Verify = one_s
     return round_tokens(acceptance, drafted) / (drafted * cost + verify(drafted + 1))
 
 
+def curve(acceptance: float, cost: float, verify: Verify = one_step) -> dict[int, float]:
+    """The speed-up at 1 to MOST drafted tokens."""
+    return {g: speedup(acceptance, g, cost, verify) for g in range(1, MOST + 1)}
+
+
 def best(acceptance: float, cost: float, verify: Verify = one_step, most: int = MOST) -> tuple[int, float]:
     """The number of drafted tokens, at least 1, that gives the greatest speed-up, and that speed-up."""
     return max(((g, speedup(acceptance, g, cost, verify)) for g in range(1, most + 1)), key=lambda found: found[1])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dropformer.prune.architecture import Layer
+from dropformer.prune.choosing import unprotected
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
 
@@ -107,6 +108,18 @@ def meter(
     kv = {layer: outline.kv_per_token() - outline.kv_per_token([layer]) for layer in sizes}
     saved = {layer: weight[0] * (sizes[layer] - stays[layer]) + weight[1] * kv[layer] for layer in sizes}
     return Meter(budget, {layer: amount / whole for layer, amount in saved.items()})
+
+
+def check_budget(budget: Budget, outline: Outline, keep: Sequence[int], context: int) -> None:
+    """Raises PlanError where all layers that may be dropped save too little; nothing is known of times measured."""
+    if budget.what == "measured":
+        return
+    candidates = unprotected(outline, ("attn", "mlp"), "", keep)
+    goal = meter(budget, outline, candidates, context)
+    if not goal.reached(candidates):
+        raise PlanError(
+            f"{goal} cannot be reached with the layers that may go ({len(candidates)} of them); ask for less"
+        )
 
 
 def within(goal: Meter, candidates: Iterable[Layer], cost: Cost, how: Greedily | None = None) -> Choice:

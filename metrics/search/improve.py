@@ -58,11 +58,12 @@ class Improver:
     tell: Tell = lambda text: None
     source: Source | None = None
     keeper: Keeper = field(default_factory=Keeper)
+    known: Architecture | None = None
 
     def __post_init__(self) -> None:
         self.provider = self.source.provider if self.source else provider_for(self.model)
         self._check_repairs()
-        self.architecture: Architecture = self.source.architecture if self.source else proven(self.model)
+        self.architecture = self.source.architecture if self.source else self.known or proven(self.model)
         traced = self.source.blueprint if self.source else self.model
         self.outline: Outline = summarize(traced, self.architecture)
         self.outputs = branch_outputs(traced, self.architecture)

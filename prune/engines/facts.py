@@ -13,15 +13,15 @@ from dropformer.prune.files.config_json import CONFIG, read_config
 from dropformer.prune.files.strict_json import read_object
 from dropformer.prune.loading.deci.families import DECI, FAMILIES, is_own_deci
 
-RECORD, PRUNED = "dropformer.json", "dropformer"
+RECORD, PRUNED, REMOTE = "dropformer.json", "dropformer", "dropformer_remote"
 
 
 @dataclass(frozen=True)
 class CheckpointFacts:
     """One checkpoint.
 
-    format: "dropformer", "deci", "gguf", "onnx", "dense" (dropped layers are zeros) or "stock" (a plain model, packed
-    ones too); family: transformers' model type of the dense model, of a GGUF file llama.cpp's architecture.
+    format: "dropformer", "deci", "gguf", "onnx", "executorch", "dense" (dropped layers are zeros) or "stock" (a plain
+    model, packed ones too); family: transformers' model type of the dense model, of a GGUF file llama.cpp's.
     skipped: the kinds that some block lacks ("attention", "mlp"); first: what the first block lacks.
     saves: parameters and KV cache against the dense model, in words; "" where nothing says.
     """
@@ -67,16 +67,18 @@ def read_facts(folder: Path) -> CheckpointFacts:
         family = read_config(folder)["model_type"] if (folder / CONFIG).exists() else "?"
         return CheckpointFacts(folder, "onnx", family, file="model.onnx", saves=_saves(record))
     try:
+        if record.get("format") == "executorch":
+            return _executorch(folder, record)
         return _hugging_face(folder, record)
     except (AttributeError, IndexError, KeyError, TypeError):
-        raise CheckpointError(f"{shown(folder)}: config.json is not as dropformer writes it; get it again") from None
+        raise CheckpointError(f"{shown(folder)}: its files are not as dropformer writes them; get it again") from None
 
 
 def _hugging_face(folder: Path, record: Mapping[str, Any]) -> CheckpointFacts:
     config = read_config(folder)
     kind, family = config["model_type"], config.get("base_model_type", config["model_type"])
     architecture = (config.get("architectures") or [""])[0]
-    if kind == PRUNED:
+    if kind in (PRUNED, REMOTE):
         forms = config.get("dropformer_modules") or {}
         words = {key for form in forms.values() if isinstance(form, dict) for key in form}
         layers = config.get("per_layer_config") or {}
@@ -98,6 +100,12 @@ def _hugging_face(folder: Path, record: Mapping[str, Any]) -> CheckpointFacts:
     form = "dense" if record.get("format") == "dense" else "stock"
     saves = "nothing: dropped layers are zeros" if form == "dense" else _saves(record)
     return CheckpointFacts(folder, form, family, architecture, saves=saves, config=config)
+
+
+def _executorch(folder: Path, record: Mapping[str, Any]) -> CheckpointFacts:
+    family, dropped = record["model"]["model_type"], record["dropped"]
+    skipped = frozenset(kind for kind in ("attention", "mlp") if dropped.get(kind))
+    return CheckpointFacts(folder, "executorch", family, file="params.json", skipped=skipped, saves=_saves(record))
 
 
 def _gguf(file: Path, record: Mapping[str, Any]) -> CheckpointFacts:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from shlex import quote
+
 from dropformer.prune.engines.facts import CheckpointFacts
 from dropformer.prune.engines.registry import Answer
+from dropformer.prune.formats.executorch import FAMILIES as EXECUTORCH_FAMILIES
 from dropformer.prune.surgery.patterns import counted_wrongly
 
+EXPORTER = "executorch.extension.llm.export.export_llm"
+CACHED = "model.use_kv_cache=True backend.xnnpack.enabled=True"
 MLX_TRIED = ("llama", "qwen3", "gemma3_text")
 
 
@@ -17,11 +22,18 @@ def onnxruntime(facts: CheckpointFacts) -> Answer:
 
 
 def executorch(facts: CheckpointFacts) -> Answer:
-    """ExecuTorch's Llama runner."""
+    """ExecuTorch 1.5.1: the Llama model of its exporter, which reads params.json."""
+    if facts.format == "executorch":
+        params, weights = (quote(str(facts.folder / name)) for name in ("params.json", "model.pth"))
+        command = f"python -m {EXPORTER} base.params={params} base.checkpoint={weights} {CACHED}"
+        note = "a dropped MLP is zeros there and saves nothing" if "mlp" in facts.skipped else ""
+        return Answer(True, command, note, "", facts.saves)
+    if facts.family in EXECUTORCH_FAMILIES:
+        return Answer(False, why="its exporter reads params.json", instead="export with --format executorch")
     if facts.stock:
         return Answer(True, f"optimum-cli export executorch --model {facts.path}", "not tried", "", facts.saves)
     return Answer(
-        False, why="dropformer writes no params file for its runner yet", instead="export with --format dense"
+        False, why=f"its Llama model does not compute {facts.family}", instead="export with --format dense, not tried"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dropformer.prune.engines.facts import CheckpointFacts
+from dropformer.prune.engines.facts import REMOTE, CheckpointFacts
 from dropformer.prune.engines.registry import Answer
 
 LOAD = "AutoModelForCausalLM.from_pretrained({folder!r})"
@@ -11,6 +11,8 @@ LOAD = "AutoModelForCausalLM.from_pretrained({folder!r})"
 def answer(facts: CheckpointFacts) -> Answer:
     folder = str(facts.folder)
     if facts.format == "dropformer":
+        if facts.config.get("model_type") == REMOTE:
+            return Answer(True, LOAD.format(folder=folder).replace(")", ", trust_remote_code=True)"), saves=facts.saves)
         command = "import dropformer; " + LOAD.format(folder=folder)
         return Answer(True, command, "or trust_remote_code=True where dropformer is not installed", "", facts.saves)
     if facts.format == "deci":

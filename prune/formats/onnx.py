@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dropformer.prune.errors import OutputError, VerificationError
+from dropformer.prune.errors import OutputError, VerificationError, reason
 from dropformer.prune.files import CopyReport
 from dropformer.prune.formats.registry import ExportFacts
 from dropformer.prune.formats.writing import ExportJob
@@ -43,14 +43,13 @@ def write_onnx(writing: ExportJob, folder: Path) -> CopyReport:
         with quiet_logger("torch.onnx"), quiet_transformers(), quiet_streams():
             _export(model, folder)
     except Exception as error:  # whatever the exporter's many stages raise
-        reason = next(iter(str(error).splitlines()), "")[:300]
-        raise OutputError(f"transformers cannot export this model to ONNX: {type(error).__name__}: {reason}") from error
+        said = f"{type(error).__name__}: {reason(error)}"
+        raise OutputError(f"transformers cannot export this model to ONNX: {said}") from error
     try:
         compare(model, folder / FILE)
     except (KeyError, RuntimeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), "")[:300]
         raise VerificationError(
-            f"ONNX Runtime cannot run the graph with its cache: {reason}; nothing was kept"
+            f"ONNX Runtime cannot run the graph with its cache: {reason(error)}; nothing was kept"
         ) from error
     size = sum(path.stat().st_size for path in folder.glob(f"{FILE}*"))
     return CopyReport(len(writing.names), 0, size, writing.source.nbytes - size)

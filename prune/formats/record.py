@@ -17,14 +17,14 @@ from dropformer.prune.files import CopyReport
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.formats.card import model_card
 from dropformer.prune.formats.registry import FORMATS
-from dropformer.prune.formats.writing import MODEL_TYPE
+from dropformer.prune.formats.writing import MODEL_TYPE, REMOTE_TYPE
 from dropformer.prune.loading.deci.families import DECI, FOREIGN, is_own_deci
 from dropformer.prune.plan import Plan
 from dropformer.prune.version import __version__
 from dropformer.prune.window import CONTEXT, KV_AT
 
 RECORD = "dropformer.json"
-PRUNED = (MODEL_TYPE, DECI)  # the model types that checkpoints with missing layers bear
+PRUNED = (MODEL_TYPE, REMOTE_TYPE, DECI)  # the model types that checkpoints with missing layers bear
 
 
 def need_dense(config: dict[str, Any], name: str) -> None:

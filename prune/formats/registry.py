@@ -168,6 +168,19 @@ FORMATS: Registry[Format] = Registry(
             copies=False,
             checked="ONNX Runtime gives the model's logits",
         ),
+        "executorch": Format(
+            f"{_HERE}.executorch:write",
+            "params.json and model.pth, for ExecuTorch's exporter",
+            "ExecuTorch's exporter makes a .pte of it: `python -m executorch.extension.llm.export.export_llm "
+            "base.params=params.json base.checkpoint=model.pth model.use_kv_cache=True backend.xnnpack.enabled=True`.",
+            help="ExecuTorch",
+            check=f"{_HERE}.executorch:check",
+            runs=True,
+            links=False,
+            copies=False,
+            maps=False,
+            checked="every tensor is the model's",
+        ),
     },
     OutputError,
 )

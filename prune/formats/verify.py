@@ -31,7 +31,7 @@ from dropformer.prune.loading.device import hooks_of, input_device
 from dropformer.prune.loading.load import build, load, read_model_config
 from dropformer.prune.loading.parts import evaluating
 from dropformer.prune.loading.quiet import quiet_transformers
-from dropformer.prune.loading.tensor_names import renamed_on_load
+from dropformer.prune.loading.tensor_names import renamed_on_load, runs_own_code
 from dropformer.prune.samples.modalities import sample_batches
 from dropformer.prune.surgery.views import equal_bits
 
@@ -53,14 +53,15 @@ def verify(folder: Path, model: PreTrainedModel, surgery: Surgery, dense_names: 
     Raises CheckpointError where a tensor is missing or unexpected, VerificationError where a tensor differs by more
     than rounding or a logit by more than 1e-4 of the largest.
     """
-    checked = load(folder, dtype=model.dtype, device="meta")  # names and shapes, nothing read
+    trusted = runs_own_code(model)  # the folder's is a copy of what runs already
+    checked = load(folder, model.dtype, "meta", trust_remote_code=trusted)  # names and shapes, nothing read
     try:
         with torch.inference_mode(), evaluating(model), ExitStack() as stack:
             pieces = _Pieces(folder, model, surgery, dense_names) if _in_pieces(folder, checked, surgery) else None
             if pieces and not pieces.computed():
                 again = stack.enter_context(pieces.running())
             else:
-                again = load(folder, dtype=model.dtype, device=input_device(model)).eval()
+                again = load(folder, model.dtype, input_device(model), trust_remote_code=trusted).eval()
             return max(
                 _difference(model, again, inputs) for inputs in [*sample_batches(model), *_beyond(again, surgery)]
             )
@@ -78,7 +79,8 @@ def _beyond(again: PreTrainedModel, surgery: Surgery) -> list[dict[str, Any]]:
     if not windows or again.config.model_type == MODEL_TYPE:
         return []
     length = max(window.width for window in windows) + BEYOND
-    ids = torch.arange(length, device=input_device(again)) % again.get_input_embeddings().weight.shape[0]
+    embeddings: Any = again.get_input_embeddings()
+    ids = torch.arange(length, device=input_device(again)) % embeddings.weight.shape[0]
     return [{"input_ids": ids[None], "logits_to_keep": BEYOND}]
 
 
@@ -116,7 +118,7 @@ class _Pieces:
         self.memory, self.surgery, self.dense_names = model, surgery, dense_names
         self.device = input_device(model)
         self.files = open_checkpoint(folder)
-        config = read_model_config(folder)
+        config = read_model_config(folder, runs_own_code(model))
         with quiet_transformers(), init_empty_weights(include_buffers=False):  # buffers are computed, not read
             self.built = build(config, dtype=model.dtype).eval()
         for module in self.built.modules():

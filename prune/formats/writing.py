@@ -22,10 +22,10 @@ from dropformer.prune.surgery.config import pruned_config, without_heads
 from dropformer.prune.surgery.patterns import settled_patterns
 from dropformer.prune.surgery.stock_windows import stock_windows
 
-MODEL_TYPE = "dropformer"
+MODEL_TYPE, REMOTE_TYPE = "dropformer", "dropformer_remote"
 LOADING = Path(__file__).parents[1] / "loading"
 CODE_FILE = "modeling_dropformer.py"
-COMPANIONS = ("skipped_modules.py", "window_attention.py", "window_cache.py")
+COMPANIONS = ("own_code.py", "skipped_modules.py", "window_attention.py", "window_cache.py")
 CODE = {CODE_FILE: "modeling.py", **{name: name for name in COMPANIONS}}
 MLX_FILE = "mlx_dropformer.py"  # the model file that mlx-lm runs
 
@@ -124,13 +124,14 @@ def write_pruned(writing: ExportJob, folder: Path) -> CopyReport:
 
 def write_config(folder: Path, fields: dict[str, Any], autos: Sequence[str]) -> None:
     """config.json; one that no stock loader knows comes with the code that loads it under `trust_remote_code`."""
-    if fields["model_type"] == MODEL_TYPE:
-        stem = Path(CODE_FILE).stem
-        classes = {"AutoConfig": f"{stem}.DropformerConfig"} | {auto: f"{stem}.Pruned{auto}" for auto in autos}
+    if fields["model_type"] in (MODEL_TYPE, REMOTE_TYPE):
+        stem, remote = Path(CODE_FILE).stem, fields["model_type"] == REMOTE_TYPE
+        config = "DropformerRemoteConfig" if remote else "DropformerConfig"
+        classes = {"AutoConfig": f"{stem}.{config}"} | {auto: f"{stem}.Pruned{auto}" for auto in autos}
         fields = {**fields, "auto_map": classes}
         for name, source in CODE.items():
             shutil.copyfile(LOADING / source, folder / name)
-        if "AutoModelForCausalLM" in autos:
+        if "AutoModelForCausalLM" in autos and not remote:
             fields["model_file"] = MLX_FILE
             shutil.copyfile(LOADING.with_name("engines") / MLX_FILE, folder / MLX_FILE)
     (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedConfig, __version__
 
 from dropformer.prune.errors import CheckpointError, shown
-from dropformer.prune.loading.modeling import DropformerConfig
+from dropformer.prune.loading.modeling import DropformerConfig, DropformerRemoteConfig
 
 
 def config_from(fields: dict[str, Any]) -> PreTrainedConfig:
@@ -22,11 +22,12 @@ def config_from(fields: dict[str, Any]) -> PreTrainedConfig:
     kind = fields.get("base_model_type") or fields["model_type"]
     if kind not in CONFIG_MAPPING:
         raise CheckpointError(
-            f"model_type {shown(kind)} is known to a checkpoint's own code and not to transformers {__version__}: "
-            "no pruned checkpoint could be built again from its config; prune a model of a type that transformers has"
+            f"model_type {shown(kind)} is known to a checkpoint's own code and not to transformers {__version__}; "
+            "read that code, then allow it by --trust-remote-code"
         )
-    if fields["model_type"] == DropformerConfig.model_type:
-        return DropformerConfig.from_dict(fields)
+    for own in (DropformerConfig, DropformerRemoteConfig):
+        if fields["model_type"] == own.model_type:
+            return own.from_dict(fields)
     return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
 
 

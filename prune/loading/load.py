@@ -20,6 +20,7 @@ from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading import modeling
 from dropformer.prune.loading.deci.families import is_own_deci
 from dropformer.prune.loading.described import check_whole, config_from
+from dropformer.prune.loading.own_code import REMOTE_TYPE, learn_own_code, needs_own_code
 from dropformer.prune.loading.quiet import quiet_transformers
 
 HEADS = (
@@ -30,6 +31,7 @@ HEADS = (
     "AutoModelForImageClassification",
     "AutoModel",
 )
+OWN_CODE = "comes with code of its own, which runs only with --trust-remote-code; read it first"
 SIZE_RATIO, SIZE_SLACK = 2.5, 1 << 27  # tied weights count twice, masks of learned positions not at all
 
 
@@ -62,9 +64,10 @@ def load(
     config = read_model_config(path, trust_remote_code)
     auto = auto_class(config)
     check_size(path, fields, config, trust_remote_code)
+    known = {"config": config} if fields["model_type"] == REMOTE_TYPE else {}  # else the folder's copy of our code runs
     with one_line_errors(path), quiet_transformers():
         model, info = auto.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **place
+            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **place, **known
         )
     check_whole(path, info)
     return model
@@ -98,7 +101,7 @@ def _why(path: Path, error: Exception) -> str:
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return f"{path} does not fit on the device; give --device-map auto, another --device, or prune by --plan"
     if "trust_remote_code" in str(error) or "custom code" in str(error):
-        return f"{path} comes with code of its own, which runs only with --trust-remote-code; read it first"
+        return f"{path} {OWN_CODE}"
     if "does not recognize this architecture" in str(error):
         kind = shown(read_config(path)["model_type"])
         return (
@@ -171,7 +174,19 @@ def read_model_config(path: Path, trust_remote_code: bool = False) -> PreTrained
         with one_line_errors(path):
             return config_from(dropformer_config(fields))
     with one_line_errors(path), quiet_transformers():
+        if needs_own_code(fields):
+            _learn(path, fields, trust_remote_code)
+        if fields["model_type"] == REMOTE_TYPE:
+            return config_from({**fields, "_name_or_path": str(path)})
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def _learn(path: Path, fields: dict[str, Any], trust_remote_code: bool) -> None:
+    """Have transformers know a type by the code beside the checkpoint.  Raises CheckpointError where it is not
+    trusted."""
+    if not trust_remote_code:
+        raise CheckpointError(f"{path} {OWN_CODE}")
+    learn_own_code(fields, path)
 
 
 def auto_class(config: PreTrainedConfig) -> Any:

@@ -37,6 +37,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.models.auto import modeling_auto
 
+from .own_code import REMOTE_TYPE, copy_own_code, hub_options, learn_own_code
 from .skipped_modules import Skipped, skip_modules
 from .window_attention import prepare_windows
 
@@ -44,7 +45,7 @@ MODEL_TYPE = "dropformer"
 OWN = ("model_type", "per_layer_config", "model_file")  # fields of config.json that are not the base config's
 CODE_FILE = "modeling_dropformer.py"  # what a copy of this file is called beside a checkpoint's weights
 MLX_FILE = "mlx_dropformer.py"  # what mlx-lm runs
-COMPANIONS = ("skipped_modules.py", "window_attention.py", "window_cache.py")  # what it imports
+COMPANIONS = ("own_code.py", "skipped_modules.py", "window_attention.py", "window_cache.py")  # what it imports
 
 Make = TypeVar("Make", bound=Callable[..., Any])
 
@@ -70,6 +71,17 @@ class DropformerConfig(PreTrainedConfig):
         if rest := without_skips(layers):
             fields["per_layer_config"] = rest
         return pruned_config_class(base).from_dict(fields, **kwargs)
+
+
+class DropformerRemoteConfig(DropformerConfig):
+    """The same for a base type that only code beside the checkpoint knows (`own_code.py`)."""
+
+    model_type = REMOTE_TYPE
+
+    @classmethod
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+        learn_own_code(cls.get_config_dict(path, **kwargs)[0], path, **hub_options(kwargs))
+        return super().from_pretrained(path, *args, **kwargs)
 
 
 def without_skips(per_layer: dict[str, dict]) -> dict[str, dict]:
@@ -101,18 +113,20 @@ def pruned_config_class(base: Any) -> type[PreTrainedConfig]:
 
     class PrunedConfig(cache_config_class(base)):  # type: ignore[misc]
         base_config_class = base
+        _auto_class = None  # what a base with code of its own has: this class saves its own code
 
         def to_dict(self) -> dict[str, Any]:
             fields = super().to_dict()
-            fields["model_type"] = MODEL_TYPE
+            remote = bool(fields.get("base_auto_map"))
+            fields["model_type"] = REMOTE_TYPE if remote else MODEL_TYPE
             fields["base_model_type"] = base.model_type
             layers = {str(i): layer for i, layer in (fields.get("per_layer_config") or {}).items()}
             for index, names in fields.get("dropformer_skips", {}).items():
                 layers[index] = {**layers.get(index, {}), "skip": names}
             if layers:
                 fields["per_layer_config"] = layers
-            fields["auto_map"] = auto_map(base)
-            if mlx_file(base):
+            fields["auto_map"] = auto_map(base, remote)
+            if not remote and mlx_file(base):
                 fields["model_file"] = MLX_FILE
             return {key: value for key, value in fields.items() if key != "dropformer_skips"}
 
@@ -120,7 +134,10 @@ def pruned_config_class(base: Any) -> type[PreTrainedConfig]:
             """As transformers does for custom code: this file is copied beside the config, wherever it is saved."""
             Path(save_directory).mkdir(parents=True, exist_ok=True)
             sources = {CODE_FILE: Path(__file__), **{name: Path(__file__).with_name(name) for name in COMPANIONS}}
-            sources |= {MLX_FILE: path} if (path := mlx_file(base)) else {}
+            remote = bool(getattr(self, "base_auto_map", None))
+            sources |= {MLX_FILE: path} if not remote and (path := mlx_file(base)) else {}
+            if remote:
+                copy_own_code(base, Path(save_directory))
             for name, source in sources.items():
                 with suppress(shutil.SameFileError):
                     shutil.copyfile(source, Path(save_directory) / name)
@@ -137,7 +154,7 @@ def mlx_file(base: Any) -> Path | None:
     return path if path.exists() and "AutoModelForCausalLM" in auto_map(base) else None
 
 
-def auto_map(base: Any) -> dict[str, str]:
+def auto_map(base: Any, remote: bool = False) -> dict[str, str]:
     """What config.json calls the classes of this file, for every Auto class that knows a family's config."""
     stem = CODE_FILE.removesuffix(".py")
     autos = [
@@ -145,7 +162,8 @@ def auto_map(base: Any) -> dict[str, str]:
         for name, auto in vars(modeling_auto).items()
         if name.startswith("AutoModel") and base in (getattr(auto, "_model_mapping", None) or ())
     ]
-    return {"AutoConfig": f"{stem}.DropformerConfig"} | {name: f"{stem}.Pruned{name}" for name in autos}
+    config = DropformerRemoteConfig if remote else DropformerConfig
+    return {"AutoConfig": f"{stem}.{config.__name__}"} | {name: f"{stem}.Pruned{name}" for name in autos}
 
 
 def _register(base: type[PreTrainedConfig], pruned: type[PreTrainedConfig]) -> None:
@@ -165,6 +183,7 @@ def pruned_model_class(native: Any, config: type[PreTrainedConfig]) -> type[PreT
 
     class PrunedModel(native):  # type: ignore[misc, valid-type]
         config_class = config
+        _auto_class = None
 
         def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
             super().__init__(config, *args, **kwargs)
@@ -268,4 +287,5 @@ for _name, _auto in list(vars(modeling_auto).items()):
     if _name.startswith("AutoModel") and hasattr(_auto, "_model_mapping"):
         globals()[f"Pruned{_name}"] = _factory(_name)
 
-AutoConfig.register(MODEL_TYPE, DropformerConfig, exist_ok=True)
+if MODEL_TYPE not in CONFIG_MAPPING or __name__.startswith("dropformer."):  # a checkpoint's copy replaces nothing
+    AutoConfig.register(MODEL_TYPE, DropformerConfig, exist_ok=True)

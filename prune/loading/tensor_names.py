@@ -52,3 +52,8 @@ def auto_names(native: type[PreTrainedModel]) -> list[str]:
     autos = {name: auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")}
     mappings = {name: getattr(auto, "_model_mapping", None) for name, auto in autos.items()}
     return [name for name, mapping in mappings.items() if mapping is not None and native.config_class in mapping]
+
+
+def runs_own_code(model: PreTrainedModel) -> bool:
+    """Does a model run code that came with its checkpoint, which somebody trusted?"""
+    return native_class(type(model)).__module__.startswith("transformers_modules.")

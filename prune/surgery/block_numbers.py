@@ -33,7 +33,8 @@ NOT_BLOCKS = re.compile(
 
 
 # Texts that are no settings.
-APART = {"_name_or_path", "transformers_version", "architectures", "auto_map", "dropformer_modules", "base_model_type"}
+APART = {"_name_or_path", "transformers_version", "architectures", "auto_map", "base_auto_map", "dropformer_modules"}
+APART |= {"base_model_type"}
 
 
 class _Gone(Exception):

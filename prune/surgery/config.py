@@ -209,10 +209,13 @@ def _as_pruned(config: dict[str, Any], outline: Outline, block_map: BlockMap) ->
 
     Engines go by the architecture, not the type: vLLM would read a `LlamaForCausalLM` as the dense one.
     """
+    remote = _needs_own_code(config)
+    if remote:
+        config["base_auto_map"] = config["auto_map"]
     config["base_model_type"] = config["model_type"]
     names = config.get("architectures") or []
     config["architectures"] = [n if n.startswith("Dropformer") else f"Dropformer{n}" for n in names]
-    config["model_type"] = "dropformer"
+    config["model_type"] = "dropformer_remote" if remote else "dropformer"
     config["dropformer_modules"] = skipped_modules(outline, block_map)
     main = next((s for s in outline.stacks if s.name in ("", "decoder")), outline.stacks[0])
     blocks = block_map.stacks[main.name]
@@ -226,6 +229,14 @@ def _as_pruned(config: dict[str, Any], outline: Outline, block_map: BlockMap) ->
     merged = {str(i): {**layers.get(str(i), {}), "skip": names} for i, names in skips.items()}
     config["per_layer_config"] = {**layers, **merged}
     return config
+
+
+def _needs_own_code(config: dict[str, Any]) -> bool:
+    if not isinstance(config.get("auto_map"), dict):
+        return False
+    from dropformer.prune.loading.own_code import needs_own_code  # imports transformers: most configs do without
+
+    return needs_own_code(config)
 
 
 def _check_two_caches(config: dict[str, Any], stack: StackOutline, skips: dict[int, list[str]]) -> None:

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import BlockMap, Surgery, attention_module, map_blocks, skipped_modules
 from dropformer.prune.discovery.summarize import settings
-from dropformer.prune.errors import ArchitectureError, PlanError
+from dropformer.prune.errors import ArchitectureError, PlanError, reason
 from dropformer.prune.loading.described import config_from
 from dropformer.prune.loading.device import hooks_of
 from dropformer.prune.loading.modeling import empty_cache_entries, number_attentions, pruned_model_class
@@ -223,8 +223,8 @@ def _built(native: type[PreTrainedModel], block_map: BlockMap, fields: dict[str,
                 return native._from_config(config)
             return pruned_model_class(native, type(config))(config)
     except Exception as error:  # families check their fields in many ways, none of which is ours to list
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ArchitectureError(f"blocks stay where they are; transformers builds no shorter model: {reason}") from None
+        said = reason(error)
+        raise ArchitectureError(f"blocks stay where they are; transformers builds no shorter model: {said}") from None
 
 
 def _check_around(model: nn.Module, built: nn.Module, outline: Outline) -> None:

@@ -7,7 +7,7 @@ import dropformer
 from dropformer import api
 from dropformer.eval.cost.memory import kv_bytes
 from dropformer.eval.cost.sinks import Sinks, key_rotations, sink_cache
-from dropformer.eval.cost.streaming import full, recompute, stream, streaming_speed
+from dropformer.eval.cost.streaming import stream, streaming_speed
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import ArchitectureError, EvaluationError
 
@@ -109,7 +109,9 @@ def test_memory_stays_constant_however_long_the_text():
     model, shape = build(), Sinks(sinks=4, window=16, chunk=4)
     short, long = stream(model, TEXT[:40], shape), stream(model, TEXT, shape)
     assert short.cache_bytes == long.cache_bytes == 3 * 2 * 2 * 16 * 4 * (4 + 16 - 4)
-    assert full(model, TEXT, 4).cache_bytes == 3 * 2 * 2 * 16 * 4 * 119
+    everything = DynamicCache(config=model.config)
+    read(model, TEXT[:119], everything, 4)
+    assert kv_bytes(everything) == 3 * 2 * 2 * 16 * 4 * 119
 
 
 @pytest.mark.parametrize("dropped", [(1,), (0,), (0, 2)])
@@ -131,23 +133,13 @@ def test_a_model_that_drop_returns_streams_as_it_reads():
     assert kv_bytes(cache) == 2 * 2 * 16 * 4 * 40
 
 
-def test_all_ways_agree_on_a_text_within_the_window():
-    model, shape = build(), Sinks(4, 60, 5)
-    results = [stream(model, TEXT[:50], shape), recompute(model, TEXT[:50], shape), full(model, TEXT[:50], 5)]
-    for result in results:
-        assert result.tokens == 49
-        assert result.nll == pytest.approx(results[0].nll, abs=1e-5)
-        assert len(result.segments) == 16
-
-
-def test_recomputing_scores_each_chunk_behind_the_same_number_of_tokens():
-    model, shape = build(), Sinks(0, 10, 1)
-    result = recompute(model, TEXT[:30], shape, segments=29)
+def test_a_text_within_the_window_is_scored_as_in_one_forward_pass():
+    model = build()
+    result = stream(model, TEXT[:50], Sinks(4, 60, 5))
     with torch.inference_mode():
-        logits = model(TEXT[None, 19:29]).logits[0, -1]
-    assert result.segments[-1] == pytest.approx(
-        torch.exp(nn.functional.cross_entropy(logits, TEXT[29])).item(), rel=1e-4
-    )
+        logits = model(TEXT[None, :50]).logits[0, :-1]
+    assert result.nll == pytest.approx(nn.functional.cross_entropy(logits, TEXT[1:50]).item(), abs=1e-5)
+    assert result.tokens == 49 and len(result.segments) == 16
 
 
 def test_learned_positions_are_refused_with_the_reason():

@@ -33,7 +33,11 @@ def test_a_draft_is_written_anyway_with_a_plan_that_says_what_it_gives(lettered,
     plan = Plan.read(here / "draft" / "plan.json")
     assert found["written"] == "draft" and plan.draft.tokens == found["tokens"]
     assert 0 < plan.draft.acceptance <= 1 and plan.draft.context == 96
-    assert (here / "draft" / "README.md").is_file()
+    card = (here / "draft" / "README.md").read_text()
+    assert "A draft of the model it came from" in card and "(draft.png)" in card
+    assert (here / "draft" / "draft.png").stat().st_size > 1000
+    assert len(found["expected"]) == 12
+    assert max(found["expected"].values()) == pytest.approx(found["speedup"])
 
 
 @pytest.mark.parametrize("text", ["depth", "window", "", "window:0"])

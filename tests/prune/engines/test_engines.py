@@ -98,7 +98,7 @@ def test_the_command_prints_json_and_a_table(pruned, capsys):
 )
 def test_a_damaged_config_is_one_line(tmp_path, config):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"config\.json is not as dropformer writes it"):
+    with pytest.raises(CheckpointError, match="its files are not as dropformer writes them"):
         engines(tmp_path)
 
 

@@ -47,9 +47,9 @@ def written(dropped, monkeypatch):
     return make
 
 
-def only_names(folder, dtype=None, device=None):
+def only_names(folder, dtype=None, device=None, **trust):
     assert str(device) == "meta", "the checkpoint was loaded a second time"
-    return load(folder, dtype, device)
+    return load(folder, dtype, device, **trust)
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,11 @@ from dropformer.prune.errors import CheckpointError
 from dropformer.prune.loading.described import config_from
 
 
-@pytest.mark.parametrize("fields", [{"model_type": "home"}, {"model_type": "dropformer", "base_model_type": "home"}])
+@pytest.mark.parametrize(
+    "fields", [{"model_type": "unheard"}, {"model_type": "dropformer", "base_model_type": "unheard"}]
+)
 def test_a_type_that_only_a_checkpoints_code_knows_is_refused_in_a_line(fields):
-    with pytest.raises(CheckpointError, match="model_type home is known to a checkpoint's own code") as error:
+    with pytest.raises(CheckpointError, match="model_type unheard is known to a checkpoint's own code") as error:
         config_from(fields)
     assert "\n" not in str(error.value)
 
