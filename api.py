@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dropformer.metrics.analysis.analyze import analyze_model, calibrated
 from dropformer.metrics.analysis.planning import plan_from as plan
-from dropformer.metrics.analysis.planning import windows_of
+from dropformer.metrics.analysis.planning import spec_windows
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.batching import samples_at_once
 from dropformer.metrics.calibration.data import calibration_data, default_settings
@@ -88,7 +88,7 @@ def plan_unscored(
     """A plan from explicit or published lists, without scores; `losses` rank windows.  Raises PlanError."""
     drops = without_windows(spec)
     layers = choose(outline, drops, None, keep, published) if drops else []
-    windows = windows_of(outline, spec, layers, losses, keep)
+    windows = spec_windows(outline, spec, layers, losses, keep)
     return make_plan(outline, ref, spec, layers, windows=windows, keep=list(keep))
 
 

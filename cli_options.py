@@ -77,7 +77,9 @@ TrustRemoteCode = Annotated[
 
 Drop = Annotated[Text, typer.Option("--drop", "-d", help=f"What to drop: {SPECS}.", rich_help_panel=CHOICE)]
 NeededDrop = Annotated[str, typer.Option("--drop", "-d", help=f"What to drop: {SPECS}.")]
-DropRange = Annotated[str, typer.Option("--drop", "-d", help="A range of counts: attn:0..12, mlp:0..8..2.")]
+DropRange = Annotated[
+    str, typer.Option("--drop", "-d", help="A range of counts: attn:0..12, mlp:0..8..2, window:0..12@256+4.")
+]
 Keep = Annotated[str, typer.Option(help="Blocks to protect, such as 0,1,-1.", rich_help_panel=CHOICE)]
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", help="A plan.json to follow instead of --drop.", rich_help_panel=CHOICE)

@@ -109,9 +109,9 @@ def sweep(
     from dropformer.prune.spec import parse_keep
     from dropformer.validate import validate
 
-    kind, counts = parse_range(drop)
+    spec, counts = parse_range(drop)
     request = asked.Request(
-        model, asked.Target(f"{kind}:{counts[-1]}", parse_keep(keep)), report=asked.ReportOptions(text=text),
+        model, asked.Target(spec.format(counts[-1]), parse_keep(keep)), report=asked.ReportOptions(text=text),
         calibration=asked.CalibrationOptions(asked.calibration_texts(calibration)), dry_run=True,
         placement=asked.Placement(dtype, device, device_map, trust_remote_code),
     )  # fmt: skip
@@ -121,7 +121,7 @@ def sweep(
     from dropformer import console, job
     from dropformer.eval.quality.sweep import draw
 
-    found = job.sweep(request, kind, counts, (samples, length), console.Terminal(quiet), speed)
+    found = job.sweep(request, spec, counts, (samples, length), console.Terminal(quiet), speed)
     found.write(folder / "sweep.json")
     draw(found, folder / "sweep.png")
     console.show_sweep(found, folder, as_json)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from dropformer import api
+from dropformer import api, scoring
 from dropformer.eval.cost.timing import Setting
 from dropformer.eval.draft.choose import DraftFound, choose_draft
 from dropformer.eval.draft.verdict import add_to_card
@@ -21,11 +21,11 @@ from dropformer.metrics.analysis.plots import similarity_by_depth
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.data import calibration_data, default_settings, text_windows
 from dropformer.metrics.calibration.images import PIXELS
-from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
+from dropformer.metrics.calibration.settings import Calibration, check_length
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.repair.base import Repair
 from dropformer.progress import Progress, Silent
-from dropformer.prune.errors import CalibrationError, ModelError
+from dropformer.prune.errors import ModelError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.files.folder import new_files
 from dropformer.prune.files.output_paths import check_empty, check_place
@@ -39,7 +39,6 @@ from dropformer.prune.window import CONTEXT
 from dropformer.recipes.follow import in_percent
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import Request
-from dropformer.scoring import draft_windows, get_scores, open_to_score, plan_of_rungs, writer
 from dropformer.selection import improved, one_shot_plan
 
 SWEEP = Setting(prompt=256, new=16)
@@ -62,7 +61,7 @@ def plan_only(request: Request, progress: Progress | None = None) -> Plan:
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
     if request.selection.strategy:
-        return improved(opened, request, progress, plan=plan_of_rungs(opened, request, progress))[0]
+        return improved(opened, request, progress, plan=scoring.plan_of_rungs(opened, request, progress))[0]
     return one_shot_plan(opened, request, progress)[0]
 
 
@@ -74,12 +73,12 @@ def draft(request: Request, progress: Progress | None = None) -> tuple[DraftFoun
         check_empty(request.folder)
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
-    data = draft_windows(opened, request.calibration, options, progress)
+    data = scoring.draft_windows(opened, request.calibration, options, progress)
     found = choose_draft(opened, options, data, request.target.keep, api.outline(opened.model), progress)
     if request.dry_run or not (found.pays or options.anyway):
         return found, None
     with plan_kept(found.plan, request.folder, always=True):
-        held_out = _held_out(opened, request, progress)
+        held_out = scoring.held_out_windows(opened, request, progress)
         chosen = _Chosen(found.plan, None, None, partial(add_to_card, found))
         report, exported = _carried_out(opened, chosen, request.folder, held_out, request, progress)
     return found, Outcome(request.folder, found.plan, report, exported)
@@ -95,10 +94,10 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
     check_empty(out)
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
-    held_out = _held_out(opened, request, progress)  # raises for too short a text before anything is measured
+    held_out = scoring.held_out_windows(opened, request, progress)  # raises before anything is measured
     scores, repair = None, None
     if request.selection.strategy:
-        plan, repair = improved(opened, request, progress, plan=plan_of_rungs(opened, request, progress))
+        plan, repair = improved(opened, request, progress, plan=scoring.plan_of_rungs(opened, request, progress))
     else:
         plan, scores = one_shot_plan(opened, request, progress)
     if plan.layers:
@@ -202,17 +201,6 @@ def _measure(
     return quality, speed
 
 
-def _held_out(opened: LoadedModel, request: Request, progress: Progress) -> Windows | None:
-    """Windows of the report's text, None if perplexity is not measured.  Raises CalibrationError if it is too short."""
-    if not request.measures or opened.tokenizer is None or not writes_text(opened.model):
-        return None
-    length = min(HELD_OUT.length, context_of(opened.model.config) or HELD_OUT.length)
-    try:
-        return text_windows(replace(HELD_OUT, name=request.report.text, length=length), writer(opened, progress))
-    except CalibrationError as error:
-        raise CalibrationError(f"--text: {error}") from None
-
-
 def _calibrated_on(opened: LoadedModel, plan: Plan, request: Request) -> list[str]:
     """Names of the texts that layers were selected or repaired on; none if a list names the layers."""
     chosen = str(plan.calibration["name"]).split(",") if plan.calibration else []
@@ -239,8 +227,8 @@ def analyze(request: Request, progress: Progress | None = None) -> Scores:
     """
     progress = progress or Silent()
     check_place(request.folder)
-    opened = open_to_score(request, progress)
-    scores = get_scores(opened, request, progress)
+    opened = scoring.open_to_score(request, progress)
+    scores = scoring.get_scores(opened, request, progress)
     if rank() == 0:
         with new_files(request.folder) as folder:
             scores.write(folder / "scores.json")
@@ -249,11 +237,11 @@ def analyze(request: Request, progress: Progress | None = None) -> Scores:
 
 
 def sweep(
-    request: Request, kind: str, counts: list[int], shape: tuple[int, int], progress: Progress, speed: bool = False
+    request: Request, spec: str, counts: list[int], shape: tuple[int, int], progress: Progress, speed: bool = False
 ) -> Sweep:
-    """Measure perplexity for every number of drops of a kind, most redundant first, on windows of shape (N, T).
+    """Measure perplexity for every number of drops, most redundant first, on windows of text of shape (N, T).
 
-    With `speed`, all models are timed too, interleaved.
+    spec: such as "attn:{}" or "window:{}@256+4".  With `speed`, all models are timed too, interleaved.
     """
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
@@ -262,20 +250,19 @@ def sweep(
             f"a sweep measures perplexity, but {request.model} is not a causal language model; prune it with --drop"
         )
     check_length(opened.model.config, max(shape[1], SWEEP.prompt + SWEEP.new if speed else 0), opened.ref.name)
-    scores = get_scores(opened, request, progress, [f"{kind}:{count}" for count in counts if count])
-    plans = [api.plan(scores, f"{kind}:{count}", request.target.keep) for count in counts if count]
-    data = text_windows(Calibration(request.report.text, *shape, seed=HELD_OUT.seed), writer(opened, progress))
+    plans = scoring.swept_plans(opened, request, [spec.format(count) for count in counts if count], shape[1], progress)
+    data = text_windows(Calibration(request.report.text, *shape, seed=HELD_OUT.seed), scoring.writer(opened, progress))
     models = [opened.model, *(api.drop(opened, plan) for plan in plans)]
     setting = SWEEP if speed else AT
     points = []
     with progress.stage(f"perplexity on {request.report.text}", len(models)) as tick:
-        for model, layers in zip(models, [[], *(plan.layers for plan in plans)], strict=True):
+        for model, layers in zip(models, [[], *([*plan.layers, *plan.windowed] for plan in plans)], strict=True):
             points.append(point(opened.model, model, layers, data.ids, setting, data.partly_scored))
             tick(len(points), len(points) * data.ids.numel())
     if speed:
         with progress.stage(f"speed, {len(models)} models interleaved"):
             points = with_speed(points, models, setting)
     return Sweep(
-        model=opened.ref, of=kind, text=data.ref.model_dump(), setting=str(setting), points=points,
+        model=opened.ref, of=spec.replace(":{}", ""), text=data.ref.model_dump(), setting=str(setting), points=points,
         cliff=find_cliff(points),
     )  # fmt: skip

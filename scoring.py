@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from dropformer import api
 from dropformer.eval.draft.options import DraftOptions
+from dropformer.eval.quality.perplexity import HELD_OUT
 from dropformer.metrics.analysis import distributed
 from dropformer.metrics.analysis.measure import Measuring, measure
 from dropformer.metrics.analysis.score_cache import keep, kept_scores, score_file
@@ -189,6 +191,17 @@ def _streamed(opened: LoadedModel, data: CalibrationData, request: Request, prog
         return stream_scores(streamed, data, opened.ref, parse_bytes(memory), size, tick)
 
 
+def held_out_windows(opened: LoadedModel, request: Request, progress: Progress) -> Windows | None:
+    """Windows of the report's text, None if perplexity is not measured.  Raises CalibrationError if it is too short."""
+    if not request.measures or opened.tokenizer is None or not writes_text(opened.model):
+        return None
+    length = min(HELD_OUT.length, context_of(opened.model.config) or HELD_OUT.length)
+    try:
+        return text_windows(replace(HELD_OUT, name=request.report.text, length=length), writer(opened, progress))
+    except CalibrationError as error:
+        raise CalibrationError(f"--text: {error}") from None
+
+
 def plan_of_rungs(opened: LoadedModel, request: Request, progress: Progress) -> Plan | None:
     """The plan that a budget makes of `--rungs`, None where no rungs are asked for.
 
@@ -245,6 +258,19 @@ def losses_by_window(
     with progress.stage(f"what a window of {counted.window} takes, {samples} x {length} tokens of {settings.name}"):
         batches = [inputs for inputs, _ in data.batches(windows_at_once(opened.model, length))]
         return window_losses(opened.model, outline, batches, counted.window, counted.stack)
+
+
+def swept_plans(opened: LoadedModel, request: Request, specs: list[str], length: int, progress: Progress) -> list[Plan]:
+    """A plan for each spec.  Raises PlanError for windows that hold all of a text of this length."""
+    (most,) = parse_spec(specs[-1])
+    if most.window is None:
+        scores = get_scores(opened, request, progress, specs)
+        return [api.plan(scores, spec, request.target.keep) for spec in specs]
+    if most.window.width + most.window.sinks >= length:
+        raise PlanError(f"a window of {most.window} holds all of a text of {length} tokens; give a larger --length")
+    outline = api.outline(opened.model, specs[-1])
+    losses = losses_by_window(opened, request, outline, progress)
+    return [api.plan_unscored(opened.ref, outline, spec, request.target.keep, None, losses) for spec in specs]
 
 
 def _read_for(window: Window, opened: LoadedModel, request: Request) -> tuple[int, int]:
