@@ -7,7 +7,7 @@ alone and behind others.  What windows do to the past's own keys is left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -97,7 +97,7 @@ class FarText:
         return logits.float().log_softmax(-1)
 
     @contextmanager
-    def _recording(self, actions: Sequence[Action]) -> Any:
+    def _recording(self, actions: Sequence[Action]) -> Iterator[None]:
         """Inside the `with`, a pass leaves each block's output, and the damage of each action."""
         with ExitStack() as hooks:
             for index, path in enumerate(self.blocks):
