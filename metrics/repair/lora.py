@@ -106,7 +106,7 @@ def heal(
 
 def activations(learned: Mapping[str, Adapter | Shift], runner: BlockRunner) -> int:
     """About how many bytes a pass keeps for its gradients: what linear modules read and write, three times over."""
-    widths = sum(sum(m.module.weight.shape) for m in learned.values() if isinstance(m, Adapter))
+    widths = sum(sum(m.module.get_parameter("weight").shape) for m in learned.values() if isinstance(m, Adapter))
     most = max(inputs["input_ids"].numel() for inputs in runner.batches)
     return 3 * widths * most * runner.start(0).element_size()
 
@@ -135,7 +135,8 @@ class Lesson:
         blocks = sum(p.numel() for block in self.dense.blocks[self.first :]
                      for p in self.dense.model.get_submodule(block.path).parameters())  # fmt: skip
         head = output_embeddings(self.dense.model)
-        return max(1, min(4, -(-3 * head.weight.numel() // (2 * max(blocks, 1))))) if head is not None else 4
+        words = 4 * blocks if head is None else head.get_parameter("weight").numel()
+        return max(1, min(4, -(-3 * words // (2 * max(blocks, 1)))))
 
     def step(self, batch: int, turn: int) -> float:
         """Gradients of the mean KL(dense || student) over a batch's positions in turn, which is returned."""
@@ -170,7 +171,7 @@ class Lesson:
         head = output_embeddings(self.dense.model)
         if head is None or not self.dense.picks_logits:
             return [positions]
-        row = 4 * head.weight.shape[0] * len(self.before[batch])
+        row = 4 * head.get_parameter("weight").shape[0] * len(self.before[batch])
         return positions.split(max(1, self.how.logits // row))
 
     def _positions(self, batch: int, first: int) -> Tensor:
