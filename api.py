@@ -28,12 +28,12 @@ from dropformer.prune.errors import ModelError, OutputError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.formats.export import Exported, export, save_in_memory
 from dropformer.prune.formats.record import need_dense
-from dropformer.prune.formats.stored_tensors import stored_dtype
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.loading.load import load
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, make_plan
 from dropformer.prune.spec import without_windows
+from dropformer.prune.surgery.stored_tensors import stored_dtype
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 from dropformer.prune.surgery.views import proven, sharing_copy
 from dropformer.recipes.opening import LoadedModel, open_model

@@ -25,24 +25,21 @@ from dropformer.metrics.calibration.settings import Calibration, check_length
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.repair.base import Repair
 from dropformer.progress import Progress, Silent
-from dropformer.prune.architecture import of_images
-from dropformer.prune.errors import ModelError, PlanError
+from dropformer.prune.errors import ModelError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.files.folder import new_files
-from dropformer.prune.files.output_paths import check_place
+from dropformer.prune.files.output_paths import check_empty, check_place
 from dropformer.prune.formats.export import Exported, export
 from dropformer.prune.formats.export_plan import Written, plan_kept, write_by_plan
 from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.loading.load import usable_device
 from dropformer.prune.plan import Plan
 from dropformer.prune.samples.inputs import takes_pictures, writes_text
-from dropformer.prune.spec import parse_spec
 from dropformer.prune.window import CONTEXT
 from dropformer.recipes.follow import in_percent
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import Request
-from dropformer.selection import given_plan, improved
-from dropformer.validate import check_empty
+from dropformer.selection import improved, one_shot_plan
 
 SWEEP = Setting(prompt=256, new=16)
 """Setting at which a sweep measures speed."""
@@ -58,31 +55,6 @@ class Outcome:
     exported: Exported
 
 
-def make_plan(opened: LoadedModel, request: Request, progress: Progress) -> tuple[Plan, Scores | None]:
-    """The plan from a file, from lists (without calibration), or from scores."""
-    if path := request.selection.plan:
-        plan = given_plan(opened, path)
-        if plan.repairs:
-            progress.say(plan.lost_repairs(path))
-        return plan.unrepaired(), None
-    if made := scoring.plan_of_rungs(opened, request, progress):
-        return made, None
-    spec, keep = request.target.spec, request.target.keep
-    published = opened.recipe.published if opened.recipe else None
-    if all(s.published or s.window or s.indices is not None for s in parse_spec(spec)):
-        outline = api.outline(opened.model, spec)
-        losses = scoring.losses_by_window(opened, request, outline, progress)
-        return api.plan_unscored(opened.ref, outline, spec, keep, published, losses), None
-    if seen := next((s for s in parse_spec(spec) if of_images(s.stack)), None):
-        raise PlanError(
-            f"`{seen}` needs scores on images with their texts; name the layers, as in {seen.stack}.{seen.kind}=1,2, "
-            "or use dropformer.analyze(model, batches) in Python"
-        )
-    scores = scoring.get_scores(opened, request, progress)
-    losses = scoring.losses_by_window(opened, request, scores.outline, progress)
-    return api.plan(scores, spec, keep, published, losses=losses), scores
-
-
 def plan_only(request: Request, progress: Progress | None = None) -> Plan:
     """The plan that `run` would apply."""
     progress = progress or Silent()
@@ -90,7 +62,7 @@ def plan_only(request: Request, progress: Progress | None = None) -> Plan:
         opened = open_model(request.model, request.revision, request.placement, progress.say)
     if request.selection.strategy:
         return improved(opened, request, progress, plan=scoring.plan_of_rungs(opened, request, progress))[0]
-    return make_plan(opened, request, progress)[0]
+    return one_shot_plan(opened, request, progress)[0]
 
 
 def draft(request: Request, progress: Progress | None = None) -> tuple[DraftFound, Outcome | None]:
@@ -127,7 +99,7 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
     if request.selection.strategy:
         plan, repair = improved(opened, request, progress, plan=scoring.plan_of_rungs(opened, request, progress))
     else:
-        plan, scores = make_plan(opened, request, progress)
+        plan, scores = one_shot_plan(opened, request, progress)
     if plan.layers:
         progress.say(f"dropping {', '.join(map(str, plan.layers))}")
     if plan.windows:

@@ -14,7 +14,7 @@ from dropformer.metrics.search.budget import parse_budget
 from dropformer.metrics.search.ladder import check_rungs
 from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named_strategy
-from dropformer.prune.errors import CalibrationError, PlanError
+from dropformer.prune.errors import CalibrationError, EvaluationError, PlanError
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.rungs.registry import parse_rungs
 from dropformer.prune.spec import parse_keep
@@ -50,6 +50,14 @@ def calibration_texts(names: str | None, several: bool = False) -> tuple[str, ..
             f"--calibration `{names}` names several texts, which need `prune` with --quality or --repair; name one"
         )
     return found
+
+
+def parse_numbers(option: str, text: str) -> list[int]:
+    """The positive numbers of a comma-separated list.  Raises EvaluationError."""
+    parts = text.replace(" ", "").split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise EvaluationError(f"{option} {text} cannot be read; expected numbers by commas")
+    return [int(part) for part in parts]
 
 
 def chosen_target(drop: str | None, keep: str, budget: str | None, rungs: str | None, context: int | None) -> Target:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from dropformer import api
 from dropformer.eval.cost.latency import layer_latency
+from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.data import default_settings, text_windows
 from dropformer.metrics.calibration.settings import Calibration, check_length
 from dropformer.metrics.calibration.windows import Windows
@@ -21,14 +23,16 @@ from dropformer.metrics.search.improve import improve as improved_plan
 from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named
 from dropformer.progress import Progress, Silent
+from dropformer.prune.architecture import of_images
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading.device import input_device
 from dropformer.prune.plan import Plan, make_plan
 from dropformer.prune.samples.inputs import writes_text
+from dropformer.prune.spec import parse_spec
 from dropformer.recipes.opening import LoadedModel, open_model
 from dropformer.request import GATE, Request, recipe_calibration
-from dropformer.scoring import check_early, writer
+from dropformer.scoring import check_early, get_scores, losses_by_window, plan_of_rungs, writer
 
 if TYPE_CHECKING:
     from dropformer.metrics.blockwise.from_disk import BlockSource
@@ -195,3 +199,28 @@ def noted(plan: Plan, repair: Repair, model: nn.Module) -> Plan:
     kept = [str(gate) for gate in repair.gates if gate.passed]
     fields = {"repairs": kept, "not_repaired": reasons(repair.unrepaired), "savings": savings}
     return plan.model_copy(update=fields)
+
+
+def one_shot_plan(opened: LoadedModel, request: Request, progress: Progress) -> tuple[Plan, Scores | None]:
+    """The plan from a file, from lists (without calibration), or from scores."""
+    if path := request.selection.plan:
+        plan = given_plan(opened, path)
+        if plan.repairs:
+            progress.say(plan.lost_repairs(path))
+        return plan.unrepaired(), None
+    if made := plan_of_rungs(opened, request, progress):
+        return made, None
+    spec, keep = request.target.spec, request.target.keep
+    published = opened.recipe.published if opened.recipe else None
+    if all(s.published or s.window or s.indices is not None for s in parse_spec(spec)):
+        outline = api.outline(opened.model, spec)
+        losses = losses_by_window(opened, request, outline, progress)
+        return api.plan_unscored(opened.ref, outline, spec, keep, published, losses), None
+    if seen := next((s for s in parse_spec(spec) if of_images(s.stack)), None):
+        raise PlanError(
+            f"`{seen}` needs scores on images with their texts; name the layers, as in {seen.stack}.{seen.kind}=1,2, "
+            "or use dropformer.analyze(model, batches) in Python"
+        )
+    scores = get_scores(opened, request, progress)
+    losses = losses_by_window(opened, request, scores.outline, progress)
+    return api.plan(scores, spec, keep, published, losses=losses), scores

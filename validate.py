@@ -19,7 +19,7 @@ from dropformer.metrics.search.registry import SELECTIONS
 from dropformer.prune.errors import DropformerError, EvaluationError, OutputError, PlanError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.files.config_json import read_config
-from dropformer.prune.files.output_paths import check_out, check_place
+from dropformer.prune.files.output_paths import check_empty, check_out, check_place
 from dropformer.prune.formats.record import need_dense
 from dropformer.prune.formats.registry import FORMATS, ExportFacts
 from dropformer.prune.plan import Plan
@@ -211,14 +211,6 @@ def validate_evaluation(facts: EvaluationFacts) -> None:
         raise EvaluationError(f"{facts.sweep} does not exist; expected a sweep.json that `prune sweep` wrote")
 
 
-def parse_numbers(option: str, text: str) -> list[int]:
-    """The positive numbers of a comma-separated list.  Raises EvaluationError."""
-    parts = text.replace(" ", "").split(",")
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise EvaluationError(f"{option} {text} cannot be read; expected numbers by commas")
-    return [int(part) for part in parts]
-
-
 def check_effects(request: Request) -> None:
     """Raises DropformerError for a given option that would be ignored."""
     for rule in RULES:
@@ -250,8 +242,7 @@ def check_target(given: Collection[str]) -> None:
 def check_model(model: str, drop: str | None = None, texts: Sequence[str] = (), dense: bool = False) -> Path | None:
     """Raise the errors that arguments and files alone can show; returns the model's folder.
 
-    `dense`: layers will be dropped, so a pruned checkpoint is an error.  The folder is None for a model that must be
-    downloaded or converted first.
+    `dense`: a pruned checkpoint is an error.  The folder is None for a model to be downloaded or converted first.
     """
     if drop is not None:
         parse_spec(drop)
@@ -269,13 +260,6 @@ def check_model(model: str, drop: str | None = None, texts: Sequence[str] = (), 
         check_stacks(drop, tensors, model)
         check_drop(drop, config, model)
     return folder
-
-
-def check_empty(out: Path) -> None:
-    """Raises OutputError if a checkpoint could not be written."""
-    check_place(out)
-    if out.is_dir() and any(out.iterdir()):
-        raise OutputError(f"{out} exists and is not an empty folder; choose another --out or remove it")
 
 
 def _kinds(request: Request) -> set[str] | None:
