@@ -138,33 +138,33 @@ class Lesson:
         words = 4 * blocks if head is None else head.get_parameter("weight").numel()
         return max(1, min(4, -(-3 * words // (2 * max(blocks, 1)))))
 
-    def step(self, batch: int, turn: int) -> float:
-        """Gradients of the mean KL(dense || student) over a batch's positions in turn, which is returned."""
+    def step(self, batch: int, turn: int) -> int:
+        """Add gradients of the KL(dense || student) summed over a batch's positions in turn; gives their number.
+
+        Summed, so that those of 16 bits are not too small to be told from zero.
+        """
         positions = self._positions(batch, turn % self.stride)
         stream = self.before[batch]
         with torch.enable_grad():
             for block in range(self.first, len(self.student.blocks)):
                 stream = self.student.step(block, batch, stream)
             end = stream.detach().requires_grad_(True)
-            parts = [self._head(batch, end, some, len(positions)) for some in self._parts(batch, positions)]
+            for some in self._parts(batch, positions):
+                self._head(batch, end, some)
             stream.backward(end.grad)
         self._count(batch)
-        return sum(parts) / (len(positions) * len(end))
+        return len(positions) * len(end)
 
-    def _head(self, batch: int, end: Tensor, positions: Tensor, count: int) -> float:
-        """Add the gradient at the stream's end of the KL at some positions, of `count` in all; gives their sum.
+    def _head(self, batch: int, end: Tensor, positions: Tensor) -> None:
+        """Add the gradient at the stream's end of the KL at some positions.
 
         In logits z of the student, with probabilities p of it and q of the dense model, it is p - q.
         """
         with torch.no_grad():
-            goal = torch.log_softmax(self.dense.logits(batch, self.after[batch], positions).float(), -1)
+            goal = torch.softmax(self.dense.logits(batch, self.after[batch], positions).float(), -1)
         logits = self.student.logits(batch, end, positions)
-        found = torch.log_softmax(logits.detach().float(), -1)
-        goal = goal.to(found.device)
-        chances = goal.exp()
-        divergence = float((chances * (goal - found)).sum())
-        logits.backward(((found.exp_() - chances) / (count * len(end))).to(logits.dtype))
-        return divergence
+        found = torch.softmax(logits.detach().float(), -1)
+        logits.backward(found.sub_(goal.to(found.device)).to(logits.dtype))
 
     def _parts(self, batch: int, positions: Tensor) -> Sequence[Tensor]:
         """Positions whose logits are held together."""
@@ -199,7 +199,9 @@ def train(lesson: Lesson, learned: Mapping[str, Adapter | Shift], progress: Prog
     for step, batch in enumerate(steps):
         for group in optimizer.param_groups:
             group["lr"] = group["most"] * how.factor(step, len(steps))
-        lesson.step(batch, step)
+        count = lesson.step(batch, step)
+        for p in parameters:
+            p.grad = None if p.grad is None else p.grad.div_(count)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
