@@ -242,6 +242,9 @@ def main() -> None:
                 with options.resume.open("a") as file:
                     file.write(json.dumps(rows[family]) + "\n")
     version = vllm_version(options.vllm)
+    missing = [family for family in FAMILIES if family not in rows]
+    if options.write and missing:
+        parser.error(f"--write renews the whole table, and there is no row of {', '.join(missing)}; use --resume")
     if options.write:
         write(list(rows.values()), version)
     counts = {kind: sum(row["kind"] == kind for row in rows.values()) for kind in KINDS}
