@@ -1,4 +1,4 @@
-"""dropformer: find the layers a Transformer can do without, take them out, prove what it cost.
+"""dropformer: find the layers a Transformer can do without, drop them, measure what that costs.
 
     import dropformer
     scores = dropformer.analyze("smollm2-135m")
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dropformer.prune.loading.registration import register_when_transformers_loads
 from dropformer.prune.version import __version__
 
-if TYPE_CHECKING:  # what the table below imports on first use, so that type checkers know each name
+if TYPE_CHECKING:  # the names that the table below imports on first use, for type checkers
     from dropformer.api import DropRecord as DropRecord
     from dropformer.api import LoadedModel as LoadedModel
     from dropformer.api import Placement as Placement
@@ -61,10 +61,10 @@ __all__ = ["__version__", *_HOME]
 
 register_when_transformers_loads()
 
-if not TYPE_CHECKING:  # with it in sight, a type checker would take any name for one of ours
+if not TYPE_CHECKING:  # otherwise type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
-        """The API is imported on first use: torch takes seconds, `prune --help` must not."""
+        """Import the API on first use: torch takes seconds, `prune --help` must not."""
         if name in _HOME:
             return getattr(import_module(_HOME[name]), name)
         raise AttributeError(f"module 'dropformer' has no attribute {name!r}")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dropformer.metrics.analysis.analyze import analyze_model, calibrated
 from dropformer.metrics.analysis.planning import plan_from as plan
-from dropformer.metrics.analysis.planning import windows_of
+from dropformer.metrics.analysis.planning import spec_windows
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.batching import samples_at_once
 from dropformer.metrics.calibration.data import calibration_data, default_settings
@@ -28,12 +28,12 @@ from dropformer.prune.errors import ModelError, OutputError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.formats.export import Exported, export, save_in_memory
 from dropformer.prune.formats.record import need_dense
-from dropformer.prune.formats.stored_tensors import stored_dtype
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.loading.load import load
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, make_plan
 from dropformer.prune.spec import without_windows
+from dropformer.prune.surgery.stored_tensors import stored_dtype
 from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
 from dropformer.prune.surgery.views import proven, sharing_copy
 from dropformer.recipes.opening import LoadedModel, open_model
@@ -55,12 +55,12 @@ def analyze(
     progress: Callable[[int, int], None] | None = None,
     architecture: Architecture | None = None,
 ) -> Scores:
-    """How redundant every block, attention layer and MLP layer is, from one forward pass.
+    """Similarity of every block, attention layer and MLP layer, from one forward pass over the calibration data.
 
-    `model` is whatever `--model` takes, calibrated on `calibration` (default: the recipe's, else
-    builtin, random pixels for a model of images), or any torch module with `batches` of its inputs (tensors or
-    mappings, with the batch first).  `architecture`: what `describe` or `discover` found in it; it is proven on
-    the first batch, and plan and drop then follow it.  Raises ModelError, ArchitectureError or CalibrationError.
+    `model` is a name as for `--model`, with `calibration` (default: the recipe's, else builtin; random pixels for an
+    image model), or any torch module with `batches` of its inputs (tensors or mappings, batch first).
+    `architecture`: the result of `describe` or `discover`; it is proven on the first batch, and plan and drop use it.
+    Raises ModelError, ArchitectureError or CalibrationError.
     """
     if isinstance(model, nn.Module):
         if batches is None:
@@ -85,10 +85,10 @@ def plan_unscored(
     published: PublishedLists | None,
     losses: Mapping[Layer, float] | None = None,
 ) -> Plan:
-    """A plan from explicit or published lists, which need no scores; `losses` rank windows.  Raises PlanError."""
+    """A plan from explicit or published lists, without scores; `losses` rank windows.  Raises PlanError."""
     drops = without_windows(spec)
     layers = choose(outline, drops, None, keep, published) if drops else []
-    windows = windows_of(outline, spec, layers, losses, keep)
+    windows = spec_windows(outline, spec, layers, losses, keep)
     return make_plan(outline, ref, spec, layers, windows=windows, keep=list(keep))
 
 
@@ -103,11 +103,11 @@ def drop(model: nn.Module, plan: Plan, repair: Repair | None = None) -> nn.Modul
 
 
 def drop(model: str | Path | LoadedModel | nn.Module, plan: Plan, repair: Repair | None = None) -> nn.Module:
-    """A new model without the plan's layers, sharing the kept weights with the one given.
+    """A new model without the plan's layers that shares the kept weights with the given one.
 
-    The dropped layers cost nothing and hold no KV cache.  `repair`, from `improve`, gives some of the kept
-    layers new weights, rounded to the checkpoint's type.  The result's attribute `dropformer` is a `DropRecord`,
-    which `save` reads.  Raises PlanError when the plan was made for other weights.
+    Dropped layers have no compute and no KV cache.  `repair`, from `improve`, gives some of the kept layers new
+    weights, rounded to the checkpoint's dtype.  The result's attribute `dropformer` is a `DropRecord`, which `save`
+    reads.  Raises PlanError if the plan was made for other weights.
     """
     if isinstance(model, (str, Path)):
         model = open_model(model)
@@ -136,9 +136,9 @@ def draft(
     tokens: int | None = None,
     repair: Repair | None = None,
 ) -> PreTrainedModel:
-    """A draft for speculative decoding: what `drop` returns, set to draft `tokens` at a time.
+    """A draft for speculative decoding: the model that `drop` returns, set to draft `tokens` tokens per round.
 
-    By default as many as the plan says.  It shares every kept tensor with the dense model, which stays as it is.
+    `tokens` defaults to the plan's.  The draft shares every kept tensor with the dense model, which is unchanged.
     `model.generate(assistant_model=draft)` gives the dense model's text, and so does
     `model.generate(custom_generate=speculate_with(draft))`, which also shares the KV cache.  Raises as `drop`, and
     ModelError for a model that generates no text.
@@ -151,21 +151,21 @@ def draft(
 
 
 def speculate_with(draft: PreTrainedModel, counts: list[tuple[int, int]] | None = None) -> Callable[..., Any]:
-    """For `model.generate(custom_generate=...)`: the draft reads the dense model's KV cache instead of its own.
+    """A function for `model.generate(custom_generate=...)` with which the draft shares the dense model's KV cache.
 
-    `counts` receives (drafted, accepted) of each round.  Batch 1, as transformers' assisted decoding.  Raises
-    OutputError for a model that `draft` did not return, ModelError for a decoder of several stacks.
+    `counts` receives (drafted, accepted) per round.  Batch 1, like transformers' assisted decoding.  Raises
+    OutputError for a model that `draft` did not return, ModelError for a decoder with several stacks.
     """
     return speculation(draft, drop_record(draft).surgery, counts)
 
 
 @dataclass(frozen=True)
 class DropRecord:
-    """What `drop` leaves on a model, as its attribute `dropformer`, for `save`.
+    """The attribute `dropformer` that `drop` sets on a model, for `save`.
 
-    `plan`: which layers were dropped, by the original model's indices; `surgery`: how, with the new weights of a
-    repair; `source`: the folder of the dense weights, None for a module that has none; `gguf`: the file from which
-    that folder was made, if it was.  It is not saved with the model: the checkpoint has `plan.json`.
+    `plan`: the dropped layers, by original index; `surgery`: the changes to the model, with the new weights of a
+    repair; `source`: the folder of the dense weights, None for a module without one; `gguf`: the file from which that
+    folder was converted, if any.  It is not saved with the model: the checkpoint has `plan.json`.
     """
 
     plan: Plan
@@ -175,7 +175,7 @@ class DropRecord:
 
 
 def drop_record(model: nn.Module) -> DropRecord:
-    """What was done to a model that `drop` returned.  Raises OutputError for any other."""
+    """The `DropRecord` of a model that `drop` returned.  Raises OutputError for any other."""
     made = getattr(model, RECORD, None)
     if not isinstance(made, DropRecord):
         raise OutputError("this takes the model that drop returned; drop layers first")
@@ -190,9 +190,9 @@ def save(
 ) -> Exported:
     """Write a pruned model as a checkpoint, reload it, and keep it only if it gives the same logits.
 
-    Kept tensors are copied from the dense checkpoint byte for byte; a model that was only ever in
-    memory is written from there.  `format` is one of `prune.formats.FORMATS`.  Raises OutputError,
-    CheckpointError, PlanError (for what the format cannot carry) or VerificationError.
+    Kept tensors are copied from the dense checkpoint byte for byte; a model without a checkpoint is written from
+    memory.  `format` is one of `prune.formats.FORMATS`.  Raises OutputError, CheckpointError, PlanError (if the format
+    cannot represent the model) or VerificationError.
     """
     made = drop_record(model)
     if not isinstance(model, PreTrainedModel):

@@ -1,4 +1,4 @@
-"""The `prune` command: parse, validate, call, print.  Everything heavy is imported when a command runs."""
+"""The `prune` command: parse, validate, call, print.  Heavy modules are imported when a command runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="prune",
-    help="Find the layers a Transformer can do without, take them out, and prove what that cost and saved.",
+    help="Find the layers a Transformer can do without, drop them, and measure what that costs and saves.",
     epilog="Example: prune --model smollm2-135m --drop attn:4",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -28,7 +28,7 @@ app = typer.Typer(
 for command in commands.COMMANDS:
     app.command()(command)
 
-# Of click, which typer carries under one name or another.
+# click's UsageError, which typer exposes under different names.
 USAGE_ERRORS: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "UsageError")
 
 
@@ -109,7 +109,7 @@ def prune(
 
 
 def _carry_out(request: Request, quiet: bool, as_json: bool) -> None:
-    """Run a validated request and print what came of it: on files alone, as a draft, from disk, or the whole job."""
+    """Run a validated request and print its result: on files only, as a draft, from disk, or the whole job."""
     from dropformer import console
 
     progress = console.Terminal(quiet)
@@ -138,13 +138,13 @@ def _carry_out(request: Request, quiet: bool, as_json: bool) -> None:
 
 
 def main() -> None:
-    """Run the command; what a user can cause ends in one line on stderr and exit status 2."""
+    """Run the command; user errors end in one line on stderr and exit status 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except USAGE_ERRORS as error:
         said = " ".join(error.format_message().split()).rstrip(".")
-        if said:  # without a word it has just helped
+        if said:  # empty after --help
             _fail(f"{said}; see `prune --help`")
         sys.exit(0)
     except DropformerError as error:

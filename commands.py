@@ -1,4 +1,4 @@
-"""The subcommands of `prune`: each parses, validates, calls and prints.  Heavy imports wait until one runs."""
+"""The subcommands of `prune`: each parses, validates, calls and prints.  Heavy modules are imported when one runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BATCH, CONTEXT = "1", "512"
 
 
 def given(context: typer.Context) -> frozenset[str]:
-    """The parameters that the user wrote, as against those left at their defaults."""
+    """Names of the parameters that the user gave, without those left at their defaults."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     return frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE")
 
@@ -109,9 +109,9 @@ def sweep(
     from dropformer.prune.spec import parse_keep
     from dropformer.validate import validate
 
-    kind, counts = parse_range(drop)
+    spec, counts = parse_range(drop)
     request = asked.Request(
-        model, asked.Target(f"{kind}:{counts[-1]}", parse_keep(keep)), report=asked.ReportOptions(text=text),
+        model, asked.Target(spec.format(counts[-1]), parse_keep(keep)), report=asked.ReportOptions(text=text),
         calibration=asked.CalibrationOptions(asked.calibration_texts(calibration)), dry_run=True,
         placement=asked.Placement(dtype, device, device_map, trust_remote_code),
     )  # fmt: skip
@@ -121,7 +121,7 @@ def sweep(
     from dropformer import console, job
     from dropformer.eval.quality.sweep import draw
 
-    found = job.sweep(request, kind, counts, (samples, length), console.Terminal(quiet), speed)
+    found = job.sweep(request, spec, counts, (samples, length), console.Terminal(quiet), speed)
     found.write(folder / "sweep.json")
     draw(found, folder / "sweep.png")
     console.show_sweep(found, folder, as_json)
@@ -197,7 +197,8 @@ def evaluate(
 ) -> None:
     """What a drop cost and what it saved: tasks, perplexity, probes, speed, memory, side by side."""
     os.environ["TQDM_DISABLE"] = "1"  # before tqdm is there: lm-eval shows a bar for each of MMLU's 57 subjects
-    from dropformer.validate import EvaluationFacts, parse_numbers, validate_evaluation
+    from dropformer.request import parse_numbers
+    from dropformer.validate import EvaluationFacts, validate_evaluation
 
     names = tuple(name for name in tasks.replace(" ", "").split(",") if name)
     facts = EvaluationFacts(models, names, text, backend, mmlu_data, cache, sweep, out, given(context))

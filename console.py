@@ -1,6 +1,6 @@
-"""What the command line prints: results as tables on stdout, progress on stderr.
+"""Output of the command line: results as tables on stdout, progress on stderr.
 
-Names come from users and checkpoints, so nothing is read as Rich's markup: styles are set with `Text`.
+Names come from users and checkpoints, so Rich markup is disabled: styles are set with `Text`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ err = Console(stderr=True, **_PLAIN)
 
 
 class Terminal:
-    """The progress of a run on stderr: lines, and bars for long work; nothing if quiet."""
+    """Progress on stderr: lines, and bars for long stages; nothing if quiet."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
@@ -69,7 +69,7 @@ class Terminal:
 
 
 class TimeLeftColumn(ProgressColumn):
-    """The time left, and once all is done the time that it took."""
+    """The remaining time; after the end, the elapsed time."""
 
     def render(self, task: Task) -> Text:
         if task.finished:
@@ -89,7 +89,7 @@ def _rate(progress: Progress, task: Any, count: int) -> str:
 
 
 def show(as_json: str | None, *parts: Table | str) -> None:
-    """Print a result: its JSON where that was asked for, else these tables and lines."""
+    """Print a result: its JSON if given, else these tables and lines."""
     if as_json is not None:
         sys.stdout.write(as_json if as_json.endswith("\n") else as_json + "\n")
         return
@@ -98,14 +98,14 @@ def show(as_json: str | None, *parts: Table | str) -> None:
 
 
 def show_outcome(outcome: Outcome, as_json: bool) -> None:
-    """What the main job measured and wrote."""
+    """The report and the checkpoint of the main job."""
     report, exported = outcome.report, outcome.exported
     notes = [*report_notes(report), done(outcome.out, exported.record, exported.max_difference)]
     show(report.to_json() if as_json else None, report_table(report), *notes)
 
 
 def show_export(written: Written, model: str, as_json: bool) -> None:
-    """What following a plan on the files wrote."""
+    """The checkpoint written by following a plan on the files."""
     notes = [done(written.path, written.record, ran=False)]
     if FORMATS[written.record["format"]].reloads:
         notes.insert(0, f"not measured: `prune evaluate {model} {written.path}` does it, and --measure here")
@@ -173,7 +173,7 @@ def _cell(value: float, error: float | None, rank: int) -> Text:
 
 
 def plan_table(plan: Plan) -> Table:
-    """The layers to drop, in the order of the choice, with their scores where they were ranked."""
+    """The layers to drop, in the order of selection, with their scores if they were ranked."""
     table = Table(title=f"{plan.model.name}: {plan.spec}", title_justify="left")
     scored = any(drop.similarity is not None for drop in plan.drops)
     alone = f"by {plan.metric}" if plan.metric else "layer"
@@ -201,18 +201,18 @@ def savings_line(plan: Plan) -> str:
 
 
 def done(out: Any, record: Mapping[str, Any], difference: float | None = None, ran: bool = True) -> str:
-    """Where the checkpoint is, how it is loaded, and how it was checked; `ran`: it was to be reloaded as well."""
+    """Where the checkpoint is, how it is loaded, and how it was checked; `ran`: reloading was part of the run."""
     form = FORMATS[record["format"]]
     checked = form.checked if difference is None else f"reloaded, logits equal to {difference:.1e}"
     if ran and form.reloads and difference is None:
-        checked += ", but no memory was left to reload it and compare logits"
+        checked += ", but there was not enough memory to reload it and compare logits"
     notes = "".join(f"\nnote: {note}" for note in record["notes"])
     summary = form.summary(record["packed"], bool(record["notes"]), record["stock_windows"])
     return f"wrote {out} ({summary}); {checked}{notes}"
 
 
 def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", caption: str = "") -> Table:
-    """Rows of text under a head; the first column left, the others right."""
+    """A table of text rows; the first column is left-aligned, the others right-aligned."""
     table = Table(title=title or None, caption=caption or None, title_justify="left", caption_justify="left")
     for i, name in enumerate(head):
         table.add_column(name, justify="right" if i else "left")
@@ -232,7 +232,7 @@ def show_engines(found: Mapping[str, Any], as_json: bool, full: bool = False) ->
     for entry in found["engines"].values():
         how = "\n".join(filter(None, (entry["command"], entry["why"], entry["instead"])))
         table.add_row(entry["title"], "yes" if entry["loads"] else "no", Text(how))
-    saves = f"Where it loads it saves: {found['saves']}." if found["saves"] else ""
+    saves = f"Saved in an engine that loads it: {found['saves']}." if found["saves"] else ""
     show(json.dumps(found, indent=1) if as_json else None, table, *filter(None, [saves]))
 
 

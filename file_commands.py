@@ -1,4 +1,4 @@
-"""The subcommands of `prune` that read no weights: which engines load a checkpoint, publishing one, the recipes."""
+"""The subcommands of `prune` that load no model: engines, push, recipes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dropformer import cli_options as options
 
 
 def engines(folder: options.Loadable, full: options.Full = False, as_json: options.Json = False) -> None:
-    """Which engines load a checkpoint, with which command; what to do for those that do not."""
+    """Which engines load a checkpoint, by which command, and what to do for the others."""
     from dropformer import console
     from dropformer.prune.engines.registry import engines as answers
 

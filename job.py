@@ -1,4 +1,4 @@
-"""The main job, end to end: fetch, calibrate, score, plan, drop, measure, export, reload, verify, report."""
+"""The main job end to end: fetch, calibrate, score, plan, drop, measure, export, reload, verify, report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from dropformer import api
+from dropformer import api, scoring
 from dropformer.eval.cost.timing import Setting
 from dropformer.eval.draft.choose import DraftFound, choose_draft
 from dropformer.eval.draft.verdict import add_to_card
@@ -21,37 +21,33 @@ from dropformer.metrics.analysis.plots import similarity_by_depth
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.data import calibration_data, default_settings, text_windows
 from dropformer.metrics.calibration.images import PIXELS
-from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
+from dropformer.metrics.calibration.settings import Calibration, check_length
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.repair.base import Repair
 from dropformer.progress import Progress, Silent
-from dropformer.prune.architecture import of_images
-from dropformer.prune.errors import CalibrationError, ModelError, PlanError
+from dropformer.prune.errors import ModelError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.files.folder import new_files
-from dropformer.prune.files.output_paths import check_place
+from dropformer.prune.files.output_paths import check_empty, check_place
 from dropformer.prune.formats.export import Exported, export
 from dropformer.prune.formats.export_plan import Written, plan_kept, write_by_plan
 from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.loading.load import usable_device
 from dropformer.prune.plan import Plan
 from dropformer.prune.samples.inputs import takes_pictures, writes_text
-from dropformer.prune.spec import parse_spec
 from dropformer.prune.window import CONTEXT
 from dropformer.recipes.follow import in_percent
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import Request
-from dropformer.scoring import draft_windows, get_scores, losses_by_window, open_to_score, plan_of_rungs, writer
-from dropformer.selection import given_plan, improved
-from dropformer.validate import check_empty
+from dropformer.selection import improved, one_shot_plan
 
 SWEEP = Setting(prompt=256, new=16)
-"""What a sweep times each model at."""
+"""Setting at which a sweep measures speed."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the main job made."""
+    """Results of the main job."""
 
     out: Path
     plan: Plan
@@ -59,76 +55,51 @@ class Outcome:
     exported: Exported
 
 
-def make_plan(opened: LoadedModel, request: Request, progress: Progress) -> tuple[Plan, Scores | None]:
-    """The plan from a file, from lists (no calibration needed), or from scores."""
-    if path := request.selection.plan:
-        plan = given_plan(opened, path)
-        if plan.repairs:
-            progress.say(plan.lost_repairs(path))
-        return plan.unrepaired(), None
-    if made := plan_of_rungs(opened, request, progress):
-        return made, None
-    spec, keep = request.target.spec, request.target.keep
-    published = opened.recipe.published if opened.recipe else None
-    if all(s.published or s.window or s.indices is not None for s in parse_spec(spec)):
-        outline = api.outline(opened.model, spec)
-        losses = losses_by_window(opened, request, outline, progress)
-        return api.plan_unscored(opened.ref, outline, spec, keep, published, losses), None
-    if seen := next((s for s in parse_spec(spec) if of_images(s.stack)), None):
-        raise PlanError(
-            f"`{seen}` needs scores on images with their texts; name the layers, as in {seen.stack}.{seen.kind}=1,2, "
-            "or use dropformer.analyze(model, batches) in Python"
-        )
-    scores = get_scores(opened, request, progress)
-    losses = losses_by_window(opened, request, scores.outline, progress)
-    return api.plan(scores, spec, keep, published, losses=losses), scores
-
-
 def plan_only(request: Request, progress: Progress | None = None) -> Plan:
-    """The plan that `run` would follow."""
+    """The plan that `run` would apply."""
     progress = progress or Silent()
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
     if request.selection.strategy:
-        return improved(opened, request, progress, plan=plan_of_rungs(opened, request, progress))[0]
-    return make_plan(opened, request, progress)[0]
+        return improved(opened, request, progress, plan=scoring.plan_of_rungs(opened, request, progress))[0]
+    return one_shot_plan(opened, request, progress)[0]
 
 
 def draft(request: Request, progress: Progress | None = None) -> tuple[DraftFound, Outcome | None]:
-    """Find the model's own draft, and write it where it pays or was asked for anyway.  Raises a DropformerError."""
+    """Find the model's own draft, and write it if it pays or `anyway` is set.  Raises a DropformerError."""
     progress, options = progress or Silent(), request.draft
     assert options is not None
     if not request.dry_run:
         check_empty(request.folder)
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
-    data = draft_windows(opened, request.calibration, options, progress)
+    data = scoring.draft_windows(opened, request.calibration, options, progress)
     found = choose_draft(opened, options, data, request.target.keep, api.outline(opened.model), progress)
     if request.dry_run or not (found.pays or options.anyway):
         return found, None
     with plan_kept(found.plan, request.folder, always=True):
-        held_out = _held_out(opened, request, progress)
+        held_out = scoring.held_out_windows(opened, request, progress)
         chosen = _Chosen(found.plan, None, None, partial(add_to_card, found))
         report, exported = _carried_out(opened, chosen, request.folder, held_out, request, progress)
     return found, Outcome(request.folder, found.plan, report, exported)
 
 
 def run(request: Request, progress: Progress | None = None) -> Outcome:
-    """Do the whole job.  Raises a DropformerError, and then nothing is left of the output.
+    """Run the whole job.  Raises a DropformerError and then leaves no output.
 
-    The plan is kept beside the output where a check failed, memory ran out, or choosing it took long.
+    After a failed check, an out-of-memory error or a long search, the plan is kept beside the output.
     """
     progress = progress or Silent()
     out = request.folder
     check_empty(out)
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
-    held_out = _held_out(opened, request, progress)  # a text that is too short is said before anything is measured
+    held_out = scoring.held_out_windows(opened, request, progress)  # raises before anything is measured
     scores, repair = None, None
     if request.selection.strategy:
-        plan, repair = improved(opened, request, progress, plan=plan_of_rungs(opened, request, progress))
+        plan, repair = improved(opened, request, progress, plan=scoring.plan_of_rungs(opened, request, progress))
     else:
-        plan, scores = make_plan(opened, request, progress)
+        plan, scores = one_shot_plan(opened, request, progress)
     if plan.layers:
         progress.say(f"dropping {', '.join(map(str, plan.layers))}")
     if plan.windows:
@@ -163,7 +134,7 @@ def _carried_out(
     pruned = api.drop(opened, plan, chosen.repair)
     surgery = api.drop_record(pruned).surgery
     if surgery.note:
-        progress.say(f"dropped blocks stay as empty ones: {surgery.note}")
+        progress.say(f"dropped blocks stay as identity blocks: {surgery.note}")
     quality, speed = _measure(opened, pruned, plan, request, held_out, progress)
     made: list[reports.Report] = []
 
@@ -180,9 +151,9 @@ def _carried_out(
 
 
 def run_from_disk(request: Request, progress: Progress | None = None) -> Written:
-    """Choose, repair and write with the blocks' weights read from the files, for a model that exceeds memory.
+    """Select, repair and export with weights read from the files block by block, for a model that exceeds memory.
 
-    Nothing is measured on the result, and nothing of it is loaded again.  Raises a DropformerError.
+    The result is neither measured nor reloaded.  Raises a DropformerError.
     """
     from dropformer.metrics.blockwise.from_disk import open_source_of_blocks
     from dropformer.metrics.offload.process_memory import parse_bytes
@@ -230,26 +201,15 @@ def _measure(
     return quality, speed
 
 
-def _held_out(opened: LoadedModel, request: Request, progress: Progress) -> Windows | None:
-    """The report's text, None where perplexity is not measured.  Raises CalibrationError where there is too little."""
-    if not request.measures or opened.tokenizer is None or not writes_text(opened.model):
-        return None
-    length = min(HELD_OUT.length, context_of(opened.model.config) or HELD_OUT.length)
-    try:
-        return text_windows(replace(HELD_OUT, name=request.report.text, length=length), writer(opened, progress))
-    except CalibrationError as error:
-        raise CalibrationError(f"--text: {error}") from None
-
-
 def _calibrated_on(opened: LoadedModel, plan: Plan, request: Request) -> list[str]:
-    """The texts that layers were chosen on, or repaired; none where a list names the layers."""
+    """Names of the texts that layers were selected or repaired on; none if a list names the layers."""
     chosen = str(plan.calibration["name"]).split(",") if plan.calibration else []
     repaired = request.calibration.of(opened.recipe).name.split(",") if request.selection.strategy else []
     return chosen + repaired
 
 
 def _likeness(opened: LoadedModel, pruned: Any, request: Request, progress: Progress) -> OutputSimilarity | None:
-    """How like the outputs are on held-out text, or on images like those calibrated on; None without either."""
+    """Output similarity on held-out text, or on images of the calibration set; None without either."""
     name = next(iter(request.calibration.texts), PIXELS) if takes_pictures(pruned) else request.report.text
     if opened.tokenizer is None and not takes_pictures(pruned):
         return None
@@ -263,12 +223,12 @@ def _likeness(opened: LoadedModel, pruned: Any, request: Request, progress: Prog
 def analyze(request: Request, progress: Progress | None = None) -> Scores:
     """Score a model and write scores.json and similarity.png into the request's folder.
 
-    Of several processes launched together only the first writes.
+    Of several processes launched together, only the first writes.
     """
     progress = progress or Silent()
     check_place(request.folder)
-    opened = open_to_score(request, progress)
-    scores = get_scores(opened, request, progress)
+    opened = scoring.open_to_score(request, progress)
+    scores = scoring.get_scores(opened, request, progress)
     if rank() == 0:
         with new_files(request.folder) as folder:
             scores.write(folder / "scores.json")
@@ -277,31 +237,32 @@ def analyze(request: Request, progress: Progress | None = None) -> Scores:
 
 
 def sweep(
-    request: Request, kind: str, counts: list[int], shape: tuple[int, int], progress: Progress, speed: bool = False
+    request: Request, spec: str, counts: list[int], shape: tuple[int, int], progress: Progress, speed: bool = False
 ) -> Sweep:
-    """Measure every number of drops of a kind, most redundant first, on windows of the shape (N, T); dense first.
+    """Measure perplexity for every number of drops, most redundant first, on windows of text of shape (N, T).
 
-    With `speed` all of them are timed too, interleaved.
+    spec: such as "attn:{}" or "window:{}@256+4".  With `speed`, all models are timed too, interleaved.
     """
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
     if not writes_text(opened.model):
-        raise ModelError(f"a sweep measures perplexity, and {request.model} is no causal language model; prune it")
+        raise ModelError(
+            f"a sweep measures perplexity, but {request.model} is not a causal language model; prune it with --drop"
+        )
     check_length(opened.model.config, max(shape[1], SWEEP.prompt + SWEEP.new if speed else 0), opened.ref.name)
-    scores = get_scores(opened, request, progress, [f"{kind}:{count}" for count in counts if count])
-    plans = [api.plan(scores, f"{kind}:{count}", request.target.keep) for count in counts if count]
-    data = text_windows(Calibration(request.report.text, *shape, seed=HELD_OUT.seed), writer(opened, progress))
+    plans = scoring.swept_plans(opened, request, [spec.format(count) for count in counts if count], shape[1], progress)
+    data = text_windows(Calibration(request.report.text, *shape, seed=HELD_OUT.seed), scoring.writer(opened, progress))
     models = [opened.model, *(api.drop(opened, plan) for plan in plans)]
     setting = SWEEP if speed else AT
     points = []
     with progress.stage(f"perplexity on {request.report.text}", len(models)) as tick:
-        for model, layers in zip(models, [[], *(plan.layers for plan in plans)], strict=True):
+        for model, layers in zip(models, [[], *([*plan.layers, *plan.windowed] for plan in plans)], strict=True):
             points.append(point(opened.model, model, layers, data.ids, setting, data.partly_scored))
             tick(len(points), len(points) * data.ids.numel())
     if speed:
         with progress.stage(f"speed, {len(models)} models interleaved"):
             points = with_speed(points, models, setting)
     return Sweep(
-        model=opened.ref, of=kind, text=data.ref.model_dump(), setting=str(setting), points=points,
+        model=opened.ref, of=spec.replace(":{}", ""), text=data.ref.model_dump(), setting=str(setting), points=points,
         cliff=find_cliff(points),
     )  # fmt: skip

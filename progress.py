@@ -1,4 +1,4 @@
-"""How long work reports what it does, whoever listens."""
+"""Progress of long work, as the command line or a script shows it."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 Tell = Callable[[str], None]
-"""Takes one line of text for a person."""
+"""Called with one line of text for the user."""
 
 Tick = Callable[[int, int], None]
-"""Takes how much of a stage is done, and a second count to show beside it, such as tokens."""
+"""Called with the steps done in a stage, and a second count to show beside it, such as tokens."""
 
 
 class Progress(Protocol):
-    """Shows what a run does; the command line draws it, a script may ignore it."""
+    """Shows the progress of a run."""
 
     def say(self, text: str) -> None:
-        """One line about what happens now."""
+        """Show one line about the current work."""
 
     def stage(self, name: str, total: int | None = None) -> AbstractContextManager[Tick]:
-        """A piece of long work of `total` steps, None where they are not counted."""
+        """A stage of `total` steps, None if not counted."""
+
+
+def silent(_: str) -> None:
+    """A `Tell` that shows nothing."""
 
 
 class Silent:
-    """The progress of a run that nobody watches."""
+    """Shows nothing."""
 
     def say(self, text: str) -> None:
         pass

@@ -1,4 +1,4 @@
-"""One run, described: what the user asked for, before anything is opened.  Light: no torch."""
+"""The description of one run, before any model is opened.  Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dropformer.metrics.search.budget import parse_budget
 from dropformer.metrics.search.ladder import check_rungs
 from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named_strategy
-from dropformer.prune.errors import CalibrationError, PlanError
+from dropformer.prune.errors import CalibrationError, EvaluationError, PlanError
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.rungs.registry import parse_rungs
 from dropformer.prune.spec import parse_keep
@@ -24,7 +24,7 @@ from dropformer.recipes.placement import Placement
 from dropformer.recipes.source import short_name
 
 GATE = Calibration("docstrings", samples=4, length=512, seed=1)
-"""What a repair is validated on."""
+"""Default validation text of repairs."""
 
 
 def recipe_calibration(recipe: Recipe | None) -> Calibration:
@@ -37,11 +37,11 @@ def recipe_calibration(recipe: Recipe | None) -> Calibration:
 def calibration_texts(names: str | None, several: bool = False) -> tuple[str, ...]:
     """The calibration texts of a comma-separated list, () for None.  Raises CalibrationError.
 
-    `several`: the windows can be divided among texts, as a search or a repair does.
+    `several`: several texts are allowed, as in a search or a repair.
     """
     if names is None:
         return ()
-    whole = not several and Path(names).exists()  # a name may hold a comma
+    whole = not several and Path(names).exists()  # a file name may contain a comma
     found = tuple(name.strip() for name in ([names] if whole else names.split(",")) if name.strip())
     if not found:
         raise CalibrationError("--calibration names no text; expected builtin, c4, wikitext or a file, or leave it out")
@@ -52,8 +52,16 @@ def calibration_texts(names: str | None, several: bool = False) -> tuple[str, ..
     return found
 
 
+def parse_numbers(option: str, text: str) -> list[int]:
+    """The positive numbers of a comma-separated list.  Raises EvaluationError."""
+    parts = text.replace(" ", "").split(",")
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise EvaluationError(f"{option} {text} cannot be read; expected numbers by commas")
+    return [int(part) for part in parts]
+
+
 def chosen_target(drop: str | None, keep: str, budget: str | None, rungs: str | None, context: int | None) -> Target:
-    """What the options say is to be dropped.  Raises PlanError."""
+    """The target that the options describe.  Raises PlanError."""
     target = Target(drop or "", parse_keep(keep), budget, context or Target.context)
     if rungs is None:
         return target
@@ -68,7 +76,7 @@ def chosen_strategy(
     quality: str | None, metric: str | None, select: str | None, repair: str | None, refine: int | None,
     budget: str | None,
 ) -> Strategy | None:  # fmt: skip
-    """The strategy that the options name, None where none does: one-shot similarity.  Raises PlanError."""
+    """The strategy that the options describe, None for one-shot similarity.  Raises PlanError."""
     if not refine and all(said is None for said in (quality, metric, select, repair, budget)):
         return None
     if repair is not None and not repair.strip(" ,"):
@@ -80,7 +88,7 @@ def chosen_strategy(
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What the user said about calibration; empty or None leaves the recipe's choice, or builtin."""
+    """Calibration options; empty or None means the recipe's settings, else the defaults."""
 
     texts: Sequence[str] = ()
     samples: int | None = None
@@ -89,18 +97,18 @@ class CalibrationOptions:
     skip_first: int | None = None
 
     def of(self, recipe: Recipe | None) -> Calibration:
-        """The settings for a model, several texts under one name."""
+        """The settings for a model; several texts are joined in one name."""
         numbers = {key: value for key, value in vars(self).items() if key != "texts" and value is not None}
         base = recipe_calibration(recipe)
         name = ",".join(self.texts) or base.name
         if name != base.name:
-            base = Calibration(name)  # the recipe's sizes belong to the recipe's text
+            base = Calibration(name)  # the recipe's sizes are for the recipe's text
         return replace(base, **numbers)
 
 
 @dataclass(frozen=True)
 class ScoringOptions:
-    """How scores are measured: windows at once (None: chosen), a spec to stop at once it is stable, a bound on RAM."""
+    """How scores are measured: batch size (None: automatic), a drop spec to stop at once stable, a memory limit."""
 
     batch_size: int | None = None
     until_stable: str | None = None
@@ -109,7 +117,7 @@ class ScoringOptions:
 
 @dataclass(frozen=True)
 class SelectionOptions:
-    """How layers are chosen and the rest repaired, beyond one-shot similarity.
+    """How layers are selected and the others repaired, beyond one-shot similarity.
 
     `plan`: a file to follow instead of the target; `scores`: a file to plan from; `gate`: the text on which a
     repair is validated.
@@ -123,7 +131,7 @@ class SelectionOptions:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """What is measured of the result, on which text; seconds for speed, 0 for none."""
+    """What is measured on the result: text for perplexity, seconds for speed (0: none)."""
 
     measure: bool | None = None
     text: str = "heldout"
@@ -132,9 +140,9 @@ class ReportOptions:
 
 @dataclass(frozen=True)
 class Request:
-    """One run: score, plan, drop, export, report.  `draft`: the plan is sought as the model's own draft.
+    """One run: score, plan, drop, export, report.  `draft`: search for the model's own draft.
 
-    `given` are the parameters that the user wrote, as against defaults: one that would have no effect is refused.
+    `given`: names of the parameters that the user gave, of which one without effect is an error.
     """
 
     model: str
@@ -153,13 +161,13 @@ class Request:
 
     @property
     def on_files(self) -> bool:
-        """Is a plan followed by copying byte ranges, without a model in memory?"""
+        """Whether a plan is applied by copying byte ranges, without a model in memory."""
         chosen = self.selection
         return bool(chosen.plan and not (chosen.strategy or self.report.measure or self.dry_run))
 
     @property
     def drops(self) -> bool:
-        """Does the run drop layers, rather than only score them?"""
+        """Whether the run drops layers, rather than only scoring them."""
         return bool(self.target.spec or self.target.budget or self.selection.plan or self.draft)
 
     @property

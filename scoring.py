@@ -1,4 +1,4 @@
-"""The scores of a model: kept ones of the same weights and tokens, else new ones, by one process or many."""
+"""The scores of a model, cached or measured, by one process or several."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from dropformer import api
 from dropformer.eval.draft.options import DraftOptions
+from dropformer.eval.quality.perplexity import HELD_OUT
 from dropformer.metrics.analysis import distributed
 from dropformer.metrics.analysis.measure import Measuring, measure
 from dropformer.metrics.analysis.score_cache import keep, kept_scores, score_file
@@ -50,12 +52,12 @@ WINDOW_TOKENS = 8192  # read to rank windows by: about two texts several windows
 
 
 def writer(opened: LoadedModel, progress: Progress) -> Writer:
-    """The model as it writes calibration text itself, kept by its weights."""
+    """The model as a generator of calibration text, cached by its weights."""
     return Writer(opened.model, opened.tokenizer, opened.ref.fingerprint, progress.say)
 
 
 def open_to_score(request: Request, progress: Progress) -> LoadedModel:
-    """Open a model for analysis: on this process's own device, without its weights where they are to be streamed."""
+    """Open a model for analysis, on this process's own device, without weights if they are streamed."""
     if request.scoring.until_stable:
         check_spec(request.scoring.until_stable)
     if request.scoring.memory is not None:
@@ -126,7 +128,7 @@ def _material(opened: LoadedModel, request: Request, progress: Progress) -> Cali
 
 
 def _origin(said: CalibrationOptions, opened: LoadedModel) -> str:
-    """Where the calibration settings come from: the recipe's or the default ones, and which options changed them."""
+    """The origin of the calibration settings: recipe or defaults, and the options that changed them."""
     options = [f"--{name.replace('_', '-')}" for name, value in vars(said).items() if value not in (None, ())]
     base = "the recipe's" if opened.recipe else "the default"
     if said.texts:
@@ -135,7 +137,7 @@ def _origin(said: CalibrationOptions, opened: LoadedModel) -> str:
 
 
 def wording(data: CalibrationData, opened: LoadedModel) -> str:
-    """What a model is calibrated on, in words, and what its decoder reads where it has one beside an encoder."""
+    """The calibration data in words, with the decoder's input for an encoder-decoder."""
     if isinstance(data, Pictures):
         random = "random pixels, no images: " if data.ref.name == PIXELS else ""
         return f"{random}{data.ref.name}, {len(data)} images"
@@ -145,7 +147,7 @@ def wording(data: CalibrationData, opened: LoadedModel) -> str:
 
 
 def _reused(kept: Path, opened: LoadedModel, data: CalibrationData) -> Scores | None:
-    """What process 0 finds in its cache, in every process: they all measure, or none does."""
+    """The scores in process 0's cache, in every process, so that all processes measure or none does."""
     found = ""
     if distributed.rank() == 0 and (scores := kept_scores(kept)) and scores.matches(opened.ref, data.ref):
         found = scores.to_json()
@@ -187,6 +189,17 @@ def _streamed(opened: LoadedModel, data: CalibrationData, request: Request, prog
     size = request.scoring.batch_size or max(1, busy_tokens(device) // max(data.lengths()))
     with progress.stage("scoring windows, block by block", len(data)) as tick:
         return stream_scores(streamed, data, opened.ref, parse_bytes(memory), size, tick)
+
+
+def held_out_windows(opened: LoadedModel, request: Request, progress: Progress) -> Windows | None:
+    """Windows of the report's text, None if perplexity is not measured.  Raises CalibrationError if it is too short."""
+    if not request.measures or opened.tokenizer is None or not writes_text(opened.model):
+        return None
+    length = min(HELD_OUT.length, context_of(opened.model.config) or HELD_OUT.length)
+    try:
+        return text_windows(replace(HELD_OUT, name=request.report.text, length=length), writer(opened, progress))
+    except CalibrationError as error:
+        raise CalibrationError(f"--text: {error}") from None
 
 
 def plan_of_rungs(opened: LoadedModel, request: Request, progress: Progress) -> Plan | None:
@@ -235,7 +248,7 @@ def _long_texts(opened: LoadedModel, request: Request, progress: Progress) -> tu
 def losses_by_window(
     opened: LoadedModel, request: Request, outline: Outline, progress: Progress
 ) -> dict[Layer, float] | None:
-    """What the first window that a spec gives to a number of layers takes from each; None where it names them all."""
+    """Loss of each layer under the first window that a spec gives to a count of layers; None if it names all."""
     counted = next((s for s in parse_spec(request.target.spec) if s.window and s.indices is None), None)
     if counted is None or counted.window is None:
         return None
@@ -247,8 +260,21 @@ def losses_by_window(
         return window_losses(opened.model, outline, batches, counted.window, counted.stack)
 
 
+def swept_plans(opened: LoadedModel, request: Request, specs: list[str], length: int, progress: Progress) -> list[Plan]:
+    """A plan for each spec.  Raises PlanError for windows that hold all of a text of this length."""
+    (most,) = parse_spec(specs[-1])
+    if most.window is None:
+        scores = get_scores(opened, request, progress, specs)
+        return [api.plan(scores, spec, request.target.keep) for spec in specs]
+    if most.window.width + most.window.sinks >= length:
+        raise PlanError(f"a window of {most.window} holds all of a text of {length} tokens; give a larger --length")
+    outline = api.outline(opened.model, specs[-1])
+    losses = losses_by_window(opened, request, outline, progress)
+    return [api.plan_unscored(opened.ref, outline, spec, request.target.keep, None, losses) for spec in specs]
+
+
 def _read_for(window: Window, opened: LoadedModel, request: Request) -> tuple[int, int]:
-    """The length and number of the texts that windows of attention are told apart by: several windows long."""
+    """Length and number of the texts that attention windows are ranked on: several windows long."""
     said, several = request.calibration, TIMES * window.width
     limit = context_of(opened.model.config) or several
     length = said.length or min(limit, max(said.of(opened.recipe).length, several))
@@ -258,7 +284,7 @@ def _read_for(window: Window, opened: LoadedModel, request: Request) -> tuple[in
 def draft_windows(
     opened: LoadedModel, said: CalibrationOptions, options: DraftOptions, progress: Progress
 ) -> list[Windows]:
-    """Windows of the context that a draft is for, of each text; two in all where nobody said how many."""
+    """Windows of the draft's context length from each text; two in all by default."""
     if opened.tokenizer is None:
         raise ModelError(f"{opened.ref.name} has no tokenizer, so acceptance cannot be measured on text")
     check_length(read_config(opened.path), options.context, opened.ref.name)

@@ -1,4 +1,4 @@
-"""Choosing and repairing beyond one-shot similarity: what --quality, --metric, --select, --budget and --repair do."""
+"""Selection and repair beyond one-shot similarity: --quality, --metric, --select, --budget and --repair."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from dropformer import api
 from dropformer.eval.cost.latency import layer_latency
+from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.data import default_settings, text_windows
 from dropformer.metrics.calibration.settings import Calibration, check_length
 from dropformer.metrics.calibration.windows import Windows
@@ -21,28 +23,30 @@ from dropformer.metrics.search.improve import improve as improved_plan
 from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named
 from dropformer.progress import Progress, Silent
+from dropformer.prune.architecture import of_images
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading.device import input_device
 from dropformer.prune.plan import Plan, make_plan
 from dropformer.prune.samples.inputs import writes_text
+from dropformer.prune.spec import parse_spec
 from dropformer.recipes.opening import LoadedModel, open_model
 from dropformer.request import GATE, Request, recipe_calibration
-from dropformer.scoring import check_early, writer
+from dropformer.scoring import check_early, get_scores, losses_by_window, plan_of_rungs, writer
 
 if TYPE_CHECKING:
     from dropformer.metrics.blockwise.from_disk import BlockSource
 
-SAMPLES = 64  # windows to fit on where no number is given: repairs need more than rankings do
+SAMPLES = 64  # default number of windows for repairs, which need more than rankings
 
 
 def improve(
     model: str | Path | LoadedModel, spec: str, quality: str | Strategy = "best", texts: Sequence[Calibration] = ()
 ) -> tuple[Plan, Repair]:
-    """Choose what `spec` names and repair what stays, for `drop(model, plan, repair)`.
+    """Select layers by `spec` and repair the others, for `drop(model, plan, repair)`.
 
-    `quality` is a named one (`paper`, `best`, `linear`) or one's own; `texts` to calibrate on, by default the
-    recipe's, else builtin.  Repairs are gated on torch's docstrings.  Raises a DropformerError.
+    `quality`: a named strategy (`paper`, `best`, `linear`) or a `Strategy`; `texts`: calibration texts, by default the
+    recipe's, else builtin.  Repairs are validated on torch's docstrings.  Raises a DropformerError.
     """
     opened = model if isinstance(model, LoadedModel) else open_model(model)
     how = quality if isinstance(quality, Strategy) else named(quality)
@@ -55,7 +59,7 @@ def improve(
 
 
 def need_tokenizer(opened: LoadedModel) -> Any:
-    """Raises ModelError for a model without one, and for one whose text has no next token to predict."""
+    """Raises ModelError for a model without a tokenizer, and for one that is not a causal language model."""
     if not writes_text(opened.model):
         raise ModelError(
             f"{opened.ref.name} is no causal language model, so only one-shot similarity serves: leave out --quality, "
@@ -73,11 +77,10 @@ def improved(
     blocks: BlockSource | None = None,
     plan: Plan | None = None,
 ) -> tuple[Plan, Repair]:
-    """The plan and the repair that a request's improvement gives; `plan`: one that is made already.
+    """The plan and the repair of a request's strategy; a given `plan` is only refined and repaired.
 
-    `--calibration` may name several texts by commas, of which the windows are then shared out; a plan that is
-    given is only refined and repaired.  `blocks` brings the weights of a model that is not in memory.
-    Raises PlanError, CalibrationError, ArchitectureError or ModelError.
+    `--calibration` may list several texts, which share the windows equally.  `blocks` reads the weights of a model
+    that is not in memory.  Raises PlanError, CalibrationError, ArchitectureError or ModelError.
     """
     strategy, chosen, target = request.selection.strategy, request.selection, request.target
     assert strategy is not None
@@ -99,7 +102,7 @@ def improved(
                 progress.say(given.lost_repairs(chosen.plan))
             plan = refined(given.unrepaired(), improver)
             repair, _ = improver.repair(plan.layers, other)
-            if strategy.repair:  # what it was fitted on counts, not what the plan was scored on
+            if strategy.repair:  # record the data of the fit, not of the plan's scores
                 plan = plan.model_copy(update={"calibration": improver.calibration})
         else:
             timed = (target.budget or "").startswith("measured")
@@ -113,7 +116,7 @@ def improved(
 
 
 def measured(model: nn.Module, improver: Improver, progress: Progress) -> Latency:
-    """What each layer takes in a decoded token, and a line that says so."""
+    """Measured latency per layer of a decode step, with a line that says so."""
     found = layer_latency(model, improver.architecture)
     shares = {
         kind: sum(seconds for layer, seconds in found.seconds.items() if layer.kind == kind) / found.total
@@ -146,7 +149,7 @@ def wording(quality: Strategy) -> str:
 
 
 def calibrated_on(opened: LoadedModel, request: Request, progress: Progress) -> list[Windows]:
-    """The calibration windows, one entry a text."""
+    """The calibration windows, one entry per text."""
     settings = request.calibration.of(opened.recipe)
     if request.calibration.length is None:
         settings = default_settings(opened.model, settings)
@@ -155,14 +158,14 @@ def calibrated_on(opened: LoadedModel, request: Request, progress: Progress) -> 
         settings = _plenty(settings, request.selection.strategy)
     names = settings.name.split(",")
     if settings.samples < len(names):
-        raise PlanError(f"{settings.samples} calibration windows do not go round {len(names)} texts; raise --samples")
+        raise PlanError(f"{settings.samples} calibration windows are too few for {len(names)} texts; raise --samples")
     each = settings.samples // len(names)
     pen = writer(opened, progress)
     return [text_windows(replace(settings, name=name, samples=each), pen) for name in names]
 
 
 def gate_windows(opened: LoadedModel, progress: Progress, name: str = GATE.name) -> Windows:
-    """Windows of the text that repairs are gated on, no longer than the model reads.  Raises CalibrationError."""
+    """Windows of the validation text of repairs, at most the context length.  Raises CalibrationError."""
     try:
         return text_windows(default_settings(opened.model, replace(GATE, name=name)), writer(opened, progress))
     except CalibrationError as error:
@@ -170,12 +173,12 @@ def gate_windows(opened: LoadedModel, progress: Progress, name: str = GATE.name)
 
 
 def _plenty(text: Calibration, quality: Strategy) -> Calibration:
-    """Enough windows of a text for what is to be fitted on them."""
+    """The settings with enough windows for a repair, if the strategy has one."""
     return replace(text, samples=max(text.samples, SAMPLES)) if quality.repair else text
 
 
 def given_plan(opened: LoadedModel, path: Path) -> Plan:
-    """The plan in a file.  Raises PlanError where it was made for other weights."""
+    """The plan in a file.  Raises PlanError if it was made for other weights."""
     plan = Plan.read(path)
     if plan.model.fingerprint != opened.ref.fingerprint:
         raise PlanError(f"{path} was made for other weights than {opened.ref.name}; plan this model")
@@ -183,7 +186,7 @@ def given_plan(opened: LoadedModel, path: Path) -> Plan:
 
 
 def noted(plan: Plan, repair: Repair, model: nn.Module) -> Plan:
-    """The plan with what was repaired; what linear maps bring, and norms that they keep, is counted."""
+    """The plan with its repairs recorded, and parameters of linear maps and the norms they keep counted."""
     stay = 0
     for layer, forms in repair.mapped.items():
         path = f"{plan.outline.stack(layer.stack).path}.{layer.index}."
@@ -196,3 +199,28 @@ def noted(plan: Plan, repair: Repair, model: nn.Module) -> Plan:
     kept = [str(gate) for gate in repair.gates if gate.passed]
     fields = {"repairs": kept, "not_repaired": reasons(repair.unrepaired), "savings": savings}
     return plan.model_copy(update=fields)
+
+
+def one_shot_plan(opened: LoadedModel, request: Request, progress: Progress) -> tuple[Plan, Scores | None]:
+    """The plan from a file, from lists (without calibration), or from scores."""
+    if path := request.selection.plan:
+        plan = given_plan(opened, path)
+        if plan.repairs:
+            progress.say(plan.lost_repairs(path))
+        return plan.unrepaired(), None
+    if made := plan_of_rungs(opened, request, progress):
+        return made, None
+    spec, keep = request.target.spec, request.target.keep
+    published = opened.recipe.published if opened.recipe else None
+    if all(s.published or s.window or s.indices is not None for s in parse_spec(spec)):
+        outline = api.outline(opened.model, spec)
+        losses = losses_by_window(opened, request, outline, progress)
+        return api.plan_unscored(opened.ref, outline, spec, keep, published, losses), None
+    if seen := next((s for s in parse_spec(spec) if of_images(s.stack)), None):
+        raise PlanError(
+            f"`{seen}` needs scores on images with their texts; name the layers, as in {seen.stack}.{seen.kind}=1,2, "
+            "or use dropformer.analyze(model, batches) in Python"
+        )
+    scores = get_scores(opened, request, progress)
+    losses = losses_by_window(opened, request, scores.outline, progress)
+    return api.plan(scores, spec, keep, published, losses=losses), scores

@@ -1,4 +1,4 @@
-"""What can be refused before anything heavy is imported: options without effect, wrong names, files and places."""
+"""Validation before anything heavy is imported: options without effect, wrong names, files and output folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dropformer.metrics.search.registry import SELECTIONS
 from dropformer.prune.errors import DropformerError, EvaluationError, OutputError, PlanError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.files.config_json import read_config
-from dropformer.prune.files.output_paths import check_out, check_place
+from dropformer.prune.files.output_paths import check_empty, check_out, check_place
 from dropformer.prune.formats.record import need_dense
 from dropformer.prune.formats.registry import FORMATS, ExportFacts
 from dropformer.prune.plan import Plan
@@ -29,18 +29,18 @@ from dropformer.request import Request
 
 PLACE = ("device", "dtype", "device_map")
 DRAFTING = ("batch", "max_drop", "temperature", "hardware", "write_anyway")
-DRAWN = ("samples", "seed", "skip_first")  # which windows are drawn, whatever the text
+DRAWN = ("samples", "seed", "skip_first")  # options that select windows
 SPOKEN = {
     "as_json": "json",
     "include": "include_path",
     "prompt": "context",
     "context_tokens": "context",
-}  # parameters whose options have other names
+}  # parameters whose option has another name
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Options without effect `where` something holds: `why`, and what else one may do than leave them out."""
+    """`options` have no effect if `where` holds: the reason, and the alternative to leaving them out."""
 
     where: Callable[[Request], Any]
     options: tuple[str, ...]
@@ -81,7 +81,7 @@ RULES = (
         lambda r: r.selection.scores, (*DRAWN, "length", "batch_size"),
         "with --scores, which were measured before", "leave out --scores",
     ),
-    # a folder of images is also what the outputs of a vision model are compared on
+    # a folder of images is also used to compare the outputs of a vision model
     Rule(
         lambda r: r.selection.scores and not any(Path(text).is_dir() for text in r.calibration.texts),
         ("calibration",), "with --scores, which were measured before", "leave out --scores",
@@ -110,7 +110,7 @@ RULES = (
 
 
 def validate(request: Request) -> None:
-    """Raise the error that the run would end in, as far as the options and the files alone can tell."""
+    """Raise the errors of the run that options and files alone can show."""
     if request.drops and world() > 1:
         raise DropformerError(
             "this job runs in one process; launch `analyze` on many, and give its scores with --scores"
@@ -142,7 +142,7 @@ def validate(request: Request) -> None:
 
 
 def validate_comparison(drop: str | None, texts: Sequence[str], out: Path) -> None:
-    """Raise what `prune compare` would end in, as far as its arguments alone can tell."""
+    """Raise the errors of `prune compare` that its arguments alone can show."""
     if drop is not None:
         parse_spec(drop)
     for name in texts:
@@ -152,7 +152,7 @@ def validate_comparison(drop: str | None, texts: Sequence[str], out: Path) -> No
 
 @dataclass(frozen=True)
 class EvaluationFacts:
-    """What was asked of `prune evaluate`, as far as names and files tell what is wrong; `given` as in a Request."""
+    """The arguments of `prune evaluate` that can be checked early; `given` as in a Request."""
 
     models: Sequence[str]
     tasks: Sequence[str]
@@ -165,7 +165,7 @@ class EvaluationFacts:
     given: frozenset[str] = frozenset()
 
 
-NEEDED = (  # options of `prune evaluate` that only mean something beside another, and what to do
+NEEDED = (  # options of `prune evaluate` that need another one: (needed, dependent options, advice)
     ("tasks", ("shots", "limit", "mmlu_data", "include", "cache"), "name some, as in --tasks mmlu"),
     ("speed", ("batch", "prompt", "repeats", "compile"), "add it"),
     ("stream", ("window",), "give the number of tokens to stream, as in --stream 65536"),
@@ -190,7 +190,7 @@ def check_draft(facts: EvaluationFacts) -> None:
 
 
 def validate_evaluation(facts: EvaluationFacts) -> None:
-    """Raise what an evaluation would end in, as far as its arguments and files alone can tell."""
+    """Raise the errors of an evaluation that its arguments and files alone can show."""
     check_draft(facts)
     for model in facts.models:
         check_model(model)
@@ -211,16 +211,8 @@ def validate_evaluation(facts: EvaluationFacts) -> None:
         raise EvaluationError(f"{facts.sweep} does not exist; expected a sweep.json that `prune sweep` wrote")
 
 
-def parse_numbers(option: str, text: str) -> list[int]:
-    """The positive numbers of a comma-separated list.  Raises EvaluationError."""
-    parts = text.replace(" ", "").split(",")
-    if not all(part.isdecimal() and int(part) for part in parts):
-        raise EvaluationError(f"{option} {text} cannot be read; expected numbers by commas")
-    return [int(part) for part in parts]
-
-
 def check_effects(request: Request) -> None:
-    """Raises DropformerError where an option was given that would be ignored."""
+    """Raises DropformerError for a given option that would be ignored."""
     for rule in RULES:
         idle = [option for option in rule.options if option in request.given]
         if idle and rule.where(request):
@@ -229,14 +221,14 @@ def check_effects(request: Request) -> None:
 
 
 def check_subcommand(given: Collection[str], subcommand: str) -> None:
-    """Raises DropformerError where options of the main job precede a subcommand, which does not see them."""
+    """Raises DropformerError for options before a subcommand, which would be ignored."""
     if given:
         options = sorted(given)
         raise DropformerError(f"{_idle(options)} before {subcommand}; put options behind {subcommand}")
 
 
 def check_target(given: Collection[str]) -> None:
-    """Raises DropformerError unless a model and one choice of what to drop are given."""
+    """Raises DropformerError unless a model and exactly one of --drop, --plan, --budget, --draft are given."""
     chosen = {"drop", "plan", "budget", "draft"}.intersection(given)
     if len(chosen) > 1:
         raise DropformerError("give only one of --drop, --plan, --budget and --draft")
@@ -248,10 +240,9 @@ def check_target(given: Collection[str]) -> None:
 
 
 def check_model(model: str, drop: str | None = None, texts: Sequence[str] = (), dense: bool = False) -> Path | None:
-    """Raise the error that the arguments would end in, as far as their files alone can tell; the model's folder.
+    """Raise the errors that arguments and files alone can show; returns the model's folder.
 
-    `dense`: layers are to be dropped, which a pruned checkpoint does not allow.  The folder is None for a model
-    that must be fetched or converted first.
+    `dense`: a pruned checkpoint is an error.  The folder is None for a model to be downloaded or converted first.
     """
     if drop is not None:
         parse_spec(drop)
@@ -271,15 +262,8 @@ def check_model(model: str, drop: str | None = None, texts: Sequence[str] = (), 
     return folder
 
 
-def check_empty(out: Path) -> None:
-    """Raises OutputError where a checkpoint could not be written."""
-    check_place(out)
-    if out.is_dir() and any(out.iterdir()):
-        raise OutputError(f"{out} exists and is not an empty folder; choose another --out or remove it")
-
-
 def _kinds(request: Request) -> set[str] | None:
-    """The kinds of layers to drop; None where a budget chooses.  Raises PlanError, or what reading a plan raises."""
+    """The kinds of layers to drop; None if a budget or draft chooses.  Raises PlanError, or as reading a plan."""
     if request.selection.plan:
         return {layer.kind for layer in Plan.read(request.selection.plan).layers}
     if request.draft or (not request.target.spec and "drop" not in request.given):
@@ -288,12 +272,12 @@ def _kinds(request: Request) -> set[str] | None:
 
 
 def _may_pack(kinds: set[str] | None) -> bool:
-    """Whether the branches that remain may pair up as a stock, shorter model; without attention alone they do not."""
+    """Whether the remaining branches may form a shorter stock model, which dropping only one kind rules out."""
     return kinds is None or "block" in kinds or {"attn", "mlp"} <= kinds
 
 
 def _check_format(request: Request, kinds: set[str] | None) -> None:
-    """Raises OutputError or PlanError for a format that is unknown, or that this run cannot give what it needs."""
+    """Raises OutputError or PlanError for an unknown format, or one that does not fit the run."""
     name = request.export.format
     form = FORMATS[name]
     if form.runs and request.on_files:

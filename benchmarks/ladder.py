@@ -102,11 +102,13 @@ def rows(models: dict[str, Any], opened: Any, args: argparse.Namespace) -> dict[
         told = needle(answers)
         found[name] = {
             "perplexity": beyond.perplexity, "nats": beyond.lost, "stderr": beyond.stderr,
-            "needle": told.accuracy, "needle_nats": told.logprob, "cpu_s": time.process_time() - start,
+            "needle": told.accuracy, "needle_tokens": told.tokens, "needle_nats": told.logprob,
+            "cpu_s": time.process_time() - start,
         }  # fmt: skip
         print(
             f"{name}: perplexity beyond {far:,} {beyond.perplexity:.3f} ({beyond.lost:+.4f} nats), needle "
-            f"{told.accuracy:.0%} of {told.facts} ({told.logprob:.2f} nats), {found[name]['cpu_s']:.0f} s", flush=True,
+            f"{told.accuracy:.0%} of {told.facts}, {told.tokens:.0%} of their tokens ({told.logprob:.2f} nats), "
+            f"{found[name]['cpu_s']:.0f} s", flush=True,
         )  # fmt: skip
     for name, speed in decode_behind(models, caches, args.repeats, 4).items():
         found[name] |= {
@@ -150,8 +152,8 @@ def main() -> None:
     for share, goal in GOALS.items():
         if row := found.get(f"windows {share:g}"):
             ratio = row["perplexity"] / dense["perplexity"]
-            kept = row["needle"] / dense["needle"] if dense["needle"] else float("nan")
-            print(f"{share:.0%}: {ratio:.4f} times dense (goal {goal}), needle {kept:.0%} of dense (goal 95%)")
+            kept = row["needle_tokens"] / dense["needle_tokens"] if dense["needle_tokens"] else float("nan")
+            print(f"{share:.0%}: {ratio:.4f} times dense (goal {goal}), tokens told {kept:.0%} of dense (goal 95%)")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     settings = {key: getattr(args, key) for key in ("model", "text", "length", "texts", "rungs", "read")}
     print(json.dumps({"benchmark": "ladder", **settings, "rows": found, "peak_rss_mib": round(peak)}))

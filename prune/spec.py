@@ -63,10 +63,25 @@ def parse_spec(text: str) -> tuple[Selector, ...]:
     while position < len(spec) or not selectors:
         match = _ITEM.match(spec, position)
         if not match or (match.end() < len(spec) and spec[match.end()] != ","):
+            _refuse_by_name(text, spec[position:])
             raise PlanError(f"drop spec `{text}` cannot be read at `{spec[position:] or text}`; {EXPECTED}")
         selectors.append(_selector(text, match))
         position = match.end() + 1
     return tuple(selectors)
+
+
+def _refuse_by_name(text: str, rest: str) -> None:
+    """Raises PlanError for rungs that people know and a spec does not take."""
+    if re.match(r"(\w+\.)?linear[:=]", rest):
+        raise PlanError(
+            f"drop spec `{text}` has linear maps, which are fitted in place of dropped layers; name those as attn: or "
+            "attn=, and give --repair linear"
+        )
+    if re.match(r"(\w+\.)?window[:=][^@]*@\d+\+fold", rest):
+        raise PlanError(
+            f"drop spec `{text}`: sinks that are folded into a logit and biases are not implemented; give a number of "
+            "first tokens, as in window:8@1024+4"
+        )
 
 
 def _selector(text: str, match: re.Match[str]) -> Selector:

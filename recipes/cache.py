@@ -1,36 +1,28 @@
-"""The folder where fetched and converted models are kept, and how to write into it safely.
+"""Atomic writes to the cache of downloaded and converted models.
 
-Every entry appears whole or not at all: it is written beside its final name and renamed there, under
-a lock, so that concurrent runs wait for each other and an interrupted one leaves nothing wrong.
+Every entry is written beside its final name and renamed, under a lock, so that concurrent runs wait for each other and
+an interrupted one leaves no partial entry.
 """
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
 
+from dropformer.progress import Tell, silent
 from dropformer.prune.errors import OutputError
-
-Progress = Callable[[str], None]
-"""Called with one line of text for a person whenever there is news."""
-
-
-def silent(_: str) -> None:
-    """The progress callback of those who want none."""
 
 
 @contextmanager
-def building(target: Path, progress: Progress = silent) -> Iterator[Path]:
-    """A temporary folder beside `target`, for building it; locked against every other run.
+def building(target: Path, progress: Tell = silent) -> Iterator[Path]:
+    """A temporary folder beside `target`, locked against other runs, in which to build it.
 
-    The body must build into the folder that it is given and rename what is finished to `target`.
-    Whatever is left in the folder afterwards is removed, also what an earlier, killed run left.
-
-    Raises OutputError when the cache cannot be written or its disk is full.
+    The body renames the finished result to `target` (see `place`).  The rest of the folder is removed, as are leftovers
+    of killed runs.  Raises OutputError if the cache cannot be written or its disk is full.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +42,7 @@ def building(target: Path, progress: Progress = silent) -> Iterator[Path]:
 
 
 def _free(lock: FileLock) -> bool:
-    """Whether nobody holds `lock` at this moment."""
+    """Whether `lock` is free now."""
     try:
         with lock.acquire(timeout=0):
             return True
@@ -59,7 +51,7 @@ def _free(lock: FileLock) -> bool:
 
 
 def place(built: Path, target: Path) -> None:
-    """Move the finished file or folder `built` to `target`, on the disk before it is in sight."""
+    """Flush the finished file or folder `built` to disk and rename it to `target`."""
     for path in sorted(built.rglob("*")) if built.is_dir() else [built]:
         if path.is_file():
             with path.open("rb+") as file:

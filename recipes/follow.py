@@ -1,4 +1,4 @@
-"""Following a plan on a model's files alone.  Light: no torch where blocks stay in their places."""
+"""Follow a plan on a model's files only.  Does not import torch if blocks keep their indices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def follow_plan(
     revision: str | None = None,
     progress: Progress | None = None,
 ) -> Written:
-    """Copy byte ranges as a plan says, without a model in memory.  Raises as `write_by_plan`, PlanError for no plan."""
+    """Apply a plan by copying byte ranges, without a model in memory.  Raises as `write_by_plan`."""
     progress = progress or Silent()
     if path is None:
         raise PlanError("there is no plan to follow; give one with --plan")

@@ -1,9 +1,8 @@
 """GGUF file -> Hugging Face folder: config, safetensors, tokenizer, generation config, chat template.
 
-The weights are written exactly as the file defines them.  A quantized value is a scale times an
-integer plus an offset, which 16 bits cannot hold, so quantized files become float32; rounding them to
-bfloat16 would halve the folder and make it a slightly different model from the one that was given.
-A file whose values all fit bfloat16 or float16 is kept in that.  A folder is made once and kept.
+Weights are converted exactly.  A quantized value is a scale times an integer plus an offset, which 16 bits cannot hold,
+so quantized files become float32; rounding to bfloat16 would make a slightly different model.  A file whose values all
+fit bfloat16 or float16 keeps that dtype.  A folder is converted once and cached.
 """
 
 import hashlib
@@ -17,25 +16,26 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
+from dropformer.progress import Tell, silent
 from dropformer.prune.errors import CheckpointError, reason
 from dropformer.prune.files.output_paths import cache_folder
 from dropformer.prune.formats.gguf.header import GgufHeader, read_gguf_header
 from dropformer.prune.loading.quiet import quiet_streams, quiet_transformers
-from dropformer.recipes.cache import Progress, building, place, silent
+from dropformer.recipes.cache import building, place
 from dropformer.recipes.gguf_tokenizer import gguf_tokenizer
 
 LAYOUT = 1
-"""Raised whenever this module writes something else for the same file."""
+"""Version of the conversion; increase it when the output for a file changes."""
 SAMPLE = 1 << 20
 # Not parameters: rotary frequency tables, which transformers derives from the config.
 TABLES = ("rope_freqs.", "rope_factors_long.", "rope_factors_short.")
 
 
-def convert_gguf(path: Path, progress: Progress = silent) -> Path:
+def convert_gguf(path: Path, progress: Tell = silent) -> Path:
     """The Hugging Face folder for the GGUF file at `path`, converted now or earlier.
 
-    Raises CheckpointError if the file is corrupt or of a kind that cannot be converted exactly,
-    OutputError if the cache cannot be written.
+    Raises CheckpointError if the file is corrupt or cannot be converted exactly, OutputError if the cache cannot be
+    written.
     """
     path = path.resolve()
     target = cache_folder() / "gguf" / f"{path.stem}-{fingerprint(path)}"
@@ -49,7 +49,7 @@ def convert_gguf(path: Path, progress: Progress = silent) -> Path:
 
 
 def fingerprint(path: Path) -> str:
-    """16 hex digits that change with the file's size, time, ends, and with what converts it."""
+    """16 hex digits of the file's size, time and ends, and of the converter's versions."""
     try:
         status = path.stat()
         with path.open("rb") as file:
@@ -81,7 +81,7 @@ def write_folder(path: Path, folder: Path) -> Path:
 
 
 def _made_plain(model: PreTrainedModel) -> PreTrainedModel:
-    """`model` without the marks of where it came from; that of being quantized would forbid to save it."""
+    """`model` without marks of its GGUF source; transformers would refuse to save it as a quantized one."""
     for owner, mark in (
         (model, "hf_quantizer"),
         (model.config, "quantization_config"),
@@ -93,7 +93,7 @@ def _made_plain(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _load(path: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model in the file in float32, and which parameters were not there."""
+    """The model in float32, and transformers' record of missing parameters."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(path.parent),
         gguf_file=path.name,
@@ -106,7 +106,7 @@ def _load(path: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
 
 
 def _all_accounted_for(path: Path, header: GgufHeader, model: PreTrainedModel, info: dict[str, Any]) -> None:
-    """Raises CheckpointError unless every parameter came from the file and every tensor went into one."""
+    """Raises CheckpointError unless every parameter came from the file and every tensor was used."""
     wrong = sorted([*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])])
     if wrong:
         raise CheckpointError(
@@ -122,7 +122,7 @@ def _all_accounted_for(path: Path, header: GgufHeader, model: PreTrainedModel, i
     used = sum(parameter.numel() for parameter in model.parameters())
     if have != used:
         raise CheckpointError(
-            f"{path.name} holds {have} weights and transformers made a model of {used} of them; "
+            f"{path.name} has {have} weights, but transformers made a model of {used}; "
             "use the model's Hugging Face folder"
         )
 
@@ -137,12 +137,12 @@ def exact_dtype(model: PreTrainedModel) -> torch.dtype:
 
 @contextmanager
 def _one_line_errors(path: Path) -> Iterator[None]:
-    """Say in one line what is wrong with the file at `path`, whichever of its many readers noticed."""
+    """Turns any error of the file's readers into a CheckpointError."""
     try:
         yield
     except CheckpointError:
         raise
-    except Exception as error:  # struct, numpy, key, unicode, memory map ...: a corrupt file can cause any
+    except Exception as error:  # a corrupt file can raise any type: struct, NumPy, key, Unicode, memory map
         raise CheckpointError(
             f"{path.name} cannot be read as a GGUF model ({type(error).__name__}: {reason(error, 200)}); get it again"
         ) from error

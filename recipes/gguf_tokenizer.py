@@ -1,9 +1,8 @@
-"""The tokenizer of a GGUF file, with the pre-tokenizer that llama.cpp would use for it.
+"""The tokenizer of a GGUF file, with llama.cpp's pre-tokenizer for it.
 
-A GGUF file names its pre-tokenizer (`tokenizer.ggml.pre`) instead of describing it.  transformers
-knows some of the names and silently takes GPT-2's rule for all others, which is right for few of them
-and wrong, for example, for SmolLM2, whose numbers are split into single digits first.  The names and
-their rules are those of llama.cpp, `src/llama-vocab.cpp`.
+A GGUF file names its pre-tokenizer (`tokenizer.ggml.pre`) instead of describing it.  transformers knows some of the
+names and silently uses GPT-2's rule for all others, which is wrong, for example, for SmolLM2, whose numbers are first
+split into single digits.  Names and rules are those of llama.cpp, `src/llama-vocab.cpp`.
 """
 
 from pathlib import Path
@@ -20,7 +19,7 @@ GPT2 = frozenset({"gpt-2", "phi-2", "jina-es", "jina-de", "jais", "mpt", "olmo",
 
 
 def _known_to_transformers() -> frozenset[str]:
-    """The names for which transformers itself has the right rule."""
+    """The names that transformers handles correctly."""
     try:
         from transformers.integrations.gguf import gguf_tokenizer_mapping
     except ImportError:
@@ -29,22 +28,22 @@ def _known_to_transformers() -> frozenset[str]:
 
 
 def digits_then_gpt2() -> pre_tokenizers.PreTokenizer:
-    """Every numeric character on its own, then GPT-2's rule; no space is put in front."""
+    """Split off every numeric character, then GPT-2's rule, without a prefix space."""
     single = pre_tokenizers.Digits(individual_digits=True)
     return pre_tokenizers.Sequence([single, pre_tokenizers.ByteLevel(add_prefix_space=False)])
 
 
 def gguf_tokenizer(path: Path, header: GgufHeader) -> PreTrainedTokenizerBase:
-    """The tokenizer in the GGUF file at `path`, which begins with `header`.
+    """The tokenizer in the GGUF file at `path` with this header.
 
-    Raises CheckpointError for a pre-tokenizer that nobody here knows: a guess would be wrong silently.
+    Raises CheckpointError for an unknown pre-tokenizer: a guess would be silently wrong.
     """
     byte_level = header.text("tokenizer.ggml.model") == "gpt2"
     pre = header.text("tokenizer.ggml.pre")
     if byte_level and pre not in DIGITS_THEN_GPT2 | GPT2 | _known_to_transformers():
         raise CheckpointError(
-            f"{path.name}: its pre-tokenizer {pre or '(none named)'} is not known here and a guess would give "
-            "wrong tokens; use the model's Hugging Face folder"
+            f"{path.name}: its pre-tokenizer {pre or '(none named)'} is unknown, and a guess would give wrong tokens; "
+            "use the model's Hugging Face folder"
         )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
     if byte_level and pre in DIGITS_THEN_GPT2:

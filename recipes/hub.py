@@ -1,4 +1,4 @@
-"""Models of the Hugging Face Hub: only safetensors, JSON and tokenizer files, never a pickle."""
+"""Downloads from the Hugging Face Hub: only safetensors, JSON and tokenizer files, never a pickle."""
 
 import contextlib
 import glob
@@ -20,23 +20,23 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from dropformer.progress import Tell, silent
 from dropformer.prune.errors import CheckpointError, ModelError, reason
 from dropformer.prune.files.side_files import REWRITTEN, sort_side_files, weights_of
-from dropformer.recipes.cache import Progress, silent
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A folder of the Hub's cache and the commit that it holds."""
+    """A folder of the Hub cache and its commit."""
 
     path: Path
     revision: str
 
 
 Fetch = Callable[[str, str | None, Sequence[str] | None], Snapshot]
-"""(model, revision, its files on the Hub; None: from the cache only) -> what there is."""
+"""(model, revision, its files on the Hub, None: from the cache only) -> snapshot."""
 
 
 def is_hub_id(name: str) -> bool:
@@ -44,28 +44,28 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name) is not None
 
 
-def fetch_snapshot(model: str, revision: str | None = None, progress: Progress = silent) -> Snapshot:
-    """Download `model` at `revision` (None: its main branch), or take it from the Hub's cache.
+def fetch_snapshot(model: str, revision: str | None = None, progress: Tell = silent) -> Snapshot:
+    """Download `model` at `revision` (None: its main branch), or take it from the Hub cache.
 
-    Raises ModelError if it cannot be had, CheckpointError if its weights are only pickles.
+    Raises ModelError if it is not available, CheckpointError if it has only pickled weights.
     """
     return _online_or_cached(_snapshot, model, revision, progress)
 
 
-def fetch_config(model: str, revision: str | None = None, progress: Progress = silent) -> Snapshot:
-    """Like `fetch_snapshot`, of config.json alone."""
+def fetch_config(model: str, revision: str | None = None, progress: Tell = silent) -> Snapshot:
+    """Like `fetch_snapshot`, but only config.json."""
     return _online_or_cached(_config, model, revision, progress)
 
 
-def fetch_side_files(model: str, revision: str | None = None, progress: Progress = silent) -> Snapshot:
-    """Like `fetch_snapshot`, of everything but the weights: config, tokenizer, what dropformer wrote."""
+def fetch_side_files(model: str, revision: str | None = None, progress: Tell = silent) -> Snapshot:
+    """Like `fetch_snapshot`, but without weights: config, tokenizer, dropformer's artifacts."""
     return _online_or_cached(_side_files, model, revision, progress)
 
 
-def _online_or_cached(fetch: Fetch, model: str, revision: str | None, progress: Progress) -> Snapshot:
-    """What `fetch` gets from the Hub or, when there is no network, had got earlier."""
+def _online_or_cached(fetch: Fetch, model: str, revision: str | None, progress: Tell) -> Snapshot:
+    """`fetch` from the Hub, or from its cache without network."""
     try:
-        # Without network this fails at once, where the downloads below would try again for half a minute.
+        # Without network this fails at once, while the downloads below would retry for half a minute.
         info = huggingface_hub.model_info(model, revision=revision)
         names = [file.rfilename for file in info.siblings or []]
         if fetch is not _config:
@@ -93,11 +93,11 @@ def _side_files(model: str, revision: str | None, names: Sequence[str] | None) -
 
 
 def _downloaded(model: str, revision: str | None, names: Sequence[str] | None, weights: bool) -> Snapshot:
-    """The files that belong to the model, as `sort_side_files` tells them by their names, and its weights if wanted.
+    """Download the model's files by `sort_side_files`, and its weights if `weights`.
 
-    *.py is text that nobody runs unless remote code is trusted; without it, it could not even be trusted.
+    *.py files are downloaded, but run only with --trust-remote-code.
     """
-    needed = ["config.json", *(["model*.safetensors"] if weights else ())]  # without network: whatever else was fetched
+    needed = ["config.json", *(["model*.safetensors"] if weights else ())]  # offline: the rest as cached
     folder = huggingface_hub.snapshot_download(
         model,
         revision=revision,
@@ -109,7 +109,7 @@ def _downloaded(model: str, revision: str | None, names: Sequence[str] | None, w
 
 
 def wanted_files(names: Sequence[str], weights: bool = True) -> list[str]:
-    """Which files of a repository are fetched, as patterns that match them alone."""
+    """The files of a repository to download, as escaped glob patterns."""
     found = [*sort_side_files(names).carried, *(name for name in names if name in REWRITTEN)]
     return [glob.escape(name) for name in [*found, *(weights_of(names) if weights else ())]]
 
@@ -133,7 +133,7 @@ def _refuse_pickles(model: str, names: list[str]) -> None:
 
 
 def _translated(error: Exception, model: str, revision: str | None) -> Exception:
-    """What `error`, raised by huggingface_hub about `model`, means to a person."""
+    """A one-line error with a remedy for an error of huggingface_hub."""
     if isinstance(error, ModelError):
         return error
     if isinstance(error, GatedRepoError):
@@ -154,18 +154,18 @@ def _translated(error: Exception, model: str, revision: str | None) -> Exception
 
 
 def is_network(error: Exception) -> bool:
-    """Whether `error` says that the Hub was not asked or did not answer, rather than what it answered."""
+    """Whether the Hub could not be reached, rather than answered with an error."""
     kinds = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError)
     return isinstance(error, kinds) or type(error).__module__.partition(".")[0].startswith("http")
 
 
 def _unreachable(error: Exception, model: str) -> Exception:
-    """`error` if it is none of the Hub's or the network's, else how to do without."""
+    """A ModelError with a remedy for errors of the Hub or network; other errors unchanged."""
     instead = "; use a machine with network once, or give the path of a folder or .gguf file"
     if isinstance(error, HfHubHTTPError):
         return ModelError(f"the Hub refused {model} ({reason(error, 200)}){instead}")
     if not is_network(error):
         return error
     if constants.HF_HUB_OFFLINE:
-        return ModelError(f"{model} is not whole in the Hub's cache and HF_HUB_OFFLINE is set; unset it{instead}")
+        return ModelError(f"{model} is not complete in the Hub's cache and HF_HUB_OFFLINE is set; unset it{instead}")
     return ModelError(f"the Hub cannot be reached for {model} ({type(error).__name__}){instead}")

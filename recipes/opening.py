@@ -1,4 +1,4 @@
-"""Open whatever `--model` takes: fetch, convert, load."""
+"""Open a model by name: fetch, convert, load."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from dropformer.recipes.placement import Placement
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in memory, its tokenizer (None where it has none), and where its files lie.
+    """A model in memory, its tokenizer (None if it has none), and the folder of its files.
 
-    `file` is the .gguf file from which the folder at `path` was made, if it was.
+    `file` is the .gguf file from which the folder at `path` was converted, if any.
     """
 
     model: PreTrainedModel
@@ -52,9 +52,9 @@ def open_model(
     tell: Tell | None = None,
     weights: bool = True,
 ) -> LoadedModel:
-    """Fetch, convert and load whatever `--model` takes.  Raises ModelError or CheckpointError.
+    """Fetch, convert and load a model by name, as for `--model`.  Raises ModelError or CheckpointError.
 
-    Without `weights` nothing is loaded and the `model` is None: they are to be read from `path` in pieces.
+    Without `weights`, `model` is None: the weights are read from `path` block by block.
     """
     place = placement or Placement()
     source = open_source(str(name), revision, tell)

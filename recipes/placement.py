@@ -1,4 +1,4 @@
-"""Where and how a model computes.  Light: no torch until it is asked."""
+"""Device and precision of a model.  Does not import torch until needed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Placement:
     trust_remote_code: bool = False
 
     def computes_in(self, folder: Path | None = None) -> str:
-        """The dtype that `load` computes a folder's model in: the one asked for, else `default_dtype`."""
+        """The dtype in which `load` runs a folder's model: the requested one, else `default_dtype`."""
         if self.dtype:
             return self.dtype
         from dropformer.prune.files.config_json import read_config

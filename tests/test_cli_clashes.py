@@ -220,7 +220,7 @@ def test_a_gguf_that_lacks_layers_is_llama_cpps_and_not_loaded(here, capsys):
     write_gguf(here / "x.gguf", tiny_llama())
     options = ("--drop", "attn=1", "--format", "gguf", "--no-measure", "--out", "out", "-q")
     assert run("--model", "x.gguf", *options, capsys=capsys)[0] == 0
-    said = "out/x-pruned.gguf is a model whose blocks lack layers, as --format gguf writes it: llama.cpp runs it, and"
+    said = "out/x-pruned.gguf is a pruned model, as --format gguf writes it: llama.cpp runs it, but dropformer"
     bad("evaluate", "x.gguf", "out/x-pruned.gguf", "-q", capsys=capsys, here=here, said=said)
     bad("analyze", "out/x-pruned.gguf", "-q", capsys=capsys, here=here, said="dropformer does not load it")
     (here / "y.gguf").write_bytes((here / "x.gguf").read_bytes()[:200])

@@ -114,8 +114,8 @@ def test_a_vision_model_is_calibrated_on_a_folder_of_images(vit, here, capsys):
 
 def test_calibration_that_a_model_cannot_take_is_one_line(bert, vit, here, capsys):
     (here / "empty").mkdir()
-    bad("analyze", vit, "--calibration", "builtin", "-q", capsys=capsys, said="no folder of images")
-    bad("analyze", vit, "--calibration", here / "empty", "-q", capsys=capsys, said="no folder of images")
+    bad("analyze", vit, "--calibration", "builtin", "-q", capsys=capsys, said="is not a folder of images")
+    bad("analyze", vit, "--calibration", here / "empty", "-q", capsys=capsys, said="is not a folder of images")
     bad("analyze", bert, "--calibration", "pixels", "-q", capsys=capsys, said="`pixels` is unknown")
     Image.new("RGB", (8, 8)).save(here / "empty" / "a.png")
     bad("analyze", vit, "--calibration", here / "empty", "-q", capsys=capsys, said="no image processor")

@@ -17,6 +17,7 @@ WIDTHS = (
     "hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "num_attention_heads", "n_head",
     "num_key_value_heads", "head_dim", "num_experts", "num_local_experts",
 )  # fmt: skip
+ALIKE = {"mistral": "llama", "ministral": "llama"}  # the same tensors and layers; a windowed Llama becomes a Ministral
 
 
 class Comparable:
@@ -29,7 +30,8 @@ class Comparable:
         """Check family, widths and number of blocks (of the original, for a pruned model) in config.json."""
         inner = config.get("text_config")
         text = inner if isinstance(inner, dict) else config
-        facts = {"family": config.get("base_model_type") or config.get("model_type")}
+        family = config.get("base_model_type") or config.get("model_type")
+        facts = {"family": ALIKE.get(str(family), family)}
         facts |= {name: text[name] for name in WIDTHS if isinstance(text.get(name), int)}
         counted = block_count(text)
         facts["number of blocks"] = origin[""].count if origin and "" in origin else None if origin else counted

@@ -11,7 +11,6 @@ needle    facts scattered in a long text of filler, asked for at its end, agains
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -25,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from dropformer.metrics.calibration.settings import context_of
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.device import input_device
-from dropformer.prune.loading.parts import empty_cache
+from dropformer.prune.loading.parts import continued, empty_cache
 from dropformer.prune.registry import Registry
 
 
@@ -173,7 +172,7 @@ def score(model: nn.Module, tokenizer: Any, probe: Probe) -> ProbeResult:
         model(
             input_ids=_ids(tokenizer, probe.shared, model, special=True)[None], past_key_values=shared, use_cache=True
         )
-    scores = [_answer_scores(model, tokenizer, copy.deepcopy(shared), question) for question in probe.questions]
+    scores = [_answer_scores(model, tokenizer, continued(shared), question) for question in probe.questions]
     count = len(scores)
     accuracy = sum(int(score.argmax() == 0) for score in scores) / count
     return ProbeResult(

@@ -110,7 +110,10 @@ def draw(sweep: Sweep, path: Path) -> Path:
     lines = left.plot(
         drops, [p.perplexity / base for p in sweep.points], "o-", color=RED, label="perplexity over dense"
     )
-    left.set_xlabel(f"dropped {KIND_NAMES.get(sweep.of, sweep.of)} layers")
+    kind, _, window = sweep.of.partition("@")
+    left.set_xlabel(
+        f"attention layers with a window of {window}" if window else f"dropped {KIND_NAMES.get(kind, kind)} layers"
+    )
     left.set_ylabel("perplexity over dense", color=RED)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right = left.twinx()

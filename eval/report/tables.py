@@ -124,6 +124,9 @@ def long(evaluation: Evaluation) -> Table:
     body.append(
         ("  at 10, 30, 50, 70, 90% of the text", *(" ".join(f"{x:.0%}" for x in n["by_depth"]) for n in needles))
     )
+    body.append(
+        ("  of the answers' tokens", *(f"{n.get('tokens', 0):.0%} ± {n.get('tokens_stderr', 0):.0%}" for n in needles))
+    )
     speeds = [one["decoding"] for one in found]
     body.append((f"KV cache at {found[0]['context']:,} tokens", *(mebibytes(one["kv_bytes"]) for one in found)))
     body.append(("  decode tokens/s", *(f"{one['speed']['median']:,.1f}" for one in speeds)))

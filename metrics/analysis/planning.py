@@ -38,7 +38,7 @@ def plan_from(
         layers, cost = choose_packable(found.outline, spec, similarity, keep)
     else:
         layers = choose(found.outline, drops, similarity, keep, published) if drops else []
-    windows = windows_of(found.outline, spec, layers, losses, keep)
+    windows = spec_windows(found.outline, spec, layers, losses, keep)
     calibration = found.calibration.model_dump() if found.calibration else None
     fields: dict[str, Any] = {
         "keep": list(keep),
@@ -49,7 +49,7 @@ def plan_from(
     return make_plan(found.outline, found.model, spec, layers, similarity, windows, **fields)
 
 
-def windows_of(
+def spec_windows(
     outline: Outline,
     spec: str,
     layers: Sequence[Layer],

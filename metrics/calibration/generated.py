@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dropformer.metrics.calibration.completions import has_prompts, prompt_rows
 from dropformer.metrics.calibration.settings import Calibration
@@ -102,6 +103,19 @@ def _written(
     yield from (found[i] for i in range(len(prompts)))
 
 
+class _Told(StoppingCriteria):
+    """Tells at each quarter of a batch's tokens; stops nothing."""
+
+    def __init__(self, writer: Writer, start: int, length: int) -> None:
+        self.tell, self.start, self.most = writer.tell, start, length - start
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **others: Any) -> Tensor:  # type: ignore[override]
+        done = input_ids.shape[1] - self.start
+        if done * 4 // self.most > (done - 1) * 4 // self.most:
+            self.tell(f"self: {done} of {self.most} tokens of {len(input_ids)} texts")
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
 def _devices(model: Any) -> list[torch.device]:
     return [model.device] if model.device.type == "cuda" else []
 
@@ -117,6 +131,7 @@ def _generate(writer: Writer, ids: Tensor, length: int, answers: bool) -> list[l
             do_sample=True, temperature=1.0, top_p=TOP_P, top_k=0,
             eos_token_id=end if answers else -1,  # -1: generation never stops early
             pad_token_id=0 if end is None else end,
+            stopping_criteria=StoppingCriteriaList([_Told(writer, ids.shape[1], length)]),
         )  # fmt: skip
     found = rows.tolist()
     return [_ended(row, ids.shape[1], end) for row in found] if answers else found

@@ -106,7 +106,7 @@ def heal(
 
 def activations(learned: Mapping[str, Adapter | Shift], runner: BlockRunner) -> int:
     """About how many bytes a pass keeps for its gradients: what linear modules read and write, three times over."""
-    widths = sum(sum(m.module.weight.shape) for m in learned.values() if isinstance(m, Adapter))
+    widths = sum(sum(m.module.get_parameter("weight").shape) for m in learned.values() if isinstance(m, Adapter))
     most = max(inputs["input_ids"].numel() for inputs in runner.batches)
     return 3 * widths * most * runner.start(0).element_size()
 
@@ -135,42 +135,43 @@ class Lesson:
         blocks = sum(p.numel() for block in self.dense.blocks[self.first :]
                      for p in self.dense.model.get_submodule(block.path).parameters())  # fmt: skip
         head = output_embeddings(self.dense.model)
-        return max(1, min(4, -(-3 * head.weight.numel() // (2 * max(blocks, 1))))) if head is not None else 4
+        words = 4 * blocks if head is None else head.get_parameter("weight").numel()
+        return max(1, min(4, -(-3 * words // (2 * max(blocks, 1)))))
 
-    def step(self, batch: int, turn: int) -> float:
-        """Gradients of the mean KL(dense || student) over a batch's positions in turn, which is returned."""
+    def step(self, batch: int, turn: int) -> int:
+        """Add gradients of the KL(dense || student) summed over a batch's positions in turn; gives their number.
+
+        Summed, so that those of 16 bits are not too small to be told from zero.
+        """
         positions = self._positions(batch, turn % self.stride)
         stream = self.before[batch]
         with torch.enable_grad():
             for block in range(self.first, len(self.student.blocks)):
                 stream = self.student.step(block, batch, stream)
             end = stream.detach().requires_grad_(True)
-            parts = [self._head(batch, end, some, len(positions)) for some in self._parts(batch, positions)]
+            for some in self._parts(batch, positions):
+                self._head(batch, end, some)
             stream.backward(end.grad)
         self._count(batch)
-        return sum(parts) / (len(positions) * len(end))
+        return len(positions) * len(end)
 
-    def _head(self, batch: int, end: Tensor, positions: Tensor, count: int) -> float:
-        """Add the gradient at the stream's end of the KL at some positions, of `count` in all; gives their sum.
+    def _head(self, batch: int, end: Tensor, positions: Tensor) -> None:
+        """Add the gradient at the stream's end of the KL at some positions.
 
         In logits z of the student, with probabilities p of it and q of the dense model, it is p - q.
         """
         with torch.no_grad():
-            goal = torch.log_softmax(self.dense.logits(batch, self.after[batch], positions).float(), -1)
+            goal = torch.softmax(self.dense.logits(batch, self.after[batch], positions).float(), -1)
         logits = self.student.logits(batch, end, positions)
-        found = torch.log_softmax(logits.detach().float(), -1)
-        goal = goal.to(found.device)
-        chances = goal.exp()
-        divergence = float((chances * (goal - found)).sum())
-        logits.backward(((found.exp_() - chances) / (count * len(end))).to(logits.dtype))
-        return divergence
+        found = torch.softmax(logits.detach().float(), -1)
+        logits.backward(found.sub_(goal.to(found.device)).to(logits.dtype))
 
     def _parts(self, batch: int, positions: Tensor) -> Sequence[Tensor]:
         """Positions whose logits are held together."""
         head = output_embeddings(self.dense.model)
         if head is None or not self.dense.picks_logits:
             return [positions]
-        row = 4 * head.weight.shape[0] * len(self.before[batch])
+        row = 4 * head.get_parameter("weight").shape[0] * len(self.before[batch])
         return positions.split(max(1, self.how.logits // row))
 
     def _positions(self, batch: int, first: int) -> Tensor:
@@ -198,7 +199,9 @@ def train(lesson: Lesson, learned: Mapping[str, Adapter | Shift], progress: Prog
     for step, batch in enumerate(steps):
         for group in optimizer.param_groups:
             group["lr"] = group["most"] * how.factor(step, len(steps))
-        lesson.step(batch, step)
+        count = lesson.step(batch, step)
+        for p in parameters:
+            p.grad = None if p.grad is None else p.grad.div_(count)
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -7,8 +7,7 @@ alone and behind others.  What windows do to the past's own keys is left out.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -21,7 +20,7 @@ from dropformer.metrics.blockwise.divergence import kl_divergence
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import attention_module, map_blocks, skipped_modules
 from dropformer.prune.loading.device import input_device
-from dropformer.prune.loading.parts import empty_cache, replaced
+from dropformer.prune.loading.parts import continued, empty_cache, replaced
 from dropformer.prune.loading.skipped_modules import replacement
 from dropformer.prune.loading.window_attention import unfit
 from dropformer.prune.outline import Outline
@@ -94,17 +93,11 @@ class FarText:
         return {path: replacement(form).keep(self.model.get_submodule(path)) for path, form in forms.items()}
 
     def _log_probs(self) -> Tensor:
-        logits = self.model(input_ids=self.tail, past_key_values=self._view(), use_cache=True).logits[0]
+        logits = self.model(input_ids=self.tail, past_key_values=continued(self.cache), use_cache=True).logits[0]
         return logits.float().log_softmax(-1)
 
-    def _view(self) -> Any:
-        """A cache of the text that can grow without the kept one."""
-        view = copy.copy(self.cache)
-        view.layers = [copy.copy(entry) for entry in self.cache.layers]
-        return view
-
     @contextmanager
-    def _recording(self, actions: Sequence[Action]) -> Any:
+    def _recording(self, actions: Sequence[Action]) -> Iterator[None]:
         """Inside the `with`, a pass leaves each block's output, and the damage of each action."""
         with ExitStack() as hooks:
             for index, path in enumerate(self.blocks):
@@ -129,7 +122,7 @@ class FarText:
             for action in dict.fromkeys([None, *actions]):
                 lost = full
                 if action is not None:
-                    own = {**kwargs, "past_key_values": self._view()}
+                    own = {**kwargs, "past_key_values": continued(self.cache)}
                     lost = first_output(windowed_twin(module, action)(*args, **own)).float() - full
                 found[action] = float((lost.square().sum(-1) / size).mean())
 

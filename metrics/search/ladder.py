@@ -62,7 +62,7 @@ def saved_share(outline: Outline, layer: Layer, rung: Rung, budget: Budget, cont
         raise PlanError(f"budget `{budget}` counts the KV cache, and this model has none; use params:-20%")
     branch, owned = outline.branch(layer), outline.dropped_parameters([layer])
     freed = cache * branch.kv * (context - rung.held(context))
-    return (weights * (owned - rung.parameters(owned, 0)) + freed) / whole
+    return (weights * (owned - rung.parameters(owned)) + freed) / whole
 
 
 def climb(options: Mapping[Layer, Sequence[Option]], amount: float) -> dict[Layer, Option]:

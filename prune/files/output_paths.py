@@ -17,6 +17,13 @@ def check_out(out: Path, own: str) -> None:
         raise OutputError(f"{out} is not empty and holds no {own}; choose another --out or remove it")
 
 
+def check_empty(out: Path) -> None:
+    """Raises OutputError if a checkpoint could not be written."""
+    check_place(out)
+    if out.is_dir() and any(out.iterdir()):
+        raise OutputError(f"{out} exists and is not an empty folder; choose another --out or remove it")
+
+
 def check_place(out: Path) -> None:
     """Raises OutputError unless `out` is a writable folder or could be created."""
     nearest = _nearest(out)

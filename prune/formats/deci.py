@@ -25,11 +25,11 @@ from dropformer.prune.block_map import MappedBlock, Surgery, new_name
 from dropformer.prune.errors import ArchitectureError, PlanError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.files.layout import NewTensor
-from dropformer.prune.formats.stored_tensors import new_tensor, stored_dtype
 from dropformer.prune.formats.writing import ExportJob, replacements, write_pruned
 from dropformer.prune.loading.deci import configuration_decilm
 from dropformer.prune.loading.deci.families import check_family
 from dropformer.prune.loading.described import config_from
+from dropformer.prune.surgery.stored_tensors import new_tensor, stored_dtype
 
 ARCHITECTURE = "DeciLMForCausalLM"
 CODE_FILE = "configuration_decilm.py"

@@ -167,8 +167,8 @@ def write(job: ExportJob, folder: Path) -> CopyReport:
         raise PlanError("ExecuTorch's Llama model has no linear map in place of attention; repair another way")
     import torch
 
-    from dropformer.prune.formats.stored_tensors import stored_dtype
     from dropformer.prune.loading.described import config_from
+    from dropformer.prune.surgery.stored_tensors import stored_dtype
 
     params = params_of(config_from(dict(job.config)), job.surgery)
     state = state_of(job.model, params, stored_dtype(job.source.folder))

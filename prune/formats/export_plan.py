@@ -113,7 +113,7 @@ def asked_writing(plan: Plan, source: Checkpoint, how: ExportOptions, repair: An
     mapped = repair.mapped if repair else None
     surgery = plan_surgery(plan.outline, plan.layers, model, mapped, plan.windowed, source.folder)
     if repair:
-        from dropformer.prune.formats.stored_tensors import stored_dtype
+        from dropformer.prune.surgery.stored_tensors import stored_dtype
 
         named, dtype = repair.named(plan.outline, surgery.block_map), stored_dtype(source.folder)
         surgery = replace(surgery, tensors={name: tensor.to(dtype) for name, tensor in named.items()})

@@ -79,7 +79,8 @@ def _beyond(again: PreTrainedModel, surgery: Surgery) -> list[dict[str, Any]]:
     if not windows or again.config.model_type == MODEL_TYPE:
         return []
     length = max(window.width for window in windows) + BEYOND
-    ids = torch.arange(length, device=input_device(again)) % again.get_input_embeddings().weight.shape[0]
+    embeddings: Any = again.get_input_embeddings()
+    ids = torch.arange(length, device=input_device(again)) % embeddings.weight.shape[0]
     return [{"input_ids": ids[None], "logits_to_keep": BEYOND}]
 
 

@@ -83,7 +83,7 @@ class ExportJob:
         """Parameters of the pruned model, by its names, that are not the dense model's."""
         if not self.surgery.tensors:
             return {}
-        from dropformer.prune.formats.stored_tensors import new_tensor  # imports torch: only where there is a tensor
+        from dropformer.prune.surgery.stored_tensors import new_tensor  # imports torch: only where there is a tensor
 
         return {name: new_tensor(tensor) for name, tensor in self.surgery.tensors.items()}
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from dropformer.prune.loading.window_cache import Window
+from dropformer.prune.loading.window_cache import Window, WindowLayer
+
+GROWING = (DynamicLayer, DynamicSlidingWindowLayer, WindowLayer)
 
 
 def text_config(owner: Any) -> Any:
@@ -38,6 +42,18 @@ def windows_of(model: nn.Module) -> dict[str, Window]:
 def empty_cache(model: Any) -> DynamicCache:
     """A cache for a model with the entries that its config asks for, dropped attention layers' empty ones included."""
     return DynamicCache(config=model.config)
+
+
+def continued(cache: Any) -> Any:
+    """A cache that holds what `cache` does and leaves it alone as it grows.
+
+    Entries that make new tensors as they grow are shared until then; others (linear attention, static) are copied.
+    """
+    if not hasattr(cache, "layers"):
+        return copy.deepcopy(cache)
+    made = copy.copy(cache)
+    made.layers = [copy.copy(e) if type(e) in GROWING else copy.deepcopy(e) for e in cache.layers]
+    return made
 
 
 @contextmanager

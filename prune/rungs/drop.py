@@ -20,7 +20,7 @@ class Dropped:
     def seen(self, context: int) -> float:
         return 0.0
 
-    def parameters(self, owned: int, width: int) -> int:
+    def parameters(self, owned: int) -> int:
         return 0
 
 

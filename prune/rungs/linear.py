@@ -9,7 +9,7 @@ from dropformer.prune.errors import PlanError
 
 @dataclass(frozen=True)
 class LinearMap:
-    """A square matrix and a bias: no cache; never more parameters than the layer had, by budgets' count."""
+    """A square matrix and a bias: no cache; as many parameters as the layer had at most, which is what is counted."""
 
     def __str__(self) -> str:
         return "linear"
@@ -20,8 +20,8 @@ class LinearMap:
     def seen(self, context: int) -> float:
         return 0.0
 
-    def parameters(self, owned: int, width: int) -> int:
-        return min(owned, width * (width + 1))
+    def parameters(self, owned: int) -> int:
+        return owned
 
 
 def parse(text: str) -> LinearMap:

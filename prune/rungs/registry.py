@@ -19,8 +19,8 @@ class Rung(Protocol):
     def seen(self, context: int) -> float:
         """Keys that a token sees on average while `context` tokens are read; (context + 1) / 2 for the whole layer."""
 
-    def parameters(self, owned: int, width: int) -> int:
-        """Parameters that are left of the layer's own, in a residual stream of this width."""
+    def parameters(self, owned: int) -> int:
+        """Parameters that are left of the layer's own."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ RUNGS: Registry[RungEntry] = Registry(
             "the last W tokens and the first S (arXiv 2309.17453), as in window:512+4",
             f"{_HERE}.window:parse",
             "all of the layer, byte for byte, and its window in config.json",
-            "none",
+            "those that load the stock class, for windows of one width without sinks",
         ),
     },
 )

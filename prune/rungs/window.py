@@ -23,7 +23,7 @@ class Windowed:
     def seen(self, context: int) -> float:
         return self.window.seen(context)
 
-    def parameters(self, owned: int, width: int) -> int:
+    def parameters(self, owned: int) -> int:
         return owned
 
 

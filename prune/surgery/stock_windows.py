@@ -38,7 +38,7 @@ def stock_windows(config: Mapping[str, Any], outline: Outline, block_map: BlockM
         return None  # one width for all
     for layer in block_map.windows:
         types[new_index(block_map, layer)] = SLIDING
-    fields = {"sliding_window": window.width, "layer_types": types}
+    fields: dict[str, Any] = {"sliding_window": window.width, "layer_types": types}
     if config["model_type"] in AS_MINISTRAL:
         return _ministral(full, config, fields)
     if "use_sliding_window" in full:

@@ -93,11 +93,22 @@ def test_one_pass_gives_every_loss_and_a_cache_that_questions_leave_alone(tiny, 
         logits = model(whole).logits[0, -len(fact.answer) - 1 : -1]
     logprob = logits.log_softmax(-1).gather(1, fact.answer[:, None]).sum()
     assert answers[7][0] == pytest.approx(float(logprob), abs=1e-4)
-    assert answers[7][1] == bool((logits.argmax(-1) == fact.answer).all())
+    assert answers[7][1] == pytest.approx(float((logits.argmax(-1) == fact.answer).float().mean()))
 
 
-def test_the_needle_is_the_share_of_answers_told_by_depth():
-    one = [(-1.0, i < 2 * ASKED) for i in range(DEPTHS * ASKED)]
-    found = needle([one, [(-3.0, False)] * len(one)])
+def test_the_needle_is_the_share_of_answers_told_by_depth_and_of_their_tokens():
+    one = [(-1.0, 1.0 if i < 2 * ASKED else 0.5) for i in range(DEPTHS * ASKED)]
+    found = needle([one, [(-3.0, 0.0)] * len(one)])
     assert found.accuracy == pytest.approx(0.2) and found.logprob == pytest.approx(-2.0)
     assert found.by_depth == (0.5, 0.5, 0.0, 0.0, 0.0) and found.facts == 60
+    assert found.tokens == pytest.approx((12 + 18 * 0.5) / 60) and found.tokens_stderr > 0
+
+
+def test_a_token_that_every_answer_begins_with_is_part_of_the_question():
+    class Letters:
+        def __call__(self, text, **_):
+            return {"input_ids": [ord(letter) for letter in text]}
+
+    text = with_facts(torch.arange(2000) + 300, Letters())
+    assert all("".join(map(chr, fact.answer.tolist())).isdigit() for fact in text.facts)
+    assert all(fact.question[-1] == ord(" ") for fact in text.facts)

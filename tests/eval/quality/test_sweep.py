@@ -27,7 +27,7 @@ def found(folder, tmp_path_factory):
         patch.setenv("DROPFORMER_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(job, "SWEEP", Setting(prompt=16, new=2))
         request = Request(str(folder), Target("attn:3"), calibration=CalibrationOptions(["builtin"], 3, 32))
-        return job.sweep(request, "attn", [2, 3], (2, 32), Silent(), speed=True)
+        return job.sweep(request, "attn:{}", [2, 3], (2, 32), Silent(), speed=True)
 
 
 def test_the_dense_model_comes_first_even_if_the_range_begins_later(found):
@@ -60,7 +60,21 @@ def test_the_cliff_is_looked_for_in_log_perplexity(found):
     assert find_cliff([p.model_copy(update={"perplexity": 10 * math.exp(0.1 * p.drops)}) for p in points]) is None
 
 
-@pytest.mark.parametrize("text", ["attn:4", "attn:2..1", "attn:1..2..0", "attn", "attn:1..x"])
+@pytest.mark.parametrize(
+    "text", ["attn:4", "attn:2..1", "attn:1..2..0", "attn", "attn:1..x", "attn:0..2@8", "window:0..2"]
+)
 def test_what_is_no_range_is_refused(text):
     with pytest.raises(PlanError, match="is no range of drops"):
         parse_range(text)
+
+
+def test_numbers_of_windows_are_swept_on_text_that_is_longer(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("DROPFORMER_CACHE", str(tmp_path))
+    spec, counts = parse_range("window:0..4..2@8+1")
+    request = Request(str(folder), Target(spec.format(4)), calibration=CalibrationOptions(["builtin"], 2, 64))
+    swept = job.sweep(request, spec, counts, (2, 48), Silent())
+    assert [point.drops for point in swept.points] == [0, 2, 4] and swept.of == "window@8+1"
+    assert swept.points[0].kl == 0 < swept.points[1].kl
+    assert draw(swept, tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(PlanError, match="larger --length"):
+        job.sweep(request, spec, counts, (2, 9), Silent())

@@ -185,7 +185,7 @@ def test_a_changed_weight_changes_the_fingerprint(llama, tokenizer):
     [
         (["mmlu_anatomi"], {}, "did you mean mmlu_anatomy"),
         (["mmlu", "mmlu_anatomy"], {}, "in both mmlu and mmlu_anatomy"),
-        (["mmlu_anatomy"], {"shots": 9}, "has 5 few-shot examples and 9 are asked for"),
+        (["mmlu_anatomy"], {"shots": 9}, "has 5 few-shot examples, but 9 were requested"),
         (["mmlu_anatomy"], {"limit": 0}, "at least 1 question"),
         ([], {}, "no task is named"),
     ],

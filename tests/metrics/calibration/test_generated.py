@@ -47,7 +47,12 @@ def test_a_seed_writes_the_same_text_and_another_seed_another(tiny, cache):
 def test_a_text_is_written_once_for_the_same_weights(tiny, cache):
     model = tiny("llama")
     (first, said), (again, silent) = (written(model, fingerprint="f" * 64) for _ in range(2))
-    assert "writes 3 texts" in said[0] and not silent and torch.equal(first.ids, again.ids)
+    assert (
+        "writes 3 texts" in said[0]
+        and said[-1] == "self: 18 of 18 tokens of 3 texts"
+        and not silent
+        and torch.equal(first.ids, again.ids)
+    )
     next(cache.glob("written/*.json")).write_text("[[1.5]]")
     assert torch.equal(written(model, fingerprint="f" * 64)[0].ids, first.ids)
 
@@ -83,7 +88,7 @@ def test_what_the_model_writes_chooses_repairs_and_gates(tiny, cache):
 def test_a_model_that_writes_nothing_and_a_text_for_several_models_are_refused(tiny, cache):
     with pytest.raises(ModelError, match="generates no text"):
         text_windows(Calibration("self", samples=2, length=16), Writer(None, Chat()))
-    with pytest.raises(CalibrationError, match="no text for several"):
+    with pytest.raises(CalibrationError, match="several cannot share it"):
         windows(Calibration("self", samples=2, length=16), Chat())
     with pytest.raises(CalibrationError, match="does not exist"):
         written(tiny("llama"), "self:absent.jsonl")

@@ -87,13 +87,14 @@ def test_blocks_that_run_again_teach_what_kept_activations_teach(opened):
     assert all(torch.allclose(kept[name], again[name], atol=1e-5) for name in kept)
 
 
-def test_small_steps_add_up_in_sixteen_bits(opened):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_steps_add_up_in_sixteen_bits(opened, dtype):
     model, architecture, _ = opened()
-    model.bfloat16()
+    model.to(dtype)
     ids = torch.randint(3, 64, (8, 24), generator=torch.Generator().manual_seed(3))
     runner = BlockRunner(model, architecture, [{"input_ids": row[None]} for row in ids])
     dense, layers = DenseReference(runner), [Layer("attn", 1), Layer("mlp", 2)]
     changes = Changes(heal(runner, dropped_modules(model, architecture, layers), 1, HOW))
     variants = [variant(model, architecture, layers), variant(model, architecture, layers, changes)]
     dropped, healed = (damage.mean_kl for damage in dense.compare_each(variants))
-    assert healed < 0.9 * dropped and {value.dtype for value in changes.tensors.values()} == {torch.bfloat16}
+    assert healed < 0.9 * dropped and {value.dtype for value in changes.tensors.values()} == {dtype}

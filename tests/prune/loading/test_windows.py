@@ -12,6 +12,7 @@ from dropformer import api
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import PlanError
 from dropformer.prune.loading import window_attention
+from dropformer.prune.loading.parts import continued, empty_cache
 
 WIDTH, SINKS = 5, 2
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -147,3 +148,17 @@ def test_a_cache_that_another_model_filled_is_read_through_the_window(tiny, batc
         dense(ids[:, :20], past_key_values=cache)
         model(ids[:, 20:21], past_key_values=cache)
     assert [type(layer).__name__ for layer in cache.layers] == ["DynamicLayer"] * 4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "lfm2", "qwen3_next"])
+def test_a_continued_cache_leaves_the_one_behind_it_alone(tiny, ids, family):
+    """Linear attention and convolutions write their states in place; keys and values are joined to new ones."""
+    model = tiny(family)
+    cache = empty_cache(model)
+    with torch.no_grad():
+        model(ids[:, :-3], past_key_values=cache, use_cache=True)
+        answers = [
+            model(ids[:, -3:], past_key_values=continued(cache), use_cache=True).logits.clone() for _ in range(2)
+        ]
+    torch.testing.assert_close(answers[0], answers[1], atol=0, rtol=0)
+    torch.testing.assert_close(answers[0], model(ids).logits[:, -3:], atol=1e-5, rtol=1e-5)
