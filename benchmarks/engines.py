@@ -1,6 +1,6 @@
 """Which families' pruned checkpoints vLLM runs as torch does, with dropformer installed beside it.
 
-    python benchmarks/engines.py --vllm VLLM_ENV/bin/python [--quick] [--full] [--resume FILE] [--write] [FAMILY ...]
+    python benchmarks/engines.py --vllm PYTHON [--quick] [--full] [--ranks N] [--resume FILE] [--write] [FAMILY ...]
 
 For each family a tiny random model loses layers, is saved in the default format and run by vLLM on the CPU: the
 log-probabilities of three prompts (at most 1e-4 from torch), six greedy tokens, and the layers that own KV cache.
@@ -112,7 +112,7 @@ class Case:
             return "wrong", f"log-probabilities differ by {self.difference:.1e}"
         if [got["tokens"] for got in self.found["answers"]] != [want["tokens"] for want in self.expected]:
             return "wrong", "greedy tokens differ"
-        if len(self.found["layers"]) != self.attending:
+        if len(self.found.get("layers", range(self.attending))) != self.attending:  # unknown where several ranks run
             return "wrong", f"{len(self.found['layers'])} layers own KV cache, {self.attending} attend"
         return "right", f"{self.difference:.0e}"
 
@@ -161,13 +161,22 @@ def installed(python: str, root: Path) -> Path:
     return root / "site"
 
 
-def in_vllm(python: str, site: Path, every: list[Case]) -> None:
-    """Run one family's cases in a process of vLLM, and in another from the next on where it dies."""
+def in_vllm(python: str, site: Path, every: list[Case], ranks: int = 1) -> None:
+    """Run one family's cases in a process of vLLM, and in another from the next on where it dies.
+
+    ranks: the tensor-parallel size; several are processes of their own.
+    """
     env = dict(os.environ, PYTHONPATH=str(site), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", VLLM_NO_USAGE_STATS="1")
-    env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    several = {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"} if ranks > 1 else {}
+    env |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if several else "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
     left = {case.folder.name: case for case in every}
     while left:
         work = {"folders": [str(case.folder) for case in left.values()], "prompts": PROMPTS, "steps": STEPS}
+        work |= {"settings": several}
         command = [python, str(ROOT / "benchmarks/families/vllm_run.py"), json.dumps(work)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
         assert process.stdout
@@ -190,7 +199,7 @@ def found_for(family: str, options: argparse.Namespace, root: Path, site: Path) 
     except (DropformerError, ValueError, KeyError) as error:
         said = f"not built or pruned here: {str(error).splitlines()[0][:160]}"
         return {"family": family, "kind": "refused", "said": said, "class": ""}
-    in_vllm(options.vllm, site, every)
+    in_vllm(options.vllm, site, every, options.ranks)
     kind, said = max((case.verdict() for case in every), key=lambda verdict: KINDS.index(verdict[0]))
     names = [case.found["class"] for case in every if case.found and "class" in case.found]
     return {"family": family, "kind": kind, "said": said, "class": (names or [""])[0]}
@@ -222,6 +231,7 @@ def main() -> None:
     parser.add_argument("--vllm", default=os.environ.get("DROPFORMER_VLLM_PYTHON"), help="an interpreter with vLLM")
     parser.add_argument("--quick", action="store_true", help="one family")
     parser.add_argument("--full", action="store_true", help="each kind of drop alone")
+    parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel size, in as many processes")
     parser.add_argument("--resume", type=Path, help="a file of rows, a line each; families in it are not run again")
     parser.add_argument("--write", action="store_true", help="renew the table that `prune engines` and the docs have")
     options = parser.parse_args()
@@ -242,6 +252,9 @@ def main() -> None:
                 with options.resume.open("a") as file:
                     file.write(json.dumps(rows[family]) + "\n")
     version = vllm_version(options.vllm)
+    missing = [family for family in FAMILIES if family not in rows]
+    if options.write and missing:
+        parser.error(f"--write renews the whole table, and there is no row of {', '.join(missing)}; use --resume")
     if options.write:
         write(list(rows.values()), version)
     counts = {kind: sum(row["kind"] == kind for row in rows.values()) for kind in KINDS}

@@ -117,7 +117,8 @@ class FarText:
 
     def _compared(self, layer: Layer, entered: list[Tensor], actions: Sequence[Action]) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            full, size = first_output(output).float(), entered[0].float().square().sum(-1).clamp_min(1e-12)
+            full = first_output(output).float()
+            size = entered[0].to(full.device).float().square().sum(-1).clamp_min(1e-12)
             found = self.damages.setdefault(layer, {})
             for action in dict.fromkeys([None, *actions]):
                 lost = full

@@ -17,7 +17,8 @@ MLX_TRIED = ("llama", "qwen3", "gemma3_text")
 def onnxruntime(facts: CheckpointFacts) -> Answer:
     """ONNX Runtime 1.32, by transformers' exporter."""
     if facts.format == "onnx":
-        return Answer(True, f"onnxruntime.InferenceSession({str(facts.folder / facts.file)!r})", saves=facts.saves)
+        file = str(facts.folder / facts.file)
+        return Answer(True, f"import onnxruntime; onnxruntime.InferenceSession({file!r})", saves=facts.saves)
     return Answer(False, why="reads ONNX graphs alone", instead="export with --format onnx")
 
 
@@ -28,6 +29,9 @@ def executorch(facts: CheckpointFacts) -> Answer:
         command = f"python -m {EXPORTER} base.params={params} base.checkpoint={weights} {CACHED}"
         note = "a dropped MLP is zeros there and saves nothing" if "mlp" in facts.skipped else ""
         return Answer(True, command, note, "", facts.saves)
+    if facts.windows or facts.maps:
+        why = f"its Llama model has no {'attention window' if facts.windows else 'linear map'} by layer"
+        return Answer(False, why=why, instead="load it in transformers")
     if facts.family in EXECUTORCH_FAMILIES:
         return Answer(False, why="its exporter reads params.json", instead="export with --format executorch")
     if facts.stock:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dropformer.prune.engines.facts import REMOTE, CheckpointFacts
 from dropformer.prune.engines.registry import Answer
 
-LOAD = "AutoModelForCausalLM.from_pretrained({folder!r})"
+LOAD = "from transformers import AutoModelForCausalLM as A; A.from_pretrained({folder!r})"
 
 
 def answer(facts: CheckpointFacts) -> Answer:
@@ -16,11 +16,11 @@ def answer(facts: CheckpointFacts) -> Answer:
         command = "import dropformer; " + LOAD.format(folder=folder)
         return Answer(True, command, "or trust_remote_code=True where dropformer is not installed", "", facts.saves)
     if facts.format == "deci":
-        command = f"dropformer.load({folder!r})"
+        command = f"import dropformer; dropformer.load({folder!r})"
         return Answer(True, command, "transformers alone has no model class for DeciLM", "", facts.saves)
     if facts.stock:
         return Answer(True, LOAD.format(folder=folder), saves=facts.saves)
     if facts.format == "gguf" and facts.family != "deci":
-        command = f"AutoModelForCausalLM.from_pretrained({folder!r}, gguf_file={facts.file!r})"
+        command = f"{LOAD.format(folder=folder)[:-1]}, gguf_file={facts.file!r})"
         return Answer(True, command, "it dequantizes the weights", "", facts.saves)
     return Answer(False, why=f"reads no {facts.format} file of this kind", instead="export with --format dropformer")

@@ -38,7 +38,7 @@ def with_plugin(facts: CheckpointFacts) -> Answer:
         return _plain(facts)
     known, version = tried(), f"vLLM {tried()['version']}"
     if facts.windows:
-        return Answer(False, why="vLLM's attention has no window with first tokens", instead="load it in transformers")
+        return Answer(False, why="attention windows are not carried over", instead="load it in transformers")
     if facts.maps:
         return Answer(False, why="linear maps are not carried over", instead="prune without --repair linear")
     if why := {**known["refused"], **known["wrong"]}.get(facts.family):

@@ -101,7 +101,7 @@ def drop_modules(model: nn.Module, modules: dict[str, Any], vllm_config: VllmCon
     dropped: list[nn.Module] = []
     for path, form in modules.items():
         if isinstance(form, dict) and "window" in form:
-            raise ValueError(f"{path} attends to a window and the first tokens, which vLLM's attention has no form for")
+            raise ValueError(f"{path} attends to {seen(*form['window'])}, which is not carried over to vLLM")
         found = find(model, path)
         if found is None:  # of another pipeline stage
             continue
@@ -112,6 +112,12 @@ def drop_modules(model: nn.Module, modules: dict[str, Any], vllm_config: VllmCon
     forget(dropped, vllm_config)
     for parent in model.modules():
         without(parent, dropped)
+
+
+def seen(width: int, sinks: int) -> str:
+    """What a windowed attention attends to."""
+    first = f" and the first {sinks}, for which vLLM's attention has no form" if sinks else ""
+    return f"its last {width} tokens{first}"
 
 
 def find(model: nn.Module, path: str) -> tuple[nn.Module, str] | None:

@@ -31,10 +31,14 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
+
+try:
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+except ImportError as error:  # no torch, as beside mlx-lm: a ValueError, after which AutoTokenizer goes on by itself
+    raise ValueError(f"transformers builds a pruned model with torch, which is missing: {error}") from error
 from transformers.models.auto import modeling_auto
 
 from .own_code import REMOTE_TYPE, copy_own_code, hub_options, learn_own_code

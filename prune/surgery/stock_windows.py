@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 from dropformer.prune.block_map import BlockMap, new_index
-from dropformer.prune.loading.described import config_from
 from dropformer.prune.outline import Outline
 
 OBEYS = ("qwen2", "qwen3", "smollm3", "ministral", "gemma2")
@@ -30,6 +29,8 @@ def stock_windows(config: Mapping[str, Any], outline: Outline, block_map: BlockM
     if len(windows) != 1 or len(outline.stacks) != 1 or not replace(block_map, windows={}).packed:
         return None
     (window,) = windows
+    from dropformer.prune.loading.described import config_from  # imports transformers
+
     full = config_from(dict(config)).to_dict()
     types = _types(full)
     if window.sinks or config["model_type"] not in (*OBEYS, *AS_MINISTRAL) or types is None:

@@ -87,6 +87,22 @@ def test_the_command_prints_json_and_a_table(pruned, capsys):
 
 
 @pytest.mark.parametrize(
+    ("format", "engine", "needs"),
+    [
+        *((format, "transformers", "torch") for format in ("dropformer", "deci", "dense")),
+        ("onnx", "onnxruntime", "onnxruntime"),
+    ],
+)
+def test_the_commands_in_python_run_as_they_are_printed(pruned, capsys, format, engine, needs):
+    pytest.importorskip(needs)
+    folder = pruned("llama", "attn=1", format)
+    answer = engines(folder)["engines"][engine]
+    exec(answer["command"], {})
+    lines = run("engines", folder, "--full", capsys=capsys)[1].splitlines()
+    assert f"    {answer['command']}" in lines
+
+
+@pytest.mark.parametrize(
     "config",
     [
         {"model_type": "dropformer", "per_layer_config": ["no"]},

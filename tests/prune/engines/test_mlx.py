@@ -5,14 +5,18 @@
 
 import json
 import os
+import shlex
 import subprocess
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 import dropformer
+from dropformer.prune.engines.registry import engines
 
 PYTHON = os.environ.get("DROPFORMER_MLX_PYTHON", "")
 RUNNER = Path(__file__).parents[2] / "makers" / "mlx_run.py"
@@ -61,3 +65,17 @@ def test_mlx_stops_where_it_counts_windows_by_block_number_and_a_block_was_dropp
     family, spec = COUNTED
     dropformer.save(pruned_in_memory(lively(tmp_path / "dense", family, **WINDOWS[family]), spec), tmp_path / "out")
     assert "by block number" in in_mlx(tmp_path / "out")["error"]
+
+
+def test_mlx_lms_own_command_generates_text_where_there_is_no_torch(lively, pruned_in_memory, tmp_path):
+    """It reads the tokenizer by AutoTokenizer, which runs the checkpoint's config code first."""
+    dropformer.save(pruned_in_memory(lively(tmp_path / "dense", "llama"), "attn=1"), tmp_path / "out")
+    words = Tokenizer(models.WordLevel({chr(97 + i % 26) + str(i // 26): i for i in range(64)}, unk_token="a0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="b0").save_pretrained(tmp_path / "out")
+    command = engines(tmp_path / "out")["engines"]["mlx"]["command"]
+    program, *rest = shlex.split(command)
+    done = subprocess.run(
+        [Path(PYTHON).with_name(program), *rest, "--max-tokens", "3"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Generation: 3 tokens" in done.stdout

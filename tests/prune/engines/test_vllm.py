@@ -20,9 +20,17 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("families", ["llama qwen3 gemma3_text", "mixtral phi3 olmo2 gpt2"])
-def test_vllm_gives_torchs_log_probabilities_and_tokens_and_caches_kept_layers_alone(families):
-    command = [sys.executable, str(ROOT / "benchmarks/engines.py"), "--vllm", PYTHON, *families.split()]
+def found_right(families: str, *more: str) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/engines.py"), "--vllm", PYTHON, *more, *families.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["right"] == len(families.split()), done.stdout
+
+
+@pytest.mark.parametrize("families", ["llama qwen3 gemma3_text", "mixtral phi3 olmo2 gpt2"])
+def test_vllm_gives_torchs_log_probabilities_and_tokens_and_caches_kept_layers_alone(families):
+    found_right(families)
+
+
+def test_two_tensor_parallel_ranks_give_the_same():
+    found_right("qwen3", "--ranks", "2")
