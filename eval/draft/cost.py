@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ def measured_steps(
     took: dict[str, list[float]] = {"dense": [], "draft": [], "verify": [], "view": []}
     for turn in range(repeats + 1):
         behind = shortened(cache, length)
-        view, making = clock.timed(lambda behind=behind: view_of(behind, draft, sources))
+        view, making = clock.timed(partial(view_of, behind, draft, sources))
         calls: dict[str, Callable] = {}
         if turn:
             took["view"].append(making.wall)
