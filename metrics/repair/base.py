@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dropformer.metrics.blockwise.gate import Gate
 from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import Changes, Variant, variant
 from dropformer.metrics.offload.keeper import Keeper
 from dropformer.metrics.offload.process_memory import shown
-from dropformer.metrics.repair.gate import Gate
 from dropformer.metrics.repair.ridge import Group
 from dropformer.metrics.repair.slots import BranchOutput
 from dropformer.prune.architecture import Architecture, Layer

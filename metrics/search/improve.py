@@ -12,6 +12,7 @@ from torch import nn
 
 from dropformer.metrics.analysis.analyze import proven
 from dropformer.metrics.blockwise.divergence import DenseReference
+from dropformer.metrics.blockwise.gate import Gate, Gating
 from dropformer.metrics.blockwise.layer_metrics import MetricContext, Ranking
 from dropformer.metrics.blockwise.provider import InMemory, Source, provider_for
 from dropformer.metrics.blockwise.runner import BlockRunner, check_blockwise
@@ -20,7 +21,6 @@ from dropformer.metrics.blockwise.work import Work
 from dropformer.metrics.calibration.windows import Windows, named_texts
 from dropformer.metrics.offload.keeper import Keeper
 from dropformer.metrics.repair.base import Foresight, Repair, RepairContext, reasons
-from dropformer.metrics.repair.gate import Gate, Gating
 from dropformer.metrics.repair.registry import REPAIRS
 from dropformer.metrics.repair.slots import branch_outputs
 from dropformer.metrics.search.budget import meter, parse_budget, within
