@@ -13,7 +13,7 @@ from dropformer.eval.cost.timing import Setting
 from dropformer.eval.draft.choose import DraftFound, choose_draft
 from dropformer.eval.draft.verdict import add_to_card
 from dropformer.eval.quality.output_similarity import OutputSimilarity, output_similarity
-from dropformer.eval.quality.perplexity import HELD_OUT
+from dropformer.eval.quality.perplexity import HELD_OUT, tokens_read
 from dropformer.eval.quality.sweep import AT, Sweep, find_cliff, point, with_speed
 from dropformer.eval.report import report as reports
 from dropformer.metrics.analysis.distributed import rank
@@ -193,7 +193,7 @@ def _measure(
         text = reports.TextRef(
             name=request.report.text, windows=len(ids), length=ids.shape[1], hash=held_out.ref.hash, calibrated_on=seen
         )
-        with progress.stage(f"perplexity on {request.report.text}"):
+        with progress.stage(f"perplexity on {text.name}{tokens_read(pruned, held_out.ids, held_out.partly_scored)}"):
             quality = reports.measure_quality(opened.model, pruned, held_out, text, plan)
         if request.report.seconds > 0 and FORMATS[request.export.format].saves:
             with progress.stage("speed, dense and pruned interleaved"):

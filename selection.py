@@ -18,6 +18,7 @@ from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.offload.process_memory import PeakMemory
 from dropformer.metrics.repair.base import Repair, reasons
 from dropformer.metrics.search.budget import Latency
+from dropformer.metrics.search.calibration import tokens_read
 from dropformer.metrics.search.improve import Improver
 from dropformer.metrics.search.improve import improve as improved_plan
 from dropformer.metrics.search.strategy import Strategy, Target
@@ -93,6 +94,8 @@ def improved(
     memory = PeakMemory(input_device(opened.model))
     known = blocks.given() if blocks else {"known": opened.architecture}
     improver = Improver(opened.model, calibration, strategy, progress.say, **known)
+    if read := tokens_read(improver.parts):
+        progress.say(read)
     given = plan or (given_plan(opened, chosen.plan) if chosen.plan else None)
     total = improver.steps(chooses=given is None, budget=target.budget is not None)
     with progress.stage(f"choosing and repairing by {wording(strategy)}", total) as tick:

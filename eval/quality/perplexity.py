@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from dropformer.eval.quality.head import SplitModel
 from dropformer.metrics.calibration.batching import Fitting, windows_at_once
 from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.calibration.windows import by_length, computed_tokens
 from dropformer.prune.errors import EvaluationError
 
 HELD_OUT = Calibration("heldout", samples=8, length=512, seed=1)
@@ -96,7 +97,7 @@ def token_losses(model: PreTrainedModel, windows: Tensor, every: int = 1, scored
     """
     windows, split = _checked(windows), SplitModel(model)
     with torch.inference_mode():
-        return _in_batches([model], windows, lambda rows: _batch_losses(split, windows, scored, rows, every))
+        return _in_batches([model], windows, lambda rows: _batch_losses(split, windows, scored, rows, every), scored)
 
 
 def _batch_losses(
@@ -137,7 +138,7 @@ def all_side_by_side(
                 "KL divergence needs one vocabulary: compare a model with its own pruned form"
             )
     with torch.inference_mode():
-        rows = _in_batches([dense, *pruned], windows, lambda rows: _compare(one, others, windows, scored, rows))
+        rows = _in_batches([dense, *pruned], windows, lambda rows: _compare(one, others, windows, scored, rows), scored)
     end = None if scored is not None else -1  # the last position's choice is compared, not scored
     left = [losses[:end] for losses, _ in rows]
     return [_side(left, [table[k] for _, table in rows], end) for k in range(len(others))]
@@ -158,13 +159,34 @@ def _side(dense: list[Tensor], tables: list[Tensor], end: int | None) -> SideByS
 
 
 def _in_batches(
-    models: Sequence[PreTrainedModel], windows: Tensor, run: Callable[[Sequence[int]], list[Result]]
+    models: Sequence[PreTrainedModel],
+    windows: Tensor,
+    run: Callable[[Sequence[int]], list[Result]],
+    scored: Tensor | None,
 ) -> list[Result]:
-    """What `run` gives for every window, as many at once as all models' device takes."""
-    size, count = min(windows_at_once(model, windows.shape[1]) for model in models), len(windows)
+    """What `run` gives for every window, as many at once as all models' device takes, like lengths together."""
+    order = by_length(_lengths(windows, scored))
+    size = min(windows_at_once(model, windows.shape[1]) for model in models)
     fitting = Fitting(run)
-    parts = [part for i in range(0, count, size) for part in fitting(range(i, min(i + size, count)))]
-    return [each for part in parts for each in part]
+    parts = [part for i in range(0, len(order), size) for part in fitting(order[i : i + size])]
+    found = dict(zip(order, (each for part in parts for each in part), strict=True))
+    return [found[i] for i in range(len(order))]
+
+
+def _lengths(windows: Tensor, scored: Tensor | None) -> list[int]:
+    """How far each window is read: to its last scored token, those of the whole length where all are."""
+    if scored is None:
+        return [windows.shape[1]] * len(windows)
+    return (scored * torch.arange(1, scored.shape[1] + 1)).amax(1).tolist()
+
+
+def tokens_read(model: PreTrainedModel, windows: Tensor, scored: Tensor | None) -> str:
+    """`, 24 tokens computed for 22 needed`; "" where windows are of one length."""
+    lengths = _lengths(windows, scored)
+    if len(set(lengths)) == 1:
+        return ""
+    computed = computed_tokens(lengths, windows_at_once(model, windows.shape[1]))
+    return f", {computed:,} tokens computed for {sum(lengths):,} needed"
 
 
 def _cut(windows: Tensor, scored: Tensor | None, rows: Sequence[int]) -> tuple[Tensor, Tensor]:

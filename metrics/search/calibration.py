@@ -36,15 +36,26 @@ def batches_of(data: Sequence[Windows], device: torch.device, alone: int = 0) ->
     for domain, windows in enumerate(data):
         size = 1 if device.type == "cpu" else max(1, BUSY_GPU // windows.ids.shape[1])
         groups: dict[Group, list[int]] = {}
-        first = range(min(alone, len(windows)))
+        first, lengths = range(min(alone, len(windows))), windows.lengths()
         for n in range(len(first), len(windows)):
             groups.setdefault(group_of(domain, n), []).append(n)
         parts = [(group_of(domain, n), [n]) for n in first]
-        parts += [(group, rows[i : i + size]) for group, rows in groups.items() for i in range(0, len(rows), size)]
+        ordered = {group: sorted(rows, key=lengths.__getitem__) for group, rows in groups.items()}
+        parts += [(group, rows[i : i + size]) for group, rows in ordered.items() for i in range(0, len(rows), size)]
         for group, rows in sorted(parts, key=lambda part: part[1][0]):
             inputs, counts = windows.batch(rows)
             found.append(Batch(inputs, None if counts.all() else counts, domain, group, len(rows)))
     return found
+
+
+def tokens_read(batches: Sequence[Batch]) -> str:
+    """What one pass over the batches computes and what it needs, in words; "" where windows are of one length."""
+    ids, masks = ([batch.inputs.get(name) for batch in batches] for name in ("input_ids", "attention_mask"))
+    computed = sum(each.numel() for each in ids)
+    needed = computed - sum(int((mask == 0).sum()) for mask in masks if mask is not None)
+    if needed == computed and len({each.shape[1] for each in ids}) == 1:
+        return ""
+    return f"tokens: {computed:,} computed for {needed:,} needed in a pass"
 
 
 @dataclass(frozen=True)

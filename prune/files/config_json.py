@@ -20,6 +20,9 @@ BLOCK_COUNTS = {
 }
 """Config fields with the number of blocks of a stack, by the stack's name."""
 
+PREDICTING = ("num_nextn_predict_layers", "num_mtp_modules", "num_mtp_layers", "mtp_num_layers")
+"""Config fields with the number of blocks of multi-token prediction, which may count on from a stack's last one."""
+
 _COUNTED = re.compile(r"layers$|blocks$|depths?$|experts$|^n_layer$|hidden_groups$|stages$")
 _FREE = re.compile(r"^max_|window|^num_dense_layers$|^first_k")  # bounds and thresholds, which build no modules
 _ALWAYS_FINE = 512

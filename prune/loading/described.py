@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig, __version__
 
 from dropformer.prune.errors import CheckpointError, shown
+from dropformer.prune.files.config_json import PREDICTING
 from dropformer.prune.loading.modeling import DropformerConfig, DropformerRemoteConfig
+from dropformer.prune.loading.parts import text_config
 
 
 def config_from(fields: dict[str, Any]) -> PreTrainedConfig:
@@ -31,10 +34,27 @@ def config_from(fields: dict[str, Any]) -> PreTrainedConfig:
     return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
 
 
-def check_whole(path: Path, info: dict[str, Any]) -> None:
-    """Raises CheckpointError for transformers' loading info that names missing, unexpected or misfit tensors."""
+def predicting_blocks(config: Any) -> range:
+    """The numbers of the blocks of multi-token prediction, which count on from a decoder's last one (DeepSeek V3).
+
+    transformers builds none of them, and leaves their tensors out for some families and depths only.
+    """
+    text = text_config(config)
+    blocks, fields = getattr(text, "num_hidden_layers", None), [getattr(text, name, None) for name in PREDICTING]
+    depth = max((depth for depth in fields if type(depth) is int), default=0)
+    return range(blocks, blocks + depth) if type(blocks) is int else range(0)
+
+
+def check_whole(path: Path, info: dict[str, Any], beyond: range = range(0)) -> None:
+    """Raises CheckpointError for transformers' loading info that names missing, unexpected or misfit tensors.
+
+    `beyond`: numbers of blocks whose tensors no model uses.
+    """
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         found = sorted(map(str, info.get(problem) or []))
+        if problem == "unexpected_keys":
+            numbers = {name: re.search(r"(?:^|\.)layers\.(\d+)\.", name) for name in found}
+            found = [name for name, match in numbers.items() if not (match and int(match[1]) in beyond)]
         if found:
             what = problem.replace("_", " ")
             raise CheckpointError(

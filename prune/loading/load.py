@@ -19,7 +19,7 @@ from dropformer.prune.files import open_checkpoint
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading import modeling
 from dropformer.prune.loading.deci.families import is_own_deci
-from dropformer.prune.loading.described import check_whole, config_from
+from dropformer.prune.loading.described import check_whole, config_from, predicting_blocks
 from dropformer.prune.loading.own_code import REMOTE_TYPE, learn_own_code, needs_own_code
 from dropformer.prune.loading.quiet import quiet_transformers
 
@@ -69,7 +69,7 @@ def load(
         model, info = auto.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **place, **known
         )
-    check_whole(path, info)
+    check_whole(path, info, predicting_blocks(config))
     return model
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from dropformer.prune.architecture import KIND_NAMES, of_images
 from dropformer.prune.block_map import BlockMap, MappedBlock, new_index, skipped_modules
 from dropformer.prune.errors import ArchitectureError
-from dropformer.prune.files.config_json import BLOCK_COUNTS
+from dropformer.prune.files.config_json import BLOCK_COUNTS, PREDICTING
 from dropformer.prune.outline import Outline, StackOutline
 from dropformer.prune.surgery.block_numbers import OTHERS, PAIRS, BlockNumbers
 from dropformer.prune.surgery.patterns import settled_patterns
@@ -82,10 +82,8 @@ def completed(config: dict[str, Any], full: dict[str, Any], outline: Outline) ->
 def without_heads(config: dict[str, Any], outline: Outline, stacks: set[str]) -> dict[str, Any]:
     """config.json of a model whose stacks' multi-token prediction heads go."""
     new = copy.deepcopy(config)
-    for stack in outline.stacks:
-        section = _section(new, stack)
-        if stack.name in stacks and "num_nextn_predict_layers" in section:
-            section["num_nextn_predict_layers"] = 0
+    for section in (section for stack in outline.stacks if stack.name in stacks for section in _sections(new, stack)):
+        section |= dict.fromkeys(section.keys() & set(PREDICTING), 0)
     return new
 
 

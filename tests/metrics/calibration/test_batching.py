@@ -5,13 +5,15 @@ from itertools import chain
 import pytest
 import torch
 
-from dropformer.eval.quality.perplexity import all_side_by_side, token_losses
+from dropformer.eval.quality import perplexity as perplexities
+from dropformer.eval.quality.perplexity import all_side_by_side, token_losses, tokens_read
 from dropformer.metrics.analysis.analyze import analyze_model, proven
 from dropformer.metrics.analysis.measure import Measuring, measure
 from dropformer.metrics.calibration import batching
 from dropformer.metrics.calibration.batching import BUSY_CPU, BUSY_GPU, Fitting, activation_bytes, windows_at_once
-from dropformer.metrics.calibration.settings import Calibration
-from dropformer.metrics.calibration.windows import scored_windows
+from dropformer.metrics.calibration.settings import Calibration, CalibrationRef
+from dropformer.metrics.calibration.windows import Windows, scored_windows
+from dropformer.metrics.search import calibration as search
 from dropformer.prune.artifact import ModelRef
 
 
@@ -107,3 +109,41 @@ def test_losses_and_divergence_are_the_same_in_batches(tiny, monkeypatch, counte
     torch.testing.assert_close(together.losses[1], alone.losses[1], atol=1e-5, rtol=1e-5)
     assert together.divergence.value == pytest.approx(alone.divergence.value, abs=1e-6)
     assert together.divergence.tokens == alone.divergence.tokens
+
+
+def documents(count=160, longest=120):
+    """Windows of lengths drawn evenly, as documents of their own have."""
+    draw = torch.Generator().manual_seed(1)
+    lengths = torch.randint(4, longest, (count,), generator=draw).tolist()
+    made = torch.randint(3, 64, (count, longest), generator=draw)
+    real = torch.arange(longest) < torch.tensor(lengths)[:, None]
+    ref = CalibrationRef(name="x", samples=count, length=longest, seed=0, packed=False, skip_first=0, hash="x")
+    return Windows(made.masked_fill(~real, 0), real, real, ref)
+
+
+def computed_tokens_unsorted(data, size=8):
+    lengths = data.lengths()
+    return sum(size * max(lengths[i : i + size]) for i in range(0, len(lengths), size))
+
+
+def test_documents_of_their_own_lengths_run_near_what_they_need_and_it_is_said(tiny, monkeypatch):
+    """Analysis, perplexity and searches at eight windows at once: within a tenth; unsorted they take over half more."""
+    model, data = tiny("llama"), documents()
+    needed, read = sum(data.lengths()), []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: read.append(args[0].numel()))
+    reference = token_losses(model, data.ids, scored=data.partly_scored)
+    monkeypatch.setattr(perplexities, "windows_at_once", lambda *_: 8)
+    read.clear()
+    found = token_losses(model, data.ids, scored=data.partly_scored)
+    assert needed <= sum(read) < 1.1 * needed
+    assert f"tokens computed for {needed:,} needed" in tokens_read(model, data.ids, data.partly_scored)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, reference, strict=True))
+    read.clear()
+    measure(model, data, ModelRef(name="x"), Measuring(batch_size=8, architecture=proven(model)))
+    hook.remove()
+    assert needed <= sum(read) < 1.1 * needed
+    monkeypatch.setattr(search, "BUSY_GPU", 8 * 120)
+    batches = search.batches_of([data], torch.device("cuda"))
+    computed = sum(batch.inputs["input_ids"].numel() for batch in batches)
+    assert needed <= computed < 1.3 * needed < computed_tokens_unsorted(data)
+    assert search.tokens_read(batches) == f"tokens: {computed:,} computed for {needed:,} needed in a pass"
