@@ -17,7 +17,6 @@ WIDTHS = (
     "hidden_size", "n_embd", "d_model", "intermediate_size", "n_inner", "num_attention_heads", "n_head",
     "num_key_value_heads", "head_dim", "num_experts", "num_local_experts",
 )  # fmt: skip
-ALIKE = {"mistral": "llama", "ministral": "llama"}  # the same tensors and layers; a windowed Llama becomes a Ministral
 
 
 class Comparable:
@@ -31,7 +30,8 @@ class Comparable:
         inner = config.get("text_config")
         text = inner if isinstance(inner, dict) else config
         family = config.get("base_model_type") or config.get("model_type")
-        facts = {"family": ALIKE.get(str(family), family)}
+        rewritten = origin is not None and family == "ministral"  # a Llama or Mistral with windows is written as one
+        facts = {"family": None if rewritten else family}
         facts |= {name: text[name] for name in WIDTHS if isinstance(text.get(name), int)}
         counted = block_count(text)
         facts["number of blocks"] = origin[""].count if origin and "" in origin else None if origin else counted

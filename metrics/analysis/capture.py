@@ -106,7 +106,8 @@ class Capture:
         if not self.listening:
             return
         x = self._held[before]
-        whole = sum(d.reshape(x.values.shape).to(x.values.device).float() for d in delta)
+        parts = [d.reshape(x.values.shape).to(x.values.device).float() for d in delta]
+        whole = sum(parts[1:], parts[0])
         self._add(layer, Change(norm(whole), x.norm, norm(x.values + whole)))
 
     def release(self, taps: list[Tap]) -> None:

@@ -50,10 +50,11 @@ def batches_of(data: Sequence[Windows], device: torch.device, alone: int = 0) ->
 
 def tokens_read(batches: Sequence[Batch]) -> str:
     """What one pass over the batches computes and what it needs, in words; "" where windows are of one length."""
-    ids, masks = ([batch.inputs.get(name) for batch in batches] for name in ("input_ids", "attention_mask"))
+    ids = [batch.inputs["input_ids"] for batch in batches if "input_ids" in batch.inputs]
+    masks = [batch.inputs["attention_mask"] for batch in batches if "attention_mask" in batch.inputs]
     computed = sum(each.numel() for each in ids)
-    needed = computed - sum(int((mask == 0).sum()) for mask in masks if mask is not None)
-    if needed == computed and len({each.shape[1] for each in ids}) == 1:
+    needed = computed - sum(int((mask == 0).sum()) for mask in masks)
+    if needed == computed and len({each.shape[1] for each in ids}) <= 1:
         return ""
     return f"tokens: {computed:,} computed for {needed:,} needed in a pass"
 

@@ -83,7 +83,7 @@ class DropformerRemoteConfig(DropformerConfig):
     model_type = REMOTE_TYPE
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         learn_own_code(cls.get_config_dict(path, **kwargs)[0], path, **hub_options(kwargs))
         return super().from_pretrained(path, *args, **kwargs)
 

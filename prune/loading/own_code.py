@@ -48,7 +48,7 @@ def learn_own_code(fields: dict[str, Any], path: Any, **hub: Any) -> None:
     config = found.pop("AutoConfig")
     CONFIG_MAPPING.register(fields.get("base_model_type", fields["model_type"]), config, exist_ok=True)
     for auto, model in found.items():
-        model.config_class = config
+        model.config_class = config  # type: ignore[attr-defined]
         getattr(modeling_auto, auto).register(config, model, exist_ok=True)
 
 

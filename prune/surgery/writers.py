@@ -94,8 +94,10 @@ def _of_zeros(model: nn.Module) -> nn.Module:
             pages = mmap.mmap(-1, max(1, tensor.numel() * tensor.itemsize))
             zeros = torch.frombuffer(pages, dtype=tensor.dtype, count=tensor.numel()) if tensor.numel() else None
             new = torch.empty(tensor.shape, dtype=tensor.dtype) if zeros is None else zeros.view(tensor.shape)
-            where = module._parameters if name in module._parameters else module._buffers
-            where[name] = nn.Parameter(new, requires_grad=False) if where is module._parameters else new
+            if name in module._parameters:
+                module._parameters[name] = nn.Parameter(new, requires_grad=False)
+            else:
+                module._buffers[name] = new
     return blank
 
 

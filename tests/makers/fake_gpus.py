@@ -134,6 +134,7 @@ def _register() -> None:
     hook.is_available = lambda: False
     registration._setup_privateuseone_for_python_backend(FAKE, hook=hook)
     vars(torch)[FAKE].device_count = lambda: 0  # else other tests' random numbers would ask it for its state
+    vars(torch)[FAKE].get_amp_supported_dtype = lambda: []  # else other tests' checkpointed passes miss it
 
 
 def gpu(number: int) -> str:

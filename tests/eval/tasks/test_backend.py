@@ -205,7 +205,7 @@ def test_without_packing_short_requests_are_padded_to_long_ones(llama, tokenizer
 
 
 def test_a_continuation_longer_than_the_context_is_refused(llama, tokenizer):
-    with pytest.raises(EvaluationError, match="fit the model's 4"):
+    with pytest.raises(EvaluationError, match="at most 4 to score"):
         FastLM(llama, tokenizer, max_length=4).loglikelihood(
             instances([("the", " bone heart nerve light star planet law")]), disable_tqdm=True
         )
