@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from dropformer.metrics.analysis.plots import save
+from dropformer.metrics.analysis.plots import over_counts, save
 from dropformer.metrics.draft.formula import speedup
 
 PNG = "draft.png"
@@ -28,9 +27,5 @@ def draw_speedup(
     if measured:
         axes.plot([measured[0]], [measured[1]], "s", color="#d95f02", markersize=8, label="measured")
     axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xlabel("drafted tokens")
-    axes.set_ylabel("tokens per second over dense")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    over_counts(axes, "drafted tokens", "tokens per second over dense")
     return save(figure, path)

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from dropformer.eval.report.evaluation import Evaluation, ModelResult
 from dropformer.eval.report.tables import setting_name
-from dropformer.metrics.analysis.plots import save
+from dropformer.metrics.analysis.plots import over_counts, save
 
 COLORS = ("#1f77b4", "#d95f02", "#1b9e77", "#7570b3", "#e7298a", "#66a61e")
 CLIFF = "#b2182b"
@@ -44,11 +43,7 @@ def quality_by_drop(evaluation: Evaluation, path: Path) -> Path | None:
                 xycoords=("data", "axes fraction"), color=CLIFF, fontsize=8,
             )  # fmt: skip
     axes.plot([0], [1], "s", color="black", markersize=6, label=dense.name)
-    axes.set_xlabel("layers dropped")
-    axes.set_ylabel("perplexity over dense")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    over_counts(axes, "layers dropped", "perplexity over dense")
     return save(figure, path)
 
 

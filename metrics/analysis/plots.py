@@ -21,7 +21,6 @@ def similarity_by_depth(scores: Scores, path: Path, dropped: Collection[Layer] =
     standard errors.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.add_subplot()
@@ -40,14 +39,21 @@ def similarity_by_depth(scores: Scores, path: Path, dropped: Collection[Layer] =
             [layer.index for layer in marked], [_importance(similarity[layer]) for layer in marked],
             "x", color=COLORS[kind], markersize=10, markeredgewidth=2,
         )  # fmt: skip
-    axes.set_xlabel("block")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yscale("log")
-    axes.set_ylabel("1 - cosine similarity of the residual stream\nbefore and after the layer")
     axes.set_title(f"{scores.model.name}: the lower, the more redundant")
+    over_counts(axes, "block", "1 - cosine similarity of the residual stream\nbefore and after the layer")
+    return save(figure, path)
+
+
+def over_counts(axes: Any, counted: str, value: str) -> None:
+    """Label the axes of lines over whole numbers, with a grid and a legend."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel(counted)
+    axes.set_ylabel(value)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
-    return save(figure, path)
 
 
 def save(figure: Any, path: Path) -> Path:

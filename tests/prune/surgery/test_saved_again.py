@@ -12,9 +12,6 @@ import transformers.utils.hub as hub
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-import dropformer
-from dropformer import api
-from dropformer.prune.formats.export import reference
 from dropformer.prune.loading.load import load
 
 IDS = torch.arange(3, 15)[None]
@@ -30,15 +27,9 @@ for folder in sys.argv[1:]:
 
 
 @pytest.fixture
-def small(tiny, tmp_path):
+def small(written):
     """A checkpoint without an attention layer and an MLP layer, one attention of which sees a window."""
-    tiny("llama").save_pretrained(tmp_path / "dense")
-    opened = api.LoadedModel(
-        load(tmp_path / "dense"), None, tmp_path / "dense", reference("m", tmp_path / "dense"), None
-    )
-    plan = api.plan_unscored(opened.ref, api.outline(opened.model), "attn=1,mlp=2,window=3@4+1", (), None)
-    dropformer.save(api.drop(opened, plan), tmp_path / "small")
-    return tmp_path / "small"
+    return written("attn=1,mlp=2,window=3@4+1")
 
 
 def total(model):

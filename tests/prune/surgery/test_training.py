@@ -4,21 +4,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-import dropformer
-from dropformer import api
-from dropformer.prune.formats.export import reference
 from dropformer.prune.loading.load import load
 
 
 @pytest.fixture
-def checkpoint(tiny, tmp_path):
-    tiny("llama").save_pretrained(tmp_path / "dense")
-    opened = api.LoadedModel(
-        load(tmp_path / "dense"), None, tmp_path / "dense", reference("m", tmp_path / "dense"), None
-    )
-    plan = api.plan_unscored(opened.ref, api.outline(opened.model), "attn=1,mlp=2", (), None)
-    dropformer.save(api.drop(opened, plan), tmp_path / "small")
-    return tmp_path / "small"
+def checkpoint(written):
+    return written("attn=1,mlp=2")
 
 
 def train(model, ids, steps=12):
