@@ -183,10 +183,7 @@ def drop_record(model: nn.Module) -> DropRecord:
 
 
 def save(
-    model: nn.Module,
-    out: str | Path,
-    format: str = "dropformer",
-    progress: Callable[[int, int], None] | None = None,
+    model: nn.Module, out: str | Path, format: str = "dropformer", progress: Callable[[int, int], None] | None = None
 ) -> Exported:
     """Write a pruned model as a checkpoint, reload it, and keep it only if it gives the same logits.
 

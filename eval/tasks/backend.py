@@ -181,11 +181,7 @@ class FastLM(HFLM):
             self._encoded = {}
 
     def tok_encode(
-        self,
-        string: str,
-        add_special_tokens: bool | None = None,
-        left_truncate_len: int | None = None,
-        **kwargs: Any,
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
     ) -> list[int]:
         """lm-eval's encoding of a string, from `_encoding_ahead` if it is there."""
         if add_special_tokens is None and not left_truncate_len and string in self._encoded:

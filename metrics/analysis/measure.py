@@ -79,12 +79,7 @@ def measure(
 
 
 def _earlier(
-    model: nn.Module,
-    data: CalibrationData,
-    ref: ModelRef,
-    how: Measuring,
-    architecture: Architecture,
-    stack: ExitStack,
+    model: nn.Module, data: CalibrationData, ref: ModelRef, how: Measuring, architecture: Architecture, stack: ExitStack
 ) -> tuple[dict[int, WindowScores], RowsFile | None]:
     """What an earlier run left, in every process, and the file that process 0 adds to."""
     if how.rows is None or ref.fingerprint is None:

@@ -66,10 +66,7 @@ REPAIRS: Registry[RepairEntry] = Registry(
             f"{_HERE}.distill:fit_blocks",
         ),
         "lora": RepairEntry(
-            "adapters distilled from the dense model and merged",
-            f"{_HERE}.lora:fit_adapters",
-            whole=True,
-            passes=5.0,
+            "adapters distilled from the dense model and merged", f"{_HERE}.lora:fit_adapters", whole=True, passes=5.0
         ),
     },
 )

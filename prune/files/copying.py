@@ -20,16 +20,7 @@ from typing import Literal
 from dropformer.prune.errors import CheckpointError, OutputError, VerificationError, shown
 from dropformer.prune.files.byteranges import copy_range, holds, same_range, write_at
 from dropformer.prune.files.folder import cannot_write
-from dropformer.prune.files.layout import (
-    NewShard,
-    NewTensor,
-    Piece,
-    Run,
-    best_phase,
-    lay_out,
-    runs,
-    shard_names,
-)
+from dropformer.prune.files.layout import NewShard, NewTensor, Piece, Run, best_phase, lay_out, runs, shard_names
 from dropformer.prune.files.safetensors_header import encode_header, read_header
 from dropformer.prune.files.shards import INDEX, Checkpoint, Shard
 
