@@ -51,9 +51,7 @@ SPECS = {
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(
-        not PYTHON, reason="DROPFORMER_LLAMACPP_PYTHON names no interpreter that has cyllama 0.2.18"
-    ),
+    pytest.mark.skipif(not PYTHON, reason="DROPFORMER_LLAMACPP_PYTHON names no interpreter that has cyllama 0.2.18"),
 ]
 
 
