@@ -98,6 +98,9 @@ from transformers import AutoModelForCausalLM
 path, trust = sys.argv[1], sys.argv[2] == "trust"
 model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust).eval()
 assert "dropformer" not in sys.modules
+modules = (name.split(".") for name in sys.modules if name.startswith("transformers.models."))
+families = {name[2] for name in modules if name[-1].startswith("modeling_")}
+assert families <= {"auto", "llama", "mixtral"}, families  # an import of every family takes seconds
 ids = torch.arange(3, 15)[None]
 print("LOGITS", float(model(ids).logits.double().sum()), torch.equal(
     model.generate(ids, max_new_tokens=5, do_sample=False),
