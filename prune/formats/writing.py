@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dropformer.progress import Tick
 from dropformer.prune.block_map import BlockMap, Surgery, new_name, skipped_modules
 from dropformer.prune.errors import CheckpointError
 from dropformer.prune.files import Checkpoint, CopyReport, NewTensor, copy_checkpoint
@@ -43,7 +44,7 @@ class ExportOptions:
     link: bool = False
     thorough: bool = False
     gguf: Path | None = None
-    progress: Callable[[int, int], None] | None = None
+    progress: Tick | None = None
     trust_remote_code: bool = False
 
 
