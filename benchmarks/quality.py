@@ -34,6 +34,7 @@ from dropformer.metrics.offload.process_memory import peak
 from dropformer.metrics.search.improve import Improver, improve
 from dropformer.metrics.search.strategy import Strategy, Target, quality
 from dropformer.prune.artifact import ModelRef
+from dropformer.recipes.placement import Placement
 
 WIKITEXT = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "wikitext-2" / "valid.txt"
 SOURCES = (
@@ -220,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few tokens, two drops, within a minute")
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", default="cpu", help="where to compute, in float32 (default cpu)")
     parser.add_argument("--wikitext", type=Path, default=WIKITEXT)
     parser.add_argument("--samples", type=int, help="calibration windows (default 32)")
     parser.add_argument("--judged", type=int, help="windows judged of each text (default 8)")
@@ -236,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     methods = said.methods.split(",") if said.methods else (quick if said.quick else list(METHODS))
     if unknown := [method for method in methods if method not in METHODS]:
         parser.error(f"method `{unknown[0]}` is unknown; expected one of {', '.join(METHODS)}")
-    opened = api.open_model(said.model)
+    opened = api.open_model(said.model, placement=Placement(device=said.device, dtype="float32"))
     found = texts(opened.tokenizer, said.wikitext, samples, judged, length)
     told = partial(print, file=sys.stderr, flush=True)
     improver = Improver(opened.model, found.calibration, tell=told)
