@@ -91,8 +91,7 @@ ScoresArgument = Annotated[Path, typer.Argument(metavar="SCORES", help="A scores
 Quality = Annotated[
     Text,
     typer.Option(
-        help=f"A named strategy of selection and repair: {', '.join(QUALITIES)}; default paper.",
-        rich_help_panel=CHOICE,
+        help=f"A named strategy of selection and repair: {', '.join(QUALITIES)}; default paper.", rich_help_panel=CHOICE
     ),
 ]
 Metric = Annotated[Text, typer.Option(help=f"Ranking metric: {', '.join(METRICS)}.", rich_help_panel=CHOICE)]
@@ -201,8 +200,7 @@ Tokenizer = Annotated[Text, typer.Option(help="Use this model's tokenizer instea
 # --- measurements ---
 
 ReportText = Annotated[
-    str,
-    typer.Option("--text", help="Text for perplexity and KL, as for --calibration.", rich_help_panel=REPORT),
+    str, typer.Option("--text", help="Text for perplexity and KL, as for --calibration.", rich_help_panel=REPORT)
 ]
 TextSamples = Annotated[int, typer.Option("--samples", min=1, help="Windows of that text.", rich_help_panel=REPORT)]
 TextLength = Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.", rich_help_panel=REPORT)]
@@ -237,8 +235,7 @@ Contexts = Annotated[str, typer.Option("--context", help="Prompt lengths by comm
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens decoded after each prompt.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Runs of every model at every setting.")]
 Compile = Annotated[
-    bool | None,
-    typer.Option("--compile/--no-compile", help="Decode through torch.compile too; default: on a GPU."),
+    bool | None, typer.Option("--compile/--no-compile", help="Decode through torch.compile too; default: on a GPU.")
 ]
 Stream = Annotated[int, typer.Option(min=0, help="Read this many tokens with attention sinks.")]
 Window = Annotated[int | None, typer.Option(min=8, help="Tokens in the cache while streaming; default 1024.")]

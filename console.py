@@ -17,11 +17,10 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
     SpinnerColumn,
-    Task,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -60,27 +59,12 @@ class Terminal:
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Tick]:
         columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn()]
-        columns += [TextColumn("{task.fields[note]}", markup=False), TimeLeftColumn()]
+        columns += [TextColumn("{task.fields[note]}", markup=False), TimeRemainingColumn(elapsed_when_finished=True)]
         short = [SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()]
         with Progress(*(columns if total else short), console=err, disable=self.quiet, transient=False) as progress:
             task = progress.add_task(name, total=total, note="")
             yield lambda done, count: progress.update(task, completed=done, note=_rate(progress, task, count))
             progress.update(task, completed=total or 1, total=total or 1)
-
-
-class TimeLeftColumn(ProgressColumn):
-    """The remaining time; after the end, the elapsed time."""
-
-    def render(self, task: Task) -> Text:
-        if task.finished:
-            return Text(f"in {_clock(task.finished_time or 0)}", "progress.elapsed")
-        left = task.time_remaining
-        return Text("" if left is None else f"{_clock(left)} left", "progress.remaining")
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _rate(progress: Progress, task: Any, count: int) -> str:

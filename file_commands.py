@@ -14,10 +14,7 @@ def engines(folder: options.Loadable, full: options.Full = False, as_json: optio
 
 
 def push(
-    folder: options.Pushed,
-    repo: options.Repository,
-    private: options.Private = False,
-    quiet: options.Quiet = False,
+    folder: options.Pushed, repo: options.Repository, private: options.Private = False, quiet: options.Quiet = False
 ) -> None:
     """Publish a pruned checkpoint with its model card on the Hugging Face Hub."""
     from dropformer import console

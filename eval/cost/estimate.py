@@ -53,9 +53,7 @@ class Estimate:
     def speedup(self, kernels: str = "fused") -> Speedup:
         before, after = self.dense.times[kernels], self.pruned.times[kernels]
         return Speedup(
-            before.prefill / after.prefill,
-            before.decode / after.decode,
-            before.generation / after.generation,
+            before.prefill / after.prefill, before.decode / after.decode, before.generation / after.generation
         )
 
     def as_dict(self) -> dict[str, Any]:

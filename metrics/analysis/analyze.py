@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dropformer.metrics.analysis.capture import WindowScores, capturing
 from dropformer.metrics.analysis.scores import LayerScore, Scores
 from dropformer.metrics.calibration.data import CalibrationData
+from dropformer.progress import Tick
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.discover import discover
@@ -24,7 +25,6 @@ from dropformer.prune.errors import CalibrationError
 from dropformer.prune.loading.device import input_device
 from dropformer.prune.loading.parts import evaluating, tensors_in
 
-Progress = Callable[[int, int], None]  # windows done, tokens done
 Batch = Mapping[str, Tensor] | Tensor
 
 
@@ -33,7 +33,7 @@ def analyze_model(
     batches: Iterable[tuple[Batch, Tensor | None] | Batch],
     architecture: Architecture | None = None,
     ref: ModelRef | None = None,
-    progress: Progress | None = None,
+    progress: Tick | None = None,
 ) -> Scores:
     """Similarity of every block, attention layer and MLP layer, from one forward pass over `batches`.
 

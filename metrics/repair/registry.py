@@ -16,12 +16,12 @@ _HERE = "dropformer.metrics.repair"
 
 @dataclass(frozen=True)
 class RepairEntry:
-    """One repair: how it is fitted, and how a search sees it.
+    """One repair.
 
     `fit` is a `base.RepairMethod`, `foresee` a `base.ForesightMethod`, or "module:name" of one; without `foresee` a
-    search measures candidates as if the repair were not.  `passes`: about how many forward passes it takes, for a
-    bar.  `whole`: it trains through the whole model, so that the weights cannot come block by block.  `maps`: it
-    leaves linear maps in place of attention layers, which not every export format can hold.
+    search measures unrepaired candidates.  `passes`: approximate forward passes, for the progress bar.  `whole`: it
+    trains through the whole model, so weights cannot be loaded block by block.  `maps`: it replaces attention layers
+    by linear maps, which not every export format can hold.
     """
 
     summary: str
@@ -66,10 +66,7 @@ REPAIRS: Registry[RepairEntry] = Registry(
             f"{_HERE}.distill:fit_blocks",
         ),
         "lora": RepairEntry(
-            "adapters distilled from the dense model and merged",
-            f"{_HERE}.lora:fit_adapters",
-            whole=True,
-            passes=5.0,
+            "adapters distilled from the dense model and merged", f"{_HERE}.lora:fit_adapters", whole=True, passes=5.0
         ),
     },
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ from dropformer.metrics.search.registry import METRICS, SELECTIONS
 from dropformer.metrics.search.select import KL, Choice, Greedily, refine
 from dropformer.metrics.search.selections import affordable, shortlist
 from dropformer.metrics.search.strategy import Strategy, Target
+from dropformer.progress import Tell, silent
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.choosing import check_attention_left, choose, unprotected
@@ -39,8 +40,6 @@ from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, make_plan
 from dropformer.prune.samples.inputs import writes_text
 from dropformer.prune.spec import parse_spec
-
-Tell = Callable[[str], None]
 
 
 @dataclass
@@ -55,7 +54,7 @@ class Improver:
     model: nn.Module
     data: Sequence[Windows]
     quality: Strategy = field(default_factory=Strategy)
-    tell: Tell = lambda text: None
+    tell: Tell = silent
     source: Source | None = None
     keeper: Keeper = field(default_factory=Keeper)
     known: Architecture | None = None

@@ -90,11 +90,7 @@ class Greedily:
 
 
 def greedy(
-    candidates: Iterable[Layer],
-    goal: Goal,
-    cost: Cost,
-    start: Sequence[Layer] = (),
-    how: Greedily = Greedily(),
+    candidates: Iterable[Layer], goal: Goal, cost: Cost, start: Sequence[Layer] = (), how: Greedily = Greedily()
 ) -> Choice:
     """Layers until the goal is reached, one at a time: least cost, for what it saves, on top of those gone.
 

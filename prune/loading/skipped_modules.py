@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .agent_attention import agent_attention
 from .window_attention import window_attention
 from .window_cache import Window
 
@@ -105,6 +106,9 @@ def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
     for path, form in modules.items():
         if isinstance(form, dict) and "window" in form:
             window_attention(model.get_submodule(path), Window(*form["window"]))
+            continue
+        if isinstance(form, dict) and "agents" in form:
+            agent_attention(model.get_submodule(path), form["agents"])
             continue
         parent, _, name = path.rpartition(".")
         owner, new = model.get_submodule(parent), replacement(form)

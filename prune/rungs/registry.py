@@ -58,6 +58,12 @@ RUNGS: Registry[RungEntry] = Registry(
             "all of the layer, byte for byte, and its window in config.json",
             "those that load the stock class, for windows of one width without sinks",
         ),
+        "agent": RungEntry(
+            "N averaged queries between queries and keys of an encoder (arXiv 2312.08874), as in agent:49",
+            f"{_HERE}.agent:parse",
+            "all of the layer, byte for byte, and the number of agents in config.json",
+            "none",
+        ),
     },
 )
 

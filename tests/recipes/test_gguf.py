@@ -129,11 +129,7 @@ def test_a_tensor_that_would_be_ignored_is_refused(tmp_path, tiny, own_cache):
     def add_bias(tensors):
         tensors["blk.0.attn_q.bias"] = np.ones(64, np.float32)
 
-    refused(
-        tiny.write(tmp_path / "tiny.gguf", tiny.llama(), edit=add_bias),
-        "has .* weights, but",
-        own_cache,
-    )
+    refused(tiny.write(tmp_path / "tiny.gguf", tiny.llama(), edit=add_bias), "has .* weights, but", own_cache)
 
 
 def test_scaled_rotary_frequencies_are_refused_because_transformers_would_ignore_them(tmp_path, tiny, own_cache):

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from dropformer.progress import Tick
 from dropformer.prune.errors import CheckpointError, PlanError, VerificationError
 from dropformer.prune.files.byteranges import copy_range, holds, read_at, same_range, write_at
-from dropformer.prune.files.copying import CopyReport, Progress, counter, probes
+from dropformer.prune.files.copying import CopyReport, counter, probes
 from dropformer.prune.files.folder import cannot_write, new_file
 from dropformer.prune.formats.gguf.header import GgufHeader, GgufTensor, read_gguf_header
 from dropformer.prune.formats.gguf.keys import bare_string, interleaved, new_pairs
@@ -56,7 +57,7 @@ def write_gguf(
     surgery: Surgery,
     *,
     record: str | None = None,
-    progress: Progress | None = None,
+    progress: Tick | None = None,
     verify: Literal["sample", "all"] = "sample",
 ) -> GgufReport:
     """Write the new file `target`: the dense GGUF `source` without what `surgery` takes out, repairs put in.
@@ -146,7 +147,7 @@ def _starts(pieces: Sequence[GgufPiece], alignment: int, at: int = 0) -> list[in
 
 
 def _write_tensors(
-    old: int, new: int, pieces: Sequence[GgufPiece], starts: Sequence[int], progress: Progress | None
+    old: int, new: int, pieces: Sequence[GgufPiece], starts: Sequence[int], progress: Tick | None
 ) -> None:
     moved = counter(progress, sum(piece.nbytes for piece in pieces))
     for piece, at in zip(pieces, starts, strict=True):

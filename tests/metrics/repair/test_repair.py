@@ -40,8 +40,7 @@ def test_what_maps_leave_is_refitted_behind_them(improver):
 
 
 @pytest.mark.parametrize(
-    "repair",
-    [("refit",), ("refit-all",), ("linear",), ("linear", "refit-all"), ("linear", "refit"), ("refit", "lora")],
+    "repair", [("refit",), ("refit-all",), ("linear",), ("linear", "refit-all"), ("linear", "refit"), ("refit", "lora")]
 )
 def test_a_repaired_model_is_the_dense_one_with_its_stand_ins_and_survives_saving(improver, windows, tmp_path, repair):
     found = improver(Strategy(repair=repair, stride=1))

@@ -1,6 +1,6 @@
 """llama.cpp computes with a pruned GGUF file what torch does with the pruned model, prefill and decoding.
 
-Needs `DROPFORMER_LLAMACPP_PYTHON`: an interpreter with llama-cpp-python (tested with 0.3.36).
+Needs `DROPFORMER_LLAMACPP_PYTHON`: an interpreter with cyllama (llama.cpp b9190 in its version 0.2.18).
 """
 
 import copy
@@ -51,9 +51,7 @@ SPECS = {
 
 pytestmark = [
     pytest.mark.engine,
-    pytest.mark.skipif(
-        not PYTHON, reason="DROPFORMER_LLAMACPP_PYTHON names no interpreter that has llama-cpp-python 0.3.36"
-    ),
+    pytest.mark.skipif(not PYTHON, reason="DROPFORMER_LLAMACPP_PYTHON names no interpreter that has cyllama 0.2.18"),
 ]
 
 

@@ -323,12 +323,17 @@ def test_keys_that_are_no_dense_models_are_refused(tmp_path):
     refuse(tmp_path, "unequal or odd", describe=lambda writer: writer.add_rope_dimension_count(8))
 
 
-def test_an_array_by_block_that_is_not_known_is_refused_by_name(tmp_path):
-    def describe(writer):
-        writer.add_array("llama.attention.sliding_window_pattern", [True, False, True, False])
-
-    with pytest.raises(CheckpointError, match="sliding_window_pattern has an entry for each block"):
-        make(tmp_path, "block=1", describe=describe)
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("llama.attention.sliding_window_pattern", [True, False, True, False]),
+        ("llama.full_attention_layers", [1, 3]),
+        ("quantize.bits_by_block", [4, 4, 8, 8]),
+    ],
+)
+def test_an_array_by_block_that_is_not_known_is_refused_by_name(tmp_path, key, value):
+    with pytest.raises(CheckpointError, match=f"{key} has an entry for each block"):
+        make(tmp_path, "block=1", describe=lambda writer: writer.add_array(key, value))
 
 
 def test_a_repaired_parameter_that_the_file_cannot_hold_is_refused(tmp_path):
