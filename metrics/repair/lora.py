@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -58,7 +58,7 @@ class Healing:
 
 def fit_adapters(context: RepairContext) -> Changes:
     """Adapters around every linear module and norm behind the first gap, on top of earlier repairs, merged."""
-    found, how = context.variant(), Healing()
+    found, how = context.variant(), replace(Healing(), **context.training.given)
     runner = in_steps(context.runner, context.architecture, how.tokens)
     return Changes(heal(runner, found.modules(), first_changed(runner, found.paths), how, _Tenths(context.tell)))
 
