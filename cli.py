@@ -74,6 +74,7 @@ def prune(
     trust_remote_code: options.TrustRemoteCode = False,
     measure: options.Measure = None,
     format: options.Format = "dropformer",
+    dense: options.Zeros = False,
     link: options.Link = False,
     verify: options.Verify = False,
     dry_run: options.DryRun = False,
@@ -101,7 +102,7 @@ def prune(
         asked.ScoringOptions(batch_size, memory=memory),
         asked.Placement(dtype, device, device_map, trust_remote_code),
         asked.ReportOptions(measure, text, seconds),
-        asked.ExportOptions(format, link, verify, trust_remote_code=trust_remote_code),
+        asked.ExportOptions(asked.chosen_format(format, dense), link, verify, trust_remote_code=trust_remote_code),
         out, revision, dry_run, given,
         DraftOptions(
             context_tokens or DraftOptions.context, batch, max_drop, rungs or RUNGS, temperature, hardware, write_anyway

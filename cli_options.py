@@ -280,6 +280,12 @@ Format = Annotated[
         rich_help_panel=FILES,
     ),
 ]
+Zeros = Annotated[
+    bool,
+    typer.Option(
+        "--dense", help="With --format gguf: dropped layers as zeros, for any plan and family.", rich_help_panel=FILES
+    ),
+]
 Link = Annotated[bool, typer.Option("--link", help="Hard-link unchanged shards.", rich_help_panel=FILES)]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Compare every byte with the source, not only a sample.", rich_help_panel=FILES)

@@ -14,7 +14,7 @@ from dropformer.metrics.search.budget import parse_budget
 from dropformer.metrics.search.ladder import check_rungs
 from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named_strategy
-from dropformer.prune.errors import CalibrationError, EvaluationError, PlanError
+from dropformer.prune.errors import CalibrationError, EvaluationError, OutputError, PlanError
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.rungs.registry import parse_rungs
 from dropformer.prune.spec import parse_keep
@@ -85,6 +85,15 @@ def chosen_strategy(
     if budget is not None:
         parse_budget(budget)
     return named_strategy(quality, metric, select, repair, refine, training).under(budget)
+
+
+def chosen_format(name: str, dense: bool) -> str:
+    """The export format of --format and --dense.  Raises OutputError for one that --dense is no part of."""
+    if dense and not name.startswith("gguf"):
+        raise OutputError(
+            f"--dense belongs to --format gguf, and this is --format {name}; give --format dense for zeros"
+        )
+    return "gguf-dense" if dense else name
 
 
 @dataclass(frozen=True)
