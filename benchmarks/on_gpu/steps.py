@@ -225,10 +225,8 @@ def estimated(bench: Bench, name: str, counts: Iterable[int], setting: Any) -> d
     return {n: round(guess.speedup("sdpa").generation, 3) for n, guess in guesses.items()}
 
 
-def dense_and_pruned(
-    bench: Bench, name: str, counts: Iterable[int], blocks: int | None = None
-) -> dict[str, nn.Module]:
-    """A model (of `blocks` blocks) and copies without attention layers, from the last but one upwards; weights are held once."""
+def dense_and_pruned(bench: Bench, name: str, counts: Iterable[int], blocks: int | None = None) -> dict[str, nn.Module]:
+    """A model (of `blocks` blocks) and copies without attention layers, from the last but one up; weights held once."""
     from dropformer import api
     from dropformer.prune.artifact import ModelRef
 
