@@ -132,6 +132,10 @@ BudgetContext = Annotated[
 RepairMethods = Annotated[
     Text, typer.Option("--repair", help=f"By commas: {', '.join(REPAIRS)}.", rich_help_panel=CHOICE)
 ]
+Epochs = Annotated[
+    int | None, typer.Option(min=1, help="Passes that lora (2) and distill (3) train for.", rich_help_panel=CHOICE)
+]
+Rank = Annotated[int | None, typer.Option(min=1, help="Rank of lora's adapters; 16.", rich_help_panel=CHOICE)]
 Gate = Annotated[
     str, typer.Option(help="Validation text: a repair that does not help on it is rejected.", rich_help_panel=CHOICE)
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dropformer.eval.draft.options import DraftOptions
 from dropformer.metrics.calibration.settings import Calibration
-from dropformer.metrics.repair.registry import REPAIRS
+from dropformer.metrics.repair.registry import REPAIRS, Training
 from dropformer.metrics.search.budget import parse_budget
 from dropformer.metrics.search.ladder import check_rungs
 from dropformer.metrics.search.strategy import Strategy, Target
@@ -74,16 +74,17 @@ def chosen_target(drop: str | None, keep: str, budget: str | None, rungs: str | 
 
 def chosen_strategy(
     quality: str | None, metric: str | None, select: str | None, repair: str | None, refine: int | None,
-    budget: str | None,
+    budget: str | None, training: Training | None = None,
 ) -> Strategy | None:  # fmt: skip
     """The strategy that the options describe, None for one-shot similarity.  Raises PlanError."""
-    if not refine and all(said is None for said in (quality, metric, select, repair, budget)):
+    trains = training is not None and training.given
+    if not refine and not trains and all(said is None for said in (quality, metric, select, repair, budget)):
         return None
     if repair is not None and not repair.strip(" ,"):
         REPAIRS[repair]  # raises
     if budget is not None:
         parse_budget(budget)
-    return named_strategy(quality, metric, select, repair, refine).under(budget)
+    return named_strategy(quality, metric, select, repair, refine, training).under(budget)
 
 
 def chosen_format(name: str, dense: bool) -> str:
