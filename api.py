@@ -90,7 +90,7 @@ def plan_unscored(
     drops = without_windows(spec)
     layers = choose(outline, drops, None, keep, published) if drops else []
     windows = spec_windows(outline, spec, layers, losses, keep)
-    return make_plan(outline, ref, spec, layers, windows=windows, keep=list(keep))
+    return make_plan(outline, ref, spec, layers, rungs=windows, keep=list(keep))
 
 
 @overload
@@ -119,7 +119,7 @@ def drop(model: str | Path | LoadedModel | nn.Module, plan: Plan, repair: Repair
         need_dense(read_config(opened.path), opened.ref.name)
     pruned = sharing_copy(dense)
     mapped, folder = repair.mapped if repair else None, opened.path if opened else None
-    surgery = plan_surgery(plan.outline, plan.layers, dense, mapped, plan.windowed, folder)
+    surgery = plan_surgery(plan.outline, plan.layers, dense, mapped, plan.rungs, folder)
     surgery = proven(dense, surgery)
     if repair:
         named = repair.named(plan.outline, surgery.block_map)

@@ -249,7 +249,7 @@ def losses_by_window(
     opened: LoadedModel, request: Request, outline: Outline, progress: Progress
 ) -> dict[Layer, float] | None:
     """Loss of each layer under the first window that a spec gives to a count of layers; None if it names all."""
-    counted = next((s for s in parse_spec(request.target.spec) if s.window and s.indices is None), None)
+    counted = next((s for s in parse_spec(request.target.spec) if s.rung and s.indices is None), None)
     if counted is None or counted.window is None:
         return None
     settings = request.calibration.of(opened.recipe)

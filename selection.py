@@ -215,7 +215,7 @@ def one_shot_plan(opened: LoadedModel, request: Request, progress: Progress) -> 
         return made, None
     spec, keep = request.target.spec, request.target.keep
     published = opened.recipe.published if opened.recipe else None
-    if all(s.published or s.window or s.indices is not None for s in parse_spec(spec)):
+    if all(s.published or s.rung or s.indices is not None for s in parse_spec(spec)):
         outline = api.outline(opened.model, spec)
         losses = losses_by_window(opened, request, outline, progress)
         return api.plan_unscored(opened.ref, outline, spec, keep, published, losses), None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,7 +14,7 @@ from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import attention_module
 from dropformer.prune.errors import CalibrationError
 from dropformer.prune.loading import window_cache
-from dropformer.prune.loading.device import OVERRIDES
+from dropformer.prune.loading.parts import twin_of
 from dropformer.prune.loading.skipped_modules import hidden_states
 from dropformer.prune.loading.window_attention import unfit, window_attention
 from dropformer.prune.outline import Outline
@@ -96,11 +94,7 @@ def _comparing(
 
 def windowed_twin(module: nn.Module, window: Window) -> nn.Module:
     """The same attention module with a window: its own settings and hooks, the same weights."""
-    twin = copy.copy(module)
-    for name in OVERRIDES:
-        twin.__dict__.pop(name, None)
-    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
-    twin._forward_pre_hooks_with_kwargs, twin._forward_hooks_with_kwargs = OrderedDict(), OrderedDict()
+    twin = twin_of(module)
     window_attention(twin, window_cache.Window(window.width, window.sinks))
     return twin
 

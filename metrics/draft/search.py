@@ -145,4 +145,4 @@ def draft_in_place(
 
 def surgery_in_place(outline: Outline, layers: Sequence[Layer], windows: Mapping[Layer, Window]) -> Surgery:
     """What dropping and windowing these layers changes where every block keeps its number."""
-    return Surgery(outline, tuple(layers), map_blocks(outline, layers, False, windows=windows))
+    return Surgery(outline, tuple(layers), map_blocks(outline, layers, False, rungs=windows))

@@ -126,7 +126,7 @@ def rung_plan(search: RungSearch, ref: ModelRef, target: Target, **fields: Any) 
     check_attention_left(outline, dropped)
     fields["metric"] = f"KL of {', '.join(map(str, target.rungs))} at the end of long texts"
     budget = str(parse_budget(target.budget or ""))
-    return make_plan(outline, ref, budget, dropped, windows=windowed, keep=list(target.keep), **fields)
+    return make_plan(outline, ref, budget, dropped, rungs=windowed, keep=list(target.keep), **fields)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,8 @@ def drop_modules(model: nn.Module, modules: dict[str, Any], vllm_config: VllmCon
     for path, form in modules.items():
         if isinstance(form, dict) and "window" in form:
             raise ValueError(f"{path} attends to {seen(*form['window'])}, which is not carried over to vLLM")
+        if isinstance(form, dict) and "agents" in form:
+            raise ValueError(f"{path} attends through agents, which vLLM has no form for")
         found = find(model, path)
         if found is None:  # of another pipeline stage
             continue

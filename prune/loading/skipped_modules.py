@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .agent_attention import agent_attention
 from .window_attention import window_attention
 from .window_cache import Window
 
@@ -113,6 +114,9 @@ def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
             continue
         if isinstance(form, dict) and "window" in form:
             window_attention(old, Window(*form["window"]))
+            continue
+        if isinstance(form, dict) and "agents" in form:
+            agent_attention(old, form["agents"])
             continue
         new = replacement(form)
         if (held := next(old.parameters(), None)) is not None:

@@ -26,7 +26,9 @@ def stock_windows(config: Mapping[str, Any], outline: Outline, block_map: BlockM
     `config`: the dense one, whose counts and lists by block follow the block map already.
     """
     windows = set(block_map.windows.values())
-    if len(windows) != 1 or len(outline.stacks) != 1 or not replace(block_map, windows={}).packed:
+    if len(block_map.rungs) > len(block_map.windows) or not replace(block_map, rungs={}).packed:
+        return None
+    if len(windows) != 1 or len(outline.stacks) != 1:
         return None
     (window,) = windows
     from dropformer.prune.loading.described import config_from  # imports transformers
