@@ -51,7 +51,7 @@ test-vllm: venv $(ENGINES)/vllm/.installed
 
 test-llamacpp: venv $(ENGINES)/llamacpp/.installed
 	DROPFORMER_LLAMACPP_PYTHON=$(abspath $(ENGINES)/llamacpp/bin/python) $(BIN)/python -m pytest $(PYTEST_FLAGS) -m engine \
-	    tests/prune/formats/gguf/test_llamacpp.py
+	    tests/prune/formats/gguf
 
 test-mlx: venv $(ENGINES)/mlx/.installed
 	DROPFORMER_MLX_PYTHON=$(abspath $(ENGINES)/mlx/bin/python) $(BIN)/python -m pytest $(PYTEST_FLAGS) -m engine \

@@ -132,6 +132,10 @@ BudgetContext = Annotated[
 RepairMethods = Annotated[
     Text, typer.Option("--repair", help=f"By commas: {', '.join(REPAIRS)}.", rich_help_panel=CHOICE)
 ]
+Epochs = Annotated[
+    int | None, typer.Option(min=1, help="Passes that lora (2) and distill (3) train for.", rich_help_panel=CHOICE)
+]
+Rank = Annotated[int | None, typer.Option(min=1, help="Rank of lora's adapters; 16.", rich_help_panel=CHOICE)]
 Gate = Annotated[
     str, typer.Option(help="Validation text: a repair that does not help on it is rejected.", rich_help_panel=CHOICE)
 ]
@@ -277,6 +281,12 @@ Format = Annotated[
     typer.Option(
         help="; ".join(f"{name} ({known.help})" if known.help else name for name, known in FORMATS.items()) + ".",
         rich_help_panel=FILES,
+    ),
+]
+Zeros = Annotated[
+    bool,
+    typer.Option(
+        "--dense", help="With --format gguf: dropped layers as zeros, for any plan and family.", rich_help_panel=FILES
     ),
 ]
 Link = Annotated[bool, typer.Option("--link", help="Hard-link unchanged shards.", rich_help_panel=FILES)]

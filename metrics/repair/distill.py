@@ -41,8 +41,8 @@ class Distilling:
     `floor`.  `epochs`: passes over the windows to fit on.
     """
 
-    rate: float = 5e-3
     epochs: int = 3
+    rate: float = 5e-3
     warm_up: int = 8
     floor: float = 1e-2
 
@@ -58,7 +58,7 @@ def fit_blocks(context: RepairContext, how: Distilling | None = None) -> Changes
     passes.  Memory: four streams of all windows, which the keeper may move to files, 20 bytes per parameter of one
     block, and the activations of one batch.
     """
-    how = how or Distilling()
+    how = how or Distilling(context.training.epochs or Distilling.epochs)
     touched = [g.index for g in context.dropped]
     found = aims(context.architecture, context.runner.stack, context.branches, touched)
     distillation = BlockDistillation(context, how, found)

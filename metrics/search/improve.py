@@ -168,14 +168,14 @@ class Improver:
         memory = self._memory.setdefault(self.fitted_on, {})
         return RepairContext(
             self.bench.runner, self.architecture, self.outline, self.groups, self.fitted_on, self.outputs, gone,
-            before or Changes(), self.tell, memory,
+            before or Changes(), self.tell, memory, self.quality.training,
         )  # fmt: skip
 
     def steps(self, chooses: bool = True, budget: bool = False) -> int:
         """About how many block-steps choosing and repairing takes, for a bar: blocks times forward passes."""
         how = self.quality.under("kv:-1%" if budget else None)
         passes = (how.search_passes if how.searches else 1.0) if chooses else 0.0
-        passes += sum(REPAIRS[name].passes for name in how.repair) + 3 / GATE_SHARE * bool(how.repair)
+        passes += sum(REPAIRS[name].passes_of(how.training) for name in how.repair) + 3 / GATE_SHARE * bool(how.repair)
         return max(1, round(self.work.blocks * passes))
 
     def prepare(self, candidates: Sequence[Layer], count: int) -> None:

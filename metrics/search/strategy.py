@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from dropformer.metrics.repair.registry import REPAIRS
+from dropformer.metrics.repair.registry import REPAIRS, Training
 from dropformer.metrics.search.registry import METRICS, SELECTIONS
 from dropformer.prune.errors import PlanError
 
@@ -35,6 +35,7 @@ class Strategy:
     stride: int = 4
     cost_windows: int = 4
     search_passes: float = 1.5
+    training: Training = field(default_factory=Training)
 
     @property
     def searches(self) -> bool:
@@ -87,6 +88,7 @@ def quality(
     select: str | None = None,
     repair: str | None = None,
     refine: int | None = None,
+    training: Training | None = None,
 ) -> Strategy:
     """A named quality with single settings changed; `repair` is a comma-separated list.  Raises PlanError."""
     if name is not None and name not in QUALITIES:
@@ -103,4 +105,13 @@ def quality(
     if repair is not None:
         names = {method.strip() for method in repair.split(",") if method.strip()}
         found = replace(found, repair=REPAIRS.in_order(names))
-    return found
+    return replace(found, training=_training(training, found.repair)) if training else found
+
+
+def _training(training: Training, repair: Sequence[str]) -> Training:
+    """The settings, if one of the repairs takes each.  Raises PlanError."""
+    for name in training.given:
+        if not any(name in REPAIRS[method].trains for method in repair):
+            takes = [method for method, entry in REPAIRS.items() if name in entry.trains]
+            raise PlanError(f"--{name} is for a repair that trains; add --repair {' or '.join(takes)}, or leave it out")
+    return training

@@ -157,6 +157,18 @@ FORMATS: Registry[Format] = Registry(
             sides=False,
             links=False,
         ),
+        "gguf-dense": Format(
+            f"{_HERE}.gguf.export:write_zeros",
+            "dropped layers are zeros: llama.cpp loads it as the dense file, saves nothing",
+            "Dropped layers are zeros, so the .gguf file runs wherever the dense one does, gives the pruned model's "
+            "outputs, and saves neither bytes nor time.",
+            help="the same as --format gguf --dense",
+            check=f"{_HERE}.gguf.export:check",
+            saves=False,
+            sides=False,
+            links=False,
+            maps=False,
+        ),
         "onnx": Format(
             f"{_HERE}.onnx:write_onnx",
             "for ONNX Runtime",

@@ -162,11 +162,9 @@ def mlx_file(base: Any) -> Path | None:
 def auto_map(base: Any, remote: bool = False) -> dict[str, str]:
     """What config.json calls the classes of this file, for every Auto class that knows a family's config."""
     stem = CODE_FILE.removesuffix(".py")
-    autos = [
-        name
-        for name, auto in vars(modeling_auto).items()
-        if name.startswith("AutoModel") and base in (getattr(auto, "_model_mapping", None) or ())
-    ]
+    # `is not None`: whether a lazy mapping is empty can only be told by importing every model of transformers
+    mappings = {name: getattr(auto, "_model_mapping", None) for name, auto in vars(modeling_auto).items()}
+    autos = [n for n, known in mappings.items() if n.startswith("AutoModel") and known is not None and base in known]
     config = DropformerRemoteConfig if remote else DropformerConfig
     return {"AutoConfig": f"{stem}.{config.__name__}"} | {name: f"{stem}.Pruned{name}" for name in autos}
 

@@ -11,8 +11,9 @@ from dropformer.prune.formats.gguf.layout import DECI, STAND_IN_WIDTH, Dense, Gg
 UINT32, INT32 = 4, 5
 RECORD_KEY = "dropformer.record"
 
-Pair = bytes | tuple[int, int]
-"""A value with its type: encoded, or where the dense file has it, [start, end)."""
+Span = tuple[int, int]
+Pair = bytes | Span | list[bytes | Span]
+"""A value with its type: encoded, or where the dense file has it, [start, end), or in pieces of both kinds."""
 
 
 def new_pairs(dense: Dense, blocks: Sequence[GgufBlock], record: str | None = None) -> dict[str, Pair]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dropformer.metrics.blockwise.variant import Changes, variant
-from dropformer.metrics.repair.registry import REPAIRS, RepairEntry
+from dropformer.metrics.repair.registry import REPAIRS, RepairEntry, Training
 from dropformer.metrics.search.improve import improve
 from dropformer.metrics.search.strategy import Strategy, Target, quality
 from dropformer.prune.architecture import Layer
@@ -31,6 +31,17 @@ def test_healing_tells_how_far_it_is(improver):
     found.tell = said.append
     improve(found, REF, Target("attn=1"))
     assert len(said) == 10 and said[-1] == "lora: 16 of 16 steps"  # eight windows, twice
+
+
+def test_healing_trains_as_long_and_with_adapters_as_wide_as_asked(improver):
+    healing = Strategy(repair=("lora",), stride=1, training=Training(epochs=3, rank=1))
+    found, said = improver(healing), []
+    found.tell = said.append
+    _, repair, _ = improve(found, REF, Target("attn=1"))
+    assert said[-1] == "lora: 24 of 24 steps"  # eight windows, three times
+    name = "model.layers.2.mlp.down_proj.weight"
+    change = repair.tensors[name] - found.model.get_parameter(name).detach()
+    assert int(torch.linalg.matrix_rank(change, rtol=1e-3)) == 1
 
 
 def test_what_maps_leave_is_refitted_behind_them(improver):

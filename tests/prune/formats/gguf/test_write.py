@@ -346,7 +346,7 @@ def test_another_architecture_is_refused(tmp_path):
     model = tiny_model("llama")
     dense = write_gguf(tmp_path / "dense.gguf", model)
     dense.write_bytes(dense.read_bytes().replace(b"llama", b"gemma"))
-    with pytest.raises(CheckpointError, match="gemma; a GGUF is written only from llama or qwen2"):
+    with pytest.raises(CheckpointError, match="gemma; a GGUF is written from llama, qwen2, "):
         prune_gguf(dense, tmp_path / "pruned.gguf", surgery_of(model, "attn=1"))
     assert listing(tmp_path) == ["dense.gguf"]
 
