@@ -21,9 +21,10 @@ VIT = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "int
 
 
 def test_flops_are_those_that_torch_counts():
-    model = ViTForImageClassification(ViTConfig(**VIT)).eval()
+    sizes = {**VIT, "hidden_size": 256, "intermediate_size": 512}  # norms, biases and positions count for little
+    config = ViTConfig(**sizes, architectures=["ViTForImageClassification"])
+    model = ViTForImageClassification(config).eval()
     plan = plan_unscored(ModelRef(name="tiny", model_type="vit"), outline(model), "agent=1,2@4,mlp=3", (), None)
-    config = ViTConfig(**VIT, architectures=["ViTForImageClassification"])
     found = forward_estimate(cost_of_config(config), "agent=1,2@4,mlp=3", A100)
     assert found.dense.tokens == 65
     for side, each in ((found.dense, model), (found.pruned, dropformer.drop(model, plan))):
@@ -37,7 +38,7 @@ def test_agents_have_two_pairs_a_token_each():
     cost = cost_of_config(BertConfig(**{k: VIT[k] for k in list(VIT)[:4]}, architectures=["BertForMaskedLM"]))
     found = forward_estimate(cost, "agent:1@16", A100, tokens=200)
     assert sorted(pairs(block, 200) for block in found.pruned.cost.blocks) == [2 * 16 * 200] + 3 * [200 * 200]
-    assert cost.tokens == 512 and found.speedup > 1
+    assert cost.tokens == 512 and found.speedup < 1 < forward_estimate(cost, "agent:1@16", A100, tokens=8192).speedup
 
 
 def test_what_does_not_pay_is_said():
