@@ -95,7 +95,9 @@ def estimate(
 
         config = cost_of_config(config)
     if config.tokens:
-        raise ModelError("the config is an encoder's, which has no prefill and no decoding; use forward_estimate")
+        raise ModelError(
+            "an encoder is no causal language model: it has no prefill and no decoding; use forward_estimate"
+        )
     drops = without_windows(spec) if spec else ""
     layers = choose(config.outline, drops, published=published, pick=_deepest) if drops else []
     windows = decoder_windows(choose_windows(config.outline, spec, layers, _depths(config.outline)) if spec else {})
