@@ -181,7 +181,8 @@ def plan_table(plan: Plan) -> Table:
         table.add_column(name, justify="right")
     for drop in plan.drops:
         score = "" if drop.similarity is None else f"{drop.similarity:.4f}"
-        table.add_row(drop.layer, *([score] if scored else []))
+        form = " linear" if drop.layer in plan.maps else ""
+        table.add_row(drop.layer + form, *([score] if scored else []))
     for layer, window in plan.windows.items():
         table.add_row(f"{layer}@{window}", *([""] if scored else []))
     return table

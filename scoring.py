@@ -28,11 +28,12 @@ from dropformer.metrics.calibration.windows import Windows, computed_tokens, nam
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.metrics.search.budget import check_budget, parse_budget
 from dropformer.metrics.search.far_text import tail_of
+from dropformer.metrics.search.improve import Improver
 from dropformer.metrics.search.ladder import check_rungs
-from dropformer.metrics.search.rungs import read_texts, rung_plan
+from dropformer.metrics.search.rungs import mapped_modules, read_texts, rung_plan
 from dropformer.progress import Progress
 from dropformer.prune.architecture import Layer
-from dropformer.prune.choosing import check_possible
+from dropformer.prune.choosing import check_possible, unprotected
 from dropformer.prune.discovery.proof import outline as proven_outline
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
@@ -40,6 +41,7 @@ from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading.load import usable_device
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan
+from dropformer.prune.rungs.linear import LinearMap
 from dropformer.prune.samples.inputs import takes_pictures, writes_text
 from dropformer.prune.spec import parse_spec
 from dropformer.prune.window import Window
@@ -47,6 +49,7 @@ from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import CalibrationOptions, Request
 
 RECALL = "recall"  # beside any calibration text where windows are chosen
+SINKS = 4  # real ones, by which folded windows are ranked
 TEXTS = 2  # of the context, by whose ends rungs are chosen
 WINDOW_TOKENS = 8192  # read to rank windows by: about two texts several windows long
 
@@ -202,10 +205,13 @@ def held_out_windows(opened: LoadedModel, request: Request, progress: Progress) 
         raise CalibrationError(f"--text: {error}") from None
 
 
-def plan_of_rungs(opened: LoadedModel, request: Request, progress: Progress) -> Plan | None:
+def plan_of_rungs(
+    opened: LoadedModel, request: Request, progress: Progress, improver: Improver | None = None
+) -> Plan | None:
     """The plan that a budget makes of `--rungs`, None where no rungs are asked for.
 
-    Raises PlanError, CalibrationError, ArchitectureError or ModelError.
+    `improver`: fits linear maps, where they are among the rungs.  Raises PlanError, CalibrationError,
+    ArchitectureError or ModelError.
     """
     target = request.target
     if not target.rungs:
@@ -213,9 +219,12 @@ def plan_of_rungs(opened: LoadedModel, request: Request, progress: Progress) -> 
     if opened.tokenizer is None or not writes_text(opened.model):
         raise ModelError(f"{opened.ref.name} reads no text token by token, so no rung can be told from another")
     texts, named = _long_texts(opened, request, progress)
-    outline = proven_outline(opened.model)
+    outline, maps = proven_outline(opened.model), None
+    if improver and any(isinstance(rung, LinearMap) for rung in target.rungs):
+        with progress.stage("fitting linear maps"):
+            maps = mapped_modules(improver, unprotected(outline, ("attn",), "", target.keep))
     with progress.stage(f"KL of {', '.join(map(str, target.rungs))}"):
-        search = read_texts(opened.model, outline, target.rungs, texts, target.keep)
+        search = read_texts(opened.model, outline, target.rungs, texts, target.keep, maps)
         plan = rung_plan(search, opened.ref, target, calibration=named)
     tried = ", ".join(f"{kl:.4f}" for kl in search.history)
     progress.say(f"KL of the plans at the end of the texts: {tried}; {search.passes:.1f} forward passes")
@@ -248,16 +257,28 @@ def _long_texts(opened: LoadedModel, request: Request, progress: Progress) -> tu
 def losses_by_window(
     opened: LoadedModel, request: Request, outline: Outline, progress: Progress
 ) -> dict[Layer, float] | None:
-    """Loss of each layer under the first window that a spec gives to a count of layers; None if it names all."""
+    """Loss of each layer under the first window that a spec gives to a count of layers; None if it names all.
+
+    A folded window is ranked with real sinks, whose place its constants take.
+    """
     counted = next((s for s in parse_spec(request.target.spec) if s.window and s.indices is None), None)
     if counted is None or counted.window is None:
         return None
-    settings = request.calibration.of(opened.recipe)
-    length, samples = _read_for(counted.window, opened, request)
+    window = replace(counted.window, sinks=SINKS, fold=False) if counted.window.fold else counted.window
+    batches = batches_beyond(window, opened, request.calibration, progress)
+    with progress.stage(f"what a window of {window} takes"):
+        return window_losses(opened.model, outline, batches, window, counted.stack)
+
+
+def batches_beyond(
+    window: Window, opened: LoadedModel, said: CalibrationOptions, progress: Progress
+) -> list[dict[str, Tensor]]:
+    """The calibration text in batches several windows long."""
+    settings = said.of(opened.recipe)
+    length, samples = _read_for(window, opened, said)
     data = text_windows(replace(settings, length=length, samples=samples), writer(opened, progress))
-    with progress.stage(f"what a window of {counted.window} takes, {samples} x {length} tokens of {settings.name}"):
-        batches = [inputs for inputs, _ in data.batches(windows_at_once(opened.model, length))]
-        return window_losses(opened.model, outline, batches, counted.window, counted.stack)
+    progress.say(f"beyond a window of {window}: {samples} x {length} tokens of {settings.name}")
+    return [inputs for inputs, _ in data.batches(windows_at_once(opened.model, length))]
 
 
 def swept_plans(opened: LoadedModel, request: Request, specs: list[str], length: int, progress: Progress) -> list[Plan]:
@@ -273,9 +294,9 @@ def swept_plans(opened: LoadedModel, request: Request, specs: list[str], length:
     return [api.plan_unscored(opened.ref, outline, spec, request.target.keep, None, losses) for spec in specs]
 
 
-def _read_for(window: Window, opened: LoadedModel, request: Request) -> tuple[int, int]:
+def _read_for(window: Window, opened: LoadedModel, said: CalibrationOptions) -> tuple[int, int]:
     """Length and number of the texts that attention windows are ranked on: several windows long."""
-    said, several = request.calibration, TIMES * window.width
+    several = TIMES * window.width
     limit = context_of(opened.model.config) or several
     length = said.length or min(limit, max(said.of(opened.recipe).length, several))
     return length, said.samples or max(2, WINDOW_TOKENS // length)

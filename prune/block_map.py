@@ -129,7 +129,8 @@ def skipped_modules(outline: Outline, block_map: BlockMap) -> dict[str, Any]:
         modules |= {f"{path}.{name}": form for name, form in forms.items()}
     for layer, window in block_map.windows.items():
         path = f"{outline.stack(layer.stack).path}.{new_index(block_map, layer)}"
-        modules[f"{path}.{attention_module(outline, layer)}"] = {"window": [window.width, window.sinks]}
+        fold = {"fold": True} if window.fold else {}
+        modules[f"{path}.{attention_module(outline, layer)}"] = {"window": [window.width, window.sinks], **fold}
     return modules
 
 
@@ -142,6 +143,11 @@ def attention_module(outline: Outline, layer: Layer) -> str:
     several = [name for name, form in modules.items() if isinstance(form, list)]
     zeros = [name for name, form in modules.items() if str(form).startswith("zeros")]
     return (several or zeros or list(modules))[0]
+
+
+def attention_path(outline: Outline, layer: Layer) -> str:
+    """The path in the dense model of the module that computes a layer's attention."""
+    return f"{outline.stack(layer.stack).path}.{layer.index}.{attention_module(outline, layer)}"
 
 
 def new_index(block_map: BlockMap, layer: Layer) -> int:

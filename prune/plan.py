@@ -1,4 +1,4 @@
-"""The plan artifact: which layers are dropped or see a window, why, and what that saves."""
+"""The plan artifact: which layers are dropped, become linear maps or see a window, why, and what that saves."""
 
 from __future__ import annotations
 
@@ -53,8 +53,9 @@ class Plan(Artifact):
 
     `repairs`: the gates that repairs passed; `not_repaired`: what they could not mend, and why.
     `packing_cost`: the mean similarity given up so that what is left packs into a stock model.  `windows`: attention
-    layers that stay and see a window, such as {"attn:3": "1024+4"}, most redundant first.  `draft`: for a plan that was
-    chosen to draft for its dense model.
+    layers that stay and see a window, such as {"attn:3": "1024+4"}, most redundant first.  `maps`: those of the
+    dropped layers that a linear map takes the place of, whose weights a plan does not hold.  `draft`: for a plan that
+    was chosen to draft for its dense model.
     """
 
     kind = "plan"
@@ -67,6 +68,7 @@ class Plan(Artifact):
     not_repaired: list[str] = []
     packing_cost: float | None = None
     windows: dict[str, str] = {}
+    maps: list[str] = []
     draft: DraftRef | None = None
     drops: list[Drop]
     outline: Outline
@@ -81,6 +83,21 @@ class Plan(Artifact):
     def windowed(self) -> dict[Layer, Window]:
         """The attention layers that see a window only."""
         return {Layer.parse(layer): Window.parse(text) for layer, text in self.windows.items()}
+
+    @property
+    def mapped(self) -> list[Layer]:
+        """The dropped layers that a linear map takes the place of."""
+        return [Layer.parse(layer) for layer in self.maps]
+
+    @property
+    def fitted(self) -> bool:
+        """Does the plan need weights that are fitted on text?"""
+        return bool(self.maps or self.folded)
+
+    @property
+    def folded(self) -> dict[Layer, Window]:
+        """The windows that have constants in place of sinks."""
+        return {layer: window for layer, window in self.windowed.items() if window.fold}
 
     def kv_share(self, context: int) -> float:
         """The KV cache of a sequence of `context` tokens, over the dense model's."""
@@ -122,7 +139,10 @@ def make_plan(
     windows: Mapping[Layer, Window] | None = None,
     **fields: Any,
 ) -> Plan:
-    """The plan artifact for the chosen layers; `fields` are the artifact's other ones (keep, calibration, ...)."""
+    """The plan artifact for the chosen layers; `fields` are the artifact's other ones (keep, calibration, maps, ...).
+
+    Parameters are those without linear maps, which count once they are fitted.
+    """
     windows = windows or {}
     savings = Savings(
         parameters=outline.parameters,

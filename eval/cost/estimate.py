@@ -22,7 +22,7 @@ from dropformer.eval.cost.hardware import Hardware
 from dropformer.eval.cost.model_cost import ModelCost
 from dropformer.eval.cost.roofline import KERNELS, Side, Workload
 from dropformer.prune.architecture import Layer
-from dropformer.prune.choosing import PublishedLists, choose, choose_windows
+from dropformer.prune.choosing import PublishedLists, choose_forms, choose_windows
 from dropformer.prune.files.output_paths import cache_folder
 from dropformer.prune.outline import Outline
 from dropformer.prune.spec import without_windows
@@ -94,10 +94,10 @@ def estimate(
 
         config = cost_of_config(config)
     drops = without_windows(spec) if spec else ""
-    layers = choose(config.outline, drops, published=published, pick=_deepest) if drops else []
+    layers, maps = choose_forms(config.outline, drops, published=published, pick=_deepest) if drops else ([], [])
     windows = choose_windows(config.outline, spec, layers, _depths(config.outline)) if spec else {}
     workload = workload or Workload()
-    pruned = config.windowed(windows).without(layers)
+    pruned = config.windowed(windows).without(layers, maps)
     return Estimate(Side(config, workload, hardware), Side(pruned, workload, hardware))
 
 

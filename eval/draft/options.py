@@ -37,6 +37,8 @@ def parse_rungs(text: str) -> list[str | Window]:
         name, _, window = part.partition(":")
         if name == "window" and window:
             found.append(Window.parse(window))
+            if found[-1].fold:
+                raise PlanError(f"--rungs `{part}` has fitted constants, and a draft shares all of the dense model's")
         elif part in KINDS:
             found.append(part)
         elif part == "drop":

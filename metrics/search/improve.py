@@ -31,7 +31,7 @@ from dropformer.metrics.search.selections import affordable, shortlist
 from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.choosing import check_attention_left, choose, unprotected
+from dropformer.prune.choosing import check_attention_left, choose_forms, unprotected
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.loading.parts import evaluating
@@ -189,23 +189,33 @@ class Improver:
 
     def choose(self, request: Target) -> tuple[list[Layer], dict[Layer, float]]:
         """The layers to drop, and the score or cost that each was chosen by (higher is dropped first)."""
+        layers, _, scores = self.choose_forms(request)
+        return layers, scores
+
+    def choose_forms(self, request: Target) -> tuple[list[Layer], list[Layer], dict[Layer, float]]:
+        """As `choose`, and which of the layers the spec replaces by linear maps.  Raises PlanError."""
         self.quality = self.quality.under(request.budget)
         with evaluating(self.model):
             if request.budget:
                 found = self._within(request)
-                return list(found.layers), {}
+                return list(found.layers), [], {}
             scores: dict[Layer, float] = {}
             entry = SELECTIONS[self.quality.select]
             if entry.pick is None and any(s.indices is None and not s.published for s in parse_spec(request.spec)):
                 scores = self.ranking(self.quality.metric)()
             pick = None if entry.pick is None else partial(entry.method(), self)
-            layers = choose(self.outline, request.spec, scores, request.keep, request.published, pick)
-            return self.refined(layers, request.keep), scores
+            layers, maps = choose_forms(self.outline, request.spec, scores, request.keep, request.published, pick)
+            return self.refined(layers, request.keep, maps), maps, scores
 
-    def refined(self, layers: Sequence[Layer], keep: Sequence[int] = ()) -> list[Layer]:
-        """A choice after the rounds of swaps that the quality asks for, which keep the number of each kind."""
+    def refined(self, layers: Sequence[Layer], keep: Sequence[int] = (), maps: Sequence[Layer] = ()) -> list[Layer]:
+        """A choice after the rounds of swaps that the quality asks for, which keep the number of each kind.
+
+        Raises PlanError for one with linear maps.
+        """
         if not self.quality.refine:
             return list(layers)
+        if maps:
+            raise PlanError("--refine swaps dropped layers, and would not know which are to be maps; leave one out")
         candidates = unprotected(self.outline, sorted({layer.kind for layer in layers}), "", keep)
         with evaluating(self.model):
             candidates = [*layers, *(c for c in shortlist(self, candidates, len(layers)) if c not in layers)]
@@ -241,13 +251,25 @@ class Improver:
             except PlanError:
                 candidates.remove([layer for layer in found.layers if layer.kind == "attn"][-1])
 
-    def repair(self, gone: Sequence[Layer], other: Windows | None = None) -> tuple[Repair, Variant]:
+    def maps(self, layers: Sequence[Layer]) -> Changes:
+        """A linear map for each of these attention layers.  Time: a dense pass up to the last that no search fitted."""
+        if not layers:
+            return Changes()
+        from dropformer.metrics.repair.linear import fit_maps
+
+        with evaluating(self.model):
+            return fit_maps(self.context(layers))
+
+    def repair(
+        self, gone: Sequence[Layer], other: Windows | None = None, maps: Sequence[Layer] = ()
+    ) -> tuple[Repair, Variant]:
         """Repair a model without `gone`, method by method, each kept only if it helps on `other` text.
 
-        Without `other` nothing is gated.  Also gives the repaired model as a variant of the dense one.  What a method
-        could not repair is told, with the reason, and stays in the repair.
+        `maps`: those of the layers that become linear maps, whatever the gate would say.  Without `other` nothing is
+        gated.  Also gives the repaired model as a variant of the dense one.  What a method could not repair is told,
+        with the reason, and stays in the repair.
         """
-        changes, gates, missed = Changes(), list[Gate](), list[tuple[str, str]]()
+        changes, gates, missed = self.maps(maps), list[Gate](), list[tuple[str, str]]()
         gate = self._gating(other, gone) if other is not None and self.quality.repair else None
         with evaluating(self.model):
             for name in self.quality.repair:
@@ -292,8 +314,9 @@ def improve(
 
     Raises PlanError, CalibrationError or ArchitectureError.
     """
-    layers, scores = improver.choose(request)
-    repair, variant = improver.repair(layers, other)
+    layers, maps, scores = improver.choose_forms(request)
+    repair, variant = improver.repair(layers, other, maps)
     fields: dict[str, Any] = {"metric": improver.quality.wording, "calibration": improver.calibration}
     spec = request.spec or str(parse_budget(request.budget or ""))
-    return make_plan(improver.outline, ref, spec, layers, scores, keep=list(request.keep), **fields), repair, variant
+    fields |= {"keep": list(request.keep), "maps": [str(layer) for layer in maps]}
+    return make_plan(improver.outline, ref, spec, layers, scores, **fields), repair, variant

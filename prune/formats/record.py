@@ -73,6 +73,7 @@ def provenance(plan: Plan, block_map: BlockMap, copied: CopyReport, format: str)
         "model": plan.model.model_dump(),
         "spec": plan.spec,
         "dropped": plan.dropped(),
+        "maps": [str(layer) for layer in sorted(block_map.mapped)],
         "windows": plan.windows,
         "original_blocks": original_blocks(block_map if saves else whole(plan.outline)),
         "packed": block_map.packed and saves,

@@ -104,7 +104,7 @@ def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
     """Replace each named module of `model` by what its form describes: the weights are removed, the settings stay."""
     for path, form in modules.items():
         if isinstance(form, dict) and "window" in form:
-            window_attention(model.get_submodule(path), Window(*form["window"]))
+            window_attention(model.get_submodule(path), Window(*form["window"]), bool(form.get("fold")))
             continue
         parent, _, name = path.rpartition(".")
         owner, new = model.get_submodule(parent), replacement(form)

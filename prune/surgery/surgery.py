@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from dropformer.prune.architecture import Layer
-from dropformer.prune.block_map import BlockMap, Surgery, attention_module, map_blocks, skipped_modules
+from dropformer.prune.block_map import BlockMap, Surgery, attention_path, map_blocks, skipped_modules
 from dropformer.prune.discovery.summarize import settings
 from dropformer.prune.errors import ArchitectureError, PlanError, reason
 from dropformer.prune.loading.described import config_from
 from dropformer.prune.loading.device import hooks_of
 from dropformer.prune.loading.modeling import empty_cache_entries, number_attentions, pruned_model_class
 from dropformer.prune.loading.skipped_modules import skip_modules
-from dropformer.prune.loading.window_attention import unfit
+from dropformer.prune.loading.window_attention import unfit, unfit_constants
 from dropformer.prune.outline import Outline, StackOutline
 from dropformer.prune.surgery.block_numbers import BlockNumbers
 from dropformer.prune.surgery.config import pruned_config
@@ -62,12 +62,16 @@ def plan_surgery(
 
 def _check_windows(outline: Outline, model: nn.Module, windows: Mapping[Layer, Window]) -> None:
     """Raises PlanError where an attention module cannot have a window."""
-    for layer in windows:
-        path = f"{outline.stack(layer.stack).path}.{layer.index}.{attention_module(outline, layer)}"
+    for layer, window in windows.items():
+        path = attention_path(outline, layer)
         if not isinstance(model, PreTrainedModel):
             raise PlanError(f"{layer}: only the attention of a transformers model takes a window; drop layers instead")
         if reason := unfit(model.get_submodule(path)):
             raise PlanError(f"{layer}: {reason}; drop it, or leave it as it is")
+        if window.fold and (reason := unfit_constants(model.get_submodule(path))):
+            raise PlanError(
+                f"{layer}: {reason}; give it a window with sinks, as in window={layer.index}@{window.width}+4"
+            )
 
 
 def _held(outline: Outline, block_map: BlockMap) -> str:
