@@ -18,6 +18,7 @@ from dropformer.metrics.calibration.batching import samples_at_once
 from dropformer.metrics.calibration.data import calibration_data, default_settings
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.repair.base import Repair, check_fitted
+from dropformer.progress import Tick
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.block_map import Surgery
@@ -52,7 +53,7 @@ def analyze(
     batches: Iterable[Any] | None = None,
     calibration: Calibration | None = None,
     batch_size: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Tick | None = None,
     architecture: Architecture | None = None,
 ) -> Scores:
     """Similarity of every block, attention layer and MLP layer, from one forward pass over the calibration data.
@@ -89,7 +90,7 @@ def plan_unscored(
     drops = without_windows(spec)
     layers, maps = choose_forms(outline, drops, None, keep, published) if drops else ([], [])
     windows = spec_windows(outline, spec, layers, losses, keep)
-    return make_plan(outline, ref, spec, layers, windows=windows, keep=list(keep), maps=[str(m) for m in maps])
+    return make_plan(outline, ref, spec, layers, rungs=windows, keep=list(keep), maps=[str(m) for m in maps])
 
 
 @overload
@@ -119,7 +120,7 @@ def drop(model: str | Path | LoadedModel | nn.Module, plan: Plan, repair: Repair
     check_fitted(plan, repair)
     pruned = sharing_copy(dense)
     mapped, folder = repair.mapped if repair else None, opened.path if opened else None
-    surgery = plan_surgery(plan.outline, plan.layers, dense, mapped, plan.windowed, folder)
+    surgery = plan_surgery(plan.outline, plan.layers, dense, mapped, plan.rungs, folder)
     surgery = proven(dense, surgery)
     if repair:
         named = repair.named(plan.outline, surgery.block_map)
@@ -183,12 +184,7 @@ def drop_record(model: nn.Module) -> DropRecord:
     return made
 
 
-def save(
-    model: nn.Module,
-    out: str | Path,
-    format: str = "dropformer",
-    progress: Callable[[int, int], None] | None = None,
-) -> Exported:
+def save(model: nn.Module, out: str | Path, format: str = "dropformer", progress: Tick | None = None) -> Exported:
     """Write a pruned model as a checkpoint, reload it, and keep it only if it gives the same logits.
 
     Kept tensors are copied from the dense checkpoint byte for byte; a model without a checkpoint is written from

@@ -62,6 +62,8 @@ def prune(
     hardware: options.DraftHardware = "cpu",
     write_anyway: options.Anyway = False,
     repair: options.RepairMethods = None,
+    epochs: options.Epochs = None,
+    rank: options.Rank = None,
     gate: options.Gate = "docstrings",
     text: options.ReportText = "heldout",
     seconds: options.Seconds = 18.0,
@@ -72,6 +74,7 @@ def prune(
     trust_remote_code: options.TrustRemoteCode = False,
     measure: options.Measure = None,
     format: options.Format = "dropformer",
+    dense: options.Zeros = False,
     link: options.Link = False,
     verify: options.Verify = False,
     dry_run: options.DryRun = False,
@@ -88,7 +91,8 @@ def prune(
         validate.check_subcommand(given, context.invoked_subcommand)
         return
     validate.check_target(given)
-    strategy = asked.chosen_strategy(quality, metric, select, repair, refine, None if rungs else budget)
+    training = asked.Training(epochs, rank)
+    strategy = asked.chosen_strategy(quality, metric, select, repair, refine, None if rungs else budget, training)
     texts = asked.calibration_texts(calibration, several=strategy is not None)
     request = asked.Request(
         model or "",
@@ -98,7 +102,7 @@ def prune(
         asked.ScoringOptions(batch_size, memory=memory),
         asked.Placement(dtype, device, device_map, trust_remote_code),
         asked.ReportOptions(measure, text, seconds),
-        asked.ExportOptions(format, link, verify, trust_remote_code=trust_remote_code),
+        asked.ExportOptions(asked.chosen_format(format, dense), link, verify, trust_remote_code=trust_remote_code),
         out, revision, dry_run, given,
         DraftOptions(
             context_tokens or DraftOptions.context, batch, max_drop, rungs or RUNGS, temperature, hardware, write_anyway

@@ -91,8 +91,7 @@ ScoresArgument = Annotated[Path, typer.Argument(metavar="SCORES", help="A scores
 Quality = Annotated[
     Text,
     typer.Option(
-        help=f"A named strategy of selection and repair: {', '.join(QUALITIES)}; default paper.",
-        rich_help_panel=CHOICE,
+        help=f"A named strategy of selection and repair: {', '.join(QUALITIES)}; default paper.", rich_help_panel=CHOICE
     ),
 ]
 Metric = Annotated[Text, typer.Option(help=f"Ranking metric: {', '.join(METRICS)}.", rich_help_panel=CHOICE)]
@@ -133,6 +132,10 @@ BudgetContext = Annotated[
 RepairMethods = Annotated[
     Text, typer.Option("--repair", help=f"By commas: {', '.join(REPAIRS)}.", rich_help_panel=CHOICE)
 ]
+Epochs = Annotated[
+    int | None, typer.Option(min=1, help="Passes that lora (2) and distill (3) train for.", rich_help_panel=CHOICE)
+]
+Rank = Annotated[int | None, typer.Option(min=1, help="Rank of lora's adapters; 16.", rich_help_panel=CHOICE)]
 Gate = Annotated[
     str, typer.Option(help="Validation text: a repair that does not help on it is rejected.", rich_help_panel=CHOICE)
 ]
@@ -201,8 +204,7 @@ Tokenizer = Annotated[Text, typer.Option(help="Use this model's tokenizer instea
 # --- measurements ---
 
 ReportText = Annotated[
-    str,
-    typer.Option("--text", help="Text for perplexity and KL, as for --calibration.", rich_help_panel=REPORT),
+    str, typer.Option("--text", help="Text for perplexity and KL, as for --calibration.", rich_help_panel=REPORT)
 ]
 TextSamples = Annotated[int, typer.Option("--samples", min=1, help="Windows of that text.", rich_help_panel=REPORT)]
 TextLength = Annotated[int, typer.Option("--length", min=2, help="Tokens in a window.", rich_help_panel=REPORT)]
@@ -237,8 +239,7 @@ Contexts = Annotated[str, typer.Option("--context", help="Prompt lengths by comm
 NewTokens = Annotated[int, typer.Option(min=1, help="Tokens decoded after each prompt.")]
 Repeats = Annotated[int, typer.Option(min=1, help="Runs of every model at every setting.")]
 Compile = Annotated[
-    bool | None,
-    typer.Option("--compile/--no-compile", help="Decode through torch.compile too; default: on a GPU."),
+    bool | None, typer.Option("--compile/--no-compile", help="Decode through torch.compile too; default: on a GPU.")
 ]
 Stream = Annotated[int, typer.Option(min=0, help="Read this many tokens with attention sinks.")]
 Window = Annotated[int | None, typer.Option(min=8, help="Tokens in the cache while streaming; default 1024.")]
@@ -253,7 +254,10 @@ AnswerCache = Annotated[
 ]
 SweepFile = Annotated[Path | None, typer.Option("--sweep", help="A sweep.json of the dense model, for the page.")]
 Hardware = Annotated[str, typer.Option(help="cpu (this machine, measured), a6000, a100-80g, h100-sxm, ...")]
-TotalTokens = Annotated[int, typer.Option("--context", min=2, help="Tokens of prompt and answer together.")]
+TotalTokens = Annotated[
+    int | None,
+    typer.Option("--context", min=2, help="Tokens of prompt and answer, default 4096; an encoder's: of its own input."),
+]
 AnswerTokens = Annotated[
     int | None, typer.Option("--new-tokens", min=1, help="How many of them are generated; default half.")
 ]
@@ -277,6 +281,12 @@ Format = Annotated[
     typer.Option(
         help="; ".join(f"{name} ({known.help})" if known.help else name for name, known in FORMATS.items()) + ".",
         rich_help_panel=FILES,
+    ),
+]
+Zeros = Annotated[
+    bool,
+    typer.Option(
+        "--dense", help="With --format gguf: dropped layers as zeros, for any plan and family.", rich_help_panel=FILES
     ),
 ]
 Link = Annotated[bool, typer.Option("--link", help="Hard-link unchanged shards.", rich_help_panel=FILES)]

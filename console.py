@@ -17,11 +17,10 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
     SpinnerColumn,
-    Task,
     TextColumn,
     TimeElapsedColumn,
+    TimeRemainingColumn,
 )
 from rich.table import Table
 from rich.text import Text
@@ -29,6 +28,7 @@ from rich.text import Text
 from dropformer.eval.report.dense_pruned import record_table, relative_change, report_notes, report_table
 from dropformer.progress import Tick
 from dropformer.prune.formats.registry import FORMATS
+from dropformer.prune.rungs.agent import Agents
 from dropformer.prune.window import CONTEXT
 
 if TYPE_CHECKING:
@@ -60,27 +60,12 @@ class Terminal:
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Tick]:
         columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(24), MofNCompleteColumn()]
-        columns += [TextColumn("{task.fields[note]}", markup=False), TimeLeftColumn()]
+        columns += [TextColumn("{task.fields[note]}", markup=False), TimeRemainingColumn(elapsed_when_finished=True)]
         short = [SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()]
         with Progress(*(columns if total else short), console=err, disable=self.quiet, transient=False) as progress:
             task = progress.add_task(name, total=total, note="")
             yield lambda done, count: progress.update(task, completed=done, note=_rate(progress, task, count))
             progress.update(task, completed=total or 1, total=total or 1)
-
-
-class TimeLeftColumn(ProgressColumn):
-    """The remaining time; after the end, the elapsed time."""
-
-    def render(self, task: Task) -> Text:
-        if task.finished:
-            return Text(f"in {_clock(task.finished_time or 0)}", "progress.elapsed")
-        left = task.time_remaining
-        return Text("" if left is None else f"{_clock(left)} left", "progress.remaining")
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _rate(progress: Progress, task: Any, count: int) -> str:
@@ -183,8 +168,9 @@ def plan_table(plan: Plan) -> Table:
         score = "" if drop.similarity is None else f"{drop.similarity:.4f}"
         form = " linear" if drop.layer in plan.maps else ""
         table.add_row(drop.layer + form, *([score] if scored else []))
-    for layer, window in plan.windows.items():
-        table.add_row(f"{layer}@{window}", *([""] if scored else []))
+    for layer, rung in plan.rungs.items():
+        what = " agents" if isinstance(rung, Agents) else ""
+        table.add_row(f"{layer}@{rung}{what}", *([""] if scored else []))
     return table
 
 
@@ -196,6 +182,8 @@ def savings_line(plan: Plan) -> str:
         text += f", KV cache {relative_change(saved.kv, saved.kv_after)} per token"
     if plan.windows:
         text += f" beyond the windows, {plan.kv_share(CONTEXT) - 1:+.1%} at {CONTEXT:,} tokens"
+    if plan.agents:
+        text += f"; agents save time beyond {2 * max(plan.agents.values()):,} tokens, and no weights"
     if plan.packing_cost is not None:
         text += f"; packs into a stock model for {plan.packing_cost:.4f} of mean similarity"
     return text

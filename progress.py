@@ -10,7 +10,7 @@ Tell = Callable[[str], None]
 """Called with one line of text for the user."""
 
 Tick = Callable[[int, int], None]
-"""Called with the steps done in a stage, and a second count to show beside it, such as tokens."""
+"""Called with what is done so far, and a second count: tokens, or the total."""
 
 
 class Progress(Protocol):

@@ -9,17 +9,17 @@ from pathlib import Path
 
 from dropformer.eval.draft.options import DraftOptions
 from dropformer.metrics.calibration.settings import Calibration
-from dropformer.metrics.repair.registry import REPAIRS
+from dropformer.metrics.repair.registry import REPAIRS, Training
 from dropformer.metrics.search.budget import parse_budget
 from dropformer.metrics.search.ladder import check_rungs
 from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named_strategy
-from dropformer.prune.errors import CalibrationError, EvaluationError, PlanError
+from dropformer.prune.errors import CalibrationError, EvaluationError, OutputError, PlanError
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.plan import Plan
 from dropformer.prune.rungs.linear import LinearMap
 from dropformer.prune.rungs.registry import parse_rungs
-from dropformer.prune.spec import parse_keep, parse_spec
+from dropformer.prune.spec import folds, parse_keep, parse_spec
 from dropformer.prune.window import CONTEXT
 from dropformer.recipes import Recipe
 from dropformer.recipes.placement import Placement
@@ -76,16 +76,26 @@ def chosen_target(drop: str | None, keep: str, budget: str | None, rungs: str | 
 
 def chosen_strategy(
     quality: str | None, metric: str | None, select: str | None, repair: str | None, refine: int | None,
-    budget: str | None,
+    budget: str | None, training: Training | None = None,
 ) -> Strategy | None:  # fmt: skip
     """The strategy that the options describe, None for one-shot similarity.  Raises PlanError."""
-    if not refine and all(said is None for said in (quality, metric, select, repair, budget)):
+    trains = training is not None and training.given
+    if not refine and not trains and all(said is None for said in (quality, metric, select, repair, budget)):
         return None
     if repair is not None and not repair.strip(" ,"):
         REPAIRS[repair]  # raises
     if budget is not None:
         parse_budget(budget)
-    return named_strategy(quality, metric, select, repair, refine).under(budget)
+    return named_strategy(quality, metric, select, repair, refine, training).under(budget)
+
+
+def chosen_format(name: str, dense: bool) -> str:
+    """The export format of --format and --dense.  Raises OutputError for one that --dense is no part of."""
+    if dense and not name.startswith("gguf"):
+        raise OutputError(
+            f"--dense belongs to --format gguf, and this is --format {name}; give --format dense for zeros"
+        )
+    return "gguf-dense" if dense else name
 
 
 @dataclass(frozen=True)
@@ -173,7 +183,7 @@ class Request:
         if self.selection.plan:
             return Plan.read(self.selection.plan).fitted
         selectors = parse_spec(self.target.spec) if self.target.spec else ()
-        return self.maps or any(selector.window and selector.window.fold for selector in selectors)
+        return self.maps or any(map(folds, selectors))
 
     @cached_property
     def maps(self) -> bool:

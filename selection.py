@@ -33,9 +33,10 @@ from dropformer.prune.loading.window_attention import CONSTANTS
 from dropformer.prune.plan import Plan, make_plan
 from dropformer.prune.samples.inputs import writes_text
 from dropformer.prune.spec import parse_spec
+from dropformer.ranking import batches_beyond, losses_by_rung
 from dropformer.recipes.opening import LoadedModel, open_model
 from dropformer.request import GATE, CalibrationOptions, Request, recipe_calibration
-from dropformer.scoring import batches_beyond, check_early, get_scores, losses_by_window, plan_of_rungs, writer
+from dropformer.scoring import check_early, get_scores, plan_of_rungs, writer
 
 if TYPE_CHECKING:
     from dropformer.metrics.blockwise.from_disk import BlockSource
@@ -129,7 +130,7 @@ def with_folds(opened: LoadedModel, said: CalibrationOptions, plan: Plan, repair
     """
     if not plan.folded:
         return repair
-    from dropformer.metrics.repair.fold import fit_folds, named_constants
+    from dropformer.metrics.search.fold import fit_folds, named_constants
 
     batches = batches_beyond(max(plan.folded.values()), opened, said, progress)
     with progress.stage(f"constants in place of sinks in {len(plan.folded)} layers"):
@@ -161,7 +162,7 @@ def refined(plan: Plan, improver: Improver) -> Plan:
         "metric": f"{plan.metric or 'given'}, refined",
         "calibration": plan.calibration,
     }
-    return make_plan(plan.outline, plan.model, plan.spec, layers, windows=plan.windowed, **fields)
+    return make_plan(plan.outline, plan.model, plan.spec, layers, rungs=plan.rungs, **fields)
 
 
 def wording(quality: Strategy) -> str:
@@ -255,9 +256,9 @@ def one_shot_plan(opened: LoadedModel, request: Request, progress: Progress) -> 
         return made, None
     spec, keep = request.target.spec, request.target.keep
     published = opened.recipe.published if opened.recipe else None
-    if all(s.published or s.window or s.indices is not None for s in parse_spec(spec)):
+    if all(s.published or s.rung or s.indices is not None for s in parse_spec(spec)):
         outline = api.outline(opened.model, spec)
-        losses = losses_by_window(opened, request, outline, progress)
+        losses = losses_by_rung(opened, request, outline, progress)
         return api.plan_unscored(opened.ref, outline, spec, keep, published, losses), None
     if seen := next((s for s in parse_spec(spec) if of_images(s.stack)), None):
         raise PlanError(
@@ -265,5 +266,5 @@ def one_shot_plan(opened: LoadedModel, request: Request, progress: Progress) -> 
             "or use dropformer.analyze(model, batches) in Python"
         )
     scores = get_scores(opened, request, progress)
-    losses = losses_by_window(opened, request, scores.outline, progress)
+    losses = losses_by_rung(opened, request, scores.outline, progress)
     return api.plan(scores, spec, keep, published, losses=losses), scores

@@ -28,14 +28,11 @@ from dropformer.recipes.source import is_gguf, locate
 from dropformer.request import Request
 
 PLACE = ("device", "dtype", "device_map")
+STRATEGY = ("quality", "metric", "select", "refine", "repair", "epochs", "rank")
 DRAFTING = ("batch", "max_drop", "temperature", "hardware", "write_anyway")
 DRAWN = ("samples", "seed", "skip_first")  # options that select windows
-SPOKEN = {
-    "as_json": "json",
-    "include": "include_path",
-    "prompt": "context",
-    "context_tokens": "context",
-}  # parameters whose option has another name
+# parameters whose option has another name
+SPOKEN = {"as_json": "json", "include": "include_path", "prompt": "context", "context_tokens": "context"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ RULES = (
     Rule(lambda r: not r.measures, ("text", "seconds"), "with --no-measure"),
     Rule(lambda r: not r.draft, DRAFTING, "without --draft", "add --draft"),
     Rule(
-        lambda r: r.draft, ("quality", "metric", "select", "refine", "repair", "gate", "scores", "memory", "length"),
+        lambda r: r.draft, (*STRATEGY, "gate", "scores", "memory", "length"),
         "with --draft, which searches by acceptance at --context and shares the dense model's weights",
     ),
 )  # fmt: skip

@@ -27,10 +27,7 @@ from transformers.models.auto import modeling_auto
 
 from dropformer.prune.errors import DropformerError
 
-SETTLED = {
-    "rwkv": "with rescale_every 0",
-    "albert": "with as many groups as layers",
-}
+SETTLED = {"rwkv": "with rescale_every 0", "albert": "with as many groups as layers"}
 QUICK = ["llama", "qwen3_moe", "gemma2", "phi", "gpt2", "opt", "bloom", "deepseek_v3", "minimax", "jamba", "bert"]
 CAUSAL = "AutoModelForCausalLM"
 # What is no causal language model, by the Auto class of its usual head.

@@ -184,10 +184,7 @@ def zero_shot(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: 
     """
     count, size = (16, 2) if args.quick else (114, 8)
     wants = mixed(args.data, tokenizer, count)
-    batches = {
-        "padded_arrival": wants,
-        "padded_sorted": sorted(wants, key=lambda want: len(want.tokens)),
-    }
+    batches = {"padded_arrival": wants, "padded_sorted": sorted(wants, key=lambda want: len(want.tokens))}
     packed, padded = Scorer(model), Scorer(model, Limits(tokens=10**9), pack=False)
     took = {name: Took() for name in ("packed", *batches)}
     computed = dict.fromkeys(took, 0)

@@ -13,6 +13,7 @@ from typing import Any
 
 from dropformer.prune.architecture import Layer, owns
 from dropformer.prune.outline import Outline, StackOutline
+from dropformer.prune.rungs.agent import Agents
 from dropformer.prune.window import Window
 
 
@@ -35,17 +36,22 @@ class BlockMap:
     """The pruned stacks, by name, in order.
 
     `mapped` are attention layers with a linear map in their place: modules of the block and their forms.
-    `windows` are those that stay and see a window: the last tokens and the first ones.
+    `rungs` are those that stay and attend to less: to a window of tokens, or through agents.
     """
 
     stacks: dict[str, tuple[MappedBlock, ...]]
     mapped: Mapping[Layer, Mapping[str, Any]] = field(default_factory=dict)
-    windows: Mapping[Layer, Window] = field(default_factory=dict)
+    rungs: Mapping[Layer, Window | Agents] = field(default_factory=dict)
+
+    @property
+    def windows(self) -> dict[Layer, Window]:
+        """The layers that see a window: the last tokens and the first ones."""
+        return {layer: rung for layer, rung in self.rungs.items() if isinstance(rung, Window)}
 
     @property
     def packed(self) -> bool:
-        """True when no block lacks a part or sees a window: the model is a stock, shorter one."""
-        if self.mapped or self.windows:
+        """True when no block lacks a part or attends to less: the model is a stock, shorter one."""
+        if self.mapped or self.rungs:
             return False
         return not any(block.skipped for blocks in self.stacks.values() for block in blocks)
 
@@ -75,7 +81,7 @@ def map_blocks(
     dropped: Iterable[Layer],
     shorten: bool = True,
     mapped: Mapping[Layer, Mapping[str, Any]] | None = None,
-    windows: Mapping[Layer, Window] | None = None,
+    rungs: Mapping[Layer, Window | Agents] | None = None,
 ) -> BlockMap:
     """The blocks that remain without these layers.
 
@@ -89,7 +95,7 @@ def map_blocks(
         fixed = stack.fixed if shorten else stack.blocks
         rest = kept[fixed:]
         stacks[stack.name] = (*kept[:fixed], *(_paired(stack, rest) or (b for b in rest if not b.empty)))
-    return BlockMap(stacks, mapped or {}, windows or {})
+    return BlockMap(stacks, mapped or {}, rungs or {})
 
 
 def _block(stack: StackOutline, index: int, gone: set[Layer], whole: bool) -> MappedBlock:
@@ -127,11 +133,17 @@ def skipped_modules(outline: Outline, block_map: BlockMap) -> dict[str, Any]:
     for layer, forms in block_map.mapped.items():
         path = f"{outline.stack(layer.stack).path}.{new_index(block_map, layer)}"
         modules |= {f"{path}.{name}": form for name, form in forms.items()}
-    for layer, window in block_map.windows.items():
+    for layer, rung in block_map.rungs.items():
         path = f"{outline.stack(layer.stack).path}.{new_index(block_map, layer)}"
-        fold = {"fold": True} if window.fold else {}
-        modules[f"{path}.{attention_module(outline, layer)}"] = {"window": [window.width, window.sinks], **fold}
+        modules[f"{path}.{attention_module(outline, layer)}"] = _form(rung)
     return modules
+
+
+def _form(rung: Window | Agents) -> dict[str, Any]:
+    """What config.json says of a layer that stays and attends to less."""
+    if isinstance(rung, Agents):
+        return {"agents": rung.count}
+    return {"window": [rung.width, rung.sinks], **({"fold": True} if rung.fold else {})}
 
 
 def attention_module(outline: Outline, layer: Layer) -> str:

@@ -1,4 +1,4 @@
-"""From a drop spec and a ranking to the layers that are dropped, and to those that keep a window of attention.
+"""From a drop spec and a ranking to the layers that are dropped, and to those that stay with less attention.
 
 Ties go to the deeper layer (arXiv 2406.15786 finds the deep ones redundant).
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dropformer.prune.architecture import KIND_NAMES, Layer
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
+from dropformer.prune.rungs.agent import Agents
 from dropformer.prune.spec import Selector, parse_spec
 from dropformer.prune.window import Window
 
@@ -45,8 +46,8 @@ def choose_forms(
     it needs, and where no attention would be left.
     """
     selectors = sorted(parse_spec(spec), key=lambda s: s.kind != "block")  # a block is dropped with all its branches
-    if windowed := next((selector for selector in selectors if selector.window), None):
-        raise PlanError(f"`{windowed}` keeps its layers, and only `prune` and a plan take windows; leave it out here")
+    if staying := next((selector for selector in selectors if selector.rung), None):
+        raise PlanError(f"`{staying}` keeps its layers, and only `prune` and a plan take such; leave it out here")
     chosen, maps = list[Layer](), list[Layer]()
     for selector in selectors:
         free = _candidates(outline, selector, keep, chosen)
@@ -73,7 +74,7 @@ def check_possible(
     """
     selectors = parse_spec(spec)
     named = [selector for selector in selectors if selector.indices is not None or selector.published]
-    drops, windows = ([str(s) for s in named if bool(s.window) == windowed] for windowed in (False, True))
+    drops, windows = ([str(s) for s in named if bool(s.rung) == stays] for stays in (False, True))
     gone = choose(outline, ",".join(drops), None, keep, published) if drops else []
     if windows:
         choose_windows(outline, ",".join(windows), gone, None, keep)
@@ -82,9 +83,9 @@ def check_possible(
         if selector in named:
             continue
         free, key = _candidates(outline, selector, keep, gone), (selector.stack, selector.kinds)
-        before = 0 if selector.window else asked.get(key, 0)
+        before = 0 if selector.rung else asked.get(key, 0)
         count = before + _count(outline, selector, free[before:])
-        if not selector.window:
+        if not selector.rung:
             asked[key] = count
             check_attention_left(outline, [*gone, *free] if count == len(free) else gone)
 
@@ -95,22 +96,22 @@ def choose_windows(
     dropped: Sequence[Layer] = (),
     ranking: Mapping[Layer, float] | None = None,
     keep: Sequence[int] = (),
-) -> dict[Layer, Window]:
-    """The attention layers that a spec gives a window, least harmed first; `dropped` ones have none.
+) -> dict[Layer, Window | Agents]:
+    """The attention layers that a spec gives a window or agents, least harmed first; `dropped` ones have none.
 
-    `ranking` maps every attention layer to a score by which the highest is windowed first.  Raises PlanError as
+    `ranking` maps every attention layer to a score by which the highest comes first.  Raises PlanError as
     `choose` does.
     """
-    found: dict[Layer, Window] = {}
+    found: dict[Layer, Window | Agents] = {}
     for selector in parse_spec(spec):
-        if selector.window is None:
+        if selector.rung is None:
             continue
         free = _candidates(outline, selector, keep, [*dropped, *found])
         if selector.indices is not None:
             picked = _named(outline, selector, selector.indices, free, keep)
         else:
             picked = _top(selector, free, _count(outline, selector, free), ranking)
-        found |= dict.fromkeys(picked, selector.window)
+        found |= dict.fromkeys(picked, selector.rung)
     return found
 
 
@@ -174,11 +175,12 @@ def _why_kept(outline: Outline, selector: Selector, index: int) -> str | None:
 def _count(outline: Outline, selector: Selector, free: Sequence[Layer]) -> int:
     """How many layers a selector drops of those that are free."""
     total = sum(len(outline.layers(kind, selector.stack)) for kind in selector.kinds)
+    does = "takes" if selector.rung else "drops"
     count = total * selector.count // 100 if selector.percent else selector.count
     what = " and ".join(KIND_NAMES[kind] for kind in selector.kinds)
     if count > len(free):
         rest = "" if len(free) == total else f", {total - len(free)} of them protected or dropped already"
-        raise PlanError(f"`{selector}` drops {count} {what} layers, but the model has {total}{rest}; ask for fewer")
+        raise PlanError(f"`{selector}` {does} {count} {what} layers, but the model has {total}{rest}; ask for fewer")
     if count == 0:
         raise PlanError(f"`{selector}` rounds down to no layer: the model has {total} {what} layers; ask for more")
     return count

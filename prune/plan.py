@@ -8,6 +8,7 @@ from typing import Any
 from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import Artifact, FrozenRecord, ModelRef
 from dropformer.prune.outline import Outline
+from dropformer.prune.rungs.agent import Agents
 from dropformer.prune.window import Window
 
 
@@ -53,9 +54,9 @@ class Plan(Artifact):
 
     `repairs`: the gates that repairs passed; `not_repaired`: what they could not mend, and why.
     `packing_cost`: the mean similarity given up so that what is left packs into a stock model.  `windows`: attention
-    layers that stay and see a window, such as {"attn:3": "1024+4"}, most redundant first.  `maps`: those of the
-    dropped layers that a linear map takes the place of, whose weights a plan does not hold.  `draft`: for a plan that
-    was chosen to draft for its dense model.
+    layers that stay and see a window, such as {"attn:3": "1024+4"}, most redundant first; `agents`: those of an
+    encoder that attend through so many averaged queries.  `maps`: dropped layers with a linear map in their place,
+    whose weights a plan does not hold.  `draft`: for a plan chosen to draft for its dense model.
     """
 
     kind = "plan"
@@ -68,6 +69,7 @@ class Plan(Artifact):
     not_repaired: list[str] = []
     packing_cost: float | None = None
     windows: dict[str, str] = {}
+    agents: dict[str, int] = {}
     maps: list[str] = []
     draft: DraftRef | None = None
     drops: list[Drop]
@@ -86,18 +88,23 @@ class Plan(Artifact):
 
     @property
     def mapped(self) -> list[Layer]:
-        """The dropped layers that a linear map takes the place of."""
+        """The dropped layers with a linear map in their place."""
         return [Layer.parse(layer) for layer in self.maps]
-
-    @property
-    def fitted(self) -> bool:
-        """Does the plan need weights that are fitted on text?"""
-        return bool(self.maps or self.folded)
 
     @property
     def folded(self) -> dict[Layer, Window]:
         """The windows that have constants in place of sinks."""
         return {layer: window for layer, window in self.windowed.items() if window.fold}
+
+    @property
+    def fitted(self) -> bool:
+        """Does the plan need numbers that are fitted on text?"""
+        return bool(self.maps or self.folded)
+
+    @property
+    def rungs(self) -> dict[Layer, Window | Agents]:
+        """The attention layers that stay and attend to less."""
+        return {**self.windowed, **{Layer.parse(layer): Agents(count) for layer, count in self.agents.items()}}
 
     def kv_share(self, context: int) -> float:
         """The KV cache of a sequence of `context` tokens, over the dense model's."""
@@ -136,14 +143,15 @@ def make_plan(
     spec: str,
     layers: Sequence[Layer],
     similarity: Mapping[Layer, float] | None = None,
-    windows: Mapping[Layer, Window] | None = None,
+    rungs: Mapping[Layer, Window | Agents] | None = None,
     **fields: Any,
 ) -> Plan:
     """The plan artifact for the chosen layers; `fields` are the artifact's other ones (keep, calibration, maps, ...).
 
     Parameters are those without linear maps, which count once they are fitted.
     """
-    windows = windows or {}
+    rungs = rungs or {}
+    windows = {layer: rung for layer, rung in rungs.items() if isinstance(rung, Window)}
     savings = Savings(
         parameters=outline.parameters,
         parameters_after=outline.parameters - outline.dropped_parameters(layers),
@@ -152,5 +160,6 @@ def make_plan(
         kv_windows=sum(outline.branch(layer).kv * window.held(2**62) for layer, window in windows.items()),
     )
     drops = [Drop(layer=str(layer), similarity=(similarity or {}).get(layer)) for layer in layers]
-    named = {str(layer): str(window) for layer, window in windows.items()}
-    return Plan(model=model, spec=spec, drops=drops, outline=outline, savings=savings, windows=named, **fields)
+    fields["windows"] = {str(layer): str(window) for layer, window in windows.items()}
+    fields["agents"] = {str(layer): rung.count for layer, rung in rungs.items() if isinstance(rung, Agents)}
+    return Plan(model=model, spec=spec, drops=drops, outline=outline, savings=savings, **fields)

@@ -9,6 +9,7 @@ window:12@1024+4            not dropped: twelve attention layers see the last 1,
 window=3,7@512              these see the last 512 tokens
 window:12@256+fold          these see the last 256 tokens, and constants fitted to what the first 4 gave
 linear:6  linear=3,7        attention layers that become one linear map each, fitted on the calibration text
+agent:4@49  agent=3,5@49    attention layers of an encoder that attend through 49 averaged queries
 attn:8,mlp:2                combined; encoder.attn:3 names a stack
 """
 
@@ -22,15 +23,20 @@ from typing import Any
 from dropformer.prune.architecture import Layer
 from dropformer.prune.errors import PlanError
 from dropformer.prune.files.config_json import block_count
+from dropformer.prune.rungs.agent import Agents
 from dropformer.prune.window import Window
 
 EXPECTED = (
     "expected for example attn:8, mlp:25%, block:4, joint:12, attn=20,21,25, linear:4 or window:8@1024+4, by commas"
 )
 _ITEM = re.compile(
-    r"(?P<published>published:)?(?:(?P<stack>\w+)\.)?(?P<kind>attn|mlp|cross|block|joint|window|linear)"
-    r"(?::(?P<count>\d+)(?P<percent>%)?|=(?P<indices>-?\d+(?:,-?\d+)*))(?:@(?P<window>\d+(?:\+(?:\d+|fold))?))?"
+    r"(?P<published>published:)?(?:(?P<stack>\w+)\.)?(?P<kind>attn|mlp|cross|block|joint|linear|window|agent)"
+    r"(?::(?P<count>\d+)(?P<percent>%)?|=(?P<indices>-?\d+(?:,-?\d+)*))(?:@(?P<rung>\d+(?:\+(?:\d+|fold))?))?"
 )
+RUNGS: dict[str, tuple[type[Window] | type[Agents], str]] = {
+    "window": (Window, "windows and no others name their tokens, as in window:8@1024+4"),
+    "agent": (Agents, "only agent layers name a number of agents, as in agent:4@49"),
+}  # kinds of attention layers that stay: what stands behind @, and what is said where it does not
 
 
 @dataclass(frozen=True)
@@ -43,18 +49,18 @@ class Selector:
     percent: bool = False
     indices: tuple[int, ...] | None = None
     published: bool = False
-    window: Window | None = None
+    rung: Window | Agents | None = None
 
     def __str__(self) -> str:
         name = ("published:" if self.published else "") + (f"{self.stack}." if self.stack else "") + self.kind
-        rung = f"@{self.window}" if self.window else ""
+        rung = f"@{self.rung}" if self.rung else ""
         if self.indices is not None:
             return f"{name}={','.join(map(str, self.indices))}{rung}"
         return f"{name}:{self.count}{'%' if self.percent else ''}{rung}"
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return {"joint": ("attn", "mlp"), "window": ("attn",), "linear": ("attn",)}.get(self.kind, (self.kind,))
+        return {"joint": ("attn", "mlp"), **dict.fromkeys(("linear", *RUNGS), ("attn",))}.get(self.kind, (self.kind,))
 
 
 def parse_spec(text: str) -> tuple[Selector, ...]:
@@ -80,40 +86,52 @@ def _selector(text: str, match: re.Match[str]) -> Selector:
         bool(match["percent"]),
         tuple(int(i) for i in indices.split(",")) if indices else None,
         bool(match["published"]),
-        Window.parse(match["window"]) if match["window"] else None,
+        _rung(text, match["kind"], match["rung"]),
     )
-    if (selector.kind == "window") != (selector.window is not None):
-        raise PlanError(f"drop spec `{text}`: windows and no others name their tokens, as in window:8@1024+4")
     if selector.indices is None and not selector.count:
         raise PlanError(f"drop spec `{text}`: `{selector}` drops nothing; {EXPECTED}")
     if selector.percent and selector.count > 100:
         raise PlanError(f"drop spec `{text}`: `{selector}` is more than all; {EXPECTED}")
     if selector.kind == "joint" and selector.indices is not None:
         raise PlanError(f"drop spec `{text}`: joint takes a count; name layers as attn=20,21 or mlp=3")
-    if selector.published and (
-        selector.indices is not None or selector.percent or selector.kind in ("joint", "window", "linear")
-    ):
+    unlisted = selector.kind in ("joint", "linear", *RUNGS)
+    if selector.published and (selector.indices is not None or selector.percent or unlisted):
         raise PlanError(f"drop spec `{text}`: a published list takes a count, as in published:attn:8")
     return selector
 
 
-def named_layers(layers: Iterable[Layer], windows: Mapping[Layer, Window], maps: Iterable[Layer] = ()) -> str:
+def _rung(text: str, kind: str, amount: str | None) -> Window | Agents | None:
+    """What stands behind @.  Raises PlanError where something must, or must not."""
+    if kind in RUNGS and amount:
+        return RUNGS[kind][0].parse(amount)
+    if kind in RUNGS or amount:
+        raise PlanError(f"drop spec `{text}`: {RUNGS[kind if kind in RUNGS else 'window'][1]}")
+    return None
+
+
+def named_layers(layers: Iterable[Layer], rungs: Mapping[Layer, Window | Agents], maps: Iterable[Layer] = ()) -> str:
     """The drop spec that names these layers, of which `maps` are linear maps: `attn=20,linear=21,window=3,7@256+4`."""
     items: dict[tuple[str, str, str], list[int]] = {}
     mapped = set(maps)
     for layer in layers:
         items.setdefault((layer.stack, "linear" if layer in mapped else layer.kind, ""), []).append(layer.index)
-    for layer, window in windows.items():
-        items.setdefault((layer.stack, "window", f"@{window}"), []).append(layer.index)
+    for layer, rung in rungs.items():
+        kind = next(kind for kind, (form, _) in RUNGS.items() if isinstance(rung, form))
+        items.setdefault((layer.stack, kind, f"@{rung}"), []).append(layer.index)
     return ",".join(
-        f"{stack + '.' if stack else ''}{kind}={','.join(map(str, sorted(indices)))}{rung}"
-        for (stack, kind, rung), indices in items.items()
+        f"{stack + '.' if stack else ''}{kind}={','.join(map(str, sorted(indices)))}{amount}"
+        for (stack, kind, amount), indices in items.items()
     )
 
 
+def folds(selector: Selector) -> bool:
+    """Does a selector give windows whose sinks are folded into constants?"""
+    return isinstance(selector.rung, Window) and selector.rung.fold
+
+
 def without_windows(spec: str) -> str:
-    """The items of a spec that drop something; empty where all of them are windows.  Raises PlanError."""
-    return ",".join(str(selector) for selector in parse_spec(spec) if not selector.window)
+    """The items of a spec that drop something; empty where all of its layers stay on a rung.  Raises PlanError."""
+    return ",".join(str(selector) for selector in parse_spec(spec) if not selector.rung)
 
 
 def parse_keep(text: str) -> tuple[int, ...]:
@@ -130,8 +148,9 @@ def check_drop(drop: str | None, config: Mapping[str, Any], name: str) -> None:
     for selector in parse_spec(drop) if drop else ():
         limit = blocks and blocks * len(selector.kinds)
         if limit and not selector.percent and selector.count > limit:
+            does = "takes" if selector.rung else "drops"
             raise PlanError(
-                f"`{selector}` drops {selector.count} layers, but {name} has {limit} of that kind; ask for fewer"
+                f"`{selector}` {does} {selector.count} layers, but {name} has {limit} of that kind; ask for fewer"
             )
 
 

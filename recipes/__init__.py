@@ -3,14 +3,4 @@
 from dropformer.recipes.recipe import Calibration, Recipe, Result, Wheel, recipe, recipes
 from dropformer.recipes.source import Source, open_config, open_source
 
-__all__ = [
-    "Calibration",
-    "Recipe",
-    "Result",
-    "Source",
-    "Wheel",
-    "open_config",
-    "open_source",
-    "recipe",
-    "recipes",
-]
+__all__ = ["Calibration", "Recipe", "Result", "Source", "Wheel", "open_config", "open_source", "recipe", "recipes"]

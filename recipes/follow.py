@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from dropformer.progress import Progress, Silent
+from dropformer.progress import Progress, Silent, Tick
 from dropformer.prune.errors import PlanError
 from dropformer.prune.formats.export_plan import Written, write_by_plan
 from dropformer.prune.formats.writing import ExportOptions
@@ -34,6 +33,6 @@ def follow_plan(
         return write_by_plan(plan, source.path, out, in_percent(how, source.file, tick))
 
 
-def in_percent(how: ExportOptions, gguf: Path | None, tick: Callable[[int, int], None]) -> ExportOptions:
+def in_percent(how: ExportOptions, gguf: Path | None, tick: Tick) -> ExportOptions:
     """The export options, with progress in percent."""
     return replace(how, gguf=gguf, progress=lambda done, total: tick(100 * done // max(1, total), 0))

@@ -22,9 +22,10 @@ from dropformer.prune.files.output_paths import cache_folder
 from dropformer.prune.formats.gguf.header import GgufHeader, read_gguf_header
 from dropformer.prune.loading.quiet import quiet_streams, quiet_transformers
 from dropformer.recipes.cache import building, place
+from dropformer.recipes.gguf_config import read_config
 from dropformer.recipes.gguf_tokenizer import gguf_tokenizer
 
-LAYOUT = 1
+LAYOUT = 2
 """Version of the conversion; increase it when the output for a file changes."""
 SAMPLE = 1 << 20
 # Not parameters: rotary frequency tables, which transformers derives from the config.
@@ -70,7 +71,7 @@ def write_folder(path: Path, folder: Path) -> Path:
         header = read_gguf_header(path)
         with _one_line_errors(path):
             tokenizer = gguf_tokenizer(path, header)
-            model, info = _load(path)
+            model, info = _load(path, header)
         _all_accounted_for(path, header, model, info)
         plain = _made_plain(model)
         nn.Module.to(plain, exact_dtype(model))
@@ -92,11 +93,12 @@ def _made_plain(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _load(path: Path) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _load(path: Path, header: GgufHeader) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model in float32, and transformers' record of missing parameters."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(path.parent),
         gguf_file=path.name,
+        config=read_config(path, header),
         dtype=torch.float32,
         quantization_config=GgufConfig(dequantize=True),
         output_loading_info=True,

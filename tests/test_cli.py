@@ -245,14 +245,13 @@ def test_a_wrong_dtype_or_device(model, here, capsys):
     bad("--model", model, "--drop", "attn=1", "--device", "tpu9", "-q", capsys=capsys, here=here, said="tpu9")
 
 
-def test_no_space_left_ends_in_one_line_and_leaves_nothing(model, here, capsys):
+def test_no_space_left_ends_in_one_line_and_leaves_nothing(model, here, elsewhere):
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000));"
         "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "from dropformer import cli; cli.main()"
     )
-    command = [sys.executable, "-c", script, "--model", str(model), "--drop", "attn=1", "--seconds", "0", "-q"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=here, check=False)
+    done = elsewhere(script, "--model", model, "--drop", "attn=1", "--seconds", "0", "-q", cwd=here)
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     assert sorted(p.name for p in here.iterdir() if not p.name.startswith("cache")) == ["llama"]

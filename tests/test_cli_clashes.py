@@ -227,6 +227,16 @@ def test_a_gguf_that_lacks_layers_is_llama_cpps_and_not_loaded(here, capsys):
     bad("evaluate", "x.gguf", "y.gguf", "-q", capsys=capsys, here=here, said="y.gguf is")
 
 
+def test_zeros_in_a_gguf_load_again_and_belong_to_that_format(here, capsys):
+    write_gguf(here / "x.gguf", tiny_llama())
+    options = ("--drop", "attn=1", "--no-measure", "--out", "out", "-q", "--dense")
+    said = "--dense belongs to --format gguf, and this is --format dropformer"
+    bad("--model", "x.gguf", *options, capsys=capsys, here=here, said=said)
+    assert run("--model", "x.gguf", *options, "--format", "gguf", capsys=capsys)[0] == 0
+    assert json.loads((here / "out" / "dropformer.json").read_text())["format"] == "gguf-dense"
+    assert run("evaluate", "out/x-zeros.gguf", "--samples", "1", "--length", "16", "-q", capsys=capsys)[0] == 0
+
+
 @pytest.mark.parametrize("command", [*COMMANDS[:1], *COMMANDS[2:]])
 @pytest.mark.parametrize(
     ("text", "said"),

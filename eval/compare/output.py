@@ -153,13 +153,7 @@ def checkpoint_table(found: Comparison) -> Markup:
 
 def models_table(found: Comparison) -> Markup:
     rows = [
-        (
-            c.label,
-            c.model.name,
-            c.model.revision,
-            code(c.model.fingerprint),
-            listed(c.gone, full=True),
-        )
+        (c.label, c.model.name, c.model.revision, code(c.model.fingerprint), listed(c.gone, full=True))
         for c in found.checkpoints
     ]
     head = ("checkpoint", "model", "revision", "fingerprint", "layers dropped")

@@ -26,17 +26,7 @@ from dropformer.metrics.calibration.settings import context_of
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.device import input_device
 
-__all__ = [
-    "PAPER",
-    "Quartiles",
-    "Setting",
-    "Speed",
-    "SpeedTable",
-    "bounds",
-    "grid",
-    "measure",
-    "quick",
-]
+__all__ = ["PAPER", "Quartiles", "Setting", "Speed", "SpeedTable", "bounds", "grid", "measure", "quick"]
 
 PAPER = Setting(prompt=2048, new=2048, batch="max")  # as arXiv 2406.15786 measures its speed-ups
 

@@ -17,10 +17,10 @@ from transformers import Cache
 from dropformer.eval.cost.memory import kv_bytes, state_bytes
 from dropformer.eval.cost.sinks import Sinks, sink_cache
 from dropformer.eval.cost.timing import Clock, last_logits
+from dropformer.progress import Tick
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.device import gpus_of, input_device
 
-Progress = Callable[[int], None]  # called with the number of tokens read so far
 _Reader = Callable[[int, int], Tensor]  # logits [end - start, V] of the tokens from start to end
 
 
@@ -67,7 +67,7 @@ class StreamSpeed:
 
 
 def stream(
-    model: nn.Module, ids: Tensor, shape: Sinks, *, segments: int = 16, progress: Progress | None = None
+    model: nn.Module, ids: Tensor, shape: Sinks, *, segments: int = 16, progress: Tick | None = None
 ) -> StreamResult:
     """Read token ids [T] with attention sinks, `shape.chunk` tokens at a time.
 
@@ -111,7 +111,7 @@ class _Text:
 
 
 @torch.inference_mode()
-def _read(text: _Text, model: nn.Module, shape: Sinks, progress: Progress | None) -> StreamResult:
+def _read(text: _Text, model: nn.Module, shape: Sinks, progress: Tick | None) -> StreamResult:
     """Score every token except the first, in chunks; the last token is only a target."""
     ids, nll, largest = text.ids, [], 0
     cache = sink_cache(model, shape)
@@ -124,7 +124,7 @@ def _read(text: _Text, model: nn.Module, shape: Sinks, progress: Progress | None
         nll.append(F.cross_entropy(logits.float(), targets, reduction="none").double().cpu())
         largest = max(largest, kv_bytes(cache) + state_bytes(cache))
         if progress is not None:
-            progress(end)
+            progress(end, end)
     seconds = time.perf_counter() - start
     losses = torch.cat(nll)
     parts = torch.tensor_split(losses, min(text.segments, len(losses)))

@@ -146,6 +146,6 @@ def _plan(
         opened.ref,
         named_layers(found.layers, found.windows),
         list(found.layers),
-        windows=found.windows,
+        rungs=found.windows,
         **fields,
     )

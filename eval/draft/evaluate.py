@@ -57,7 +57,7 @@ class DraftEvaluation:
         return {
             "drafted": self.tokens, "temperature": found.temperature, "equal": sum(run.equal),
             "prompts": len(run.equal),
-            "acceptance_predicted": found.mean, "acceptance_measured": run.acceptance,
+            "acceptance_predicted": found.judged(self.tokens), "acceptance_measured": run.acceptance,
             "greedy_agreement": float(found.agreement.mean()), "by_position": found.by_position,
             "by_domain": found.by_domain, "by_depth": found.by_depth, "cost": self.steps.cost,
             "verify_cost": self.steps.verify_cost, "speedup_predicted": self.predicted,
@@ -86,7 +86,7 @@ class DraftEvaluation:
         without, with_draft = run.tokens_per_second
         return [
             f"text: {sum(run.equal)} of {len(run.equal)} equal to that of the dense model alone",
-            f"acceptance {found.mean:.3f} on text, {run.acceptance:.3f} in the run; greedy agreement "
+            f"acceptance {found.judged(self.tokens):.3f} predicted, {run.acceptance:.3f} in the run; greedy agreement "
             f"{float(found.agreement.mean()):.3f}",
             "by position: " + ", ".join(f"{place:,}: {a:.3f}" for place, a in found.by_position.items()),
             "by domain: " + ", ".join(f"{name}: {a:.3f}" for name, a in found.by_domain.items()),
@@ -138,7 +138,7 @@ def evaluate_on(text: DenseText, plan: Plan, new: int = 32, prompts: int = 1) ->
     surgery = surgery_in_place(plan.outline, plan.layers, plan.windowed)
     begun = [
         (row[:, :length], cache)
-        for row, (cache, _) in zip(text.rows, text.kept, strict=True)
+        for row, (cache, *_) in zip(text.rows, text.kept, strict=True)
         for length in lengths(row.shape[1] - new, prompts, text.places[0])
     ]
     return DraftEvaluation(drafted, found, steps, run_draft(model, draft, surgery, begun, new, text.temperature))

@@ -82,7 +82,7 @@ def trend(dense: Any, plan: Plan, data: Windows, both: SideBySide) -> Trend | No
     forward passes over four windows, with a quarter of their logits.
     """
     layers = plan.layers
-    if len(layers) < FEWEST_DROPS or plan.repairs or plan.maps or plan.windows:
+    if len(layers) < FEWEST_DROPS or plan.repairs or plan.maps or plan.rungs:
         return None
     first, *between, last = quarters(len(layers))
     scored = None if data.partly_scored is None else data.partly_scored[:WINDOWS]

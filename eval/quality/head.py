@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dropformer.prune.loading.device import input_device
+
 LOGIT_BYTES = 128 * 2**20
 """Most bytes of float32 logits held at once."""
 
@@ -29,7 +31,7 @@ class SplitModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model.eval()
         self.trunk = _trunk(model)
-        self.device = _input_device(model)
+        self.device = input_device(model.get_input_embeddings())
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0]) if _has_head(model) else 0
         self.how = "whole"
         with torch.inference_mode():
@@ -98,13 +100,6 @@ class SplitModel:
 
 def _has_head(model: PreTrainedModel) -> bool:
     return getattr(model.get_output_embeddings(), "weight", None) is not None
-
-
-def _input_device(model: PreTrainedModel) -> torch.device:
-    """Where token ids go; a model spread by a device map keeps offloaded weights on no real device."""
-    embedding = model.get_input_embeddings()
-    execution = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
-    return torch.device(execution if execution is not None else str(embedding.weight.device))
 
 
 def _trunk(model: PreTrainedModel) -> nn.Module | None:

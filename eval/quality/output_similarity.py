@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dropformer.metrics.analysis.analyze import as_inputs
+from dropformer.metrics.blockwise.divergence import kl_divergence
 from dropformer.prune.artifact import FrozenRecord
 
 
@@ -61,9 +62,5 @@ def _vectors(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, bool]:
 def _compare(x: Tensor, y: Tensor) -> Tensor:
     """Cosine, KL and equal first choice of each vector: x, y [n, C] -> [3, n] float64."""
     p, q = F.log_softmax(x, -1), F.log_softmax(y.to(x.device), -1)
-    columns = (
-        F.cosine_similarity(x, y.to(x.device), dim=-1),
-        (p.exp() * (p - q)).sum(-1),
-        p.argmax(-1) == q.argmax(-1),
-    )
+    columns = (F.cosine_similarity(x, y.to(x.device), dim=-1), kl_divergence(p, q), p.argmax(-1) == q.argmax(-1))
     return torch.stack([column.double().cpu() for column in columns])

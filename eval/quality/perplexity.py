@@ -228,12 +228,7 @@ def _compare(
 
 
 def _piece(
-    one: SplitModel,
-    others: Sequence[SplitModel],
-    piece: slice,
-    left: Tensor,
-    rights: Sequence[Tensor],
-    targets: Tensor,
+    one: SplitModel, others: Sequence[SplitModel], piece: slice, left: Tensor, rights: Sequence[Tensor], targets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Some positions [n]: the dense losses [n], and loss, KL and equal first choice of each other model [K, 3, n]."""
     a = one.logits(left[piece])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from dropformer.eval.tasks.paired import Paired
 from dropformer.eval.tasks.results import compare_tasks
 from dropformer.metrics.analysis.distributed import rank
 from dropformer.metrics.calibration.windows import Windows
-from dropformer.progress import Progress, Silent
+from dropformer.progress import Progress, Silent, Tick
 from dropformer.prune.errors import reason
 from dropformer.prune.loading.device import input_device
 
@@ -86,12 +86,8 @@ def _with_tasks(
     return [_update(r, tasks=t, paired=p) for r, t, p in zip(results, found, pairs, strict=True)]
 
 
-def _percent(show: Callable[[int, int], None], done: int, asked: int) -> None:
+def _percent(show: Tick, done: int, asked: int) -> None:
     show(100 * done // asked, 0)
-
-
-def _tokens(show: Callable[[int, int], None], done: int) -> None:
-    show(done, done)
 
 
 def _with_perplexity(
@@ -163,8 +159,7 @@ def _with_stream(
     out = []
     for result, candidate in zip(results, models, strict=True):
         with progress.stage(f"streaming {len(ids)} tokens: {candidate.name}", len(ids)) as tick:
-            told = partial(_tokens, tick)
-            read = stream(candidate.model, ids, shape, progress=told)
+            read = stream(candidate.model, ids, shape, progress=tick)
         found = {**asdict(read), "perplexity": read.perplexity, "tokens_per_second": read.tokens_per_second}
         if len(ids) > shape.size + TIMED:
             with progress.stage(f"streaming against recomputing the window: {candidate.name}"):

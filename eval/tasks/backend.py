@@ -9,7 +9,7 @@ logits only where they are read (`scorer`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -26,14 +26,12 @@ from dropformer.eval.tasks.packing import Limits
 from dropformer.eval.tasks.prefix_cache import PrefixCache, longest_stem
 from dropformer.eval.tasks.scorer import Score, Scorer, ScoreRequest, Stats
 from dropformer.metrics.calibration.batching import SHARE, activation_bytes, windows_at_once
+from dropformer.progress import Tick
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.device import free_bytes, gpus_of
 from dropformer.prune.loading.quiet import quiet_logger
 
 Tokenized = tuple[tuple[str, str] | None, list[int], list[int]]
-
-Progress = Callable[[int, int], None]
-"""Called with the number of requests answered and the total."""
 
 OWN_TOKENS = 2048  # assumed request length for the batch size of lm-eval's own class
 TOGETHER_CPU, TOGETHER_GPU = 8, 64  # largest batch of prompts in generation
@@ -66,7 +64,7 @@ class FastLM(HFLM):
         self.scorer = Scorer(model, limits, pack)
         self._encoded: dict[str, list[int]] = {}
         self._stem: PrefixCache | None = None
-        self.progress: Progress | None = None
+        self.progress: Tick | None = None
 
     @property
     def stats(self) -> Stats:
@@ -181,11 +179,7 @@ class FastLM(HFLM):
             self._encoded = {}
 
     def tok_encode(
-        self,
-        string: str,
-        add_special_tokens: bool | None = None,
-        left_truncate_len: int | None = None,
-        **kwargs: Any,
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **kwargs: Any
     ) -> list[int]:
         """lm-eval's encoding of a string, from `_encoding_ahead` if it is there."""
         if add_special_tokens is None and not left_truncate_len and string in self._encoded:

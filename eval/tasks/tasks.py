@@ -21,12 +21,13 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dropformer.eval.tasks.backend import FastLM, Progress
+from dropformer.eval.tasks.backend import FastLM
 from dropformer.eval.tasks.backends import BACKENDS
 from dropformer.eval.tasks.registry import Found, find_tasks, leaves_of
 from dropformer.eval.tasks.responses import RememberingLM, SharingLM, fingerprint
 from dropformer.eval.tasks.results import Metric, TaskOptions, TaskResult, TaskResults
 from dropformer.eval.tasks.sampling import stratified
+from dropformer.progress import Tick
 from dropformer.prune.errors import EvaluationError, reason
 from dropformer.prune.loading.quiet import quiet_logger
 
@@ -36,7 +37,7 @@ def evaluate_tasks(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     options: TaskOptions | None = None,
-    progress: Progress | None = None,
+    progress: Tick | None = None,
 ) -> TaskResults:
     """Run lm-eval tasks on a causal LM. Processes of one launch split the questions, and each returns all results.
 

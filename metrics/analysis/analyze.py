@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dropformer.metrics.analysis.capture import WindowScores, capturing
 from dropformer.metrics.analysis.scores import LayerScore, Scores
 from dropformer.metrics.calibration.data import CalibrationData
+from dropformer.progress import Tick
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.discover import discover
@@ -23,8 +24,8 @@ from dropformer.prune.discovery.trace import members_of
 from dropformer.prune.errors import CalibrationError
 from dropformer.prune.loading.device import input_device
 from dropformer.prune.loading.parts import evaluating, tensors_in
+from dropformer.prune.samples.inputs import as_head_reads
 
-Progress = Callable[[int, int], None]  # windows done, tokens done
 Batch = Mapping[str, Tensor] | Tensor
 
 
@@ -33,7 +34,7 @@ def analyze_model(
     batches: Iterable[tuple[Batch, Tensor | None] | Batch],
     architecture: Architecture | None = None,
     ref: ModelRef | None = None,
-    progress: Progress | None = None,
+    progress: Tick | None = None,
 ) -> Scores:
     """Similarity of every block, attention layer and MLP layer, from one forward pass over `batches`.
 
@@ -166,6 +167,7 @@ def as_inputs(model: nn.Module, batch: Batch, device: torch.device | None = None
     device = torch.device("cpu") if device.type == "meta" else device  # a blueprint: only shapes matter
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in fields.items()}
     two = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" in names
+    moved = as_head_reads(moved, model)
     if two and "input_ids" in moved and "decoder_input_ids" not in moved:
         moved["decoder_input_ids"] = shifted(moved["input_ids"], model)
     return moved | {"use_cache": False} if "use_cache" in names else moved

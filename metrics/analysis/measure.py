@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dropformer.metrics.analysis import distributed
-from dropformer.metrics.analysis.analyze import Progress, calibrated, joined, measuring, proven, scores_of
+from dropformer.metrics.analysis.analyze import calibrated, joined, measuring, proven, scores_of
 from dropformer.metrics.analysis.capture import WindowScores
 from dropformer.metrics.analysis.resume import Header, RowsFile
 from dropformer.metrics.analysis.scores import Scores, Settled
@@ -22,6 +22,7 @@ from dropformer.metrics.analysis.stability import Stopper, first
 from dropformer.metrics.calibration.batching import Fitting, samples_at_once
 from dropformer.metrics.calibration.data import CalibrationData
 from dropformer.metrics.calibration.windows import by_length
+from dropformer.progress import Tick
 from dropformer.prune.architecture import Architecture
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.summarize import summarize
@@ -51,11 +52,7 @@ class Measuring:
 
 
 def measure(
-    model: nn.Module,
-    data: CalibrationData,
-    ref: ModelRef,
-    how: Measuring | None = None,
-    progress: Progress | None = None,
+    model: nn.Module, data: CalibrationData, ref: ModelRef, how: Measuring | None = None, progress: Tick | None = None
 ) -> Scores:
     """Scores of a model on calibration windows, the same whatever the number of processes.
 
@@ -79,12 +76,7 @@ def measure(
 
 
 def _earlier(
-    model: nn.Module,
-    data: CalibrationData,
-    ref: ModelRef,
-    how: Measuring,
-    architecture: Architecture,
-    stack: ExitStack,
+    model: nn.Module, data: CalibrationData, ref: ModelRef, how: Measuring, architecture: Architecture, stack: ExitStack
 ) -> tuple[dict[int, WindowScores], RowsFile | None]:
     """What an earlier run left, in every process, and the file that process 0 adds to."""
     if how.rows is None or ref.fingerprint is None:
@@ -105,7 +97,7 @@ class _Watch:
 
     stopper: Stopper | None
     kept: RowsFile | None
-    progress: Progress | None
+    progress: Tick | None
     measured: int = 0  # tokens of this run alone, so that a rate counts none that an earlier one measured
 
     def see(self, done: Mapping[int, WindowScores], new: Mapping[int, WindowScores]) -> Settled | None:

@@ -13,6 +13,7 @@ from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
 from dropformer.prune.packable import choose_packable
 from dropformer.prune.plan import Plan, make_plan
+from dropformer.prune.rungs.agent import Agents
 from dropformer.prune.spec import parse_spec, without_windows
 from dropformer.prune.window import Window
 
@@ -27,8 +28,8 @@ def plan_from(
 ) -> Plan:
     """Which layers a drop spec takes, by these scores (or those in a scores.json).
 
-    `packable`: in pairs, so that the pruned model is a stock, shorter one.  `losses`: what a window takes from each
-    attention layer (`window_loss`), by which windows are given.  Raises PlanError.
+    `packable`: in pairs, so that the pruned model is a stock, shorter one.  `losses`: what a window or agents take from
+    each attention layer (`window_loss`, `agent_loss`), by which they are given.  Raises PlanError.
     """
     found = scores if isinstance(scores, Scores) else Scores.read(scores)
     similarity = found.similarity()
@@ -56,13 +57,13 @@ def spec_windows(
     layers: Sequence[Layer],
     losses: Mapping[Layer, float] | None = None,
     keep: Sequence[int] = (),
-) -> dict[Layer, Window]:
-    """The windows of a spec, least loss first.  Raises PlanError where a number of them is asked for without losses."""
-    counted = next((s for s in parse_spec(spec) if s.window and s.indices is None), None)
+) -> dict[Layer, Window | Agents]:
+    """The windows and agents of a spec, least loss first.  Raises PlanError for a number of them without losses."""
+    counted = next((s for s in parse_spec(spec) if s.rung and s.indices is None), None)
     if counted and losses is None:
         raise PlanError(
-            f"`{counted}` is ranked by what a window takes from each layer, which only the model tells: use "
-            f"`prune --model ... --drop {counted}`, or name the layers as in window=3,7@{counted.window}"
+            f"`{counted}` is ranked by what it takes from each layer, which only the model tells: use "
+            f"`prune --model ... --drop {counted}`, or name the layers as in {counted.kind}=3,7@{counted.rung}"
         )
     ranking = {layer: -loss for layer, loss in (losses or {}).items()}
     return choose_windows(outline, spec, layers, ranking, keep)

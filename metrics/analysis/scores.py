@@ -64,9 +64,5 @@ class Scores(Artifact):
         return (
             bool(model.fingerprint)
             and self.settled is None
-            and (self.model.fingerprint, self.calibration)
-            == (
-                model.fingerprint,
-                calibration,
-            )
+            and (self.model.fingerprint, self.calibration) == (model.fingerprint, calibration)
         )

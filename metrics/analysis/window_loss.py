@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -16,9 +14,9 @@ from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import attention_module
 from dropformer.prune.errors import CalibrationError
 from dropformer.prune.loading import window_cache
-from dropformer.prune.loading.device import OVERRIDES
+from dropformer.prune.loading.parts import twin_of
 from dropformer.prune.loading.skipped_modules import hidden_states
-from dropformer.prune.loading.window_attention import CONSTANTS, unfit, window_attention
+from dropformer.prune.loading.window_attention import unfit, window_attention
 from dropformer.prune.outline import Outline
 from dropformer.prune.window import Window
 
@@ -94,20 +92,10 @@ def _comparing(
         yield
 
 
-def windowed_twin(module: nn.Module, window: Window, constants: Sequence[Tensor] = ()) -> nn.Module:
-    """The same attention module with a window: its own settings and hooks, the same weights.
-
-    `constants`: those of a folded window (`folds`).
-    """
-    twin = copy.copy(module)
-    for name in OVERRIDES:
-        twin.__dict__.pop(name, None)
-    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
-    twin._forward_pre_hooks_with_kwargs, twin._forward_hooks_with_kwargs = OrderedDict(), OrderedDict()
-    twin._parameters = dict(module._parameters)
-    window_attention(twin, window_cache.Window(window.width, window.sinks), window.fold)
-    for name, tensor in zip(CONSTANTS, constants, strict=window.fold):
-        setattr(twin, name, nn.Parameter(tensor, requires_grad=False))
+def windowed_twin(module: nn.Module, window: Window) -> nn.Module:
+    """The same attention module with a window, real sinks if any: its own settings and hooks, the same weights."""
+    twin = twin_of(module)
+    window_attention(twin, window_cache.Window(window.width, window.sinks))
     return twin
 
 

@@ -1,4 +1,4 @@
-"""What a change costs: KL divergence to the dense model, and perplexity, from the first changed block on."""
+"""KL divergence from the dense model, and perplexity, of changed models, run from their first changed block on."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Divergence:
 
 
 class DenseReference:
-    """The dense model on fixed windows: what every changed one is compared with.
+    """The dense model on fixed windows, the reference of every comparison.
 
-    Time: one forward pass.  Memory: the stream at every block, (blocks + 1) N T D numbers, which the runner's keeper
-    moves out to files beyond its allowance, and log-probabilities in half precision at every `stride`-th position
-    that counts, N T/stride V.  `scored` [B, T] a batch says which tokens count (None: all).
+    `scored`: per batch [B, T] bool, the tokens that count (None: all).  Time: one forward pass.  Memory: the residual
+    stream at every block, (blocks + 1) N T D numbers, which the runner's keeper moves to files beyond its allowance,
+    and log-probabilities in half precision at every `stride`-th scored position, N T/stride V.
     """
 
     def __init__(self, runner: BlockRunner, stride: int = 1, scored: list[Tensor | None] | None = None) -> None:
@@ -52,7 +52,7 @@ class DenseReference:
         keep = runner.keeper.keep
         with torch.inference_mode():
             self.streams: list[list[Tensor]] = [[runner.start(batch)] for batch in range(len(runner))]
-            for block in runner.walk():  # batch -> stream that enters each block, and the last
+            for block in runner.walk():  # batch -> input stream of each block, and the last output
                 for batch, streams in enumerate(self.streams):
                     streams.append(keep(runner.step(block, batch, streams[-1])))
             self._log_probs = [
@@ -61,7 +61,7 @@ class DenseReference:
             self.divergence = self._summary(self._log_probs)
 
     def compare(self, first: int = 0) -> Divergence:
-        """The divergence of the model in its present state, whose blocks before `first` are unchanged."""
+        """The divergence of the model as it is now, whose blocks before `first` are unchanged."""
         with torch.inference_mode():
             streams = [self.streams[batch][first] for batch in range(len(self.runner))]
             for block in self.runner.walk(first):
@@ -69,13 +69,12 @@ class DenseReference:
             return self._summary(self._log_probabilities(batch, stream) for batch, stream in enumerate(streams))
 
     def compare_each(self, variants: Sequence[Variant], batches: Sequence[int] | None = None) -> list[Divergence]:
-        """The divergence of each variant alone, on some of the batches (None: all).
+        """The divergence of each variant, on some of the batches (None: all).
 
-        All of them pass a block before the next is entered.
-
-        Each starts from the dense stream before its first changed block, and those that look alike in a block run it
-        as one batch, up to what keeps the device busy.  Time: a forward pass of a variant's changed blocks.  Memory:
-        the windows' stream for each variant, one block's stand-ins, and one window's log-probabilities.
+        All variants pass a block before the next one is entered.  Each starts from the dense stream before its first
+        changed block; variants with the same replacements in a block run it as one batch, up to what keeps the device
+        busy.  Time: per variant a forward pass from its first changed block on.  Memory: one stream per variant, one
+        block's replacements, and one batch's log-probabilities.
         """
         with torch.inference_mode():
             firsts = [first_changed(self.runner, variant.paths) for variant in variants]
@@ -89,12 +88,12 @@ class DenseReference:
     def _pass_block(
         self, block: int, variants: Sequence[Variant], which: Sequence[int], streams: list[dict[int, Tensor]]
     ) -> None:
-        """Take the streams of some variants through a block."""
+        """Advance the streams of some variants through a block."""
         below = f"{self.runner.blocks[block].path}."
         together = {batch: self._together(stream) for batch, stream in streams[which[0]].items()} if which else {}
         groups: dict[Hashable, list[int]] = defaultdict(list)
         for k in which:
-            groups[variants[k].looks(below)].append(k)
+            groups[variants[k].key(below)].append(k)
         for group in groups.values():
             self.runner.provider.enter(self.runner.blocks[block].path)
             with replaced(self.runner.model, variants[group[0]].modules(below)):
@@ -106,13 +105,13 @@ class DenseReference:
                             streams[k][batch] = self.runner.keeper.keep(stream)
 
     def _together(self, stream: Tensor) -> int:
-        """How many variants run as one batch."""
+        """Number of variants that run as one batch."""
         most = max(1, busy_tokens(self.runner.start(0).device) // stream.shape[:2].numel())
-        return most if most == 1 or self._stacks else 1
+        return most if most == 1 or self._batchable else 1
 
     @cached_property
-    def _stacks(self) -> bool:
-        """Do two copies of a stream, run as one batch, give what one gives?  Not where a block counts its rows."""
+    def _batchable(self) -> bool:
+        """Whether two copies of a stream in one batch give the output of one; some blocks depend on the batch size."""
         dense = self.streams[0][-1]
         exact = 1e-4 if dense.dtype == torch.float32 else 2e-2
         try:
@@ -124,7 +123,7 @@ class DenseReference:
         return max(float((half - dense).norm() / dense.norm()) for half in twice.split(len(dense))) <= exact
 
     def _positions(self, batch: int) -> Tensor:
-        """Every `stride`-th of the positions whose next token counts."""
+        """Every `stride`-th position whose next token is scored."""
         start, scored = self.runner.start(batch), self.scored[batch]
         if scored is None:
             return torch.arange(0, start.shape[1] - 1, self.stride, device=start.device)
@@ -141,13 +140,13 @@ class DenseReference:
         return Divergence(kl, nll)
 
     def _rows(self, batch: int, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Per-window means of KL and negative log-likelihood over scored positions, [B] float64."""
+        """Mean KL and negative log-likelihood of each window over its scored positions, [B] float64."""
         positions, inputs = self._positions(batch), self.runner.batches[batch]
         labels = inputs["input_ids"][:, positions + 1].to(log_probs.device)
         log_probs = log_probs.float()
         nll = -log_probs.gather(-1, labels[..., None])[..., 0].double()
         dense = self._log_probs[batch].to(log_probs.device)
-        dense = torch.log_softmax(dense.float(), -1)  # half precision left it off by a constant
+        dense = torch.log_softmax(dense.float(), -1)  # renormalized after rounding to half precision
         kl = kl_divergence(dense, log_probs).double()
         scored = self.scored[batch]
         weight = torch.ones_like(nll) if scored is None else scored[:, positions.to(scored.device) + 1].to(nll)
@@ -156,18 +155,18 @@ class DenseReference:
 
 
 def dropped_modules(model: nn.Module, architecture: Architecture, layers: Iterable[Layer]) -> dict[str, nn.Module]:
-    """Module path -> what takes its place once these layers are dropped."""
+    """Module path -> its replacement once these layers are dropped."""
     return skipped_at(model, dropped_forms(architecture, layers))
 
 
 def first_changed(runner: BlockRunner, paths: Iterable[str]) -> int:
-    """The first block that other modules at these paths change; 0 where there are none."""
+    """The first block with a replaced module; 0 if there is none."""
     blocks = [f"{block.path}." for block in runner.blocks]
     return min((i for i, block in enumerate(blocks) for path in paths if path.startswith(block)), default=0)
 
 
 def _joint(streams: Sequence[Tensor]) -> Tensor:
-    """Streams as one batch, where the first one is: a model may lie on several devices."""
+    """Streams as one batch, on the first one's device."""
     return streams[0] if len(streams) == 1 else torch.cat([stream.to(streams[0].device) for stream in streams])
 
 

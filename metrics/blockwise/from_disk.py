@@ -1,9 +1,9 @@
-"""Choose and repair a model whose weights do not fit in memory: each block is read from its files for all windows.
+"""Selection and repair of a model whose weights do not fit in memory: each block is read once for all windows.
 
     source = open_source_of_blocks(folder, memory)
     Improver(source.model, data, quality, source=source.source, keeper=source.keeper)
 
-What belongs to no block (embeddings, the last norm, the head) stays in memory.
+Modules outside the blocks (embeddings, final norm, head) stay in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dropformer.metrics.offload.streaming import Streamed, open_streamed
 from dropformer.metrics.offload.weights import Weights
 from dropformer.prune.errors import ModelError
 
-MOMENTS = 7  # square matrices, as wide as a slot's input, that a fit holds at once
+MOMENTS = 7  # square matrices as wide as a slot's input that a fit holds at once
 
 
 class FromDisk:
@@ -38,7 +38,7 @@ class FromDisk:
         if path != self._here:
             self.leave()
             return_freed()
-        with torch.inference_mode(False), torch.no_grad():  # the memory is filled again for other blocks
+        with torch.inference_mode(False), torch.no_grad():  # the memory is reused for other blocks
             self.weights.load(path)
         self._here = path
 
@@ -50,7 +50,7 @@ class FromDisk:
 
 @dataclass(frozen=True)
 class BlockSource:
-    """A model without its blocks' weights, what brings them, and a keeper for what is left of the memory."""
+    """A model without its blocks' weights, the provider that loads them, and a keeper for the remaining memory."""
 
     model: nn.Module
     source: Source
@@ -68,10 +68,10 @@ def open_source_of_blocks(
     trust_remote_code: bool = False,
     device: torch.device = torch.device("cpu"),
 ) -> BlockSource:
-    """Open a checkpoint for an improver that takes about `memory` bytes of RAM.
+    """Open a checkpoint for an improver that uses about `memory` bytes of RAM.
 
-    On a GPU, weights and moments are there, and RAM holds what is kept between blocks.  Raises ModelError where what
-    belongs to no block, the largest block and the moments of its largest slot do not fit, CheckpointError or
+    With a GPU, weights and moments are on it, and RAM holds what is kept between blocks.  Raises ModelError if the
+    modules outside the blocks, the largest block and the moments of its widest slot do not fit, CheckpointError or
     ArchitectureError.
     """
     streamed = open_streamed(path, dtype, trust_remote_code, device)
@@ -83,8 +83,8 @@ def open_source_of_blocks(
         if holds_weights(module) and not any(name == b or name.startswith(b + ".") for b in blocks)
     ]
     needed = streamed.largest_block() + _moments(streamed)
-    held = sum(weights.nbytes(name) for name in outside)  # embeddings tied to the head count once too often
-    if device.type != "cpu":  # these are on the GPU, which says itself where they do not fit
+    held = sum(weights.nbytes(name) for name in outside)  # embeddings tied to the head are counted twice
+    if device.type != "cpu":  # these are on the GPU, which raises its own error if they do not fit
         held = needed = 0
     free = int(memory * (1 - MARGIN)) - resident() - held - needed
     if free < 0:
@@ -101,7 +101,7 @@ def open_source_of_blocks(
 
 
 def _moments(streamed: Streamed) -> int:
-    """Bytes that the fit of the widest slot takes."""
+    """Bytes of the fit of the widest slot."""
     modules = streamed.blueprint.modules()
     width = max((m.in_features for m in modules if isinstance(m, nn.Linear)), default=0)
     return MOMENTS * 4 * width * width

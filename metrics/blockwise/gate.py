@@ -1,4 +1,4 @@
-"""The gate: a repair is kept only if perplexity falls on text of another domain than was fitted on."""
+"""The gate: a repair is kept only if it lowers perplexity on text of a domain that was not fitted on."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Gate:
 
 
 class Gating:
-    """Perplexity on validation windows: of the dense model, and of each state of a repair once.
+    """Perplexity on validation windows, measured once for the dense model and for each set of changes.
 
-    Time: a dense pass over the windows, and one of each state from its first changed block on.
+    Time: a dense pass, and per set of changes a pass from the first changed block on.
     """
 
     def __init__(self, dense: DenseReference, variant: Callable[[Changes], Variant]) -> None:

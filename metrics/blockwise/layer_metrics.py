@@ -1,4 +1,4 @@
-"""Scores of a layer's redundancy: one for each layer, the highest dropped first (`search.registry.METRICS`).
+"""Redundancy metrics: one score per layer, the highest are dropped first (`search.registry.METRICS`).
 
     similarity          cos(x, y)                           arXiv 2406.15786, eq. 1-4
     angular             1 - arccos(cos(x, y)) / pi          arXiv 2403.17887
@@ -29,12 +29,12 @@ from dropformer.prune.loading.parts import replaced
 
 @dataclass(frozen=True)
 class MetricContext:
-    """What a metric works on: a model taken apart, its anatomy, and which positions count (None: all)."""
+    """Input of a metric: a block runner, the architecture, and the scored positions per batch (None: all)."""
 
     runner: BlockRunner
     architecture: Architecture
     scored: list[Tensor | None]
-    stride: int = 4  # log-probabilities are compared at every 4th position
+    stride: int = 4  # positions between those at which log-probabilities are compared
 
     def layers(self) -> list[Layer]:
         return self.architecture.layers()
@@ -57,23 +57,23 @@ def similarity(x: Tensor, y: Tensor) -> Tensor:
 
 
 def angular(x: Tensor, y: Tensor) -> Tensor:
-    """1 minus the angle between x and y in half turns: 1 where they agree, 0 where they are opposed."""
+    """1 - angle(x, y) / pi per token: 1 for equal directions, 0 for opposite ones."""
     return 1 - torch.arccos(similarity(x, y).clamp(-1, 1)) / math.pi
 
 
 def relative_magnitude(x: Tensor, y: Tensor) -> Tensor:
-    """-|y - x| / |y| per token: how little of the stream after the layer is the layer's."""
+    """-|y - x| / |y| per token: minus the layer's share of the stream after it."""
     return -norm((y - x).float()) / norm(y.float()).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def mean_over_tokens(score: PairScore) -> Metric:
-    """A metric from a number per token.  One forward pass; memory: one block's streams and those that enter it."""
+    """A metric from a score per token.  Time: one forward pass.  Memory: one block's input and output streams."""
 
-    def metric(bench: MetricContext) -> dict[Layer, float]:
+    def metric(context: MetricContext) -> dict[Layer, float]:
         sums: dict[Layer, Tensor] = {}
         with torch.inference_mode():
-            weights = [bench.weight(batch) for batch in range(len(bench.runner))]
-            for batch, layer, x, y in residual_pairs(bench.runner):
+            weights = [context.weight(batch) for batch in range(len(context.runner))]
+            for batch, layer, x, y in residual_pairs(context.runner):
                 found = (score(x, y.to(x.device)).double() * weights[batch].to(x.device)).sum()
                 sums[layer] = sums[layer].to(found.device) + found if layer in sums else found
         counted = float(sum(w.sum() for w in weights))
@@ -82,27 +82,27 @@ def mean_over_tokens(score: PairScore) -> Metric:
     return metric
 
 
-def leave_one_out_kl(bench: MetricContext) -> dict[Layer, float]:
-    """-KL(dense || without the layer), for each layer.
+def leave_one_out_kl(context: MetricContext) -> dict[Layer, float]:
+    """-KL(dense || without the layer) per layer.
 
-    Time: half a forward pass for each layer, as everything before the dropped one is reused.  Memory: `Dense`.
+    Time: on average half a forward pass per layer, as the dense stream before it is reused.  Memory: `DenseReference`.
     """
-    return {layer: -kl for layer, (kl, _) in leave_one_out(bench, bench.layers()).items()}
+    return {layer: -kl for layer, (kl, _) in leave_one_out(context, context.layers()).items()}
 
 
-def leave_one_out_perplexity(bench: MetricContext) -> dict[Layer, float]:
-    """-log perplexity without the layer.  Time and memory as for `leave_one_out_kl`."""
-    return {layer: -nll for layer, (_, nll) in leave_one_out(bench, bench.layers()).items()}
+def leave_one_out_perplexity(context: MetricContext) -> dict[Layer, float]:
+    """-log perplexity without the layer, per layer.  Time and memory: as `leave_one_out_kl`."""
+    return {layer: -nll for layer, (_, nll) in leave_one_out(context, context.layers()).items()}
 
 
 def leave_one_out(
-    bench: MetricContext, layers: Iterable[Layer], dense: DenseReference | None = None
+    context: MetricContext, layers: Iterable[Layer], dense: DenseReference | None = None
 ) -> dict[Layer, tuple[float, float]]:
     """(KL, negative log-likelihood) with each of these layers dropped by itself."""
-    dense = dense or DenseReference(bench.runner, bench.stride, bench.scored)
+    dense = dense or DenseReference(context.runner, context.stride, context.scored)
     wanted = list(layers)
-    damages = dense.compare_each([variant(bench.runner.model, bench.architecture, [layer]) for layer in wanted])
-    return {layer: (d.mean_kl, float(d.nll.mean())) for layer, d in zip(wanted, damages, strict=True)}
+    divergences = dense.compare_each([variant(context.runner.model, context.architecture, [layer]) for layer in wanted])
+    return {layer: (d.mean_kl, float(d.nll.mean())) for layer, d in zip(wanted, divergences, strict=True)}
 
 
 mean_similarity = mean_over_tokens(similarity)
@@ -112,17 +112,16 @@ mean_relative_magnitude = mean_over_tokens(relative_magnitude)
 
 @dataclass
 class Ranking:
-    """A metric's score of every layer in the model without some, for each set of layers measured once."""
+    """A metric's scores in the model without some layers, measured once for each set of them."""
 
-    bench: MetricContext
+    context: MetricContext
     metric: Metric = mean_similarity
     measured: dict[frozenset[Layer], dict[Layer, float]] = field(default_factory=dict)
 
-    def __call__(self, gone: Sequence[Layer] = ()) -> dict[Layer, float]:
-        key = frozenset(gone)
+    def __call__(self, dropped: Sequence[Layer] = ()) -> dict[Layer, float]:
+        key = frozenset(dropped)
         if key not in self.measured:
-            with replaced(
-                self.bench.runner.model, dropped_modules(self.bench.runner.model, self.bench.architecture, gone)
-            ):
-                self.measured[key] = self.metric(self.bench)
+            model = self.context.runner.model
+            with replaced(model, dropped_modules(model, self.context.architecture, dropped)):
+                self.measured[key] = self.metric(self.context)
         return self.measured[key]

@@ -1,4 +1,4 @@
-"""Where a block's weights come from: memory, accelerate's offloading, or the checkpoint's files."""
+"""Providers of a block's weights: memory, accelerate's offloading, or the checkpoint's files (`from_disk`)."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from dropformer.prune.loading.device import hooks_of, is_offloaded
 
 
 class Provider(Protocol):
-    """Has the weights of one block at a time where it computes."""
+    """Has the weights of one block at a time on the device that computes it."""
 
     def enter(self, path: str) -> None:
-        """Bring a block's weights; those of the block before may go."""
+        """Load a block's weights; those of the previous block may be released."""
 
     def leave(self) -> None:
-        """Let go of the block that was entered last."""
+        """Release the block that was entered last."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model whose weights are not in memory: its architecture, a blueprint on the meta device to trace, and what
-    brings each block."""
+    """A model whose weights are not in memory: its architecture, a copy on the meta device to trace, and a provider."""
 
     architecture: Architecture
     blueprint: nn.Module
@@ -32,7 +31,7 @@ class Source:
 
 
 class InMemory:
-    """All weights are where they compute."""
+    """All weights are in memory."""
 
     def enter(self, path: str) -> None:
         pass
@@ -42,10 +41,7 @@ class InMemory:
 
 
 class Offloaded:
-    """A model that accelerate has offloaded in part: a block's weights stay on the device while batches pass it.
-
-    accelerate would move them in and out with every call.
-    """
+    """A model partly offloaded by accelerate: a block's weights are moved once for all batches, not for each call."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -61,7 +57,7 @@ class Offloaded:
             for hook in hooks_of(module):
                 if getattr(hook, "offload", False):
                     hook.pre_forward(module)
-                    hook.offload = False  # calls find the weights in place
+                    hook.offload = False  # a call does not move them again
                     self._in.append((module, hook))
 
     def leave(self) -> None:
@@ -72,5 +68,5 @@ class Offloaded:
 
 
 def provider_for(model: nn.Module) -> Provider:
-    """How a model that was loaded whole gives its blocks."""
+    """The provider of a loaded model."""
     return Offloaded(model) if is_offloaded(model) else InMemory()

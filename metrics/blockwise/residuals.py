@@ -13,9 +13,9 @@ from dropformer.prune.discovery.proof import on_tap
 
 
 def residual_pairs(runner: BlockRunner) -> Iterator[tuple[int, Layer, Tensor, Tensor]]:
-    """(batch, layer, stream before, stream after) for every layer, in the model's present state, block by block.
+    """(batch, layer, stream before, stream after) for every layer of the model as it is now, block by block.
 
-    Streams are [B, T, D].  Holds one block's streams of one batch, and those of all batches that enter the next.
+    Streams are [B, T, D].  Memory: one block's streams of one batch, and the next block's inputs of all batches.
     """
     streams = [runner.start(batch) for batch in range(len(runner))]
     for i in runner.walk():
@@ -33,7 +33,7 @@ def residual_pairs(runner: BlockRunner) -> Iterator[tuple[int, Layer, Tensor, Te
 
 @contextmanager
 def reading_block(model: nn.Module, block: Block) -> Iterator[dict[Tap, Tensor]]:
-    """What flows past the taps of a block's branches, copied, during a pass inside the `with`."""
+    """Copies of the tensors at the taps of a block's branches, filled by a pass inside the `with`."""
     seen: dict[Tap, Tensor] = {}
     taps = {tap for b in block.branches for tap in (b.before, b.after, *b.delta) if tap}
     with ExitStack() as hooks:
@@ -43,7 +43,7 @@ def reading_block(model: nn.Module, block: Block) -> Iterator[dict[Tap, Tensor]]
 
 
 def after_branch(branch: Branch, seen: dict[Tap, Tensor]) -> Tensor:
-    """The stream after a branch: read there, or the stream before it and what the branch adds."""
+    """The stream after a branch: read at its tap, or the stream before it plus the branch's output."""
     if branch.after:
         return seen[branch.after]
     before = seen[branch.before]

@@ -1,9 +1,8 @@
 """Run a model block by block over fixed batches: all of them pass a block before the next one is entered.
 
-The model's own block modules are called with the arguments that they had, and its own forward runs what comes
-before and after them, so that this knows no model family.  A pass may start at any block from a stream that was
-kept, several changed models share each block while it is there, and a block's weights may come from memory, from
-accelerate's offloading or from files (`provider`).
+The model's own blocks are called with recorded arguments, and its own forward runs what comes before and after
+them, so this works for any family.  A pass may start at any block from a kept stream; several changed models share
+each loaded block; a block's weights come from memory, accelerate's offloading or files (`provider`).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ SIMILARITY = "use --metric similarity with --select one-shot and no --repair"
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one block on one batch; the stream's place among them is the block's input tap."""
+    """The arguments of one block on one batch, the stream among them at the key of the block's input tap."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -50,11 +49,11 @@ class Call:
 
 
 class BlockRunner:
-    """A model taken apart into embedding, blocks and tail, on fixed batches.
+    """A model split into embedding, blocks and head, on fixed batches.
 
-    `batches` are forward arguments with the batch first.  `work` counts what is run, `keeper` holds streams; both
-    are shared by every runner of a job.  Time: construction embeds each batch, and no block runs.  Memory: [B, T, D]
-    a batch, beyond what the keeper moves out.  Raises ArchitectureError for a model of several stacks.
+    `batches` are forward arguments with the batch first.  `work` counts what is run, `keeper` holds streams; all
+    runners of a job share them.  Construction embeds each batch and runs no block.  Memory: [B, T, D] per batch.
+    Raises ArchitectureError for a model of several stacks.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class BlockRunner:
         self.provider = provider or provider_for(model)
         self.keeper = keeper or Keeper()
         self.counted: Sequence[Tensor | None] = [None] * len(self.batches)
-        """Which tokens of each batch a fit counts, [B, T] bool (None: all)."""
+        """Tokens of each batch that a fit counts, [B, T] bool (None: all)."""
         self.work = work or Work(len(self.blocks), self.tokens)
         self.work.measure(model, [block.path for block in self.blocks])
         self._passing = {block.path: Skipped(block.form) for block in self.blocks}
@@ -99,18 +98,18 @@ class BlockRunner:
         return sum(batch["input_ids"].numel() for batch in self.batches if "input_ids" in batch) or 1
 
     def start(self, batch: int) -> Tensor:
-        """The stream that enters the first block, [B, T, D]."""
+        """The input stream of the first block, [B, T, D]."""
         return self._calls[batch][0].stream(_one(self.blocks[0].input))
 
     def walk(self, first: int = 0, last: int | None = None) -> Iterator[int]:
-        """The blocks from `first` to before `last` in order, each with its weights there while it is dealt with."""
+        """Block indices from `first` up to `last` (exclusive), each with its weights loaded while it is used."""
         for block in range(first, len(self.blocks) if last is None else last):
             self.keeper.release()
             self.provider.enter(self.blocks[block].path)
             yield block
 
     def step(self, block: int, batch: int, stream: Tensor) -> Tensor:
-        """The residual stream after a block, in the model's present state.  [B, T, D] -> [B, T, D]."""
+        """The residual stream after a block of the model as it is now.  [B, T, D] -> [B, T, D]."""
         found = self.blocks[block]
         self.provider.enter(found.path)
         module = self.model.get_submodule(found.path)
@@ -119,28 +118,28 @@ class BlockRunner:
         return outputs_of(module(*args, **kwargs))[_one(found.output)]
 
     def arguments(self, block: int, batch: int, stream: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What a block is called with on a batch, with this stream."""
+        """The arguments of a block on a batch, with this stream."""
         return self._calls[batch][block].on(_one(self.blocks[block].input), stream)
 
     def device(self, block: int, like: Tensor) -> torch.device:
-        """Where a block computes."""
+        """The device that computes a block."""
         module = self.model.get_submodule(self.blocks[block].path)
         return next((p.device for p in module.parameters() if not p.is_meta), like.device)
 
     def run(self, first: int, batch: int, stream: Tensor) -> Tensor:
-        """The stream after the last block, from the stream that enters block `first`."""
+        """The stream after the last block, from the input stream of block `first`."""
         for block in range(first, len(self.blocks)):
             stream = self.step(block, batch, stream)
         return stream
 
     @property
     def picks_logits(self) -> bool:
-        """Does the model make logits at chosen positions alone?"""
+        """Whether the model can compute logits at chosen positions only."""
         few = "logits_to_keep" in inspect.signature(self.model.forward).parameters
-        return few and next(hooks_of(self.model), None) is None  # over several GPUs they would come to another one
+        return few and next(hooks_of(self.model), None) is None  # with a device map they would be on another GPU
 
     def logits(self, batch: int, stream: Tensor, positions: Tensor | None = None) -> Tensor:
-        """What the model makes of the stream after its last block: logits [B, T, V], at `positions` only if given."""
+        """Logits [B, T, V] from the stream after the last block, at `positions` only if given."""
         first = self.blocks[0]
         stream = stream.to(self.start(batch).device)
 
@@ -154,8 +153,7 @@ class BlockRunner:
                 output = self.model(**self.batches[batch], **({"logits_to_keep": positions} if few else {}))
             finally:
                 hook.remove()
-        logits = getattr(output, "logits", None)
-        logits = next(iter(outputs_of(output).values())) if logits is None else logits
+        logits = _logits_of(output)
         return logits if few or positions is None else logits[:, positions.to(logits.device)]
 
     def _record(self, batch: Mapping[str, Any]) -> list[Call]:
@@ -181,31 +179,33 @@ def only_stack(architecture: Architecture) -> Stack:
 
 
 def _one(tap: Tap) -> int | str | None:
-    """The key of a stream that is one tensor.  Raises ArchitectureError for the two of a reversible block."""
+    """The key of a stream of one tensor.  Raises ArchitectureError for the two streams of a reversible block."""
     if isinstance(tap.key, tuple):
         raise ArchitectureError(
-            "its blocks carry two residual streams side by side, which neither searches nor repairs can follow; use "
-            "--metric similarity with --select one-shot and no --repair"
+            f"its blocks carry two residual streams, which neither searches nor repairs can follow; {SIMILARITY}"
         )
     return tap.key
 
 
-def check_blockwise(runner: BlockRunner, architecture: Architecture) -> None:
-    """Raises ArchitectureError where blocks called one by one do not give the model's own logits.
+def _logits_of(output: Any) -> Tensor:
+    """A model's logits, or its first output where it has none."""
+    logits = getattr(output, "logits", None)
+    return next(iter(outputs_of(output).values())) if logits is None else logits
 
-    They do not where blocks hand each other more than their residual stream.  Time: a few tokens.
+
+def check_blockwise(runner: BlockRunner, architecture: Architecture) -> None:
+    """Raises ArchitectureError if blocks called one by one do not give the model's logits.
+
+    So it is if they pass on more than the residual stream.  Time: a pass over 16 tokens.
     """
     inputs = {name: value[:1, :16] for name, value in runner.batches[0].items() if isinstance(value, Tensor)}
     few = BlockRunner(runner.model, architecture, [inputs], runner.provider)
     with torch.inference_mode():
         found = few.logits(0, few.run(0, 0, few.start(0))).float()
-        output = few.model(**few.batches[0])
-        whole = getattr(output, "logits", None)
-        whole = (next(iter(outputs_of(output).values())) if whole is None else whole).float().to(found.device)
+        whole = _logits_of(few.model(**few.batches[0])).float().to(found.device)
     allowed = 1e-3 if few.start(0).dtype == torch.float32 else 5e-2
     if not float((found - whole).norm()) <= allowed * float(whole.norm()):
         raise ArchitectureError(
-            f"the blocks of {type(runner.model).__name__}, called one by one, do not give what the model gives: they "
-            "hand each other more than the residual stream; use --metric similarity with --select one-shot and no "
-            "--repair"
+            f"the blocks of {type(runner.model).__name__}, called one by one, do not give the model's logits: they "
+            f"pass on more than the residual stream; {SIMILARITY}"
         )

@@ -23,14 +23,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from dropformer.metrics.calibration.completions import has_prompts, prompt_rows
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.text import prompts_of
-from dropformer.metrics.calibration.windows import (
-    Windows,
-    frame,
-    padded,
-    picked,
-    scored_windows,
-    windows,
-)
+from dropformer.metrics.calibration.windows import Windows, frame, padded, picked, scored_windows, windows
 from dropformer.prune.errors import ModelError, OutputError
 from dropformer.prune.files.folder import new_files
 from dropformer.prune.files.output_paths import cache_folder

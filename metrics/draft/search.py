@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from dropformer.metrics.draft.acceptance import Acceptance, DenseText
 from dropformer.metrics.draft.formula import Verify, best
+from dropformer.progress import Tick
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import Surgery, map_blocks
 from dropformer.prune.choosing import check_attention_left
@@ -68,7 +69,7 @@ class DraftSearch:
     most: int | None = None
     tried: dict[tuple, Candidate] = field(default_factory=dict)
 
-    def __call__(self, rungs: Sequence[Rung], tick: Callable[[int, int], None] | None = None) -> Candidate:
+    def __call__(self, rungs: Sequence[Rung], tick: Tick | None = None) -> Candidate:
         """The best draft of these rungs.  Raises PlanError where no rung has a layer."""
         counts = [0] * len(rungs)
         found = None
@@ -144,4 +145,4 @@ def draft_in_place(
 
 def surgery_in_place(outline: Outline, layers: Sequence[Layer], windows: Mapping[Layer, Window]) -> Surgery:
     """What dropping and windowing these layers changes where every block keeps its number."""
-    return Surgery(outline, tuple(layers), map_blocks(outline, layers, False, windows=windows))
+    return Surgery(outline, tuple(layers), map_blocks(outline, layers, False, rungs=windows))

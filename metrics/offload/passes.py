@@ -12,11 +12,12 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dropformer.metrics.analysis.analyze import Progress, as_inputs, joined, trunk
+from dropformer.metrics.analysis.analyze import as_inputs, joined, trunk
 from dropformer.metrics.analysis.capture import Capture, WindowScores
 from dropformer.metrics.offload.process_memory import Budget, return_freed
 from dropformer.metrics.offload.spill import Spill
 from dropformer.metrics.offload.weights import Weights
+from dropformer.progress import Tick
 from dropformer.prune.architecture import Architecture, Block
 from dropformer.prune.discovery.proof import prove_block
 from dropformer.prune.discovery.replay import Replay
@@ -68,7 +69,7 @@ class BlockwisePasses:
         self.proving = False
         self.hub = getcurrent()
 
-    def all(self, batches: list[tuple[dict[str, Tensor], Tensor | None]], progress: Progress | None) -> WindowScores:
+    def all(self, batches: list[tuple[dict[str, Tensor], Tensor | None]], progress: Tick | None) -> WindowScores:
         """Run every batch to its end; the rows in order."""
         sample = {"input_ids": batches[0][0]["input_ids"][:1, :8].repeat(2, 1)}
         for number, (inputs, scored) in enumerate([(sample, None), *batches], SAMPLE):
@@ -169,7 +170,7 @@ class BlockwisePasses:
 class _Report:
     """Tells how far all passes are, in windows: a window that is past half of the blocks counts half."""
 
-    progress: Progress | None
+    progress: Tick | None
     blocks: int
     scored: list[Tensor | None]
     windows: float = 0.0

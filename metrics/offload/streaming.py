@@ -19,7 +19,7 @@ from accelerate import init_empty_weights
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from dropformer.metrics.analysis import distributed
-from dropformer.metrics.analysis.analyze import Progress, calibrated, joined, scores_of
+from dropformer.metrics.analysis.analyze import calibrated, joined, scores_of
 from dropformer.metrics.analysis.capture import WindowScores, capturing
 from dropformer.metrics.analysis.measure import exchanged
 from dropformer.metrics.analysis.scores import Scores
@@ -28,6 +28,7 @@ from dropformer.metrics.offload.passes import BlockwisePasses, blocks_of
 from dropformer.metrics.offload.process_memory import Budget
 from dropformer.metrics.offload.spill import Spill
 from dropformer.metrics.offload.weights import Weights
+from dropformer.progress import Tick
 from dropformer.prune.architecture import Architecture
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.discover import discover
@@ -87,12 +88,7 @@ def _unpadded(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def stream_scores(
-    streamed: Streamed,
-    data: CalibrationData,
-    ref: ModelRef,
-    memory: int,
-    size: int = 1,
-    progress: Progress | None = None,
+    streamed: Streamed, data: CalibrationData, ref: ModelRef, memory: int, size: int = 1, progress: Tick | None = None
 ) -> Scores:
     """Scores of a model on calibration windows, `size` at a time, in about `memory` bytes of RAM.
 
@@ -110,12 +106,7 @@ def stream_scores(
 
 
 def stream(
-    streamed: Streamed,
-    data: CalibrationData,
-    which: list[int],
-    size: int,
-    memory: int,
-    progress: Progress | None = None,
+    streamed: Streamed, data: CalibrationData, which: list[int], size: int, memory: int, progress: Tick | None = None
 ) -> WindowScores:
     """The rows of windows `which`, in their order."""
     batches = [data.batch(which[i : i + size]) for i in range(0, len(which), size)]

@@ -1,4 +1,4 @@
-"""What a repair is: how a method is given its work, what it gives back, and how that gets into a checkpoint."""
+"""The interface of repairs: their context, the changes they return, and the result for a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import Changes, Variant, variant
 from dropformer.metrics.offload.keeper import Keeper
 from dropformer.metrics.offload.process_memory import shown
+from dropformer.metrics.repair.registry import Training
 from dropformer.metrics.repair.ridge import Group
 from dropformer.metrics.repair.slots import BranchOutput
 from dropformer.prune.architecture import Architecture, Layer
@@ -29,12 +30,12 @@ __all__ = [
 
 @dataclass
 class RepairContext:
-    """What a repair works on.  The model is dense and must be left as it is found.
+    """Input of a repair.  The model is dense, and a repair leaves it unchanged.
 
-    `runner`: the calibration windows, one batch or more for each group; `groups`: what each batch is for, a domain to
-    fit on or None to validate on; `fitted_on`: batches that no search has measured on.  `gone`: dropped layers;
-    `before`: what earlier repairs changed.  `outputs`: how each branch writes into the residual stream.  Kept tensors
-    go through `keeper`, and long work tells of itself through `tell` or counts its steps in `runner.work`.
+    `runner`: the calibration windows in batches; `groups`: per batch the domain to fit on, or None to validate on;
+    `fitted_on`: batches that no search has measured on.  `dropped`: dropped layers; `before`: changes of earlier
+    repairs.  `outputs`: how each branch writes into the residual stream.  Tensors that are kept pass through `keeper`;
+    long work reports by `tell` or counts its steps in `runner.work`.
     """
 
     runner: BlockRunner
@@ -43,10 +44,11 @@ class RepairContext:
     groups: Sequence[Group]
     fitted_on: Sequence[int]
     outputs: Mapping[Layer, BranchOutput]
-    gone: Sequence[Layer] = ()
+    dropped: Sequence[Layer] = ()
     before: Changes = field(default_factory=Changes)
     tell: Callable[[str], None] = lambda text: None
-    memory: dict[str, Any] = field(default_factory=dict)  # what a repair keeps from a search for its own fit
+    memory: dict[str, Any] = field(default_factory=dict)  # fits of a search that the repair reuses
+    training: Training = field(default_factory=Training)
 
     @property
     def model(self) -> nn.Module:
@@ -58,22 +60,22 @@ class RepairContext:
 
     @property
     def branches(self) -> list[Layer]:
-        """The dropped branches, a block's one by one, those that became maps left out."""
-        return [layer for layer in self.outline.branch_layers(self.gone) if layer not in self.before.maps]
+        """The dropped branches (all of a dropped block's), without those replaced by maps."""
+        return [layer for layer in self.outline.branch_layers(self.dropped) if layer not in self.before.maps]
 
     def variant(self, changes: Changes | None = None) -> Variant:
-        """The model without the dropped layers, with what is changed `before` or with these changes instead."""
-        return variant(self.model, self.architecture, self.gone, self.before if changes is None else changes)
+        """The model without the dropped layers, with these changes (default: `before`)."""
+        return variant(self.model, self.architecture, self.dropped, self.before if changes is None else changes)
 
 
 RepairMethod = Callable[[RepairContext], Changes]
-"""Fits one repair.  The changes that it gives are added to those in `before`, if the gate lets them."""
+"""Fits one repair.  Its changes are added to those in `before` if they pass the gate."""
 
 Foresight = Callable[[Sequence[Layer], Changes], Changes]
-"""Changes known for dropped layers, on top of earlier ones: fitted beforehand, for a search that asks for many sets."""
+"""Changes for a set of dropped layers, on top of earlier changes, from fits made before a search over many sets."""
 
 ForesightMethod = Callable[[RepairContext, Sequence[Layer], int], Foresight]
-"""Fits a repair for any `count` of the candidates at once, one pass over the model for all of them."""
+"""Fits a repair for any `count` of the candidates, in one pass over the model."""
 
 
 def check_fitted(plan: Plan, repair: Repair | None) -> None:
@@ -90,7 +92,7 @@ def check_fitted(plan: Plan, repair: Repair | None) -> None:
 
 
 def reasons(unrepaired: Sequence[tuple[str, str]]) -> list[str]:
-    """A line for each reason why layers were not repaired, with the layers."""
+    """One line per reason why layers were not repaired."""
     found: dict[str, list[str]] = {}
     for layer, why in unrepaired:
         found.setdefault(why, []).append(layer)
@@ -99,11 +101,10 @@ def reasons(unrepaired: Sequence[tuple[str, str]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Repair:
-    """New values for some parameters of a pruned model, and the attention layers that became linear maps.
+    """New parameters of a pruned model, and the attention layers replaced by linear maps.
 
-    `tensors` and `mapped` as in `Changes`; `gates` and `unrepaired` say what was measured, and what could not be
-    repaired and why.  `passes`: forward passes over the calibration windows that choosing and repairing took,
-    `extra_bytes`: the most memory, beside the model's.
+    `tensors`, `mapped`, `unrepaired`: as in `Changes`; `gates`: measurements on validation text.  `passes`: forward
+    passes over the calibration windows for selection and repair; `extra_bytes`: peak memory beyond the model's.
     """
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
@@ -115,7 +116,7 @@ class Repair:
 
     @property
     def cost(self) -> str:
-        """What choosing and repairing took, as a line."""
+        """The cost of selection and repair as a line."""
         return (
             f"choosing and repairing took {self.passes:.1f} forward passes over the calibration windows and at most "
             f"{shown(self.extra_bytes)} beside the model"

@@ -1,10 +1,10 @@
-"""Distil the blocks around each gap, one after the other, so that the pruned stream follows the dense one.
+"""Blockwise distillation around each gap, in order of depth, so that the pruned stream follows the dense one.
 
 The dense and the pruned model run side by side, block by block, on the same windows.  A block that lost a branch, or
-precedes a gap, is trained to give the dense stream where the next kept branch reads it, from the pruned
-stream that it is given: errors that earlier blocks left are seen and do not compound.  Gradients stay in one block,
-and reach what no closed form does: experts, norms behind a projection, and everything before the projection.
-NVIDIA's Puzzletron distils replaced layers one by one as well, on the dense stream (arXiv 2411.19146).
+precedes a gap, is trained to map its pruned input stream to the dense stream where the next kept branch reads it, so
+errors of earlier blocks do not compound.  Gradients stay within one block and reach what closed-form refits do not:
+experts, norms after a projection, and everything before the projection.  Puzzle (arXiv 2411.19146) also distils
+replaced layers one by one, on the dense stream.
 """
 
 from __future__ import annotations
@@ -35,31 +35,31 @@ from dropformer.prune.loading.parts import replaced
 
 @dataclass(frozen=True)
 class Distilling:
-    """How to train a block.
+    """Training settings.
 
-    `rate`: the largest step of a weight, relative to the root mean square of its tensor; `floor`: the least root mean
-    square that is assumed, for tensors near zero.  `epochs`: times that each window to fit on is seen.
+    `rate`: the largest step of a weight, relative to its tensor's root mean square, which is taken as at least
+    `floor`.  `epochs`: passes over the windows to fit on.
     """
 
-    rate: float = 5e-3
     epochs: int = 3
+    rate: float = 5e-3
     warm_up: int = 8
     floor: float = 1e-2
 
     def factor(self, step: int, steps: int) -> float:
-        """The share of the rate at a step: up within `warm_up` steps, then down along a cosine."""
+        """The learning-rate factor at a step: linear warm-up, then cosine decay."""
         return min(1.0, (step + 1) / self.warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def fit_blocks(context: RepairContext, how: Distilling | None = None) -> Changes:
     """Train the blocks around the gaps, on top of earlier repairs.
 
-    Time: a dense and a pruned pass from the first of them on, and for each trained block three times its own forward
-    pass for each epoch.  Memory: four streams of all windows, which the keeper may move out, and 20 bytes for each
-    parameter of one block, beside the activations of one batch.
+    Time: a dense and a pruned pass from the first of them on, and per trained block and epoch three of its forward
+    passes.  Memory: four streams of all windows, which the keeper may move to files, 20 bytes per parameter of one
+    block, and the activations of one batch.
     """
-    how = how or Distilling()
-    touched = [g.index for g in context.gone]
+    how = how or Distilling(context.training.epochs or Distilling.epochs)
+    touched = [g.index for g in context.dropped]
     found = aims(context.architecture, context.runner.stack, context.branches, touched)
     distillation = BlockDistillation(context, how, found)
     tensors = distillation.run() if found else {}
@@ -68,15 +68,15 @@ def fit_blocks(context: RepairContext, how: Distilling | None = None) -> Changes
 
 
 def aims(
-    architecture: Architecture, stack: Stack, gone: Sequence[Layer], touched: Iterable[int] = ()
+    architecture: Architecture, stack: Stack, dropped: Sequence[Layer], touched: Iterable[int] = ()
 ) -> dict[int, StreamSite]:
-    """Block to train -> the place in the dense stream that is its target, by depth.
+    """Block to train -> its target site in the dense stream, by depth.
 
-    Trained are blocks that lost one of the `gone` branches and kept another, those before a gap, and `touched` ones.
-    Example, attention 5 and all of block 8 dropped: block 4 aims behind attention 5, block 5 behind itself, block 7
-    behind block 8.
+    Trained are blocks that lost some of their branches, blocks before a gap, and `touched` ones.  Example, attention 5
+    and all of block 8 dropped: the target of block 4 is after attention 5, of block 5 after block 5, of block 7 after
+    block 8.
     """
-    places = sites(architecture, stack, gone, ())
+    places = sites(architecture, stack, dropped, ())
     found = {site.block: target(places, n) for n, site in enumerate(places) if site.alive}  # a block's last one wins
     lost = {place.block for place in places if not place.alive} | set(touched)
     return {block: aim for block, aim in found.items() if block in lost or aim.block != block}
@@ -84,9 +84,9 @@ def aims(
 
 @dataclass
 class BlockDistillation:
-    """Blocks trained in order of depth.  `places`: block to train -> where the dense stream is its target.
+    """Blocks trained in order of depth.  `places`: block to train -> its target site in the dense stream.
 
-    `errors`: for each trained block the relative squared error of its output on validation windows, before and after.
+    `errors`: per trained block the relative squared error of its output on validation windows, before and after.
     """
 
     context: RepairContext
@@ -96,7 +96,7 @@ class BlockDistillation:
     missed: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def run(self) -> dict[str, Tensor]:
-        """New parameters by name, of the blocks that improve on validation windows; the model does not change."""
+        """New parameters of the blocks that improve on validation windows, by name; the model stays unchanged."""
         runner, new = self.context.runner, dict[str, Tensor]()
         student = self.context.variant()
         dense = DenseStreams(runner, {place.key for place in self.places.values()})
@@ -123,19 +123,19 @@ class BlockDistillation:
     def _train(
         self, block: int, module: nn.Module, streams: Sequence[Tensor], goals: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        """Train one block in place, and put it back as it was where validation windows do not gain."""
+        """Train one block in place, keeping the best state on validation windows; {} if none improves."""
         path = self.context.runner.blocks[block].path
         learned = trainable(module, self.context.model, path)
         lesson = Lesson(self.context.runner, block, module, streams, goals)
         fit_on = [b for b, group in enumerate(self.context.groups) if group is not None] or list(range(len(streams)))
-        judge = [b for b, group in enumerate(self.context.groups) if group is None] or fit_on
+        validation = [b for b, group in enumerate(self.context.groups) if group is None] or fit_on
         if not learned:
             self.missed["block", block] = "none of its parameters are its own floating-point numbers"
             return {}
-        best = before = lesson.error(judge)
+        best = before = lesson.error(validation)
         kept = {name: p.detach().clone() for name, p in learned.items()}
         for _ in lesson.epochs(learned, fit_on, self.how):
-            if (now := lesson.error(judge)) < best:
+            if (now := lesson.error(validation)) < best:
                 best = now
                 for name, p in learned.items():
                     kept[name].copy_(p.detach())
@@ -159,7 +159,7 @@ class BlockDistillation:
 
 @dataclass
 class Lesson:
-    """One block, what it is given in each batch and what it is to give: streams [B, T, D] in the model's dtype."""
+    """One block with its input and target streams per batch, [B, T, D] in the model's dtype."""
 
     runner: BlockRunner
     block: int
@@ -178,7 +178,7 @@ class Lesson:
             return sum(float(self.loss(batch)) for batch in batches) / len(batches)
 
     def epochs(self, learned: Mapping[str, nn.Parameter], batches: Sequence[int], how: Distilling) -> Iterator[int]:
-        """Train, one batch a step, domains mixed; yields after each epoch."""
+        """Train, one batch per step, domains shuffled; yields after each epoch."""
         optimizer = scaled_adam(learned.values(), how.rate, how.floor)
         steps = how.epochs * len(batches)
         for epoch in range(how.epochs):
@@ -213,7 +213,7 @@ def relative_error(given: Tensor, goal: Tensor, real: Tensor | None = None, coun
 
 
 def padding(inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """[B, T], 0 where a batch has padding; None where it has none."""
+    """The attention mask [B, T], 0 at padding; None without one."""
     mask = inputs.get("attention_mask")
     return mask if mask is not None and mask.ndim == 2 else None
 
@@ -230,7 +230,7 @@ def run_block(runner: BlockRunner, block: int, module: nn.Module, batch: int, st
 
 
 def _free(device: torch.device, value: Any) -> Any:
-    """A tensor that training may use, where the block is: floating-point numbers in float32."""
+    """A tensor for training on the block's device: floating-point ones in float32."""
     if not isinstance(value, Tensor):
         return value
     value = (value.float() if value.is_floating_point() else value).to(device)
@@ -238,7 +238,7 @@ def _free(device: torch.device, value: Any) -> Any:
 
 
 def _copy(block: nn.Module) -> nn.Module:
-    """A block of its own in float32, which does not ask for gradients yet."""
+    """A copy of a block in float32, without gradients yet."""
     hooks = [module.__dict__.get(name) for module in block.modules() for name in OVERRIDES]
     new = copy.deepcopy(block, {id(hook): hook for hook in hooks if hook is not None}).float()
     for module in new.modules():
@@ -250,9 +250,9 @@ def _copy(block: nn.Module) -> nn.Module:
 
 
 def trainable(block: nn.Module, model: nn.Module, path: str) -> dict[str, nn.Parameter]:
-    """The block's parameters that are to be learned, which ask for gradients from now on.
+    """The block's trainable parameters, with gradients enabled.
 
-    Not routers, whose choice of experts has no gradient, nor what other blocks use as well.
+    Without routers, whose choice of experts has no gradient, and without parameters shared with other blocks.
     """
     experts = {len(p) for p in block.parameters() if p.ndim == 3 and min(p.shape[1:]) > 1}  # not convolutions
     experts |= {len(m) for m in block.modules() if isinstance(m, nn.ModuleList) and len(m) > 1}

@@ -10,32 +10,32 @@ from dropformer.metrics.repair.slots import OutputProjection
 from dropformer.prune.architecture import Architecture, Layer
 
 
-def gaps(architecture: Architecture, gone: Sequence[Layer]) -> dict[Layer, list[Layer]]:
-    """The last branch that is left before each gap, and the dropped branches that it compensates, by depth.
+def gaps(architecture: Architecture, dropped: Sequence[Layer]) -> dict[Layer, list[Layer]]:
+    """The last kept branch before each gap -> the dropped branches that it compensates, by depth.
 
-    In a parallel block that lost one branch that is the other branch.  Branches dropped from the first block on have
-    none before them, and are left out.
+    In a parallel block that lost one branch it is the other one.  Branches dropped from the first block on have none
+    before them and are left out.
     """
-    order, dropped = in_order(architecture, gone)
+    order, lost = in_order(architecture, dropped)
     found: dict[Layer, list[Layer]] = defaultdict(list)
     last: Layer | None = None
     for layer in order:
-        if layer not in dropped:
+        if layer not in lost:
             last = layer
             continue
-        where = _mate(architecture, layer, dropped) or last
+        where = _mate(architecture, layer, lost) or last
         if where is not None:
             found[where].append(layer)
     return dict(found)
 
 
 def gap_targets(
-    architecture: Architecture, gone: Sequence[Layer], slots: Mapping[Layer, OutputProjection]
+    architecture: Architecture, dropped: Sequence[Layer], slots: Mapping[Layer, OutputProjection]
 ) -> list[RefitTarget]:
-    """For each gap behind a slot the fit that mends it."""
+    """The fit of each gap that follows a slot."""
     return [
         RefitTarget(slots[layer], tuple((one,) for one in lost), (tuple(range(len(lost))),))
-        for layer, lost in gaps(architecture, gone).items()
+        for layer, lost in gaps(architecture, dropped).items()
         if layer in slots
     ]
 
@@ -43,10 +43,10 @@ def gap_targets(
 def reaches(
     architecture: Architecture, candidates: Sequence[Layer], slots: Mapping[Layer, OutputProjection], depth: int
 ) -> list[RefitTarget]:
-    """For each slot the sets of candidates whose loss it may have to take over, of the nearest `depth` of them.
+    """For each slot the sets of candidates that it may have to compensate, among the nearest `depth` of them.
 
-    A unit is what one candidate takes along: a branch, or, where only whole blocks may be dropped, a block's
-    branches.  Example, attention and MLP layers free, depth 2: mlp:3 may compensate {attn:4} and {attn:4, mlp:4}.
+    A unit is what one candidate drops: a branch or, if only whole blocks may be dropped, a block's branches.
+    Example, attention and MLP layers free, depth 2: mlp:3 may compensate {attn:4} and {attn:4, mlp:4}.
     """
     order, free = in_order(architecture, candidates)
     whole = all(layer.kind == "block" for layer in candidates)
@@ -64,7 +64,7 @@ def reaches(
 
 
 def _units(order: Sequence[Layer], free: set[Layer], whole: bool) -> list[Unit]:
-    """What may be dropped right behind a place, up to the first branch that may not."""
+    """The candidates at the beginning of `order`, up to the first branch that is not one."""
     near: list[Layer] = []
     for layer in order:
         if layer not in free:
@@ -78,25 +78,24 @@ def _units(order: Sequence[Layer], free: set[Layer], whole: bool) -> list[Unit]:
     return [tuple(block) for block in blocks.values()]
 
 
-def _mate(architecture: Architecture, layer: Layer, dropped: set[Layer]) -> Layer | None:
-    """The branch of a parallel block that stays where `layer` is dropped."""
+def _mate(architecture: Architecture, layer: Layer, lost: set[Layer]) -> Layer | None:
+    """The branch of a parallel block that is kept if `layer` is dropped."""
     block = architecture.block(layer)
     found = [Layer(b.kind, layer.index, layer.stack) for b in block.branches if block.parallel]
-    return next((other for other in found if other not in dropped), None)
+    return next((other for other in found if other not in lost), None)
 
 
 def all_slots(
-    architecture: Architecture, gone: Sequence[Layer], slots: Mapping[Layer, OutputProjection]
+    architecture: Architecture, dropped: Sequence[Layer], slots: Mapping[Layer, OutputProjection]
 ) -> list[OutputProjection]:
-    """The slot before the first gap, and every one behind it."""
-    order, dropped = in_order(architecture, gone)
-    first = min((order.index(layer) for layer in dropped), default=len(order))
-    kept = [layer for layer in order[max(first - 1, 0) :] if layer not in dropped]
+    """The slot before the first gap, and every later one."""
+    order, lost = in_order(architecture, dropped)
+    first = min((order.index(layer) for layer in lost), default=len(order))
+    kept = [layer for layer in order[max(first - 1, 0) :] if layer not in lost]
     return [slots[layer] for layer in kept if layer in slots]
 
 
-def in_order(architecture: Architecture, gone: Sequence[Layer]) -> tuple[list[Layer], set[Layer]]:
+def in_order(architecture: Architecture, dropped: Sequence[Layer]) -> tuple[list[Layer], set[Layer]]:
     """Every branch of the model in order of depth, and those that are dropped."""
     order = [layer for stack in architecture.stacks for layer in stack.layers() if layer.kind != "block"]
-    dropped = {Layer(b.kind, g.index, g.stack) for g in gone for b in architecture.branches(g)}
-    return order, dropped
+    return order, {Layer(b.kind, d.index, d.stack) for d in dropped for b in architecture.branches(d)}

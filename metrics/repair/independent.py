@@ -1,9 +1,9 @@
 """Independent ridge refits of slots from one dense forward pass.
 
-A slot is a module that writes into the residual stream.  Where the layers right behind it are dropped, the stream
-lacks what they added, and the slot changes by the ridge fit of that on its own dense inputs.  All windows pass a
-block before the next; a slot's inputs are held until the last of the layers behind it has run, then its moments are
-added up, solved and freed before the next slot's.  Slots do not see each other's errors, as in `sequential` they do.
+A slot is a module that writes into the residual stream.  If the layers after it are dropped, it changes by the ridge
+fit of their outputs on its own dense inputs.  All windows pass a block before the next one; a slot's inputs are held
+until the last of those layers has run, then its moments are summed, solved and freed before the next slot's.  Slots do
+not see each other's errors; in `sequential` they do.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from transformers.pytorch_utils import Conv1D
 
 from dropformer.metrics.blockwise.provider import InMemory
 from dropformer.metrics.blockwise.runner import BlockRunner
-from dropformer.metrics.blockwise.stand_ins import with_parameters_of
+from dropformer.metrics.blockwise.variant import with_parameters_of
 from dropformer.metrics.repair.observe import Observation, observe
 from dropformer.metrics.repair.ridge import PENALTIES, ChannelSums, Fit, Group, MomentSums, fit, token_weights
 from dropformer.metrics.repair.slots import BranchOutput, OutputProjection
 from dropformer.prune.architecture import Layer
 
-Unit = tuple[Layer, ...]  # branches that are dropped together: one layer's
+Unit = tuple[Layer, ...]  # branches that are dropped together
 
 
 @dataclass(frozen=True)
 class RefitTarget:
-    """A slot, the units whose loss it can take over, nearest first, and the sets of them to fit.
+    """A slot, the units that it can compensate, nearest first, and the sets of them to fit (indices into `units`).
 
-    `wanted` are indices into `units`.  `module` replaces the slot's where that is not the model's own.
+    `module` is fitted in place of the model's own module at the slot.
     """
 
     slot: OutputProjection
@@ -40,13 +40,13 @@ class RefitTarget:
 
     @property
     def last(self) -> int:
-        """The block after which all of it has been seen."""
+        """The last block that the fit needs."""
         return max(self.slot.layer.index, *(layer.index for unit in self.units for layer in unit))
 
 
 @dataclass(frozen=True)
 class SlotFit:
-    """New parameters of a slot, in its dtype; none where no change helps on validation windows."""
+    """New parameters of a slot, in its dtype; none if no change helps on validation windows."""
 
     tensors: Mapping[str, Tensor]
     penalty: float
@@ -55,11 +55,11 @@ class SlotFit:
 
 @dataclass
 class IndependentRefit:
-    """Fits every target from one pass of the dense model over some batches.
+    """Fits every target in one pass of the dense model over some batches.
 
-    `fits` by a slot's path and the set of layers lost.  Time: one dense forward pass up to the last target, K x (K +
-    units x D) products a slot and token, and `ridge.fit`.  Memory: streams and the inputs of the slots that are open
-    (at most three where units are blocks), which the keeper may move out, and the moments of one slot.
+    `fits`: by slot path and set of dropped layers.  Time: one dense forward pass up to the last target, K (K + units D)
+    products per slot and token, and `ridge.fit`.  Memory: the streams and the inputs of open slots (at most three if
+    units are blocks), which the keeper may move to files, and the moments of one slot.
     """
 
     runner: BlockRunner
@@ -68,10 +68,10 @@ class IndependentRefit:
     groups: Sequence[Group]
     penalties: Sequence[float] = PENALTIES
     fits: dict[tuple[str, frozenset[Layer]], SlotFit] = field(default_factory=dict)
-    _near: dict[str, tuple[float, int]] = field(default_factory=dict)  # kind -> the last penalty, the side to try
+    _near: dict[str, tuple[float, int]] = field(default_factory=dict)  # kind -> last penalty, next direction
 
     def run(self, targets: Iterable[RefitTarget]) -> None:
-        """Fit these targets, which share the pass."""
+        """Fit these targets in one pass."""
         waiting = sorted(targets, key=lambda target: target.slot.layer.index)
         if not waiting:
             return
@@ -87,7 +87,7 @@ class IndependentRefit:
                     opened.remove(done)
 
     def _own(self, target: RefitTarget) -> nn.Module:
-        """The module of a slot, with its weights safe from the next block's."""
+        """The module of a slot, with a copy of its weights if the next block replaces them."""
         module = target.module or self.runner.model.get_submodule(target.slot.path)
         if target.module is None and not isinstance(self.runner.provider, InMemory):
             return _detached(module, self.runner.keeper.keep)
@@ -116,7 +116,7 @@ class IndependentRefit:
 
 
 class _Open:
-    """A target on its way through the pass: its inputs, and what its units add, batch by batch."""
+    """A target during the pass: its inputs and its units' outputs per batch."""
 
     def __init__(self, target: RefitTarget, module: nn.Module) -> None:
         self.target, self.module = target, module
@@ -127,7 +127,7 @@ class _Open:
         self._at: dict[Layer, int] = {}
 
     def note(self, found: Observation, keep: Callable[[Tensor], Tensor], counted: Tensor | None = None) -> None:
-        """Take what one batch showed, of which these tokens count; batches come in the same order in every block."""
+        """Add one batch's observation; batches come in the same order in every block.  `counted`: tokens of the fit."""
         slot = self.target.slot
         if slot.path in found.features:
             z = found.features[slot.path]
@@ -144,7 +144,7 @@ class _Open:
                 self._added[batch][i] = keep(added if so_far is None else so_far.to(added.device) + added)
 
     def sums(self, groups: Sequence[Group]) -> dict[Group, MomentSums]:
-        """The moments of each group; what was held is let go on the way."""
+        """The moments of each group; held tensors are released on the way."""
         slot, found = self.target.slot, dict[Group, MomentSums]()
         for group in groups:
             weight, added = self._weights.pop(0), self._added.pop(0)
@@ -156,9 +156,9 @@ class _Open:
 
 
 def inputs_of(slot: OutputProjection, module: nn.Module, z: Tensor, constant: float) -> Tensor:
-    """A slot's features as a fit takes them, with a constant one where the module has a bias.
+    """A slot's features for a fit, with a constant feature if the module has a bias.
 
-    A linear module's: [..., K (+ 1)]; a norm's: [..., D, 1 (+ 1)].
+    [..., K (+ 1)] of a linear module, [..., D, 1 (+ 1)] of a norm.
     """
     biased = module.bias is not None if hasattr(module, "bias") else False
     if slot.kind == "norm":

@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from dropformer.metrics.blockwise.divergence import first_changed
 from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.repair.adapters import Adapter, Shift, adapters
 from dropformer.metrics.repair.base import Changes, RepairContext
+from dropformer.prune.architecture import Architecture
 from dropformer.prune.loading.parts import output_embeddings, replaced
 from dropformer.prune.surgery.views import sharing_copy
 
@@ -32,8 +34,9 @@ Progress = Callable[[int, int], None]
 class Healing:
     """How to train: rank of the adapters, highest learning rates, passes over the windows, positions that count.
 
-    `norms`: the learning rate of norms' weights, relative to the root mean square of each.  `stride`: logits count at
-    every so many positions; 0: as many as keep the head no dearer than the blocks, at most 4.
+    `norms`: the learning rate of norms' weights, relative to the root mean square of each.  `tokens`: of a step; a
+    batch of more, as a GPU's are, is taken apart into as many windows as these hold, one at least.  `stride`: logits
+    count at every so many positions; 0: as many as keep the head no dearer than the blocks, at most 4.
     `room`: bytes of a pass that may be kept for its gradients; where they take more, blocks run again instead.
     `logits`: bytes of logits that are held at a time.
     """
@@ -42,6 +45,7 @@ class Healing:
     rate: float = 1e-3
     norms: float = 3e-3
     epochs: int = 2
+    tokens: int = 512
     stride: int = 0
     warm_up: int = 8
     room: int = 2 << 30
@@ -54,9 +58,9 @@ class Healing:
 
 def fit_adapters(context: RepairContext) -> Changes:
     """Adapters around every linear module and norm behind the first gap, on top of earlier repairs, merged."""
-    found = context.variant()
-    tenths = _Tenths(context.tell)
-    return Changes(heal(context.runner, found.modules(), first_changed(context.runner, found.paths), progress=tenths))
+    found, how = context.variant(), replace(Healing(), **context.training.given)
+    runner = in_steps(context.runner, context.architecture, how.tokens)
+    return Changes(heal(runner, found.modules(), first_changed(runner, found.paths), how, _Tenths(context.tell)))
 
 
 class _Tenths:
@@ -102,6 +106,32 @@ def heal(
             for path in list(learned)
             for name, value in learned.pop(path).merged().items()
         }
+
+
+def in_steps(runner: BlockRunner, architecture: Architecture, tokens: int) -> BlockRunner:
+    """The same windows in batches of about so many tokens, a window at least: what a step of training takes.
+
+    Example: 16 windows of 512 tokens, one batch on a GPU, are 16 steps and not one.
+    """
+    batches: list[dict[str, Any]] = []
+    counted: list[Tensor | None] = []
+    for inputs, counts in zip(runner.batches, runner.counted, strict=True):
+        windows, length = inputs["input_ids"].shape
+        size = max(1, tokens // length)
+        for rows in torch.arange(windows).split(size):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            batches.append({name: _rows(value, part, windows) for name, value in inputs.items()})
+            counted.append(None if counts is None else counts[part])
+    if len(batches) == len(runner):
+        return runner
+    found = runner.like(batches, architecture)
+    found.counted = counted
+    return found
+
+
+def _rows(value: Any, part: slice, windows: int) -> Any:
+    """Some windows of a forward argument; what is not one entry for each window, as a flag, stays."""
+    return value[part] if isinstance(value, Tensor) and value.ndim and len(value) == windows else value
 
 
 def activations(learned: Mapping[str, Adapter | Shift], runner: BlockRunner) -> int:

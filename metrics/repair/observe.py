@@ -1,4 +1,4 @@
-"""What a block's slots are given and what its branches add, read while the block runs."""
+"""Inputs of a block's slots and outputs of its branches, read while the block runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dropformer.metrics.blockwise.residuals import after_branch
 from dropformer.metrics.blockwise.runner import BlockRunner
-from dropformer.metrics.blockwise.stand_ins import with_parameters_of
+from dropformer.metrics.blockwise.variant import with_parameters_of
 from dropformer.metrics.repair.slots import BranchOutput, OutputProjection
 from dropformer.prune.architecture import Layer, Tap
 from dropformer.prune.discovery.proof import on_tap
@@ -24,8 +24,8 @@ from dropformer.prune.loading.skipped_modules import hidden_states
 class Observation:
     """One batch's pass through a block.
 
-    `stream` [B, T, D] behind it; `features` by a slot's path: a linear module's input [B, T, K], a norm's output less
-    its weight [B, T, D]; `added` by layer: what a branch adds, [B, T, D]; `after` by layer: the stream behind it.
+    `stream`: its output [B, T, D].  `features` by slot path: a linear module's input [B, T, K], or a norm's output
+    without its weight [B, T, D].  By layer: `added`, a branch's output, and `after`, the stream after it, [B, T, D].
     """
 
     stream: Tensor
@@ -42,7 +42,7 @@ def observe(
     slots: Iterable[OutputProjection] = (),
     outputs: Mapping[Layer, BranchOutput] | None = None,
 ) -> Observation:
-    """Run a block in the model's present state, and read its slots and the outputs of some of its branches."""
+    """Run a block of the model as it is now, and read its slots and the outputs of some of its branches."""
     found, outputs = Observation(stream), outputs or {}
     parts = runner.blocks[block]
     branches = {Layer(b.kind, parts.index, runner.stack.name): b for b in parts.branches}
@@ -76,7 +76,7 @@ def _note_input(
 
 
 def per_channel(norm: nn.Module, given: Tensor) -> Tensor:
-    """What a norm multiplies its weight by, whether it reads the weight w as w or as 1 + w.  [..., D] -> [..., D]."""
+    """A norm's normalized input, which it multiplies by its weight w, or by 1 + w.  [..., D] -> [..., D]."""
     one, none = (
         with_parameters_of(norm, {"weight": torch.full_like(norm.get_parameter("weight"), value)}).forward(given)
         for value in (1.0, 0.0)
@@ -85,7 +85,7 @@ def per_channel(norm: nn.Module, given: Tensor) -> Tensor:
 
 
 def _added(output: BranchOutput, after: Tensor, before: Tensor, seen: Mapping[Tap, Tensor]) -> Tensor:
-    """What a branch adds, from its own output where that shows: a difference of rounded streams says less."""
+    """A branch's output, from its own taps if there are any: a difference of rounded streams is less exact."""
     if not output.taps:
         return after - before
     parts = [seen[tap].reshape(before.shape).to(before.device) * scale for tap, scale in output.taps]

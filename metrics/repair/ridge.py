@@ -1,7 +1,7 @@
 """Ridge regression from second moments on the streams' own device, its penalty chosen on validation windows.
 
 Worked example, one input and one output: z = (1, 2), r = (2, 4), weights 1.  E[zz] = 2.5, E[zr] = 5, E[rr] = 10.
-Penalty p shrinks W = E[zr] / (E[zz] (1 + p)): 2 for p = 0, 1 for p = 1; what is left of E[rr] is 0 and 1/4.
+Penalty p shrinks W = E[zr] / (E[zz] (1 + p)): 2 for p = 0, 1 for p = 1; the error left of E[rr] is 0 and 1/4.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from torch import Tensor
 
 PENALTIES = (1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 SKETCH = 48  # random projections of the outputs on which penalties are compared
-PANELS = 6  # of a symmetric product, so that 7/12 of it are computed
+PANELS = 6  # of a symmetric product, of which 7/12 are computed
 OUT_OF_DOMAIN_WEIGHT = 1 / 3  # weight of leave-one-domain-out error against in-domain validation error
-HOLD_OUT = 4  # every so many windows of a domain validate penalties
-DOMAINS = 2  # groups that are fitted on; more texts are shared out among them, so that memory does not grow
+HOLD_OUT = 4  # every fourth window of a domain validates penalties
+DOMAINS = 2  # groups to fit on; more texts share them, so that memory does not grow
 
 Group = int | None  # a domain to fit on; None: validation windows of every domain
 
 
 def group_of(domain: int, window: int) -> Group:
-    """The group of a domain's window, by its place among them."""
+    """The group of a domain's window, by its index."""
     return None if window % HOLD_OUT == HOLD_OUT - 1 else domain % DOMAINS
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A change W [K, D] (or [D, p, 1], a few numbers a channel), its penalty, and the share of error left on
-    validation windows: 1 and a change of zero where no penalty helps."""
+    """A change W [K, D] (or [D, p, 1] per channel), its penalty, and the share of error left on validation windows:
+    1, and a change of zero, if no penalty helps."""
 
     change: Tensor
     penalty: float
@@ -46,9 +46,9 @@ Mean = tuple[Tensor, Tensor, Tensor]  # E[z z'] [..., K, K], E[z r'] for each ta
 
 
 class MomentSums:
-    """Weighted second moments of inputs z [n, K] and targets r [n, D]: all that a ridge fit needs.
+    """Weighted second moments of inputs z [n, K] and targets r [n, D], sufficient for a ridge fit.
 
-    Several targets share the inputs: a fit may aim at the sum of some.  Products and sums are float32 on the
+    Several targets share the inputs; a fit may be of the sum of some.  Products and sums are float32 on the
     inputs' device.  Memory: K x (K + targets x D) numbers.
     """
 
@@ -74,7 +74,7 @@ class MomentSums:
         self.weight += float(weight.sum())
 
     def mean(self) -> Mean:
-        """The moments for each unit of weight.  In place: nothing can be added afterwards."""
+        """The moments divided by the weight, in place: nothing can be added afterwards."""
         if not self._divided:
             self._divided = True
             for total in self.sums:
@@ -84,7 +84,7 @@ class MomentSums:
 
 
 class ChannelSums(MomentSums):
-    """The same for a few inputs a channel: z [n, D, p], targets [n, D], a fit [D, p, 1].
+    """The same with a few inputs per channel: z [n, D, p], targets [n, D], a fit [D, p, 1].
 
     Example: a norm's weight is the one input of its channel, p = 1; with a bias beside it p = 2.
     """
@@ -100,7 +100,7 @@ class ChannelSums(MomentSums):
 
 
 def _gram(z: Tensor) -> Tensor:
-    """z'z [K, K] of z [n, K], each pair of panels of columns multiplied once."""
+    """z'z [K, K] of z [n, K]; each pair of column panels is multiplied once."""
     edges = torch.linspace(0, z.shape[1], PANELS + 1).long().tolist() if z.shape[1] > 512 else [0, z.shape[1]]
     found = z.new_empty(z.shape[1], z.shape[1])
     for start, end in pairwise(edges):
@@ -113,10 +113,10 @@ def _gram(z: Tensor) -> Tensor:
 def solve(zz: Tensor, zr: Tensor, penalty: float, exact: bool = False) -> Tensor:
     """W [..., K, D] that minimizes E|r - W'z|^2 + penalty * (the sum over inputs k of E[z_k^2] |W_k|^2).
 
-    Each input is penalized by its own size, so that a few huge ones (the massive activations of attention sinks)
-    do not make the penalty huge for all the others: scaled to a diagonal of ones, the matrix has a condition of at
-    most K / penalty, for which float32 is enough (1e-5 of the prediction on real moments, where rounding the change
-    to bfloat16 costs 2e-3).  `exact`: in float64, where the device has it.  Time: K^3 / 3 + 2 K^2 D.
+    Each input is penalized by its own size, so that a few huge ones (the massive activations of attention sinks) do
+    not inflate the penalty of the others.  Scaled to a unit diagonal, the matrix has a condition number of at most
+    K / penalty, for which float32 is enough (1e-5 of the prediction on real moments; rounding the change to bfloat16
+    costs 2e-3).  `exact`: float64, if the device has it.  Time: K^3 / 3 + 2 K^2 D.
     """
     sizes = zz.diagonal(dim1=-2, dim2=-1)
     root = sizes.clamp_min(max(1e-9 * float(sizes.max()), 1e-30)).sqrt()
@@ -131,7 +131,7 @@ def solve(zz: Tensor, zr: Tensor, penalty: float, exact: bool = False) -> Tensor
 
 
 def error(zz: Tensor, zr: Tensor, rr: float, w: Tensor) -> float:
-    """The share of E|r|^2 that W'z leaves: 1 does nothing, 0 is exact."""
+    """The share of E|r|^2 left by W'z: 1 for W = 0, 0 for an exact fit."""
     w = w.to(zz.dtype)
     return 1 + float((w * (zz @ w)).sum(dtype=torch.float64) - 2 * (w * zr).sum(dtype=torch.float64)) / max(rr, 1e-30)
 
@@ -142,14 +142,14 @@ def fit(
     penalties: Sequence[float] = PENALTIES,
     start: tuple[float, int] | None = None,
 ) -> list[Fit]:
-    """A ridge fit at the sum of some targets, for each such choice of targets, domains weighing the same.
+    """Ridge fits of sums of targets, one per choice of targets, with equal weight per domain.
 
     Each penalty is validated twice: on held-out windows of all domains, fitted on the rest, and on each domain,
-    fitted on the others.  So the one that wins carries over to more text of the same domains and to another.  The
-    choices share a penalty, as they share the factored matrix; `start`: one that was good for a slot nearby, and a
-    direction, 1 or -1, in which a better one is looked for.  The last fit is on everything.  A lone group validates
-    itself.  Time: a K x K factorization for each domain and one more, for each penalty tried, two to four, and one
-    in the end.  Memory: three K x K matrices beside the sums, which are used up.
+    fitted on the others, so that the best one generalizes to more text of the same domains and to other domains.  The
+    choices share the penalty, as they share the factored matrix.  `start`: the penalty of a slot nearby, and the
+    direction (1 or -1) in which to look for a better one.  The final fit uses everything.  A lone group validates
+    itself.  Time: per penalty tried (two to four) a K x K factorization per domain and one more, and one at the end.
+    Memory: three K x K matrices beside the sums, which are overwritten.
     """
     # Example, domains A and B and held-out windows H: each penalty is scored by the error on H of the fit on A + B,
     # weight 2/3, and the mean of the errors on B of the fit on A and on A of the fit on B, weight 1/3.
@@ -175,7 +175,7 @@ def fit(
 
 
 def _mixtures(zr: Tensor) -> Tensor | None:
-    """[D, SKETCH] random mixtures of the outputs, None where the outputs are few."""
+    """[D, SKETCH] random projections of the outputs, None if D is at most SKETCH."""
     width = zr.shape[-1]
     if width <= SKETCH:
         return None
@@ -184,13 +184,13 @@ def _mixtures(zr: Tensor) -> Tensor | None:
 
 
 def _aim(zr: Tensor, chosen: Sequence[int], mix: Tensor | None = None) -> Tensor:
-    """E[z r'] for r the sum of some targets, [..., K, D] or its mixtures."""
+    """E[z r'] for r the sum of some targets, [..., K, D], or its projections."""
     total = zr[list(chosen)].sum(0)
     return total if mix is None else total @ mix
 
 
 def _least(score: Callable[[float], float], penalties: Sequence[float], start: tuple[float, int] | None) -> float:
-    """The penalty of least score, downhill from `start` on one side, or from the middle: scores have one valley."""
+    """The penalty of least score, by descent from `start` in one direction, or from the middle in both."""
     at = penalties.index(start[0]) if start and start[0] in penalties else len(penalties) // 2
     sides = (start[1],) if start else (1, -1)
     found = {at: score(penalties[at])}
@@ -206,7 +206,7 @@ def _least(score: Callable[[float], float], penalties: Sequence[float], start: t
 
 
 def _average(parts: Sequence[tuple[Tensor, Tensor]], into: bool = False) -> tuple[Tensor, Tensor]:
-    """The means of matrices; `into` the first of them, which is used up."""
+    """The means of matrices; `into`: in place of the first of them."""
     zz, zr = parts[0] if into else (parts[0][0].clone(), parts[0][1].clone())
     for other in parts[1:]:
         zz, zr = zz.add_(other[0]), zr.add_(other[1])
@@ -216,17 +216,17 @@ def _average(parts: Sequence[tuple[Tensor, Tensor]], into: bool = False) -> tupl
 def _left_over(
     domains: Sequence[Mean], held_out: Mean | None, targets: Sequence[Sequence[int]], mix: Tensor | None, penalty: float
 ) -> list[float]:
-    """The held-out error of a fit with this penalty, for each choice of targets."""
-    abroad = [
+    """The validation error of a fit with this penalty, per choice of targets."""
+    cross = [
         _validated([m for m in domains if m is not domain], domain, targets, mix, penalty)
         for domain in domains
         if len(domains) > 1
     ]
-    out = [sum(shares) / len(abroad) for shares in zip(*abroad, strict=True)]
-    if held_out is None and abroad:
+    out = [sum(shares) / len(cross) for shares in zip(*cross, strict=True)]
+    if held_out is None and cross:
         return out
     home = _validated(domains, held_out or domains[0], targets, mix, penalty)
-    if not abroad:
+    if not cross:
         return home
     return [(1 - OUT_OF_DOMAIN_WEIGHT) * h + OUT_OF_DOMAIN_WEIGHT * o for h, o in zip(home, out, strict=True)]
 
@@ -234,7 +234,7 @@ def _left_over(
 def _validated(
     fitted: Sequence[Mean], held_out: Mean, targets: Sequence[Sequence[int]], mix: Tensor | None, penalty: float
 ) -> list[float]:
-    """The share of the validation error that fits on the others leave."""
+    """The share of error left on `held_out` by fits on the others, per choice of targets."""
     zz, zr = _average([(mean[0], mean[1]) for mean in fitted]) if len(fitted) > 1 else (fitted[0][0], fitted[0][1])
     aims = torch.cat([_aim(zr, chosen, mix) for chosen in targets], -1)
     changes = solve(zz, aims, penalty).chunk(len(targets), -1)
@@ -246,21 +246,19 @@ def _validated(
 
 
 def token_weights(stream: Tensor, counted: Tensor | None = None, share: float = 0.1) -> Tensor:
-    """The weight of each token in a fit, [B, T] from the stream [B, T, D]; those of a window sum to its tokens.
+    """The weight of each token in a fit, [B, T] from the stream [B, T, D]; a window's sum to its number of tokens.
 
-    Where only some tokens count, `counted` [B, T] bool, the others weigh nothing but for the sinks among them, to
-    which the completions attend; a window's weights sum to the tokens that count.
-
-    The inverse square of the stream's norm, as a norm follows it, so that errors are relative.  Attention sinks
-    (the first token, and any with 4 times the window's median norm) have huge norms and are few, but every later
-    token attends to them: together they weigh `share`.  Without that a fit may break them (measured: perplexity
-    3.0 times dense instead of 1.4, in LOG.md).
+    `counted` [B, T] bool: tokens that count; others have weight 0, except attention sinks, which the counted tokens
+    attend to, and a window's weights sum to its counted tokens.  The weight is the inverse square of the stream's norm,
+    since a norm follows, so that errors are relative.  Attention sinks (the first token, and any with 4 times the
+    window's median norm) have huge norms and are few, but all later tokens attend to them: together they weigh
+    `share`.  Without it a fit may break them (measured: perplexity 3.0 times dense instead of 1.4, in LOG.md).
     """
     size = stream.float().norm(dim=-1)
     median = size.median(-1, keepdim=True).values
     sink = size > 4 * median
     sink[..., 0] = True
-    least = (1e-3 * median).clamp_min(1e-15)  # a token without an embedding of its own may begin at zero
+    least = (1e-3 * median).clamp_min(1e-15)  # a token without an embedding may start at zero
     inverse = size.maximum(least).square().reciprocal()
     weights = torch.zeros_like(size)
     usual = ~sink if counted is None else ~sink & counted.to(sink.device)

@@ -1,10 +1,10 @@
-"""Refit everything behind the first gap, in order of depth, so that the pruned stream follows the dense one.
+"""Sequential ridge refits of every slot after the first gap, so that the pruned stream follows the dense one.
 
 The dense and the pruned model run side by side, block by block, on the same windows.  At each slot, a module that
-writes into the residual stream, the error so far is E = (dense stream where the next kept branch reads it) - (pruned
-stream there), and the slot changes by the ridge fit of E on its inputs in the pruned model.  Later slots see what
-earlier ones left, so errors do not compound; but what they left is hard to predict, and needs more calibration text
-than `independent` does.
+writes into the residual stream, the error is E = (dense stream where the next kept branch reads it) - (pruned stream
+there), and the slot changes by the ridge fit of E on its inputs in the pruned model.  Later slots correct the residual
+errors of earlier ones, so errors do not compound; but these are hard to predict and need more calibration text than
+`independent`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from dropformer.prune.loading.parts import replaced
 
 
 def fit_all(context: RepairContext) -> Changes:
-    """Every slot from the one before the first gap on, on top of earlier repairs.
+    """Refits of every slot from the one before the first gap on, on top of earlier repairs.
 
-    Time: one dense pass and about one and a half of the pruned model, both from the first gap on.
+    Time: one dense pass and about one and a half pruned passes, both from the first gap on.
     """
     slots = {layer: slot for layer, slot in projections(context.outputs).items() if layer not in context.before.maps}
-    gone = context.outline.branch_layers(context.gone)
-    wanted = all_slots(context.architecture, gone, slots)
-    skipped = [layer for layer, output in context.outputs.items() if output.slot is None and layer not in gone]
+    dropped = context.outline.branch_layers(context.dropped)
+    wanted = all_slots(context.architecture, dropped, slots)
+    skipped = [layer for layer, output in context.outputs.items() if output.slot is None and layer not in dropped]
     why = tuple((str(layer), context.outputs[layer].reason) for layer in skipped)
     if not wanted:
         return Changes(unrepaired=why)
@@ -51,9 +51,9 @@ def fit_all(context: RepairContext) -> Changes:
 
 @dataclass(frozen=True)
 class StreamSite:
-    """A place in the stream: after this branch of this block, or after a parallel block as a whole.
+    """A place in the residual stream: after a branch, or after a parallel block as a whole.
 
-    `alive`: something still writes there.
+    `alive`: a kept module still writes there.
     """
 
     block: int
@@ -64,13 +64,13 @@ class StreamSite:
 
     @property
     def key(self) -> tuple[int, str | None]:
-        """Names the place: the block, and the branch's kind or None for the block's end."""
+        """The block, and the branch's kind or None for the block's end."""
         return self.block, None if self.whole else self.branch.kind
 
 
 @dataclass(frozen=True)
 class SequentialFit:
-    """What one slot's fit did: the penalty, and the share of the stream's error left on validation windows."""
+    """The penalty of one slot's fit, and the share of the stream's error left on validation windows."""
 
     slot: OutputProjection
     penalty: float
@@ -79,28 +79,27 @@ class SequentialFit:
 
 @dataclass
 class SequentialRefit:
-    """A model on fixed windows without the `gone` layers, with the changes in `before`.
+    """Refits of a model on fixed windows without the `dropped` layers, with the changes in `before`.
 
-    `groups`: for each batch the domain to fit on, or None to validate.
-    Time: one dense pass, one pruned one up to each slot, and `ridge.fit` for each: what a block's last slot saw tells
-    what the block gives once it is refitted.
-    Memory: four streams of all windows, N T D numbers each, and a slot's inputs, N T K, which the keeper may move
-    out; the moments of one slot.
+    `groups`: per batch the domain to fit on, or None to validate on.  Time: one dense pass, per slot one pruned run of
+    its block, and `ridge.fit`; a block's output after its last refit follows from that slot's inputs.  Memory: four
+    streams of all windows, N T D numbers each, and a slot's inputs, N T K, which the keeper may move to files; the
+    moments of one slot.
     """
 
     runner: BlockRunner
     architecture: Architecture
-    gone: Sequence[Layer]
+    dropped: Sequence[Layer]
     groups: Sequence[Group]
     before: Changes = field(default_factory=Changes)
     penalties: Sequence[float] = PENALTIES
     fits: list[SequentialFit] = field(default_factory=list)
 
     def refit(self, slots: Iterable[OutputProjection]) -> dict[str, Tensor]:
-        """New parameters by name, of the slots that change; the model does not."""
+        """New parameters of the slots that change, by name; the model stays unchanged."""
         self._new: dict[str, Tensor] = {}
         wanted = {slot.layer: slot for slot in slots}
-        places = sites(self.architecture, self.runner.stack, self.gone, wanted)
+        places = sites(self.architecture, self.runner.stack, self.dropped, wanted)
         aims = {n: target(places, n) for n, site in enumerate(places) if site.layer in wanted}
         dense = DenseStreams(self.runner, {aim.key for aim in aims.values()})
         first = min(self._first_changed(), *(places[n].block for n in aims))
@@ -122,9 +121,9 @@ class SequentialRefit:
         return first_changed(self.runner, self._variant(()).paths)
 
     def _variant(self, later: Collection[Layer]) -> Variant:
-        """The model as it is repaired so far, without these branches too."""
+        """The model with the repairs so far, also without the branches in `later`."""
         changes = self.before | Changes(self._new)
-        return variant(self.runner.model, self.architecture, [*self.gone, *later], changes)
+        return variant(self.runner.model, self.architecture, [*self.dropped, *later], changes)
 
     def _step(self, block: int, streams: Sequence[Tensor]) -> list[Tensor]:
         self.runner.provider.enter(self.runner.blocks[block].path)
@@ -140,9 +139,9 @@ class SequentialRefit:
         later: Sequence[Layer],
         streams: Sequence[Tensor],
     ) -> list[Tensor] | None:
-        """Refit a slot at a site towards the dense stream, without the branches of its block that come later.
+        """Refit a slot towards the dense stream at a site, without the later branches of its block.
 
-        Gives the streams behind the block where nothing comes later, so that the block need not run again.
+        Returns the block's output streams if the slot is its last, so that the block need not run again.
         """
         path = self.runner.blocks[site.block].path
         self.runner.provider.enter(path)
@@ -167,7 +166,7 @@ class SequentialRefit:
             return self._apply(slot, module, one, constant, ends if len(ends) == len(streams) else None)
 
     def _near(self, slot: OutputProjection) -> tuple[float, int] | None:
-        """The penalty of the last slot of the same kind of branch, and the side on which to look for a better one."""
+        """The penalty of the last slot of the same kind, and the direction in which to look for a better one."""
         before = [fit.penalty for fit in self.fits if fit.slot.layer.kind == slot.layer.kind]
         return (before[-1], (-1) ** len(before)) if before else None
 
@@ -179,7 +178,7 @@ class SequentialRefit:
         constant: float,
         ends: list[tuple[Tensor, Tensor]] | None,
     ) -> list[Tensor] | None:
-        """Keep the slot's new parameters; the streams behind it where they follow from what was seen."""
+        """Keep the slot's new parameters; returns the streams after it if `ends` determine them."""
         if not one.helps:
             return None if ends is None else [after for _, after in ends]
         new = changed(slot, module, one, constant)
@@ -196,7 +195,7 @@ class SequentialRefit:
 
 
 def written(slot: OutputProjection, turned: bool, steps: dict[str, Tensor], z: Tensor) -> Tensor:
-    """What a change of parameters adds to a slot's output, in float32.  [B, T, K] -> [B, T, D]."""
+    """The change of a slot's output by a change of its parameters, in float32.  [B, T, K] -> [B, T, D]."""
     weight = steps["weight"]
     added = z.float() * weight if slot.kind == "norm" else z.float() @ (weight if turned else weight.T)
     return added + steps["bias"] if "bias" in steps else added
@@ -207,15 +206,15 @@ def _after(found: Observation, site: StreamSite) -> Tensor:
 
 
 def sites(
-    architecture: Architecture, stack: Stack, gone: Sequence[Layer], wanted: Collection[Layer]
+    architecture: Architecture, stack: Stack, dropped: Sequence[Layer], wanted: Collection[Layer]
 ) -> list[StreamSite]:
-    """Every site in order of depth, without the `gone` layers and with something at the `wanted` ones."""
-    dead = {(g.index, b.kind) for g in gone for b in architecture.branches(g)} - {(w.index, w.kind) for w in wanted}
+    """Every site in order of depth; those of `dropped` layers are not alive, those of `wanted` ones are."""
+    dead = {(d.index, b.kind) for d in dropped for b in architecture.branches(d)} - {(w.index, w.kind) for w in wanted}
     found = []
     for i, block in enumerate(stack.blocks):
         layers = [Layer(b.kind, block.index, stack.name) for b in block.branches]
         lives = [(layer.index, layer.kind) not in dead for layer in layers]
-        if block.parallel:  # its branches read one stream: one site, for the last slot
+        if block.parallel:  # its branches read one stream, so it has one site
             last = max((n for n, layer in enumerate(layers) if layer in wanted), default=0)
             found.append(StreamSite(i, block.branches[last], layers[last], True, any(lives)))
             continue
@@ -225,13 +224,13 @@ def sites(
 
 
 def target(found: Sequence[StreamSite], n: int) -> StreamSite:
-    """The last site before the next one that something writes to: where the next kept branch reads."""
+    """The last site before the next one that is alive: where the next kept branch reads."""
     end = next((k for k in range(n + 1, len(found)) if found[k].alive), len(found))
     return found[end - 1]
 
 
 class DenseStreams:
-    """The dense model's streams on their way, and those at the places that are asked for until they are taken."""
+    """The dense model's streams at the current block, and those at wanted places until they are taken."""
 
     def __init__(self, runner: BlockRunner, places: Collection[tuple[int, str | None]]) -> None:
         self.runner, self.places, self.next = runner, places, 0
@@ -239,7 +238,7 @@ class DenseStreams:
         self._at: dict[tuple[int, str | None], list[Tensor]] = {}
 
     def advance(self, end: int) -> None:
-        """Run all batches through the blocks before `end` that they have not passed."""
+        """Run all batches through the remaining blocks before `end`."""
         keep = self.runner.keeper.keep
         for i in self.runner.walk(self.next, max(end, self.next)):
             block = self.runner.blocks[i]
@@ -255,5 +254,5 @@ class DenseStreams:
             self.next = i + 1
 
     def take(self, site: StreamSite) -> list[Tensor]:
-        """The streams of all batches at a site that has been passed, which no other slot asks for."""
+        """The streams of all batches at a passed site, which are released."""
         return self._at.pop(site.key)

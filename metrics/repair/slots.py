@@ -1,8 +1,8 @@
-"""How each branch writes into the residual stream: found in the dataflow, so that every dtype finds the same.
+"""The module by which each branch writes into the residual stream (its slot), found in the dataflow.
 
-From what a branch adds to the stream the trace leads back, through views, constant factors and sums, to the module
-that made it.  A linear module there (o_proj, down_proj, a mixer's out_proj, a shared expert's) can take over what a
-gap behind it lost in closed form; of a norm there (sandwich and post-norm blocks) the weight of each channel can.
+The trace leads from a branch's output back, through views, constant factors and sums, to the module that computed it.
+A linear module (o_proj, down_proj, a mixer's out_proj, a shared expert's) can compensate the gap after it in closed
+form; a norm (sandwich and post-norm blocks) can by its weight per channel.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from dropformer.prune.samples.inputs import sample_inputs
 
 @dataclass(frozen=True)
 class OutputProjection:
-    """The module whose output, times `scale`, is what its branch adds to the stream, or a summand of that.
+    """The module whose output times `scale` is its branch's output, or a summand of it.
 
-    `kind`: "linear" for a linear module, "norm" for a norm with a weight for each channel.  `reads`: the dense
-    model's module that has the same input, where that is not the one at `path`.
+    `kind`: a linear module, or a norm with a weight per channel.  `reads`: the dense model's module with the same
+    input, if not the one at `path`.
     """
 
     layer: Layer
@@ -39,9 +39,9 @@ class OutputProjection:
 
 @dataclass(frozen=True)
 class BranchOutput:
-    """What a branch adds: the sum of tensors at taps, each times a number (none: only as a difference of streams).
+    """A branch's output: the sum of tensors at taps, each times a number (no taps: a difference of streams).
 
-    `slot` is the module to refit, None where there is none for `reason`.
+    `slot` is the module to refit, None for the `reason`.
     """
 
     taps: tuple[tuple[Tap, float], ...]
@@ -50,7 +50,7 @@ class BranchOutput:
 
 
 def branch_outputs(model: nn.Module, architecture: Architecture) -> dict[Layer, BranchOutput]:
-    """The output of every branch, from one tiny traced forward pass.  Works on the meta device too."""
+    """The output of every branch, from one small traced forward pass, also on the meta device."""
     with traceable(model), tracing(model) as trace:
         model(**sample_inputs(model))
     found: dict[Layer, BranchOutput] = {}
@@ -66,12 +66,12 @@ def branch_outputs(model: nn.Module, architecture: Architecture) -> dict[Layer, 
 
 
 def projections(outputs: Mapping[Layer, BranchOutput]) -> dict[Layer, OutputProjection]:
-    """The slots of those branches that have one."""
+    """The slots of the branches that have one."""
     return {layer: output.slot for layer, output in outputs.items() if output.slot}
 
 
 class _Reader:
-    """Reads the outputs of one block's branches off its dataflow."""
+    """Reads the outputs of one block's branches from its dataflow."""
 
     def __init__(self, model: nn.Module, trace: Trace, block: Block) -> None:
         self.model, self.block = model, block
@@ -103,7 +103,7 @@ class _Reader:
         return BranchOutput(seen, max(slots, key=lambda slot: slot.kind == "linear"))
 
     def _owner(self, term: Term) -> Branch | None:
-        """The branch in whose modules most of a term's operations ran."""
+        """The branch whose modules ran most of a term's operations."""
 
         def inside(branch: Branch) -> int:
             places = [f"{self.block.path}.{name}" for name in branch.modules]
@@ -114,7 +114,7 @@ class _Reader:
         return best if inside(best) else None
 
     def _factor(self, term: Term) -> float | None:
-        """The constant by which a term is multiplied before it is added to the stream; None for anything else."""
+        """The constant factor of a term before it is added to the stream; None if it is no constant."""
         merges = {step.op for step in self.flow.steps if step.kind == "merge" and step.after == term.result}
         waiting, seen = [(term.value, 1.0)], {term.value}
         while waiting:
@@ -130,11 +130,11 @@ class _Reader:
         return None
 
     def _reaches_end(self, term: Term) -> bool:
-        """Is the sum carried to the block's end without a norm or mix of the stream (post-LN blocks have one)?"""
+        """Whether no norm or mix of the stream follows the sum in its block (in post-LN blocks one does)."""
         return not any(step.kind == "mix" for step in self.flow.steps[self.flow.stream[term.result] :])
 
     def _taps(self, value: int, scale: float) -> list[tuple[Tap, float]]:
-        """Module outputs, with factors, that sum to a value; empty where they do not show."""
+        """Module outputs, with factors, that sum to a value; empty if there are none."""
         calls = [call for call in self.by_output.get(value, []) if self.times.count(call.path) == 1]
         if calls:
             call = min(calls, key=lambda call: call.path.count("."))
@@ -159,7 +159,7 @@ class _Reader:
             yield from self._slots(source, layer, factor)
 
     def _sources(self, value: int, scale: float) -> list[tuple[int, float]]:
-        """What a value is a view, a constant multiple or a sum of."""
+        """The tensors of which a value is a view, a constant multiple or a sum, with factors."""
         op = self.flow.ops.get(self.flow.made.get(value, -1))
         if op is None:
             return []
@@ -176,14 +176,14 @@ class _Reader:
         return bool(a) and bool(b) and a[-1] == b[-1] and a.numel() == b.numel()
 
     def _makers(self, terms: list[Term]) -> str:
-        """The module in which a branch's output is made."""
+        """The class of the module that computes a branch's output."""
         op = self.flow.ops.get(self.flow.made.get(terms[-1].value, -1))
         scope = op.scope if op else self.block.path
         return type(self.model.get_submodule(scope)).__name__ if scope else "the block"
 
 
 def _multiplier(op: Op) -> float | None:
-    """The number by which an operation multiplies its one tensor; None where another tensor does."""
+    """The number by which an operation multiplies its only tensor, else None."""
     if len(op.inputs) != 1 or not op.numbers:
         return None
     return 1 / prod(op.numbers) if "div" in op.name else prod(op.numbers)
@@ -195,6 +195,6 @@ def _floating(module: nn.Module) -> bool:
 
 
 def _is_norm(module: nn.Module, width: int) -> bool:
-    """A module of one weight for each channel, and perhaps a bias."""
+    """Whether a module has one weight per channel, and perhaps a bias."""
     own = dict(module.named_parameters())
     return "weight" in own and set(own) <= {"weight", "bias"} and all(p.shape == (width,) for p in own.values())

@@ -42,10 +42,7 @@ def discover(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Ar
 
 
 def describe(
-    model: nn.Module,
-    blocks: str,
-    inputs: Mapping[str, Tensor] | None = None,
-    **branches: str,
+    model: nn.Module, blocks: str, inputs: Mapping[str, Tensor] | None = None, **branches: str
 ) -> Architecture:
     """The same for a model whose blocks or branches `discover` would not recognise.
 
@@ -116,12 +113,7 @@ class _StackReader:
     """Reads stacks block by block; blocks that are alike are tried once."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        trace: Trace,
-        replay: Replay,
-        named: Mapping[BranchKind, str],
-        inputs: Mapping[str, Any],
+        self, model: nn.Module, trace: Trace, replay: Replay, named: Mapping[BranchKind, str], inputs: Mapping[str, Any]
     ) -> None:
         self.model, self.trace, self.replay, self.named, self.inputs = model, trace, replay, named, inputs
         self.tried: dict[str, str] = {}  # what was tried -> what went wrong

@@ -83,6 +83,8 @@ def replacement(path: str, form: Any) -> nn.Module:
     """The module that a form of config.json describes; for norms, whose branch is gone, the identity."""
     if isinstance(form, dict) and "window" in form:
         raise ValueError(f"{path} attends to a window and the first tokens, which mlx-lm has no form for")
+    if isinstance(form, dict) and "agents" in form:
+        raise ValueError(f"{path} attends through agents, which mlx-lm has no form for")
     if isinstance(form, dict):
         return LinearMap(*form["linear"])
     return nn.Identity() if form == "input" else Zeros()

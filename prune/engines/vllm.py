@@ -45,6 +45,8 @@ def with_plugin(facts: CheckpointFacts) -> Answer:
         return Answer(
             False, why=NO_SINKS[facts.sinks], instead="load it in transformers, or give windows without sinks"
         )
+    if facts.agents:
+        return Answer(False, why="agents are not carried over", instead="load it in transformers")
     if facts.maps:
         return Answer(False, why="linear maps are not carried over", instead="prune without --repair linear")
     if why := {**known["refused"], **known["wrong"]}.get(facts.family):

@@ -23,6 +23,8 @@ BLOCK_COUNTS = {
 PREDICTING = ("num_nextn_predict_layers", "num_mtp_modules", "num_mtp_layers", "mtp_num_layers")
 """Config fields with the number of blocks of multi-token prediction, which may count on from a stack's last one."""
 
+DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
+
 _COUNTED = re.compile(r"layers$|blocks$|depths?$|experts$|^n_layer$|hidden_groups$|stages$")
 _FREE = re.compile(r"^max_|window|^num_dense_layers$|^first_k")  # bounds and thresholds, which build no modules
 _ALWAYS_FINE = 512
@@ -46,6 +48,7 @@ def read_config(folder: Path, name: object = None) -> dict[str, Any]:
     if architectures is not None and not listed:
         raise CheckpointError(f"{shown(path, 1000)}: architectures is not a list of class names; get the model again")
     _check_redirects(config, shown(path, 1000))
+    _check_dtype(config, shown(path, 1000))
     return config
 
 
@@ -56,6 +59,17 @@ def _check_redirects(config: Mapping[str, Any], where: str) -> None:
     for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
         if "/" in str(config.get(key)):
             raise CheckpointError(f"{where}: {key} names code on the Hub ({shown(config[key])}); remove the field")
+
+
+def _check_dtype(config: Mapping[str, Any], where: str) -> None:
+    """Raises CheckpointError for a dtype that no model computes in; weights of 8 bits need a quantization_config."""
+    for key in ("dtype", "torch_dtype"):
+        value = config.get(key)
+        eight = "quantization_config" in config and str(value).startswith("float8")
+        if value not in (None, *DTYPES) and not eight:
+            raise CheckpointError(
+                f"{where}: {key} is {shown(value)}, expected {' or '.join(DTYPES)}; correct the field"
+            )
 
 
 def block_count(config: Mapping[str, Any]) -> int | None:
@@ -74,6 +88,9 @@ def check_counts(config: Mapping[str, Any], tensors: Iterable[TensorSpan], where
     stacked = max((span.shape[0] for span in spans if len(span.shape) > 2), default=0)
     rows = max((span.shape[0] for span in spans if span.shape), default=0)
     most = max(_ALWAYS_FINE, len(spans), stacked)
+    for key in BLOCK_COUNTS[""]:
+        if type(value := config.get(key)) is int and value <= 0 and key != "num_hidden_groups":
+            raise CheckpointError(f"{where}: config.json says {key} is {shown(value)}; get the model's own config.json")
     for key, value in _numbers(config):
         limit = None
         if _COUNTED.search(key) and not _FREE.search(key):

@@ -17,27 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dropformer.progress import Tick
 from dropformer.prune.errors import CheckpointError, OutputError, VerificationError, shown
 from dropformer.prune.files.byteranges import copy_range, holds, same_range, write_at
 from dropformer.prune.files.folder import cannot_write
-from dropformer.prune.files.layout import (
-    NewShard,
-    NewTensor,
-    Piece,
-    Run,
-    best_phase,
-    lay_out,
-    runs,
-    shard_names,
-)
+from dropformer.prune.files.layout import NewShard, NewTensor, Piece, Run, best_phase, lay_out, runs, shard_names
 from dropformer.prune.files.safetensors_header import encode_header, read_header
 from dropformer.prune.files.shards import INDEX, Checkpoint, Shard
 
 Rename = Callable[[str], str | None]
 """The new name of a tensor, or None to drop it."""
-
-Progress = Callable[[int, int], None]
-"""Called with the bytes done and the total."""
 
 _WINDOW = 4096
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -88,7 +77,7 @@ def copy_checkpoint(
     replace: Mapping[str, NewTensor] | None = None,
     link: bool = False,
     verify: Literal["sample", "all"] = "sample",
-    progress: Progress | None = None,
+    progress: Tick | None = None,
 ) -> CopyReport:
     """Write the source's kept tensors, in its shards' order, as a new checkpoint in the folder `target`.
 
@@ -243,7 +232,7 @@ def _write_index(written: _Written, source: Checkpoint, shards: Mapping[str, New
         write_at(file, memoryview(text.encode()), 0)
 
 
-def counter(progress: Progress | None, total: int) -> Callable[[int], None]:
+def counter(progress: Tick | None, total: int) -> Callable[[int], None]:
     done = 0
 
     def moved(count: int) -> None:

@@ -40,7 +40,8 @@ def check_inside(folder: Path, name: str) -> Path:
     try:
         target = path.resolve(strict=True)
     except FileNotFoundError:
-        raise CheckpointError(f"{shown(path, 1000)}: missing; download the model again") from None
+        what = "missing, a link to it is left; remove that, or" if path.is_symlink() else "missing;"
+        raise CheckpointError(f"{shown(path, 1000)}: {what} download the model again") from None
     except (OSError, RuntimeError):  # RuntimeError: a symlink loop, before Python 3.13
         raise CheckpointError(f"{shown(path, 1000)}: a loop of links; copy the file there") from None
     if not any(target.is_relative_to(root) for root in link_roots(folder)):

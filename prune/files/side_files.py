@@ -53,8 +53,8 @@ class SideFiles:
         """A line that lists the files left behind, None if there are none."""
         if not self.left:
             return None
-        named = ", ".join(shown(name) for name in self.left[:8])
-        more = f" and {len(self.left) - 8} more" if len(self.left) > 8 else ""
+        named = ", ".join(shown(name) for name in self.left[:40])
+        more = f" and {len(self.left) - 40} more" if len(self.left) > 40 else ""
         return f"not copied, as weights of the dense model or beside them: {named}{more}"
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dropformer.prune.block_map import new_name
+from dropformer.prune.block_map import Surgery, new_name
 from dropformer.prune.errors import PlanError
 from dropformer.prune.files import CopyReport, NewTensor
 from dropformer.prune.formats.writing import ExportJob
@@ -39,20 +39,21 @@ def write_dense(writing: ExportJob, folder: Path) -> CopyReport:
     from dropformer.prune.loading.load import weightless  # torch: the default format of a plan does without
     from dropformer.prune.surgery.writers import writers
 
-    _check_expressible(writing)
+    check_expressible(writing.surgery, "dense")
     model = weightless(writing.source.folder, writing.how.trust_remote_code)
     silent = writers(model, writing.outline, writing.surgery.layers)
     (folder / "config.json").write_text(json.dumps(writing.config, indent=2) + "\n", encoding="utf-8")
     return writing.copy(folder, lambda name: name, dict(_replaced(writing, silent)))
 
 
-def _check_expressible(writing: ExportJob) -> None:
-    if writing.block_map.mapped:
+def check_expressible(surgery: Surgery, name: str) -> None:
+    """Raises PlanError for a plan that zeros cannot express; `name`: the format's."""
+    if surgery.block_map.mapped:
         raise PlanError(
-            "--format dense has no place for linear maps; leave out --repair linear, or use --format dropformer"
+            f"--format {name} has no place for linear maps; leave out --repair linear, or use --format dropformer"
         )
-    for layer in writing.surgery.layers:
-        rest = writing.outline.stack(layer.stack).block(layer.index)
+    for layer in surgery.layers:
+        rest = surgery.outline.stack(layer.stack).block(layer.index)
         if layer.kind == "block" and not rest.plain:
             raise PlanError(
                 f"{layer} has norms or scales after its sums, which zeros do not take away; drop attn= and mlp= of it, "

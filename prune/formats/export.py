@@ -61,7 +61,7 @@ def export(
     """
     how = how or ExportOptions()
     kind = FORMATS[how.format]
-    kind.check_windows(how.format, surgery.block_map)
+    kind.check_rungs(how.format, surgery.block_map)
     writing = replace(writing_of(native_class(type(model)), surgery, open_checkpoint(source), how), model=model)
     with new_folder(out) as folder:
         copied = kind.writer()(writing, folder)

@@ -71,7 +71,7 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
     plan = plan if repair else plan.unrepaired()
     plain = None if repair else plain_writing(plan, checkpoint, how)
     writing = plain or asked_writing(plan, checkpoint, how, repair)
-    kind.check_windows(how.format, writing.block_map)
+    kind.check_rungs(how.format, writing.block_map)
     with new_folder(out) as folder:
         copied = kind.writer()(writing, folder)
         if kind.sides:
@@ -91,7 +91,7 @@ def plain_writing(plan: Plan, source: Checkpoint, how: ExportOptions) -> ExportJ
     """
     outline = plan.outline
     block_map = map_blocks(outline, plan.layers)
-    if plan.windows or not outline.autos:
+    if plan.rungs or not outline.autos:
         return None
     if not (block_map.in_place(outline) or all(stack.alike for stack in outline.stacks)):
         return None
@@ -116,7 +116,7 @@ def asked_writing(plan: Plan, source: Checkpoint, how: ExportOptions, repair: An
 
     model = weightless(source.folder, how.trust_remote_code)
     mapped = repair.mapped if repair else None
-    surgery = plan_surgery(plan.outline, plan.layers, model, mapped, plan.windowed, source.folder)
+    surgery = plan_surgery(plan.outline, plan.layers, model, mapped, plan.rungs, source.folder)
     if repair:
         from dropformer.prune.surgery.stored_tensors import stored_dtype
 

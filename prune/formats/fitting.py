@@ -89,12 +89,18 @@ def _usual(key: str, value: Any) -> bool:
 
 
 def _check_built(plan: Plan, source: Checkpoint, quantized: bool, trust_remote_code: bool) -> None:
-    from dropformer.prune.loading.load import weightless
-    from dropformer.prune.loading.tensor_names import renamed_on_load
+    """Raises CheckpointError unless the config builds the plan's blocks, and just the tensors of the files.
+
+    Quantized files hold packed codes, whose names and shapes differ from the model's.
+    """
+    from dropformer.prune.loading.load import load, weightless
 
     where = source.folder / "config.json"
     try:
-        model = weightless(source.folder, trust_remote_code)
+        if quantized:
+            model = weightless(source.folder, trust_remote_code)
+        else:
+            model = load(source.folder, device="meta", trust_remote_code=trust_remote_code)
     except CheckpointError:
         raise
     except Exception as error:  # whatever a config makes go wrong as its model is built
@@ -103,13 +109,3 @@ def _check_built(plan: Plan, source: Checkpoint, quantized: bool, trust_remote_c
         built = dict(model.named_modules()).get(stack.path)
         if built is None or len(list(built.children())) != stack.blocks:
             raise CheckpointError(f"{where} does not build the {stack.blocks} blocks of {stack.path} that the plan has")
-    if quantized:  # codes are packed, so that shapes differ
-        return
-    rename, shapes = renamed_on_load(model), {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for tensor, span in source.tensors.items():
-        name, merged = rename(tensor)
-        if merged is None and shapes.get(name, span.shape) != tuple(span.shape):
-            raise CheckpointError(
-                f"{where} describes {name} with the shape {list(shapes[name])}, but the files hold "
-                f"{list(span.shape)}; get the model's own config.json"
-            )

@@ -75,6 +75,7 @@ def provenance(plan: Plan, block_map: BlockMap, copied: CopyReport, format: str)
         "dropped": plan.dropped(),
         "maps": [str(layer) for layer in sorted(block_map.mapped)],
         "windows": plan.windows,
+        "agents": plan.agents,
         "original_blocks": original_blocks(block_map if saves else whole(plan.outline)),
         "packed": block_map.packed and saves,
         "scores": {drop.layer: drop.similarity for drop in plan.drops},

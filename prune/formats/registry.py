@@ -60,7 +60,7 @@ class Format:
     `reloads`: dropformer loads it, so its logits are compared with the model in memory; `packs`: a plan that packs
     gives a stock model; `saves`: dropped layers take no bytes; `sides`: the tokenizer and other files are copied too;
     `runs`: it needs the model in memory, not its files; `links`: unchanged shards can be hard links; `copies`: bytes
-    come from the source; `maps`, `windows`: it can hold linear maps, attention layers that see a window.
+    come from the source; `maps`, `rungs`: it can hold linear maps, windows and agents.
     """
 
     write: str | Write
@@ -76,7 +76,7 @@ class Format:
     links: bool = True
     copies: bool = True
     maps: bool = True
-    windows: bool = False
+    rungs: bool = False
     checked: str = "every tensor's bytes are the source's"
 
     def writer(self) -> Write:
@@ -85,11 +85,12 @@ class Format:
     def checker(self) -> Check:
         return imported(self.check)
 
-    def check_windows(self, name: str, block_map: BlockMap) -> None:
-        """Raises PlanError for a plan with attention windows that the format, of this name, cannot hold."""
-        if block_map.windows and not self.windows:
-            able = ", ".join(other for other, kind in FORMATS.items() if kind.windows)
-            raise PlanError(f"--format {name} holds no attention windows, which this plan has; give --format {able}")
+    def check_rungs(self, name: str, block_map: BlockMap) -> None:
+        """Raises PlanError for a plan with windows or agents that the format, of this name, cannot hold."""
+        if block_map.rungs and not self.rungs:
+            able = ", ".join(other for other, kind in FORMATS.items() if kind.rungs)
+            what = "attention windows" if block_map.windows else "agents"
+            raise PlanError(f"--format {name} holds no {what}, which this plan has; give --format {able}")
 
     def loading(self, packed: bool, limited: bool = False, windowed: bool = False) -> str:
         """How a checkpoint is loaded; `limited`: notes of its record name engines that would read it wrongly.
@@ -124,7 +125,7 @@ FORMATS: Registry[Format] = Registry(
             "`trust_remote_code=True`, which runs the small `modeling_dropformer.py` in this folder.",
             reloads=True,
             packs=True,
-            windows=True,
+            rungs=True,
         ),
         "dense": Format(
             f"{_HERE}.dense:write_dense",
@@ -155,6 +156,18 @@ FORMATS: Registry[Format] = Registry(
             check=f"{_HERE}.gguf.export:check",
             sides=False,
             links=False,
+        ),
+        "gguf-dense": Format(
+            f"{_HERE}.gguf.export:write_zeros",
+            "dropped layers are zeros: llama.cpp loads it as the dense file, saves nothing",
+            "Dropped layers are zeros, so the .gguf file runs wherever the dense one does, gives the pruned model's "
+            "outputs, and saves neither bytes nor time.",
+            help="the same as --format gguf --dense",
+            check=f"{_HERE}.gguf.export:check",
+            saves=False,
+            sides=False,
+            links=False,
+            maps=False,
         ),
         "onnx": Format(
             f"{_HERE}.onnx:write_onnx",

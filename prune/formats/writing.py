@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dropformer.progress import Tick
 from dropformer.prune.block_map import BlockMap, Surgery, new_name, skipped_modules
 from dropformer.prune.errors import CheckpointError
 from dropformer.prune.files import Checkpoint, CopyReport, NewTensor, copy_checkpoint
@@ -25,7 +26,7 @@ from dropformer.prune.surgery.stock_windows import stock_windows
 MODEL_TYPE, REMOTE_TYPE = "dropformer", "dropformer_remote"
 LOADING = Path(__file__).parents[1] / "loading"
 CODE_FILE = "modeling_dropformer.py"
-COMPANIONS = ("own_code.py", "skipped_modules.py", "window_attention.py", "window_cache.py")
+COMPANIONS = ("own_code.py", "skipped_modules.py", "window_attention.py", "window_cache.py", "agent_attention.py")
 CODE = {CODE_FILE: "modeling.py", **{name: name for name in COMPANIONS}}
 MLX_FILE = "mlx_dropformer.py"  # the model file that mlx-lm runs
 
@@ -43,7 +44,7 @@ class ExportOptions:
     link: bool = False
     thorough: bool = False
     gguf: Path | None = None
-    progress: Callable[[int, int], None] | None = None
+    progress: Tick | None = None
     trust_remote_code: bool = False
 
 
@@ -111,8 +112,8 @@ def write_pruned(writing: ExportJob, folder: Path) -> CopyReport:
     heads = numbered_heads(writing.outline, writing.block_map, writing.names, writing.prefix)
     config = without_heads(writing.config, writing.outline, heads)
     fields = pruned_config(config, writing.outline, writing.block_map)
-    if writing.block_map.windows:
-        plain = pruned_config(config, writing.outline, replace(writing.block_map, windows={}))
+    if writing.block_map.rungs:
+        plain = pruned_config(config, writing.outline, replace(writing.block_map, rungs={}))
         fields = stock_windows(plain, writing.outline, writing.block_map) or fields
     notes: list[str] = []
     if not writing.block_map.in_place(writing.outline):

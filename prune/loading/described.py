@@ -51,7 +51,7 @@ def check_whole(path: Path, info: dict[str, Any], beyond: range = range(0)) -> N
     `beyond`: numbers of blocks whose tensors no model uses.
     """
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        found = sorted(map(str, info.get(problem) or []))
+        found = sorted(_named(item) for item in info.get(problem) or [])
         if problem == "unexpected_keys":
             numbers = {name: re.search(r"(?:^|\.)layers\.(\d+)\.", name) for name in found}
             found = [name for name, match in numbers.items() if not (match and int(match[1]) in beyond)]
@@ -59,5 +59,13 @@ def check_whole(path: Path, info: dict[str, Any], beyond: range = range(0)) -> N
             what = problem.replace("_", " ")
             raise CheckpointError(
                 f"{path} does not hold the model its config describes: {len(found)} {what}, the first {found[0]}; "
-                "get a complete copy of the checkpoint"
+                "config.json and weights of one model are needed, whole"
             )
+
+
+def _named(item: Any) -> str:
+    """A tensor of transformers' loading info, with the shapes of one that does not fit."""
+    if isinstance(item, (tuple, list)) and len(item) == 3:
+        name, held, described = item
+        return f"{name} of {list(held)}, described as {list(described)}"
+    return str(item)

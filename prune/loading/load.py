@@ -67,7 +67,13 @@ def load(
     known = {"config": config} if fields["model_type"] == REMOTE_TYPE else {}  # else the folder's copy of our code runs
     with one_line_errors(path), quiet_transformers():
         model, info = auto.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True, **place, **known
+            path,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_whole` refuses them by name
+            **place,
+            **known,
         )
     check_whole(path, info, predicting_blocks(config))
     return model
@@ -108,6 +114,8 @@ def _why(path: Path, error: Exception) -> str:
             f"{path}: transformers {transformers.__version__} has no model of type {kind}, and config.json names no "
             "code (auto_map) that would build it"
         )
+    if isinstance(error, KeyError) and (fields := [k for k, v in read_config(path).items() if v == error.args[0]]):
+        said = f"{shown(error.args[0])} is no value of `{fields[0]}` in config.json"
     return f"{path} cannot be loaded: {type(error).__name__}: {said}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from dropformer.prune.loading.device import OVERRIDES
 from dropformer.prune.loading.window_cache import Window, WindowLayer
 
 GROWING = (DynamicLayer, DynamicSlidingWindowLayer, WindowLayer)
@@ -24,12 +26,18 @@ def text_config(owner: Any) -> Any:
 
 def input_embeddings(model: Any) -> nn.Module | None:
     """The module that turns token ids into vectors; None for a model that has none."""
-    return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    try:
+        return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    except (NotImplementedError, AttributeError):  # models of audio, or of two towers
+        return None
 
 
 def output_embeddings(model: Any) -> nn.Module | None:
     """The module that turns the last hidden states into logits, with a weight [V, D]; None where there is none."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    try:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    except (NotImplementedError, AttributeError):
+        return None
     return head if getattr(head, "weight", None) is not None else None
 
 
@@ -78,6 +86,16 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
             undo.callback(setattr, owner, leaf, getattr(owner, leaf))
             setattr(owner, leaf, module)
         yield
+
+
+def twin_of(module: nn.Module) -> Any:
+    """A copy of a module with settings and hooks of its own, and the same weights and children."""
+    twin = copy.copy(module)
+    for name in OVERRIDES:
+        twin.__dict__.pop(name, None)
+    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    twin._forward_pre_hooks_with_kwargs, twin._forward_hooks_with_kwargs = OrderedDict(), OrderedDict()
+    return twin
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:

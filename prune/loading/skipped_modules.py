@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .agent_attention import agent_attention
 from .window_attention import window_attention
 from .window_cache import Window
 
@@ -101,14 +102,23 @@ def hidden_states(args: tuple, kwargs: dict) -> torch.Tensor:
 
 
 def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
-    """Replace each named module of `model` by what its form describes: the weights are removed, the settings stay."""
+    """Replace each named module of `model` by what its form describes: the weights are removed, the settings stay.
+
+    What the trunk of a model with a head did to its own modules already is not done again.
+    """
     for path, form in modules.items():
-        if isinstance(form, dict) and "window" in form:
-            window_attention(model.get_submodule(path), Window(*form["window"]), bool(form.get("fold")))
-            continue
         parent, _, name = path.rpartition(".")
-        owner, new = model.get_submodule(parent), replacement(form)
+        owner = model.get_submodule(parent)
         old = getattr(owner, name)
+        if isinstance(old, Skipped) or isinstance(getattr(old, "window", None), Window):
+            continue
+        if isinstance(form, dict) and "window" in form:
+            window_attention(old, Window(*form["window"]), bool(form.get("fold")))
+            continue
+        if isinstance(form, dict) and "agents" in form:
+            agent_attention(old, form["agents"])
+            continue
+        new = replacement(form)
         if (held := next(old.parameters(), None)) is not None:
             new.to_empty(device=held.device) if new.weight.is_meta else new.to(held.device)
         keep_settings(old, new.keep(old))

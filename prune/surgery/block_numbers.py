@@ -10,13 +10,14 @@ not known raises ArchitectureError naming its place, so that the blocks stay whe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from dropformer.prune.block_map import BlockMap, MappedBlock, new_name
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.outline import Outline, StackOutline
+from dropformer.prune.surgery.name_patterns import loose_number, number_part
 
 LEAVES = ("layers", "layer", "blocks", "block", "h")  # what lists of blocks are called, beside the stack's own name
 NEUTRAL = {"model", "language_model", "base_model", "module", "transformer", "re", "weight"}  # parts that tell no stack
@@ -31,10 +32,12 @@ NOT_BLOCKS = re.compile(
     r"|axial|padding|thresholds?|limit|mean|std|pooling|depths|heads$|channels"
 )
 
+LAYERS = re.compile(r"(^|_)(layer|block)s?(_|$)")  # fields that may count layers, or name one
+
 
 # Texts that are no settings.
 APART = {"_name_or_path", "transformers_version", "architectures", "auto_map", "base_auto_map", "dropformer_modules"}
-APART |= {"base_model_type"}
+APART |= {"base_model_type", "id2label", "label2id", "problem_type", "task_specific_params"}
 
 
 class _Gone(Exception):
@@ -89,13 +92,13 @@ class BlockNumbers:
         """A name or pattern under the new numbers.  Raises _Gone where what it names is dropped."""
         if len(text) > 1000 or "\n" in text:  # templates and licences
             return text
+        if self.moved and loose_number(text) and not (OTHERS.search(text) or place.endswith("version")):
+            raise ArchitectureError(f"blocks stay where they are: {place} has `{text}`, which may name one of them")
         for stack in self.outline.stacks:
             leaf = stack.path.rpartition(".")[2]
             names = "|".join(sorted({leaf, *LEAVES}, key=len, reverse=True))
-            pattern = rf"(?<![A-Za-z0-9_])({names})(\\*\.)(\d+(?![A-Za-z0-9_])|[(\[{{][^.]*\d)"
-            for match in reversed(list(re.finditer(pattern, text))):
-                if self._speaks_of(stack, text[: match.start()], match[1], place, text):
-                    text = self._with_number(stack, text, match, place)
+            for match in reversed(list(re.finditer(rf"(?<![A-Za-z0-9_])({names})(\\*\.)", text))):
+                text = self._with_number(stack, text, match, place)
         return text
 
     def _speaks_of(self, stack: StackOutline, before: str, leaf: str, place: str, text: str) -> bool:
@@ -114,27 +117,31 @@ class BlockNumbers:
         raise ArchitectureError(f"blocks stay where they are: {place} has `{text}`, which may name one of them")
 
     def _with_number(self, stack: StackOutline, text: str, match: re.Match[str], place: str) -> str:
-        number, rest = match[3], text[match.end() :]
-        if not number.isdecimal():
-            if self.moved and not re.fullmatch(r"\[0-9|\(\?:?\[0-9|\(\[0-9|\(\\d", number):
-                raise ArchitectureError(f"blocks stay where they are: {place} has the pattern `{text}`")
-            return text
-        old = int(number)
-        if old >= stack.blocks:
-            return text
-        open_end = self.moved and re.match(r"\\?[*\d\[]", rest)
-        if open_end and _alike(number, stack.blocks) > 1:
-            raise ArchitectureError(f"blocks stay where they are: {place} has `{text}`, which names several of them")
-        module = rest.replace("\\", "").lstrip(".").rstrip("*$")
+        try:
+            part = number_part(text, match.end(), len(match[2]) > 1)
+            if part is None or not any(part.names(i) for i in range(stack.blocks)):
+                return text
+            if not self._speaks_of(stack, text[: match.start()], match[1], place, text):
+                return text
+            new = {i: self._new_number(stack, i, part.rest) for i in range(stack.blocks)}
+            followed = part.follow(new, len(self._blocks(stack)))
+        except ValueError as error:
+            if not self.moved:
+                return text
+            raise ArchitectureError(f"blocks stay where they are: {place}: {error}") from None
+        if followed is None:
+            raise _Gone
+        return followed
+
+    def _new_number(self, stack: StackOutline, old: int, module: str) -> int | None:
+        """The new number of a block, or of a module's half of it; None where it is dropped.  Raises ValueError where
+        its halves part and no module is named."""
         named = new_name(self.outline, self.block_map, f"{stack.path}.{old}.{module}")
         if named is None:
-            raise _Gone
+            return None
         if not module and any(b.source != b.mlp and old in (b.source, b.mlp) for b in self._blocks(stack)):
-            raise ArchitectureError(f"blocks stay where they are: {place} has `{text}`, whose halves part")
-        new = named.removeprefix(stack.path + ".").partition(".")[0]
-        if open_end and _alike(new, len(self._blocks(stack))) > 1:
-            raise ArchitectureError(f"blocks stay where they are: {place} has `{text}`, which would name several")
-        return text[: match.start(3)] + new + text[match.end(3) :]
+            raise ValueError(f"block {old} is named, and its halves part")
+        return int(named.removeprefix(stack.path + ".").partition(".")[0])
 
     def generation(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """generation_config.json, or what a config has of it, after the surgery.  Raises ArchitectureError."""
@@ -179,21 +186,55 @@ class BlockNumbers:
     def check_unknown(self, key: str, value: Any, place: str = "") -> None:
         """Raise ArchitectureError for a nested list or a numbered dictionary that may name blocks."""
         place = f"{place}.{key}" if place else key
-        count = max(stack.blocks for stack in self.outline.stacks)
         if isinstance(value, Mapping):
-            numbered = bool(value) and all(re.fullmatch(r"\d+", str(k)) and int(k) < count for k in value)
-            if numbered and not NOT_BLOCKS.search(key) and not self._stays(map(int, value)):
+            if _numbered(value, self._count) and not NOT_BLOCKS.search(key) and not self._stays(map(int, value)):
                 raise ArchitectureError(f"blocks stay where they are: {place} is keyed by what may be their numbers")
             for inner, item in value.items():
                 self.check_unknown(str(inner), item, place)
         elif isinstance(value, (list, tuple)) and not NOT_BLOCKS.search(key):
             nested = [v for v in value if isinstance(v, (list, tuple)) and v]
             firsts = [v[0] for v in nested]
-            numbered = len(nested) == len(value) > 0 and all(type(v) is int and 0 <= v < count for v in firsts)
+            numbered = len(nested) == len(value) > 0 and all(type(v) is int and 0 <= v < self._count for v in firsts)
             if numbered and not self._stays(firsts):
                 raise ArchitectureError(f"blocks stay where they are: {place} may name some of them")
 
+    def check_settings(self, value: Any, place: str, key: str = "") -> None:
+        """`check_unknown` for settings that no code here reads: plain lists and single numbers are looked at too.
 
-def _alike(number: str, blocks: int) -> int:
-    """How many blocks have a number that begins like this one."""
-    return sum(str(i).startswith(number) for i in range(blocks))
+        Raises ArchitectureError for a list of what may be block numbers, and for a number that a field named after
+        layers holds.
+        """
+        named = f"{place}.{key}" if key else place
+        if isinstance(value, Mapping):
+            self.check_unknown(key, value, place)
+            for inner, item in value.items():
+                self.check_settings(item, named, str(inner))
+        elif isinstance(value, (list, tuple)):
+            self.check_unknown(key, value, place)
+            if not NOT_BLOCKS.search(key) and (
+                names_blocks(key, list(value), self._count, self._stays)
+                or (len(value) == self._count > 2 and LAYERS.search(key))
+            ):
+                raise ArchitectureError(f"blocks stay where they are: {named} may name some of them")
+            for item in value:
+                if isinstance(item, Mapping):
+                    self.check_settings(item, named)
+        elif type(value) is int and LAYERS.search(key) and not NOT_BLOCKS.search(key) and 0 <= value <= self._count:
+            raise ArchitectureError(f"blocks stay where they are: {named} ({value}) may count or name them")
+
+    @property
+    def _count(self) -> int:
+        return max(stack.blocks for stack in self.outline.stacks)
+
+
+def _numbered(value: Mapping[Any, Any], count: int) -> bool:
+    return bool(value) and all(re.fullmatch(r"\d{1,9}", str(k)) and int(k) < count for k in value)
+
+
+def names_blocks(key: str, value: list, count: int, stays: Callable[[Iterable[int]], bool]) -> bool:
+    """May an unknown list be one of block indices, of which some change?  Rising whole numbers below the count, ids of
+    tokens apart."""
+    numbers = all(type(v) is int and 0 <= v < count for v in value)
+    if not value or not numbers or sorted(set(value)) != value or "token" in key:
+        return False
+    return not stays(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from dropformer.prune.architecture import KIND_NAMES, of_images
@@ -12,7 +12,7 @@ from dropformer.prune.block_map import BlockMap, MappedBlock, new_index, skipped
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.files.config_json import BLOCK_COUNTS, PREDICTING
 from dropformer.prune.outline import Outline, StackOutline
-from dropformer.prune.surgery.block_numbers import OTHERS, PAIRS, BlockNumbers
+from dropformer.prune.surgery.block_numbers import OTHERS, PAIRS, BlockNumbers, names_blocks
 from dropformer.prune.surgery.patterns import settled_patterns
 
 # Numbers of blocks by stage, of which each is a stack.
@@ -36,6 +36,8 @@ LEADING = {"first_k_dense_replace": "mlp", "num_dense_layers": "mlp", "moe_layer
 TRAILING = {"num_kv_shared_layers": "source"}
 # The number of a last block.
 LAST = {"moe_layer_end_index": "mlp"}
+# Settings of engines and quantizers, which no code here reads.
+QUANTIZED = re.compile(r"quant|compress|sparsity")
 # Fields that may hold the number of one block: unless known they keep the blocks where they are.
 ONE_BLOCK = re.compile(r"(^|_)(layer|block)(_(id|idx|index|number|num))?$")
 
@@ -98,6 +100,8 @@ def _check_numbers(section: dict[str, Any], stack: StackOutline, numbers: BlockN
     for key, value in section.items():
         if key in PAIRS and isinstance(value, list):
             section[key] = numbers.pairs(key, value)
+        elif isinstance(value, dict) and QUANTIZED.search(key):
+            numbers.check_settings(value, key)
         elif key not in KEYED and not (isinstance(value, dict) and (key.endswith("_config") or OTHERS.search(key))):
             numbers.check_unknown(key, value)
             if type(value) is int and ONE_BLOCK.search(key) and not OTHERS.search(key) and key not in LAST:
@@ -186,20 +190,15 @@ def _follower(key: str, value: Any, stack: StackOutline, blocks: Sequence[Mapped
         return lambda v, blocks: [v[b.source] for b in blocks]
     if key in PER_MLP and len(value) == stack.blocks:
         return lambda v, blocks: [v[b.mlp] for b in blocks]
-    if len(value) in (stack.blocks, stack.blocks * stack.caches) or _names_blocks(key, value, stack.blocks, blocks):
+
+    def stays(found: Iterable[int]) -> bool:
+        return all(v < len(blocks) and blocks[v].source == blocks[v].mlp == v for v in found)
+
+    if len(value) in (stack.blocks, stack.blocks * stack.caches) or names_blocks(key, value, stack.blocks, stays):
         raise ArchitectureError(
             f"config.json has a list `{key}` by block, and dropformer does not know how it follows a drop"
         )
     return None
-
-
-def _names_blocks(key: str, value: list, count: int, blocks: Sequence[MappedBlock]) -> bool:
-    """May an unknown list be one of block indices, of which some change?  Rising whole numbers below the count, ids of
-    tokens apart."""
-    numbers = all(type(v) is int and 0 <= v < count for v in value)
-    if not value or not numbers or sorted(set(value)) != value or "token" in key:
-        return False
-    return not all(v < len(blocks) and blocks[v].source == blocks[v].mlp == v for v in value)
 
 
 def _as_pruned(config: dict[str, Any], outline: Outline, block_map: BlockMap) -> dict[str, Any]:

@@ -1,8 +1,10 @@
-"""Files beside the weights that may name blocks by number: read, followed, written."""
+"""Files beside the weights that may name or count blocks: read, followed, written."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,29 @@ import yaml
 
 from dropformer.prune.block_map import BlockMap
 from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.files.config_json import BLOCK_COUNTS
+from dropformer.prune.files.regular import opened
+from dropformer.prune.files.side_files import list_side_files
 from dropformer.prune.outline import Outline
-from dropformer.prune.surgery.block_numbers import BlockNumbers
+from dropformer.prune.surgery.block_numbers import LEAVES, BlockNumbers
 
 GENERATION = "generation_config.json"
+SETTINGS = (".json", ".yaml", ".yml")
+# Files of other forms, searched for the name of a block: settings, and llama.cpp's importance matrices.
+SEARCHED = (".txt", ".toml", ".ini", ".cfg", ".conf", ".csv", ".tsv", ".xml", ".jsonl", ".dat", ".imatrix", "")
 # Files of tokenizers and of dropformer, and config.json, which is followed field by field.
 APART = ("config.json", "dropformer.json", "plan.json", "scores.json", "report.json", "vocab.json", "merges.txt")
-TOKENS = ("token", "special_tokens_map", "chat_template", "added_tokens", "processor", "README")
+TOKENS = (
+    "token",
+    "special_tokens_map",
+    "chat_template",
+    "added_tokens",
+    "processor",
+    "README",
+    "vocab",
+    "LICEN",
+    "NOTICE",
+)
 LARGEST = 4 << 20  # bytes; settings are smaller
 
 
@@ -27,18 +45,18 @@ def followed_files(folder: Path, outline: Outline, block_map: BlockMap) -> dict[
     """
     numbers = BlockNumbers(outline, block_map)
     found = {}
-    for path in sorted(folder.glob("*")):
-        if path.suffix not in (".json", ".yaml", ".yml") or not _settings(path):
-            continue
-        old = _read(path)
-        if not isinstance(old, dict):
-            continue
+    for name in _names(folder):
+        path = folder / name
         try:
-            new = numbers.generation(old) if path.name == GENERATION else numbers.follow(old)
+            if path.suffix not in SETTINGS:
+                _check_text(path, numbers)
+                continue
+            old = _read(path)
+            new = _followed(name, old, numbers)
         except ArchitectureError as error:
-            raise ArchitectureError(f"{error} (in {path.name})") from None
+            raise ArchitectureError(f"{error} (in {name})") from None
         if new != old:
-            found[path.name] = _written(path, new)
+            found[name] = _written(path, new)
     return found
 
 
@@ -48,9 +66,53 @@ def follow_files(folder: Path, outline: Outline, block_map: BlockMap) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _settings(path: Path) -> bool:
-    apart = path.name in APART or path.name.endswith(".index.json") or any(part in path.name for part in TOKENS)
-    return not apart and path.is_file() and path.stat().st_size <= LARGEST
+def _names(folder: Path) -> Iterator[str]:
+    """The settings in a folder and below it, by path, that are read here."""
+    for name in list_side_files(folder).carried:
+        path = folder / name
+        apart = name in APART or path.suffix not in (*SETTINGS, *SEARCHED) or any(part in path.name for part in TOKENS)
+        if not apart and (path.suffix not in SETTINGS or path.stat().st_size <= LARGEST):
+            yield name
+
+
+def _followed(name: str, old: Any, numbers: BlockNumbers) -> Any:
+    """What a file holds, under the new numbers.  Raises ArchitectureError."""
+    if not isinstance(old, (dict, list)):
+        return old
+    if name == GENERATION and isinstance(old, dict):
+        return numbers.generation(old)
+    new = numbers.follow(old)
+    if numbers.moved:
+        counts = COUNTS if isinstance(new, dict) and "/" not in name else set()
+        numbers.check_settings({k: v for k, v in new.items() if k not in counts} if counts else new, "")
+        new = _counted(new, numbers) if counts else new
+    return new
+
+
+COUNTS = {field for fields in BLOCK_COUNTS.values() for field in fields}
+
+
+def _counted(fields: dict[str, Any], numbers: BlockNumbers) -> dict[str, Any]:
+    """A file at the top that counts the blocks of the one stack (Mistral's params.json: n_layers)."""
+    counted = {key: value for key, value in fields.items() if key in COUNTS and type(value) is int}
+    if not counted:
+        return fields
+    stacks = numbers.outline.stacks
+    if len(stacks) > 1 or set(counted.values()) != {stacks[0].blocks}:
+        raise ArchitectureError(f"blocks stay where they are: {', '.join(counted)} may count them")
+    return {**fields, **dict.fromkeys(counted, len(numbers.block_map.stacks[stacks[0].name]))}
+
+
+def _check_text(path: Path, numbers: BlockNumbers) -> None:
+    """Raises ArchitectureError where a file that is not followed names a block, and blocks move."""
+    if not numbers.moved:
+        return
+    with opened(path) as file:
+        text = file.read(LARGEST).decode("utf-8", "replace")
+    names = "|".join({*LEAVES, *(stack.path.rpartition(".")[2] for stack in numbers.outline.stacks)} - {"h"})
+    found = re.search(rf"(?<![A-Za-z0-9_])(?:({names})\.\d+|transformer\.h\.\d+|blk\.\d+)", text)
+    if found:
+        raise ArchitectureError(f"blocks stay where they are: a file names one of them, `{found[0]}`")
 
 
 def _read(path: Path) -> Any:
@@ -62,5 +124,5 @@ def _read(path: Path) -> Any:
         return None
 
 
-def _written(path: Path, fields: dict[str, Any]) -> str:
+def _written(path: Path, fields: Any) -> str:
     return json.dumps(fields, indent=2) + "\n" if path.suffix == ".json" else yaml.safe_dump(fields, sort_keys=False)

@@ -26,14 +26,16 @@ def stock_windows(config: Mapping[str, Any], outline: Outline, block_map: BlockM
     `config`: the dense one, whose counts and lists by block follow the block map already.
     """
     windows = set(block_map.windows.values())
-    if len(windows) != 1 or len(outline.stacks) != 1 or not replace(block_map, windows={}).packed:
+    if len(block_map.rungs) > len(block_map.windows) or not replace(block_map, rungs={}).packed:
+        return None
+    if len(windows) != 1 or len(outline.stacks) != 1:
         return None
     (window,) = windows
     from dropformer.prune.loading.described import config_from  # imports transformers
 
     full = config_from(dict(config)).to_dict()
-    types = _types(full)
-    if window.sinks or window.fold or config["model_type"] not in (*OBEYS, *AS_MINISTRAL) or types is None:
+    types = _types(full) if config["model_type"] in (*OBEYS, *AS_MINISTRAL) else None
+    if window.sinks or window.fold or types is None:
         return None
     if SLIDING in types and full["sliding_window"] != window.width:
         return None  # one width for all

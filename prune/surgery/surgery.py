@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from dropformer.prune.architecture import Layer
-from dropformer.prune.block_map import BlockMap, Surgery, attention_path, map_blocks, skipped_modules
+from dropformer.prune.block_map import BlockMap, Surgery, map_blocks, skipped_modules
 from dropformer.prune.discovery.summarize import settings
-from dropformer.prune.errors import ArchitectureError, PlanError, reason
+from dropformer.prune.errors import ArchitectureError, reason
 from dropformer.prune.loading.described import config_from
 from dropformer.prune.loading.device import hooks_of
 from dropformer.prune.loading.modeling import empty_cache_entries, number_attentions, pruned_model_class
 from dropformer.prune.loading.skipped_modules import skip_modules
-from dropformer.prune.loading.window_attention import unfit, unfit_constants
 from dropformer.prune.outline import Outline, StackOutline
+from dropformer.prune.rungs.agent import Agents
 from dropformer.prune.surgery.block_numbers import BlockNumbers
 from dropformer.prune.surgery.config import pruned_config
+from dropformer.prune.surgery.rungs import check_rungs
 from dropformer.prune.surgery.side_files import followed_files
 from dropformer.prune.window import Window
 
@@ -33,7 +34,7 @@ def plan_surgery(
     layers: Sequence[Layer],
     model: nn.Module,
     mapped: Mapping[Layer, Mapping[str, Any]] | None = None,
-    windows: Mapping[Layer, Window] | None = None,
+    rungs: Mapping[Layer, Window | Agents] | None = None,
     folder: Path | None = None,
 ) -> Surgery:
     """Decide how `layers` leave: the shortest form whose blocks come out as they are now.
@@ -41,12 +42,12 @@ def plan_surgery(
     A shortened model is used only if a model built from its config has the same modules and settings
     in every block; else blocks stay, empty, where they are, as they do in any module that is not a
     transformers model.  `model` may be on the meta device.  `mapped`: those of the layers that leave a linear
-    map behind (`BlockMap.mapped`); `windows`: attention layers that stay and see a window.  `folder`: where
-    the model's files lie, whose settings must follow as well.  Raises PlanError for a window on a module that takes
+    map behind (`BlockMap.mapped`); `rungs`: attention layers that stay and attend to less.  `folder`: where
+    the model's files lie, whose settings must follow as well.  Raises PlanError for a rung on a module that takes
     none.
     """
-    _check_windows(outline, model, windows or {})
-    block_map = map_blocks(outline, layers, isinstance(model, PreTrainedModel), mapped, windows)
+    check_rungs(outline, model, rungs or {})
+    block_map = map_blocks(outline, layers, isinstance(model, PreTrainedModel), mapped, rungs)
     note = _held(outline, block_map)
     if isinstance(model, PreTrainedModel) and not block_map.in_place(outline):
         try:
@@ -56,22 +57,8 @@ def plan_surgery(
                 followed_files(folder, outline, block_map)
             _check_shortened(model, outline, block_map, fields)
         except ArchitectureError as error:
-            block_map, note = map_blocks(outline, layers, False, mapped, windows), str(error)
+            block_map, note = map_blocks(outline, layers, False, mapped, rungs), str(error)
     return Surgery(outline, tuple(layers), block_map, note)
-
-
-def _check_windows(outline: Outline, model: nn.Module, windows: Mapping[Layer, Window]) -> None:
-    """Raises PlanError where an attention module cannot have a window."""
-    for layer, window in windows.items():
-        path = attention_path(outline, layer)
-        if not isinstance(model, PreTrainedModel):
-            raise PlanError(f"{layer}: only the attention of a transformers model takes a window; drop layers instead")
-        if reason := unfit(model.get_submodule(path)):
-            raise PlanError(f"{layer}: {reason}; drop it, or leave it as it is")
-        if window.fold and (reason := unfit_constants(model.get_submodule(path))):
-            raise PlanError(
-                f"{layer}: {reason}; give it a window with sinks, as in window={layer.index}@{window.width}+4"
-            )
 
 
 def _held(outline: Outline, block_map: BlockMap) -> str:

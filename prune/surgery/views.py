@@ -86,7 +86,7 @@ def proven(model: nn.Module, surgery: Surgery) -> Surgery:
         return surgery
     if any(p.is_meta for p in model.parameters()):
         return surgery
-    still = map_blocks(surgery.outline, surgery.layers, False, surgery.block_map.mapped, surgery.block_map.windows)
+    still = map_blocks(surgery.outline, surgery.layers, False, surgery.block_map.mapped, surgery.block_map.rungs)
     fixed = replace(surgery, block_map=still, note="a block at another place gives other outputs")
     moved, unmoved = (apply_surgery(sharing_copy(model), each) for each in (surgery, fixed))
     for inputs in sample_batches(model):

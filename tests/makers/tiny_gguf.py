@@ -117,7 +117,7 @@ def write_gguf(
         writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    _write_vocabulary(writer, pre)
+    write_vocabulary(writer, pre)
     describe(writer)
     tensors = tensors_of(model)
     edit(tensors)
@@ -131,7 +131,7 @@ def write_gguf(
     return path
 
 
-def _write_vocabulary(writer: gguf.GGUFWriter, pre: str | None) -> None:
+def write_vocabulary(writer: gguf.GGUFWriter, pre: str | None) -> None:
     tokens = vocabulary()
     writer.add_tokenizer_model("gpt2")
     if pre is not None:

@@ -4,6 +4,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf_families import family_gguf, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -30,6 +31,18 @@ def test_a_gguf_file_becomes_the_model_that_it_was_made_of(tmp_path, tiny, tied)
     assert type(loaded) is type(model) and loaded.dtype == torch.float32
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3", "qwen3_moe", "qwen2_moe", "gemma2", "gemma3_text", "gpt2", "stablelm", "nemotron", "bloom"]
+)
+def test_files_of_other_families_become_the_models_that_they_were_made_of(tmp_path, family):
+    """With heads, experts, rotary shares and query scales that are not transformers' defaults."""
+    model = tiny_model(family, blocks=2)
+    loaded = AutoModelForCausalLM.from_pretrained(convert_gguf(family_gguf(tmp_path / "tiny.gguf", model)))
+    ids = torch.arange(20)[None]
+    assert type(loaded) is type(model)
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
 
 
 def test_tied_embeddings_are_written_once_and_stay_tied(tmp_path, tiny):
@@ -129,11 +142,7 @@ def test_a_tensor_that_would_be_ignored_is_refused(tmp_path, tiny, own_cache):
     def add_bias(tensors):
         tensors["blk.0.attn_q.bias"] = np.ones(64, np.float32)
 
-    refused(
-        tiny.write(tmp_path / "tiny.gguf", tiny.llama(), edit=add_bias),
-        "has .* weights, but",
-        own_cache,
-    )
+    refused(tiny.write(tmp_path / "tiny.gguf", tiny.llama(), edit=add_bias), "has .* weights, but", own_cache)
 
 
 def test_scaled_rotary_frequencies_are_refused_because_transformers_would_ignore_them(tmp_path, tiny, own_cache):

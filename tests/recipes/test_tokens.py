@@ -18,10 +18,7 @@ from dropformer.prune.errors import CheckpointError
 from dropformer.recipes import open_source
 from dropformer.recipes.gguf import convert_gguf, write_folder
 
-SMOLLM = [
-    r"\p{N}",
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
-]
+SMOLLM = [r"\p{N}", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"]
 TEXTS = [
     "Hello world",
     " leading space, and  two",

@@ -25,12 +25,21 @@ def check(facts: ExportFacts) -> None:
 
 def write(job: ExportJob, folder: Path) -> CopyReport:
     """Write NAME-pruned.gguf.  Raises OutputError where the model did not come as a .gguf file."""
+    return _written(job, folder, zeros=False)
+
+
+def write_zeros(job: ExportJob, folder: Path) -> CopyReport:
+    """Write NAME-zeros.gguf, the dense file with dropped layers as zeros.  Raises as `write`."""
+    return _written(job, folder, zeros=True)
+
+
+def _written(job: ExportJob, folder: Path, zeros: bool) -> CopyReport:
     from dropformer.prune.formats.gguf.write import write_gguf
 
     source = job.how.gguf
     check(ExportFacts("this model", source is not None))
     assert source is not None
     verify: Literal["all", "sample"] = "all" if job.how.thorough else "sample"
-    target = folder / f"{source.stem}-pruned.gguf"
-    done = write_gguf(source, target, job.surgery, progress=job.how.progress, verify=verify)
+    target = folder / f"{source.stem}-{'zeros' if zeros else 'pruned'}.gguf"
+    done = write_gguf(source, target, job.surgery, zeros=zeros, progress=job.how.progress, verify=verify)
     return replace(done.copied, notes=done.stand_ins)

@@ -11,8 +11,9 @@ from dropformer.prune.formats.gguf.layout import DECI, STAND_IN_WIDTH, Dense, Gg
 UINT32, INT32 = 4, 5
 RECORD_KEY = "dropformer.record"
 
-Pair = bytes | tuple[int, int]
-"""A value with its type: encoded, or where the dense file has it, [start, end)."""
+Span = tuple[int, int]
+Pair = bytes | Span | list[bytes | Span]
+"""A value with its type: encoded, or where the dense file has it, [start, end), or in pieces of both kinds."""
 
 
 def new_pairs(dense: Dense, blocks: Sequence[GgufBlock], record: str | None = None) -> dict[str, Pair]:
@@ -29,17 +30,23 @@ def new_pairs(dense: Dense, blocks: Sequence[GgufBlock], record: str | None = No
             _check_array(dense, key, rest in shape)
             pairs[f"{new}.{rest}"] = shape.pop(rest, span)
         elif prefix != "split" and key != RECORD_KEY:
+            if prefix not in ("tokenizer", "general"):
+                _check_array(dense, key, False)
             pairs[key] = span
     pairs |= {f"{new}.{key}": value for key, value in shape.items()}
     return {**pairs, RECORD_KEY: string(record)} if record else pairs
 
 
 def _check_array(dense: Dense, key: str, written: bool) -> None:
-    """Raises CheckpointError for an array with one entry per block that is not written anew."""
-    if key in dense.header.arrays and dense.header.metadata[key] == dense.blocks and not written:
+    """Raises CheckpointError for an array that may have an entry for each block, or name some, and is not written anew.
+
+    Tokens and rotary sections are none.
+    """
+    apart = written or key not in dense.header.arrays or key.endswith("dimension_sections")
+    if not apart and (dense.header.metadata[key] == dense.blocks or key.startswith(f"{dense.architecture}.")):
         raise CheckpointError(
-            f"{dense.name}: its key {key} has an entry for each block, and dropformer does not know how it follows a "
-            "drop; choose another format"
+            f"{dense.name}: its key {key} has an entry for each block or names some, and dropformer does not know how "
+            "it follows a drop; choose another format"
         )
 
 

@@ -2,8 +2,7 @@
 
     write_gguf(Path("dense.gguf"), Path("pruned.gguf"), surgery)
 
-Where every block that remains is whole the file is an ordinary, shorter one; else it is of llama.cpp's
-architecture `deci` (see `gguf_layout`).
+What the file holds is decided in planned.py; here it is written and read back.
 """
 
 from __future__ import annotations
@@ -17,23 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dropformer.prune.errors import CheckpointError, PlanError, VerificationError
+from dropformer.progress import Tick
+from dropformer.prune.errors import CheckpointError, VerificationError
 from dropformer.prune.files.byteranges import copy_range, holds, read_at, same_range, write_at
-from dropformer.prune.files.copying import CopyReport, Progress, counter, probes
+from dropformer.prune.files.copying import CopyReport, counter, probes
 from dropformer.prune.files.folder import cannot_write, new_file
 from dropformer.prune.formats.gguf.header import GgufHeader, GgufTensor, read_gguf_header
-from dropformer.prune.formats.gguf.keys import bare_string, interleaved, new_pairs
-from dropformer.prune.formats.gguf.layout import (
-    DECI,
-    Dense,
-    GgufBlock,
-    GgufPiece,
-    gguf_blocks,
-    is_stock,
-    lay_out,
-    read_dense,
-)
-from dropformer.prune.outline import Outline
+from dropformer.prune.formats.gguf.keys import Span, bare_string, interleaved
+from dropformer.prune.formats.gguf.layout import GgufPiece
+from dropformer.prune.formats.gguf.planned import PlannedFile, planned
 
 if TYPE_CHECKING:
     from dropformer.prune.block_map import Surgery
@@ -55,61 +46,38 @@ def write_gguf(
     target: Path,
     surgery: Surgery,
     *,
+    zeros: bool = False,
     record: str | None = None,
-    progress: Progress | None = None,
+    progress: Tick | None = None,
     verify: Literal["sample", "all"] = "sample",
 ) -> GgufReport:
     """Write the new file `target`: the dense GGUF `source` without what `surgery` takes out, repairs put in.
 
-    record: JSON for the key `dropformer.record`.  verify: "sample" compares beginning, end and a random window
-    of every tensor with the source, "all" every byte.
+    zeros: dropped layers stay, as zeros.  record: JSON for the key `dropformer.record`.  verify: "sample" compares
+    beginning, end and a random window of every tensor with the source, "all" every byte.
     Raises CheckpointError for a source that is damaged or of a kind that has no pruned form in GGUF, PlanError
     where it is not the model that was cut, OutputError if `target` exists or cannot be written,
     VerificationError if the copy differs; nothing is left behind then.
     """
     if verify not in ("sample", "all"):
         raise ValueError(f"verify is {verify!r}, expected 'sample' or 'all'")
-    dense = read_dense(read_gguf_header(source), source.name)
-    path = _stack_path(dense, surgery.outline)
-    blocks = gguf_blocks(surgery.block_map)
-    pieces = lay_out(dense, blocks, _repaired(surgery, dense, blocks, path))
+    dense = read_gguf_header(source)
+    plan = planned(dense, source.name, surgery, zeros, record)
+    pieces = plan.pieces
     with new_file(target) as file, _opened(source, file) as (old, new):
-        header = _header(old, dense, blocks, pieces, record)
+        header = _header(old, plan, dense.alignment)
         write_at(new, memoryview(header), 0)
-        *starts, end = _starts(pieces, dense.header.alignment, len(header))
+        *starts, end = _starts(pieces, dense.alignment, len(header))
         _write_tensors(old, new, pieces, starts, progress)
         os.ftruncate(new, end)
         _check_header(new, file, header, pieces, starts)
         _check_tensors(old, new, pieces, starts, verify == "all")
-    architecture = dense.architecture if is_stock(blocks) else DECI
-    return GgufReport(architecture, _report(dense.header, pieces, target), _stand_ins(blocks))
+    return GgufReport(plan.architecture, _report(dense, pieces, target), plan.stand_ins)
 
 
-def check_gguf(source: Path, surgery: Surgery) -> None:
+def check_gguf(source: Path, surgery: Surgery, zeros: bool = False) -> None:
     """Raises what `write_gguf` would raise for this source and surgery, before anything is written."""
-    dense = read_dense(read_gguf_header(source), source.name)
-    path = _stack_path(dense, surgery.outline)
-    blocks = gguf_blocks(surgery.block_map)
-    lay_out(dense, blocks, _repaired(surgery, dense, blocks, path))
-
-
-def _stack_path(dense: Dense, outline: Outline) -> str:
-    """The path of the one stack of a model.  Raises PlanError unless it is as deep as the file."""
-    depths = [stack.blocks for stack in outline.stacks]
-    if depths != [dense.blocks]:
-        raise PlanError(
-            f"the plan is for stacks of {depths} blocks, but {dense.name} has one of {dense.blocks}; "
-            "give the file that the plan was made for"
-        )
-    return outline.stacks[0].path
-
-
-def _repaired(surgery: Surgery, dense: Dense, blocks: Sequence[GgufBlock], path: str) -> dict:
-    if not surgery.tensors:
-        return {}
-    from dropformer.prune.formats.gguf.repaired import new_values  # imports torch: only where there is a tensor
-
-    return new_values(surgery.tensors, dense, blocks, path)
+    planned(read_gguf_header(source), source.name, surgery, zeros)
 
 
 @contextmanager
@@ -122,19 +90,22 @@ def _opened(source: Path, target: Path) -> Iterator[tuple[int, int]]:
         raise cannot_write(target, error) from None
 
 
-def _header(
-    old: int, dense: Dense, blocks: Sequence[GgufBlock], pieces: Sequence[GgufPiece], record: str | None
-) -> bytes:
+def _header(old: int, plan: PlannedFile, alignment: int) -> bytes:
     """All that comes before the tensors' data."""
-    pairs, alignment = new_pairs(dense, blocks, record), dense.header.alignment
+    pieces, pairs = plan.pieces, plan.pairs
     parts = [b"GGUF", struct.pack("<IQQ", VERSION, len(pieces), len(pairs))]
     for key, value in pairs.items():
-        parts += [bare_string(key), value if isinstance(value, bytes) else read_at(old, value[1] - value[0], value[0])]
+        parts.append(bare_string(key))
+        parts += [_read(old, part) for part in (value if isinstance(value, list) else [value])]
     for piece, at in zip(pieces, _starts(pieces, alignment), strict=False):
         parts += [bare_string(piece.name), struct.pack(f"<I{len(piece.shape)}Q", len(piece.shape), *piece.shape)]
         parts += [struct.pack("<IQ", piece.kind, at)]
     header = b"".join(parts)
     return header + bytes(-len(header) % alignment)
+
+
+def _read(old: int, part: bytes | Span) -> bytes:
+    return part if isinstance(part, bytes) else read_at(old, part[1] - part[0], part[0])
 
 
 def _starts(pieces: Sequence[GgufPiece], alignment: int, at: int = 0) -> list[int]:
@@ -146,7 +117,7 @@ def _starts(pieces: Sequence[GgufPiece], alignment: int, at: int = 0) -> list[in
 
 
 def _write_tensors(
-    old: int, new: int, pieces: Sequence[GgufPiece], starts: Sequence[int], progress: Progress | None
+    old: int, new: int, pieces: Sequence[GgufPiece], starts: Sequence[int], progress: Tick | None
 ) -> None:
     moved = counter(progress, sum(piece.nbytes for piece in pieces))
     for piece, at in zip(pieces, starts, strict=True):
@@ -217,14 +188,3 @@ def _report(dense: GgufHeader, pieces: Sequence[GgufPiece], target: Path) -> Cop
         bytes_overwritten=sum(overwritten),
         bytes_new=sum(new),
     )
-
-
-def _stand_ins(blocks: Sequence[GgufBlock]) -> tuple[str, ...]:
-    """One line for a person on each kind of zeros in the file."""
-    lines = []
-    if not (blocks[0].attention or blocks[0].mapped):
-        lines.append("one attention head of zeros in block 0, which llama.cpp cannot load without any")
-    if bare := [index for index, block in enumerate(blocks) if block.mlp is None]:
-        where = f"block{'s' * (len(bare) > 1)} {', '.join(map(str, bare))}"
-        lines.append(f"a narrow MLP of zeros in {where}, because llama.cpp takes no block without one")
-    return tuple(lines)

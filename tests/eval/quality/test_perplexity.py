@@ -3,14 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dropformer.eval.quality import head
 from dropformer.eval.quality.head import SplitModel

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dropformer.metrics.blockwise.variant import Changes, variant
-from dropformer.metrics.repair.registry import REPAIRS, RepairEntry
+from dropformer.metrics.repair.registry import REPAIRS, RepairEntry, Training
 from dropformer.metrics.search.improve import improve
 from dropformer.metrics.search.strategy import Strategy, Target, quality
 from dropformer.prune.architecture import Layer
@@ -33,6 +33,17 @@ def test_healing_tells_how_far_it_is(improver):
     assert len(said) == 10 and said[-1] == "lora: 16 of 16 steps"  # eight windows, twice
 
 
+def test_healing_trains_as_long_and_with_adapters_as_wide_as_asked(improver):
+    healing = Strategy(repair=("lora",), stride=1, training=Training(epochs=3, rank=1))
+    found, said = improver(healing), []
+    found.tell = said.append
+    _, repair, _ = improve(found, REF, Target("attn=1"))
+    assert said[-1] == "lora: 24 of 24 steps"  # eight windows, three times
+    name = "model.layers.2.mlp.down_proj.weight"
+    change = repair.tensors[name] - found.model.get_parameter(name).detach()
+    assert int(torch.linalg.matrix_rank(change, rtol=1e-3)) == 1
+
+
 def test_what_maps_leave_is_refitted_behind_them(improver):
     _, fixed, _ = improve(improver(Strategy(repair=("linear", "refit-all"), stride=1)), REF, Target("attn=0,1"))
     refitted = {name for name in fixed.tensors if "mlp.down_proj" in name or "self_attn.o_proj" in name}
@@ -40,8 +51,7 @@ def test_what_maps_leave_is_refitted_behind_them(improver):
 
 
 @pytest.mark.parametrize(
-    "repair",
-    [("refit",), ("refit-all",), ("linear",), ("linear", "refit-all"), ("linear", "refit"), ("refit", "lora")],
+    "repair", [("refit",), ("refit-all",), ("linear",), ("linear", "refit-all"), ("linear", "refit"), ("refit", "lora")]
 )
 def test_a_repaired_model_is_the_dense_one_with_its_stand_ins_and_survives_saving(improver, windows, tmp_path, repair):
     found = improver(Strategy(repair=repair, stride=1))

@@ -38,10 +38,7 @@ def test_a_layer_that_gives_nothing_is_dropped_at_once():
 
 
 def test_what_the_last_step_overshoots_by_is_given_back():
-    known = {
-        Layer("attn", 0): [Option(WINDOW, 0.1, 0.001)],
-        Layer("attn", 1): [Option(DROP, 0.5, 0.02)],
-    }
+    known = {Layer("attn", 0): [Option(WINDOW, 0.1, 0.001)], Layer("attn", 1): [Option(DROP, 0.5, 0.02)]}
     assert list(climb(known, 0.5)) == [Layer("attn", 1)]
 
 

@@ -82,13 +82,13 @@ def test_candidates_measured_together_cost_what_they_cost_alone(tiny, ids, famil
     together.ahead(sets)
     for gone in sets:
         assert together.measured[frozenset(gone)] == pytest.approx(alone(gone), rel=1e-3, abs=1e-7)
-    assert dense._stacks is (family != "bloom")
+    assert dense._batchable is (family != "bloom")
 
 
 def test_blocks_behind_the_candidates_run_once_for_all_of_them(bench, kl):
     rows = []
     last = bench.runner.model.model.layers[2]
-    assert kl.dense._stacks
+    assert kl.dense._batchable
     hook = last.register_forward_pre_hook(lambda _m, args: rows.append(len(args[0])))
     kl.ahead([Layer(kind, i)] for kind in ("attn", "mlp") for i in (0, 1))
     hook.remove()

@@ -138,6 +138,10 @@ class TestAConfigThatDoesNotFit:
             ("hidden_act", "no_such_activation"),
             ("intermediate_size", 7),
             ("vocab_size", 5),
+            ("attention_bias", True),
+            ("architectures", ["LlamaForSequenceClassification"]),
+            ("dtype", "int7"),
+            ("dtype", "float8_e4m3fn"),
         ],
     )
     def test_it_is_refused_in_a_line_and_nothing_is_left(self, tiny, tmp_path, field, value):

@@ -10,7 +10,7 @@ from transformers import AttentionInterface, DynamicCache, StaticCache
 import dropformer
 from dropformer import api
 from dropformer.metrics.repair.base import Repair
-from dropformer.metrics.repair.fold import SINKS, fit_folds, named_constants
+from dropformer.metrics.search.fold import SINKS, fit_folds, named_constants
 from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import PlanError

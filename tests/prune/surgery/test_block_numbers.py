@@ -71,14 +71,6 @@ def test_each_stack_has_numbers_of_its_own():
         found.follow(["layers.3.mlp"])
 
 
-@pytest.mark.parametrize(
-    "pattern", ["re:.*layers\\.(3|4)\\..*", "re:.*layers.[3-5].mlp", "model.layers.1*", "strange.layers.3.mlp"]
-)
-def test_a_pattern_that_cannot_follow_is_refused_by_name(pattern):
-    with pytest.raises(ArchitectureError, match="ignore"):
-        numbers("block:1").follow({"ignore": [pattern]})
-
-
 def test_nothing_is_refused_where_no_block_moves():
     kept = {"ignore": ["re:.*layers\\.(3|4)\\..*", "model.layers.1*"]}
     assert numbers("attn:1").follow(kept) == kept
@@ -136,3 +128,105 @@ def test_quantization_files_beside_the_config_follow(tmp_path):
     new = followed_files(tmp_path, found.outline, found.block_map)
     assert json.loads(new["hf_quant_config.json"]) == {"quantization": FOLLOWED}
     assert "model.layers.2.mlp.up_proj" in new["recipe.yaml"]
+
+
+def test_files_that_count_the_blocks_follow(tmp_path):
+    (tmp_path / "params.json").write_text(json.dumps({"dim": 64, "n_layers": 12}))
+    (tmp_path / "ignored.json").write_text(json.dumps(["model.layers.3.mlp", "model.layers.1.mlp"]))
+    found = numbers("block:1")
+    new = followed_files(tmp_path, found.outline, found.block_map)
+    assert json.loads(new["params.json"]) == {"dim": 64, "n_layers": 11}
+    assert json.loads(new["ignored.json"]) == ["model.layers.2.mlp"]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("kv_cache_scales.json", '{"kv_cache": {"scaling_factor": {"0": {"0": 0.1, "1": 0.2}}}}'),
+        ("2_WeightedLayerPooling/config.json", '{"word_embedding_dimension": 32, "num_hidden_layers": 12}'),
+        ("exits.json", '{"exit_layers": [2, 5]}'),
+        ("bits.json", '{"layer_bits": [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 8]}'),
+        ("skip.toml", 'skip = ["model.layers.3.mlp"]'),
+        ("imatrix.dat", "\x00\x01blk.3.ffn_down.weight\x00"),
+        ("params.json", '{"n_layers": 40}'),
+    ],
+)
+def test_a_file_that_names_blocks_in_an_unknown_way_leaves_them_in_place(tmp_path, name, content):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    found = numbers("block:1")
+    with pytest.raises(ArchitectureError, match=name):
+        followed_files(tmp_path, found.outline, found.block_map)
+    kept = numbers("attn:1")
+    assert followed_files(tmp_path, kept.outline, kept.block_map) == {}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"skip_layers": [3, 4]}, {"first_layers": 3}, {"groups": {"3": {"bits": 4}}}, {"layer_bits": [4] * 12},
+        {"x": {"y": [{"layers": [2, 5]}]}}, {"layers": {"names": "layer_3"}},
+    ],
+)  # fmt: skip
+def test_settings_of_a_quantizer_that_may_name_blocks_leave_them_in_place(fields):
+    found = numbers("block:1")
+    with pytest.raises(ArchitectureError, match="quantization_config"):
+        pruned_config({"num_hidden_layers": 12, "quantization_config": fields}, found.outline, found.block_map)
+
+
+def test_settings_of_a_quantizer_that_name_no_blocks_stay():
+    fields = {"quant_method": "fp8", "weight_block_size": [128, 128], "group_size": 8, "version": "0.3.1", "bits": 4}
+    fields |= {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}}}, "sym": True}
+    found, config = numbers("block:1"), {"num_hidden_layers": 12, "quantization_config": fields}
+    assert pruned_config(config, found.outline, found.block_map)["quantization_config"] == fields
+
+
+PATTERNS = {
+    "re:.*layers\\.(3|4)\\..*": "re:.*layers\\.(?:2|3)\\..*",
+    "re:.*layers\\.(?:0|1)\\.mlp": "re:.*layers\\.(?:0)\\.mlp",
+    "re:.*layers.[3-5].mlp": "re:.*layers.(?:2|3|4).mlp",
+    "re:.*layers\\.\\d\\.mlp": "re:.*layers\\.(?:0|1|2|3|4|5|6|7|8)\\.mlp",  # of one digit: block 10 is now 9
+    "re:.*layers\\.1\\d\\.mlp": "re:.*layers\\.(?:9|10)\\.mlp",
+    "re:.*layers\\.(\\d|1[01])\\.mlp": "re:.*layers\\.(\\d|1[01])\\.mlp",
+    "re:.*layers\\.\\d+\\.mlp": "re:.*layers\\.\\d+\\.mlp",
+    "model.layers.*.mlp": "model.layers.*.mlp",
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_pattern_names_the_same_blocks_afterwards(pattern):
+    assert numbers("block:1").follow([pattern]) == [PATTERNS[pattern]]
+
+
+UNCLEAR = [
+    "model.layers.1*",
+    "model.layers.?.mlp",
+    "model.layers.[3-5].mlp",
+    "model.layers.3-5",
+    "strange.layers.3.mlp",
+]
+UNCLEAR += [
+    "re:.*layers\\.1.*",
+    "re:.*layers\\.(?!3\\.).*",
+    "re:.*layers\\.3|lm_head",
+    "layers_3",
+    "layer_3.mlp",
+    "blk.3.ffn",
+]
+UNCLEAR += [
+    "model.layers[3].mlp",
+    "model/layers/3/mlp",
+    "Layers.3.mlp",
+    "re:.*\\.(3|4)\\.mlp",
+    "*.3.*",
+    "3.mlp.up",
+    "layers.3..5",
+]
+UNCLEAR += ["re:model\\.\\w+\\.3\\.mlp", "re:.*layers\\.(3\\.mlp", "model.layers.0,model.layers.3"]
+
+
+@pytest.mark.parametrize("pattern", UNCLEAR)
+def test_a_pattern_that_cannot_follow_is_refused_by_name(pattern):
+    with pytest.raises(ArchitectureError, match="ignore"):
+        numbers("block:1").follow({"ignore": [pattern]})
+    assert numbers("attn:1").follow({"ignore": [pattern]}) == {"ignore": [pattern]}

@@ -1,13 +1,10 @@
 """llama.cpp computes with a pruned GGUF file what torch does with the pruned model, prefill and decoding.
 
-Needs `DROPFORMER_LLAMACPP_PYTHON`: an interpreter with llama-cpp-python (tested with 0.3.36).
+Needs `DROPFORMER_LLAMACPP_PYTHON`: an interpreter with cyllama (llama.cpp b9190 in its version 0.2.18).
 """
 
 import copy
-import json
-import os
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from llamacpp_run import IDS, NEEDS_LLAMACPP, error, llamacpp
 from tiny_gguf import tiny_model, write_gguf
 
 from dropformer.metrics.repair.linear import linear_forms
@@ -30,9 +28,6 @@ from dropformer.recipes import recipe
 from dropformer.recipes.gguf import convert_gguf
 from dropformer.recipes.wheel import fetch_wheel
 
-PYTHON = os.environ.get("DROPFORMER_LLAMACPP_PYTHON")
-RUNNER = Path(__file__).parents[3] / "makers" / "llamacpp_logits.py"
-IDS = [1, 40, 7, 200, 99, 31, 5, 250, 260, 77, 140, 18]
 F32, Q8_0, Q4_1 = (gguf.GGMLQuantizationType[name] for name in ("F32", "Q8_0", "Q4_1"))
 SPECS = {
     "attn=2": "deci",
@@ -49,21 +44,7 @@ SPECS = {
     "mlp=1,attn=2": "dense",
 }
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(
-        not PYTHON, reason="DROPFORMER_LLAMACPP_PYTHON names no interpreter that has llama-cpp-python 0.3.36"
-    ),
-]
-
-
-def llamacpp(tmp_path, *files):
-    """Logits [files, 2, T, V]: in float32 throughout, and with flash attention."""
-    out = tmp_path / "logits.npy"
-    command = [PYTHON, RUNNER, out, json.dumps(IDS), *files]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-2000:]
-    return np.load(out)
+pytestmark = NEEDS_LLAMACPP
 
 
 def logits(model):
@@ -74,11 +55,6 @@ def logits(model):
 def surgery_of(model, spec):
     outline = summarize(model, discover(model))
     return plan_surgery(outline, choose(outline, spec), model)
-
-
-def error(got, want):
-    """The largest difference relative to the largest logit."""
-    return np.abs(got - want).max() / np.abs(want).max()
 
 
 def assert_same(got, want):
