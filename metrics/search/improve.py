@@ -21,6 +21,7 @@ from dropformer.metrics.blockwise.work import Work
 from dropformer.metrics.calibration.windows import Windows, named_texts
 from dropformer.metrics.offload.keeper import Keeper
 from dropformer.metrics.repair.base import Foresight, Repair, RepairContext, reasons
+from dropformer.metrics.repair.linear import fit_maps
 from dropformer.metrics.repair.registry import REPAIRS
 from dropformer.metrics.repair.slots import branch_outputs
 from dropformer.metrics.search.budget import parse_budget
@@ -234,12 +235,8 @@ class Improver:
 
     def maps(self, layers: Sequence[Layer]) -> Changes:
         """A linear map for each attention layer.  Time: a dense pass up to the last one that was not fitted before."""
-        if not layers:
-            return Changes()
-        from dropformer.metrics.repair.linear import fit_maps
-
         with evaluating(self.model):
-            return fit_maps(self.context(layers))
+            return fit_maps(self.context(layers)) if layers else Changes()
 
     def repair(
         self, dropped: Sequence[Layer], other: Windows | None = None, maps: Sequence[Layer] = ()
