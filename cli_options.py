@@ -254,7 +254,10 @@ AnswerCache = Annotated[
 ]
 SweepFile = Annotated[Path | None, typer.Option("--sweep", help="A sweep.json of the dense model, for the page.")]
 Hardware = Annotated[str, typer.Option(help="cpu (this machine, measured), a6000, a100-80g, h100-sxm, ...")]
-TotalTokens = Annotated[int, typer.Option("--context", min=2, help="Tokens of prompt and answer together.")]
+TotalTokens = Annotated[
+    int | None,
+    typer.Option("--context", min=2, help="Tokens of prompt and answer, default 4096; an encoder's: of its own input."),
+]
 AnswerTokens = Annotated[
     int | None, typer.Option("--new-tokens", min=1, help="How many of them are generated; default half.")
 ]

@@ -36,6 +36,7 @@ from dropformer.prune.loading.load import usable_device
 from dropformer.prune.plan import Plan
 from dropformer.prune.samples.inputs import takes_pictures, writes_text
 from dropformer.prune.window import CONTEXT
+from dropformer.ranking import swept_plans
 from dropformer.recipes.follow import in_percent
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import Request
@@ -105,6 +106,8 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
     if plan.windows:
         progress.say("windows: " + ", ".join(f"{layer}@{window}" for layer, window in plan.windows.items()))
         progress.say(f"KV cache at {CONTEXT:,} tokens: {plan.kv_share(CONTEXT):.0%} of the dense model's")
+    if plan.agents:
+        progress.say("agents: " + ", ".join(f"{layer}@{count}" for layer, count in plan.agents.items()))
     if any(layer.kind == "attn" and layer.index == 0 for layer in plan.layers):
         progress.say("warning: the attention of block 0 is dropped; vLLM and llama.cpp cannot load a model without it")
     with plan_kept(plan, out, always=request.selection.strategy is not None):
@@ -250,7 +253,7 @@ def sweep(
             f"a sweep measures perplexity, but {request.model} is not a causal language model; prune it with --drop"
         )
     check_length(opened.model.config, max(shape[1], SWEEP.prompt + SWEEP.new if speed else 0), opened.ref.name)
-    plans = scoring.swept_plans(opened, request, [spec.format(count) for count in counts if count], shape[1], progress)
+    plans = swept_plans(opened, request, [spec.format(count) for count in counts if count], shape[1], progress)
     data = text_windows(Calibration(request.report.text, *shape, seed=HELD_OUT.seed), scoring.writer(opened, progress))
     models = [opened.model, *(api.drop(opened, plan) for plan in plans)]
     setting = SWEEP if speed else AT

@@ -31,9 +31,10 @@ from dropformer.prune.loading.device import input_device
 from dropformer.prune.plan import Plan, make_plan
 from dropformer.prune.samples.inputs import writes_text
 from dropformer.prune.spec import parse_spec
+from dropformer.ranking import losses_by_rung
 from dropformer.recipes.opening import LoadedModel, open_model
 from dropformer.request import GATE, Request, recipe_calibration
-from dropformer.scoring import check_early, get_scores, losses_by_window, plan_of_rungs, writer
+from dropformer.scoring import check_early, get_scores, plan_of_rungs, writer
 
 if TYPE_CHECKING:
     from dropformer.metrics.blockwise.from_disk import BlockSource
@@ -217,7 +218,7 @@ def one_shot_plan(opened: LoadedModel, request: Request, progress: Progress) -> 
     published = opened.recipe.published if opened.recipe else None
     if all(s.published or s.rung or s.indices is not None for s in parse_spec(spec)):
         outline = api.outline(opened.model, spec)
-        losses = losses_by_window(opened, request, outline, progress)
+        losses = losses_by_rung(opened, request, outline, progress)
         return api.plan_unscored(opened.ref, outline, spec, keep, published, losses), None
     if seen := next((s for s in parse_spec(spec) if of_images(s.stack)), None):
         raise PlanError(
@@ -225,5 +226,5 @@ def one_shot_plan(opened: LoadedModel, request: Request, progress: Progress) -> 
             "or use dropformer.analyze(model, batches) in Python"
         )
     scores = get_scores(opened, request, progress)
-    losses = losses_by_window(opened, request, scores.outline, progress)
+    losses = losses_by_rung(opened, request, scores.outline, progress)
     return api.plan(scores, spec, keep, published, losses=losses), scores

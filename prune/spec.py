@@ -154,8 +154,9 @@ def check_drop(drop: str | None, config: Mapping[str, Any], name: str) -> None:
     for selector in parse_spec(drop) if drop else ():
         limit = blocks and blocks * len(selector.kinds)
         if limit and not selector.percent and selector.count > limit:
+            does = "takes" if selector.rung else "drops"
             raise PlanError(
-                f"`{selector}` drops {selector.count} layers, but {name} has {limit} of that kind; ask for fewer"
+                f"`{selector}` {does} {selector.count} layers, but {name} has {limit} of that kind; ask for fewer"
             )
 
 

@@ -34,8 +34,3 @@ class Window:
     def held(self, context: int) -> int:
         """Tokens in the layer's KV cache once `context` tokens were read."""
         return min(context, self.width + self.sinks)
-
-    def seen(self, context: int) -> float:
-        """Keys that a token sees on average while `context` tokens are read.  Without a window (context + 1) / 2."""
-        full = min(context, self.width + self.sinks)
-        return (full * (full + 1) / 2 + (context - full) * full) / context if context else 0.0

@@ -34,7 +34,8 @@ class BlockCost:
     """One block: parameters of its branches (norms included) and the shape of its attention.
 
     attention, mlp, shared: parameters; `shared` is in neither branch.  width: heads x head size.
-    kv: key and value elements per token.  window: tokens that the layer attends to, None for all.
+    kv: key and value elements per token.  window: tokens that the layer attends to, None for all.  agents: those that
+    an encoder's layer attends through, None without.
     groups: query heads per key head.
     """
 
@@ -47,6 +48,7 @@ class BlockCost:
     groups: int = 1
     window: int | None = None
     experts: Experts | None = None
+    agents: int | None = None
 
     @property
     def active(self) -> int:
@@ -75,11 +77,12 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """A decoder's cost: its blocks, the output head, and the rest.
+    """A decoder's cost, or an encoder's: its blocks, the output head, and the rest.
 
     lookup: parameters of embedding tables, of which only single rows are read; a tied table is in `head` only.
     other: parameters outside the blocks that are always read (the last norm).
-    outline: parameters per branch.  `blocks` are all blocks of its main stack.
+    outline: parameters per branch.  `blocks` are all blocks of its main stack.  tokens: those of an encoder's own input
+    (an image of the size that it was made for, or its longest text); 0 for a decoder.
     """
 
     blocks: tuple[BlockCost, ...]
@@ -87,6 +90,7 @@ class ModelCost:
     lookup: int
     other: int
     outline: Outline = field(compare=False)
+    tokens: int = 0
 
     @property
     def parameters(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from dropformer.eval.cost.estimate import decoder_windows
 from dropformer.eval.cost.hardware import Hardware
 from dropformer.eval.cost.model_cost import ModelCost
 from dropformer.eval.cost.roofline import Workload
@@ -55,7 +56,7 @@ def draft_estimate(cost: ModelCost, spec: str, workload: Workload, device: Hardw
     depth: dict[Layer, float] = {layer: layer.index for kind in kinds for layer in cost.outline.layers(kind)}
     drops = without_windows(spec)
     layers = choose(cost.outline, drops, depth) if drops else []
-    windows = choose_windows(cost.outline, spec, layers, depth)
+    windows = decoder_windows(choose_windows(cost.outline, spec, layers, depth))
     steps = Steps(cost, device, workload)
     c = steps.draft(layers, windows)
     curve = {a: best(a, c, steps.verify) for a in ACCEPTANCES}

@@ -35,6 +35,7 @@ class CheckpointFacts:
     first: frozenset[str] = frozenset()
     windows: bool = False
     maps: bool = False
+    agents: bool = False
     saves: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -85,7 +86,7 @@ def _hugging_face(folder: Path, record: Mapping[str, Any]) -> CheckpointFacts:
         skips = {str(i): frozenset(layer.get("skip", ())) for i, layer in layers.items()}
         return CheckpointFacts(
             folder, PRUNED, family, architecture, "", frozenset().union(*skips.values()), skips.get("0", frozenset()),
-            "window" in words, "linear" in words, _saves(record), config,
+            "window" in words, "linear" in words, "agents" in words, _saves(record), config,
         )  # fmt: skip
     if kind == DECI and is_own_deci(config):
         blocks = [

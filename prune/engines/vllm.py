@@ -39,6 +39,8 @@ def with_plugin(facts: CheckpointFacts) -> Answer:
     known, version = tried(), f"vLLM {tried()['version']}"
     if facts.windows:
         return Answer(False, why="attention windows are not carried over", instead="load it in transformers")
+    if facts.agents:
+        return Answer(False, why="agents are not carried over", instead="load it in transformers")
     if facts.maps:
         return Answer(False, why="linear maps are not carried over", instead="prune without --repair linear")
     if why := {**known["refused"], **known["wrong"]}.get(facts.family):

@@ -27,7 +27,8 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str
     device = input_device(model)
     name = getattr(model, "main_input_name", "input_ids")
     if name == "pixel_values":
-        return {"pixel_values": random_pixels(config, batch).to(device)}
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        return {"pixel_values": random_pixels(config, batch).to(device, dtype)}
     generator = torch.Generator().manual_seed(0)
     if name == "input_features":
         shape = (batch, getattr(config, "num_mel_bins", 80), 2 * getattr(config, "max_source_positions", 1500))
