@@ -1,8 +1,8 @@
-"""What rungs cost at the end of long texts: KL to the dense model on the last tokens, behind the dense model's cache.
+"""The cost of rungs at the end of long texts: KL to the dense model on the last tokens, after the dense cache.
 
-The dense model reads each text once.  A candidate then reads only the last tokens, with the dense model's keys and
-values before them, from its first changed block on: a small share of a forward pass, so that every layer can be tried
-alone and behind others.  What windows do to the past's own keys is left out.
+The dense model reads each text once.  A candidate then reads only the last tokens, after the dense model's keys and
+values, from its first changed block on: a small share of a forward pass, so every layer can be measured alone and
+beside others.  The effect of windows on the keys of earlier tokens is ignored.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from dropformer.prune.loading.window_attention import unfit
 from dropformer.prune.outline import Outline
 from dropformer.prune.window import Window
 
-SHARE, LONGEST = 64, 256  # candidates read the last 1/64 of a text, so many tokens at most
-PRICE = 3  # what one of them counts as: it attends to the whole text, with a mask
+SHARE, LONGEST = 64, 256  # candidates read the last 1/64 of a text, at most 256 tokens
+PRICE = 3  # cost of such a token relative to one of a forward pass: it attends to the whole text, with a mask
 
 Action = Window | None
 """A window, or None where the layer is dropped."""
 
 
 def tail_of(tokens: int) -> int:
-    """Tokens at the end of a text that candidates read: 128 of 8,192."""
+    """Number of tokens at the end of a text that candidates read: 128 of 8,192."""
     return max(2, min(LONGEST, tokens // SHARE))
 
 
 class Recorded(nn.Module):
-    """In place of a block: what the dense block gave on the same tokens."""
+    """In place of a block: the dense block's output on the same tokens."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()
@@ -50,9 +50,9 @@ class Recorded(nn.Module):
 
 
 class FarText:
-    """The dense model on one long text [T]: its cache, and what its blocks and its head give on its tail.
+    """The dense model on one long text [T]: its cache, and the outputs of its blocks and head on the tail.
 
-    `damages`: what each action takes from a layer there on the dense stream, mean of |A'(x) - A(x)|^2 / |x|^2.
+    `damages`: per layer and action, on the dense stream of the tail, the mean of |A'(x) - A(x)|^2 / |x|^2.
     Time: a forward pass.  Memory: the KV cache of the text, and log-probabilities [tail, V] in float32.
     """
 
@@ -98,7 +98,7 @@ class FarText:
 
     @contextmanager
     def _recording(self, actions: Sequence[Action]) -> Iterator[None]:
-        """Inside the `with`, a pass leaves each block's output, and the damage of each action."""
+        """Inside the `with`, a pass records each block's output, and the damage of each action."""
         with ExitStack() as hooks:
             for index, path in enumerate(self.blocks):
                 block = self.model.get_submodule(path)

@@ -1,8 +1,8 @@
-"""A plan of rungs under a budget, by the KL divergence that each costs at the end of long texts.
+"""A plan of rungs under a budget, by the KL divergence of each at the end of long texts.
 
-Each layer is tried alone on its harshest rungs; wider windows are taken to cost as much less as they change less.
-The plan of least sum is measured as a whole, then each of its layers is put back in turn: what that gains is what the
-layer costs beside the others, by which the rest of the search chooses again.  All within PASSES forward passes.
+Each layer is measured alone on its narrowest window and dropped; the cost of wider windows is scaled by how much they
+change.  The plan of least sum is measured as a whole, then each of its layers is put back in turn: the KL that this
+recovers is the layer's cost beside the others, and the next plan is chosen by these.  All within PASSES forward passes.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from dropformer.prune.rungs.registry import Rung
 from dropformer.prune.rungs.window import Windowed
 
 PASSES, ROUNDS = 6.0, 3
-STEPS = (1.0, 0.5, 0.25)  # of the way, in logarithm, from what layers cost alone to what they cost beside the others
-LEAST, MOST = 0.2, 5.0  # a round changes what a layer is taken to cost by so much at most
+STEPS = (1.0, 0.5, 0.25)  # exponents between a layer's cost alone (0) and its cost beside the others (1)
+LEAST, MOST = 0.2, 5.0  # bounds of the factor by which a round changes a layer's cost
 
 
 @dataclass
 class RungSearch:
-    """What actions cost the layers that may take them, in nats of KL at the ends of these texts.
+    """The cost of each action per layer, in nats of KL at the ends of these texts.
 
-    `kl`: that of the last plan that was found; `history`: of each that was measured on the way.  Several budgets share
-    what the layers cost alone.
+    `kl`: of the last plan found; `history`: of each plan measured on the way.  Several budgets share the costs of the
+    layers alone.
     """
 
     texts: Sequence[FarText]
@@ -51,14 +51,14 @@ class RungSearch:
 
     @property
     def passes(self) -> float:
-        """Forward passes over the texts until now."""
+        """Forward passes over the texts so far."""
         return sum(text.work for text in self.texts) / len(self.texts)
 
     def measured(self, actions: Mapping[Layer, Action]) -> float:
         return sum(text.kl(actions) for text in self.texts) / len(self.texts) if actions else 0.0
 
     def alone(self) -> dict[Layer, dict[Action, float]]:
-        """Each layer's costs by itself: measured on the narrowest window and dropped, scaled for wider windows."""
+        """Each layer's costs alone: measured for the narrowest window and for a drop, scaled for wider windows."""
         if not self._alone:
             self._alone = {layer: self._of(layer) for layer in self.layers}
             self._works = [text.work for text in self.texts]
@@ -78,9 +78,9 @@ class RungSearch:
     def beside(
         self, chosen: Mapping[Layer, Action], costs: Mapping[Layer, Mapping[Action, float]]
     ) -> dict[Layer, float]:
-        """What each layer costs beside the other chosen ones, over what it was taken to cost.
+        """Each layer's cost beside the other chosen ones, over its assumed cost.
 
-        Layers that were not chosen: half of the median, in logarithm.
+        Layers that were not chosen: the square root of the median.
         """
         factors = {}
         for layer, action in chosen.items():
@@ -91,7 +91,7 @@ class RungSearch:
         return {layer: factors.get(layer, middle) for layer in costs}
 
     def room(self, changed: int) -> bool:
-        """Are there passes left to put each of the changed layers back, and to measure what comes of it?"""
+        """Whether passes are left to put each changed layer back once, and to measure the next plan."""
         full = sum(text.price for text in self.texts) / len(self.texts)
         return self.passes + full * (changed + 1) <= PASSES
 
@@ -99,10 +99,9 @@ class RungSearch:
 def read_texts(
     model: PreTrainedModel, outline: Outline, rungs: Sequence[Rung], texts: Sequence[Tensor], keep: Sequence[int] = ()
 ) -> RungSearch:
-    """The dense model on these long texts, token ids [T], ready to choose among rungs by what they cost there.
+    """The dense model on these long texts, token ids [T], for a search among rungs.
 
-    Time: a forward pass; memory: the texts' KV cache.  Raises ArchitectureError where no attention layer takes a
-    window.
+    Time: a forward pass.  Memory: the texts' KV cache.  Raises ArchitectureError if no attention layer takes a window.
     """
     actions = [_action(rung) for rung in rungs]
     read = [FarText(model, outline, ids, actions) for ids in texts]
@@ -131,7 +130,7 @@ def rung_plan(search: RungSearch, ref: ModelRef, target: Target, **fields: Any) 
 
 @dataclass(frozen=True)
 class _Weighing:
-    """What turns costs into options: the budget at its context, and the layer that may not be dropped."""
+    """Turns costs into options: the budget at its context, and the layer that must not be dropped."""
 
     outline: Outline
     target: Target
@@ -185,7 +184,7 @@ def _action(rung: Rung) -> Action:
 
 
 def _kept_whole(outline: Outline, texts: Sequence[FarText]) -> Layer | None:
-    """The attention with keys whose output is the largest: a model keeps one."""
+    """The attention layer with keys that has the largest output; a model keeps one of them."""
     damages = texts[0].damages
     with_keys = [layer for layer in damages if outline.branch(layer).kv]
     return max(with_keys, key=lambda layer: sum(t.damages[layer][None] for t in texts), default=None)

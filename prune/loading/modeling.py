@@ -250,11 +250,9 @@ def number_attentions(model: PreTrainedModel) -> None:
 
 
 def own_modules(model: PreTrainedModel, modules: dict[str, Any]) -> dict[str, Any]:
-    """Module paths as `model` names them: a bare trunk lacks the prefix that a model with a head has."""
-    prefix = f"{model.base_model_prefix}."
-    if not modules or hasattr(model, model.base_model_prefix):
-        return modules
-    return {path.removeprefix(prefix): form for path, form in modules.items()}
+    """Module paths as `model` names them: a bare trunk lacks the name that it has in a model with a head."""
+    split = {path: path.partition(".") for path in modules}
+    return {path if split[path][0] in model._modules else split[path][2]: form for path, form in modules.items()}
 
 
 def _factory(auto_name: str) -> type:

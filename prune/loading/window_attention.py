@@ -135,11 +135,20 @@ def unfit(module: nn.Module) -> str:
     name, names = type(module).__name__, inspect.unwrap(type(module).forward).__code__.co_names
     if not isinstance(getattr(module, "layer_idx", None), int) or "ALL_ATTENTION_FUNCTIONS" not in names:
         return f"{name} does not compute attention through transformers' attention interface, so it takes no window"
-    if getattr(module, "sliding_window", None) or "sliding" in str(getattr(module, "layer_type", "")):
+    if getattr(module, "sliding_window", None) or "sliding" in str(getattr(module, "layer_type", _cached_as(module))):
         return f"{name} of layer {module.layer_idx} has a sliding window already"
     if not getattr(module, "is_causal", True):
         return f"{name} is not causal: a window of the last tokens fits only attention to what came before"
     return ""
+
+
+def _cached_as(module: Any) -> str:
+    """The kind of attention by which a cache makes a module's entry: Mistral's one window is in its config alone."""
+    config, index = getattr(module, "config", None), module.layer_idx
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return "sliding" if getattr(config, "sliding_window", None) else ""
+    return str(kinds[index]) if index < len(kinds) else ""
 
 
 def _enter(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
