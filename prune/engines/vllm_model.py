@@ -174,18 +174,18 @@ def values_returned(forward: Callable[..., Any]) -> int:
 
 
 def forget(dropped: list[nn.Module], vllm_config: VllmConfig) -> None:
-    """Take modules out of vLLM's forward context: what is in there gets KV cache or counts as a layer of experts."""
+    """Remove modules from vLLM's forward context, in which they would get KV cache or count as expert layers."""
     compilation = vllm_config.compilation_config
-    context, gone = compilation.static_forward_context, set(map(id, dropped))
-    for prefix in [prefix for prefix, module in context.items() if id(module) in gone]:
+    context, ids = compilation.static_forward_context, set(map(id, dropped))
+    for prefix in [prefix for prefix, module in context.items() if id(module) in ids]:
         del context[prefix]
         if prefix in compilation.static_all_moe_layers:
             compilation.static_all_moe_layers.remove(prefix)
 
 
 def without(parent: nn.Module, dropped: list[nn.Module]) -> None:
-    """Take dropped modules off the plain lists in which models of experts keep their layers, so that they are freed."""
-    gone = set(map(id, dropped))
+    """Remove dropped modules from plain lists, in which MoE models keep their layers, so that they are freed."""
+    ids = set(map(id, dropped))
     for key, value in list(vars(parent).items()):
-        if isinstance(value, list) and any(id(item) in gone for item in value):
-            setattr(parent, key, [item for item in value if id(item) not in gone])
+        if isinstance(value, list) and any(id(item) in ids for item in value):
+            setattr(parent, key, [item for item in value if id(item) not in ids])
