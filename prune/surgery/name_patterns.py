@@ -91,7 +91,7 @@ def number_part(text: str, at: int, escaped: bool) -> NumberPart | None:
     return part
 
 
-def _unreadable(text: str) -> None:
+def _unreadable(text: str) -> NoReturn:
     raise ValueError(f"`{text}` cannot be read")
 
 
