@@ -79,14 +79,13 @@ FAMILIES = [
 ONE = {"first attention, an MLP, a block": "attn=0,mlp=1,block=2"}
 EACH = {"attention": "attn=1,3", "MLP": "mlp=0,2", "both": "attn=1,mlp=2", "block": "block=1,attn=2", "first": "attn=0"}
 SPECS = {  # in place of ONE, for families whose blocks differ
-    "gpt_oss": "attn=0,mlp=1,block=1,2",  # vLLM tells its windows by block number
+    "gpt_oss": "attn=0,mlp=3,block=1,2",  # vLLM tells its windows by block number
     "nemotron_h": "attn=3,mlp=2",
 }
 PINNED = {  # what vLLM asks of a family's sizes
-    "bloom": {"n_layer": 4},
+    "bloom": {"n_layer": 4, "hidden_size": 128},
     "falcon": {"ffn_hidden_size": 4 * 128},
-    "deepseek_v2": {"kv_lora_rank": 512, "qk_rope_head_dim": 64},
-    "deepseek_v3": {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "topk_method": "noaux_tc"},
+    "deepseek_v3": {"topk_method": "noaux_tc"},
 }
 PROMPTS = [list(range(5, 17)), [40, 7, 7, 19], [63, 3]]
 STEPS, TOLERANCE = 6, 1e-4
