@@ -62,6 +62,8 @@ def prune(
     hardware: options.DraftHardware = "cpu",
     write_anyway: options.Anyway = False,
     repair: options.RepairMethods = None,
+    epochs: options.Epochs = None,
+    rank: options.Rank = None,
     gate: options.Gate = "docstrings",
     text: options.ReportText = "heldout",
     seconds: options.Seconds = 18.0,
@@ -89,7 +91,8 @@ def prune(
         validate.check_subcommand(given, context.invoked_subcommand)
         return
     validate.check_target(given)
-    strategy = asked.chosen_strategy(quality, metric, select, repair, refine, None if rungs else budget)
+    training = asked.Training(epochs, rank)
+    strategy = asked.chosen_strategy(quality, metric, select, repair, refine, None if rungs else budget, training)
     texts = asked.calibration_texts(calibration, several=strategy is not None)
     request = asked.Request(
         model or "",

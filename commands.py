@@ -8,7 +8,6 @@ import typer
 
 from dropformer import cli_options as options
 from dropformer import file_commands
-from dropformer.prune.errors import EvaluationError
 
 BATCH, CONTEXT = "1", "512"
 
@@ -125,40 +124,6 @@ def sweep(
     found.write(folder / "sweep.json")
     draw(found, folder / "sweep.png")
     console.show_sweep(found, folder, as_json)
-
-
-def estimate(
-    model: options.ConfigOf,
-    drop: options.NeededDrop,
-    hardware: options.Hardware = "a6000",
-    context: options.TotalTokens = 4096,
-    new_tokens: options.AnswerTokens = None,
-    batch: options.Batch = 1,
-    draft: options.DraftEstimate = False,
-    as_json: options.Json = False,
-) -> None:
-    """Predict from the config alone what a drop saves: bytes, FLOPs, roofline times, speed-up."""
-    from dropformer.prune.spec import parse_spec
-
-    parse_spec(drop)
-    if draft and new_tokens:
-        raise EvaluationError("--new-tokens has no effect beside --draft, which counts single steps; leave it out")
-    from dropformer import console
-    from dropformer.eval.cost import estimate as costs
-    from dropformer.eval.cost.hardware import hardware as named_hardware
-    from dropformer.eval.cost.roofline import Workload
-    from dropformer.recipes.recipe import recipe_for
-
-    workload, device, recipe = Workload(context, batch, new_tokens), named_hardware(hardware), recipe_for(model)
-    lists = recipe.published if recipe else None
-    if draft:
-        from dropformer.eval.draft.estimate import draft_estimate
-
-        pays = draft_estimate(costs.cost_of_name(model), drop, workload, device)
-        console.show(pays.to_json() if as_json else None, *pays.lines())
-        return
-    found = costs.estimate(costs.cost_of_name(model), drop, device, workload, lists)
-    console.show_estimate(found, costs.published_speedup(recipe, drop), as_json)
 
 
 def evaluate(
@@ -294,6 +259,6 @@ COMMANDS = (
     file_commands.recipes,
     compare,
     evaluate,
-    estimate,
+    file_commands.estimate,
     sweep,
 )

@@ -28,6 +28,7 @@ from rich.text import Text
 from dropformer.eval.report.dense_pruned import record_table, relative_change, report_notes, report_table
 from dropformer.progress import Tick
 from dropformer.prune.formats.registry import FORMATS
+from dropformer.prune.rungs.agent import Agents
 from dropformer.prune.window import CONTEXT
 
 if TYPE_CHECKING:
@@ -165,9 +166,11 @@ def plan_table(plan: Plan) -> Table:
         table.add_column(name, justify="right")
     for drop in plan.drops:
         score = "" if drop.similarity is None else f"{drop.similarity:.4f}"
-        table.add_row(drop.layer, *([score] if scored else []))
-    for layer, window in plan.windows.items():
-        table.add_row(f"{layer}@{window}", *([""] if scored else []))
+        form = " linear" if drop.layer in plan.maps else ""
+        table.add_row(drop.layer + form, *([score] if scored else []))
+    for layer, rung in plan.rungs.items():
+        what = " agents" if isinstance(rung, Agents) else ""
+        table.add_row(f"{layer}@{rung}{what}", *([""] if scored else []))
     return table
 
 
@@ -179,6 +182,8 @@ def savings_line(plan: Plan) -> str:
         text += f", KV cache {relative_change(saved.kv, saved.kv_after)} per token"
     if plan.windows:
         text += f" beyond the windows, {plan.kv_share(CONTEXT) - 1:+.1%} at {CONTEXT:,} tokens"
+    if plan.agents:
+        text += f"; agents save time beyond {2 * max(plan.agents.values()):,} tokens, and no weights"
     if plan.packing_cost is not None:
         text += f"; packs into a stock model for {plan.packing_cost:.4f} of mean similarity"
     return text

@@ -9,15 +9,17 @@ from pathlib import Path
 
 from dropformer.eval.draft.options import DraftOptions
 from dropformer.metrics.calibration.settings import Calibration
-from dropformer.metrics.repair.registry import REPAIRS
+from dropformer.metrics.repair.registry import REPAIRS, Training
 from dropformer.metrics.search.budget import parse_budget
 from dropformer.metrics.search.ladder import check_rungs
 from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named_strategy
 from dropformer.prune.errors import CalibrationError, EvaluationError, OutputError, PlanError
 from dropformer.prune.formats.writing import ExportOptions
+from dropformer.prune.plan import Plan
+from dropformer.prune.rungs.linear import LinearMap
 from dropformer.prune.rungs.registry import parse_rungs
-from dropformer.prune.spec import parse_keep
+from dropformer.prune.spec import folds, parse_keep, parse_spec
 from dropformer.prune.window import CONTEXT
 from dropformer.recipes import Recipe
 from dropformer.recipes.placement import Placement
@@ -74,16 +76,17 @@ def chosen_target(drop: str | None, keep: str, budget: str | None, rungs: str | 
 
 def chosen_strategy(
     quality: str | None, metric: str | None, select: str | None, repair: str | None, refine: int | None,
-    budget: str | None,
+    budget: str | None, training: Training | None = None,
 ) -> Strategy | None:  # fmt: skip
     """The strategy that the options describe, None for one-shot similarity.  Raises PlanError."""
-    if not refine and all(said is None for said in (quality, metric, select, repair, budget)):
+    trains = training is not None and training.given
+    if not refine and not trains and all(said is None for said in (quality, metric, select, repair, budget)):
         return None
     if repair is not None and not repair.strip(" ,"):
         REPAIRS[repair]  # raises
     if budget is not None:
         parse_budget(budget)
-    return named_strategy(quality, metric, select, repair, refine).under(budget)
+    return named_strategy(quality, metric, select, repair, refine, training).under(budget)
 
 
 def chosen_format(name: str, dense: bool) -> str:
@@ -172,7 +175,24 @@ class Request:
     def on_files(self) -> bool:
         """Whether a plan is applied by copying byte ranges, without a model in memory."""
         chosen = self.selection
-        return bool(chosen.plan and not (chosen.strategy or self.report.measure or self.dry_run))
+        return bool(chosen.plan and not (chosen.strategy or self.report.measure or self.dry_run or self.fits))
+
+    @cached_property
+    def fits(self) -> bool:
+        """Whether the spec or the plan has linear maps or folded sinks, which are fitted on text."""
+        if self.selection.plan:
+            return Plan.read(self.selection.plan).fitted
+        selectors = parse_spec(self.target.spec) if self.target.spec else ()
+        return self.maps or any(map(folds, selectors))
+
+    @cached_property
+    def maps(self) -> bool:
+        """Whether the spec, the plan or the rungs have linear maps."""
+        if self.selection.plan:
+            return bool(Plan.read(self.selection.plan).maps)
+        selectors = parse_spec(self.target.spec) if self.target.spec else ()
+        rungs = any(isinstance(rung, LinearMap) for rung in self.target.rungs)
+        return rungs or any(selector.kind == "linear" for selector in selectors)
 
     @property
     def drops(self) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dropformer import api
 from dropformer.eval.draft.options import DraftOptions
 from dropformer.eval.quality.perplexity import HELD_OUT
 from dropformer.metrics.analysis import distributed
@@ -17,8 +16,7 @@ from dropformer.metrics.analysis.measure import Measuring, measure
 from dropformer.metrics.analysis.score_cache import keep, kept_scores, score_file
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.analysis.stability import check_spec
-from dropformer.metrics.analysis.window_loss import TIMES, window_losses
-from dropformer.metrics.calibration.batching import busy_tokens, windows_at_once
+from dropformer.metrics.calibration.batching import busy_tokens
 from dropformer.metrics.calibration.data import CalibrationData, calibration_data, default_settings, text_windows
 from dropformer.metrics.calibration.far_recall import far_recall
 from dropformer.metrics.calibration.generated import Writer
@@ -28,27 +26,24 @@ from dropformer.metrics.calibration.windows import Windows, computed_tokens, nam
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.metrics.search.budget import check_budget, parse_budget
 from dropformer.metrics.search.far_text import tail_of
+from dropformer.metrics.search.improve import Improver
 from dropformer.metrics.search.ladder import check_rungs
-from dropformer.metrics.search.rungs import read_texts, rung_plan
+from dropformer.metrics.search.rungs import mapped_modules, read_texts, rung_plan
 from dropformer.progress import Progress
-from dropformer.prune.architecture import Layer
-from dropformer.prune.choosing import check_possible
+from dropformer.prune.choosing import check_possible, unprotected
 from dropformer.prune.discovery.proof import outline as proven_outline
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading.load import usable_device
-from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan
+from dropformer.prune.rungs.linear import LinearMap
 from dropformer.prune.samples.inputs import takes_pictures, writes_text
-from dropformer.prune.spec import parse_spec
-from dropformer.prune.window import Window
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import CalibrationOptions, Request
 
 RECALL = "recall"  # beside any calibration text where windows are chosen
 TEXTS = 2  # of the context, by whose ends rungs are chosen
-WINDOW_TOKENS = 8192  # read to rank windows by: about two texts several windows long
 
 
 def writer(opened: LoadedModel, progress: Progress) -> Writer:
@@ -99,7 +94,7 @@ def get_scores(opened: LoadedModel, request: Request, progress: Progress, specs:
                 f"{request.selection.scores} was measured on other weights than {opened.ref.name}; analyze this model"
             )
         return scores.model_copy(update={"model": opened.ref})
-    data = _material(opened, request, progress)
+    data = material(opened, request, progress)
     dtype = request.placement.computes_in(opened.path)
     kept = score_file(opened.ref.fingerprint or "", data.ref, dtype)
     if reused := _reused(kept, opened, data):
@@ -111,7 +106,7 @@ def get_scores(opened: LoadedModel, request: Request, progress: Progress, specs:
     return scores
 
 
-def _material(opened: LoadedModel, request: Request, progress: Progress) -> CalibrationData:
+def material(opened: LoadedModel, request: Request, progress: Progress) -> CalibrationData:
     said = request.calibration
     settings = said.of(opened.recipe)
     free = default_settings(opened.model, settings)
@@ -202,10 +197,13 @@ def held_out_windows(opened: LoadedModel, request: Request, progress: Progress) 
         raise CalibrationError(f"--text: {error}") from None
 
 
-def plan_of_rungs(opened: LoadedModel, request: Request, progress: Progress) -> Plan | None:
+def plan_of_rungs(
+    opened: LoadedModel, request: Request, progress: Progress, improver: Improver | None = None
+) -> Plan | None:
     """The plan that a budget makes of `--rungs`, None where no rungs are asked for.
 
-    Raises PlanError, CalibrationError, ArchitectureError or ModelError.
+    `improver`: fits linear maps, where they are among the rungs.  Raises PlanError, CalibrationError,
+    ArchitectureError or ModelError.
     """
     target = request.target
     if not target.rungs:
@@ -213,9 +211,12 @@ def plan_of_rungs(opened: LoadedModel, request: Request, progress: Progress) -> 
     if opened.tokenizer is None or not writes_text(opened.model):
         raise ModelError(f"{opened.ref.name} reads no text token by token, so no rung can be told from another")
     texts, named = _long_texts(opened, request, progress)
-    outline = proven_outline(opened.model)
+    outline, maps = proven_outline(opened.model), None
+    if improver and any(isinstance(rung, LinearMap) for rung in target.rungs):
+        with progress.stage("fitting linear maps"):
+            maps = mapped_modules(improver, unprotected(outline, ("attn",), "", target.keep))
     with progress.stage(f"KL of {', '.join(map(str, target.rungs))}"):
-        search = read_texts(opened.model, outline, target.rungs, texts, target.keep)
+        search = read_texts(opened.model, outline, target.rungs, texts, target.keep, maps)
         plan = rung_plan(search, opened.ref, target, calibration=named)
     tried = ", ".join(f"{kl:.4f}" for kl in search.history)
     progress.say(f"KL of the plans at the end of the texts: {tried}; {search.passes:.1f} forward passes")
@@ -243,42 +244,6 @@ def _long_texts(opened: LoadedModel, request: Request, progress: Progress) -> tu
     progress.say(f"calibration: {settings.name} with recall, {len(texts)} texts of {length:,} tokens")
     named = named_texts(data)
     return texts, named | {"name": f"{named['name']},{RECALL}"}
-
-
-def losses_by_window(
-    opened: LoadedModel, request: Request, outline: Outline, progress: Progress
-) -> dict[Layer, float] | None:
-    """Loss of each layer under the first window that a spec gives to a count of layers; None if it names all."""
-    counted = next((s for s in parse_spec(request.target.spec) if s.rung and s.indices is None), None)
-    if counted is None or counted.window is None:
-        return None
-    settings = request.calibration.of(opened.recipe)
-    length, samples = _read_for(counted.window, opened, request)
-    data = text_windows(replace(settings, length=length, samples=samples), writer(opened, progress))
-    with progress.stage(f"what a window of {counted.window} takes, {samples} x {length} tokens of {settings.name}"):
-        batches = [inputs for inputs, _ in data.batches(windows_at_once(opened.model, length))]
-        return window_losses(opened.model, outline, batches, counted.window, counted.stack)
-
-
-def swept_plans(opened: LoadedModel, request: Request, specs: list[str], length: int, progress: Progress) -> list[Plan]:
-    """A plan for each spec.  Raises PlanError for windows that hold all of a text of this length."""
-    (most,) = parse_spec(specs[-1])
-    if most.window is None:
-        scores = get_scores(opened, request, progress, specs)
-        return [api.plan(scores, spec, request.target.keep) for spec in specs]
-    if most.window.width + most.window.sinks >= length:
-        raise PlanError(f"a window of {most.window} holds all of a text of {length} tokens; give a larger --length")
-    outline = api.outline(opened.model, specs[-1])
-    losses = losses_by_window(opened, request, outline, progress)
-    return [api.plan_unscored(opened.ref, outline, spec, request.target.keep, None, losses) for spec in specs]
-
-
-def _read_for(window: Window, opened: LoadedModel, request: Request) -> tuple[int, int]:
-    """Length and number of the texts that attention windows are ranked on: several windows long."""
-    said, several = request.calibration, TIMES * window.width
-    limit = context_of(opened.model.config) or several
-    length = said.length or min(limit, max(said.of(opened.recipe).length, several))
-    return length, said.samples or max(2, WINDOW_TOKENS // length)
 
 
 def draft_windows(

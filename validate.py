@@ -28,14 +28,11 @@ from dropformer.recipes.source import is_gguf, locate
 from dropformer.request import Request
 
 PLACE = ("device", "dtype", "device_map")
+STRATEGY = ("quality", "metric", "select", "refine", "repair", "epochs", "rank")
 DRAFTING = ("batch", "max_drop", "temperature", "hardware", "write_anyway")
 DRAWN = ("samples", "seed", "skip_first")  # options that select windows
-SPOKEN = {
-    "as_json": "json",
-    "include": "include_path",
-    "prompt": "context",
-    "context_tokens": "context",
-}  # parameters whose option has another name
+# parameters whose option has another name
+SPOKEN = {"as_json": "json", "include": "include_path", "prompt": "context", "context_tokens": "context"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +70,7 @@ RULES = (
         "with --plan, which is followed without a model in memory", "add --measure",
     ),
     Rule(
-        lambda r: r.selection.plan and not r.selection.strategy, (*DRAWN, "batch_size"),
+        lambda r: r.selection.plan and not (r.selection.strategy or r.fits), (*DRAWN, "batch_size"),
         "with --plan, for which nothing is scored", "add --repair",
     ),
     Rule(lambda r: r.selection.strategy, ("scores",), "beside --quality and its like, which measure anew"),
@@ -103,7 +100,7 @@ RULES = (
     Rule(lambda r: not r.measures, ("text", "seconds"), "with --no-measure"),
     Rule(lambda r: not r.draft, DRAFTING, "without --draft", "add --draft"),
     Rule(
-        lambda r: r.draft, ("quality", "metric", "select", "refine", "repair", "gate", "scores", "memory", "length"),
+        lambda r: r.draft, (*STRATEGY, "gate", "scores", "memory", "length"),
         "with --draft, which searches by acceptance at --context and shares the dense model's weights",
     ),
 )  # fmt: skip
@@ -282,6 +279,9 @@ def _check_format(request: Request, kinds: set[str] | None) -> None:
     form = FORMATS[name]
     if form.runs and request.on_files:
         raise OutputError(f"--format {name} runs the model, which a plan alone does not load; add --measure")
+    if request.maps and not form.maps:
+        able = ", ".join(other for other, kind in FORMATS.items() if kind.maps)
+        raise PlanError(f"--format {name} has no place for linear maps, which are asked for; give --format {able}")
     mapping = [repair for repair in request.repairs if REPAIRS[repair].maps]
     if mapping and not form.maps and (kinds is None or "attn" in kinds):
         raise PlanError(

@@ -1,10 +1,12 @@
 """What each way of choosing and repairing keeps of a model: perplexity relative to dense, on three domains.
 
     python benchmarks/quality.py [--quick] [--wikitext FILE] [--drops attn:8,block:4] [--methods refit,best]
+        [--model M] [--device cuda] [--samples 64] [--self 64] [--epochs 4] [--rank 64]
 
 Calibrated half on wikitext, half on the builtin topics; judged on parts of both that were not calibrated on, and
 on a kind that was not calibrated on at all: source code of Python's standard library.  Repairs are gated on a
-fourth kind, docstrings of torch.  Without a wikitext file everything but that half is done.
+fourth kind, docstrings of torch.  Without a wikitext file everything but that half is done.  `--self`: windows that
+the model writes itself, calibrated on beside the others.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ from dropformer import api
 from dropformer.metrics.blockwise.divergence import DenseReference, Divergence
 from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import Variant
+from dropformer.metrics.calibration.generated import Writer, written_windows
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.metrics.offload.keeper import Keeper
 from dropformer.metrics.offload.process_memory import peak
+from dropformer.metrics.repair.registry import Training
 from dropformer.metrics.search.improve import Improver, improve
 from dropformer.metrics.search.strategy import Strategy, Target, quality
 from dropformer.prune.artifact import ModelRef
+from dropformer.recipes.placement import Placement
 
 WIKITEXT = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "wikitext-2" / "valid.txt"
 SOURCES = (
@@ -168,6 +173,7 @@ def measure(improver: Improver, judge: Judge, gate: Windows, method: str, drop: 
         stride=improver.quality.stride,
         cost_windows=improver.quality.cost_windows,
         width=improver.quality.width,
+        training=improver.quality.training,
     )
     start = time.process_time()
     spent = improver.work.spent
@@ -220,11 +226,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few tokens, two drops, within a minute")
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", default="cpu", help="where to compute, in float32 (default cpu)")
     parser.add_argument("--wikitext", type=Path, default=WIKITEXT)
     parser.add_argument("--samples", type=int, help="calibration windows (default 32)")
     parser.add_argument("--judged", type=int, help="windows judged of each text (default 8)")
     parser.add_argument("--length", type=int, help="tokens a window (default 512)")
     parser.add_argument("--cost-windows", type=int, default=4, help="windows on which searches measure (default 4)")
+    parser.add_argument("--self", type=int, default=0, dest="own", help="calibration windows that the model writes")
+    parser.add_argument("--epochs", type=int, help="passes of trained repairs over the calibration")
+    parser.add_argument("--rank", type=int, help="rank of adapters")
     parser.add_argument("--rows", type=Path, help="a file of rows, one JSON object a line: added to, not repeated")
     parser.add_argument("--drops", help="comma-separated (default: the whole table)")
     parser.add_argument("--methods", help=f"comma-separated, of {', '.join(METHODS)}")
@@ -236,12 +246,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     methods = said.methods.split(",") if said.methods else (quick if said.quick else list(METHODS))
     if unknown := [method for method in methods if method not in METHODS]:
         parser.error(f"method `{unknown[0]}` is unknown; expected one of {', '.join(METHODS)}")
-    opened = api.open_model(said.model)
+    opened = api.open_model(said.model, placement=Placement(device=said.device, dtype="float32"))
     found = texts(opened.tokenizer, said.wikitext, samples, judged, length)
     told = partial(print, file=sys.stderr, flush=True)
+    if said.own:
+        settings = Calibration("self", samples=said.own, length=length, seed=1)
+        found.calibration.append(written_windows(settings, Writer(opened.model, opened.tokenizer, tell=told)))
     improver = Improver(opened.model, found.calibration, tell=told)
     judge = Judge(improver, found.judged)
-    improver.quality = replace(improver.quality, cost_windows=said.cost_windows)
+    training = Training(said.epochs, said.rank)
+    improver.quality = replace(improver.quality, cost_windows=said.cost_windows, training=training)
     rows = rows_in(said.rows)
     done = {(row.method, row.drop) for row in rows}
     for method, drop in ((m, d) for d in drops for m in methods if (m, d) not in done):

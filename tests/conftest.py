@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.append(str(Path(__file__).parent / "makers"))  # modules that several folders' tests import
+from elsewhere import Elsewhere
+
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 SHAPE = {
@@ -38,6 +40,13 @@ def build(model_type: str, **changes: Any) -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., PreTrainedModel]:
     return build
+
+
+@pytest.fixture(scope="session")
+def elsewhere() -> Iterator[Elsewhere]:
+    """Code in processes without dropformer."""
+    with Elsewhere() as run:
+        yield run
 
 
 @pytest.fixture

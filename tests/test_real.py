@@ -22,7 +22,7 @@ DATA = Path(os.environ.get("DROPFORMER_DATA", Path(__file__).parents[2] / "share
 WIKITEXT = DATA / "wikitext-2" / "valid.txt"
 # Perplexity over dense that an independent measurement found for attention dropped by similarity, and the slack
 # that other windows of the same text need.
-COST = {2: (1.1, 0.08), 4: (1.3, 0.12), 6: (1.45, 0.2), 8: (1.85, 0.3)}
+COST = {2: (1.1, 0.08), 4: (1.3, 0.12), 8: (1.85, 0.3)}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def dense() -> api.LoadedModel:
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> tuple[str, str]:
-    """Text to calibrate on and text to judge on: two halves of wikitext-2 where it is at hand."""
+    """Text to calibrate on and held-out text: two halves of wikitext-2 where it is at hand."""
     if not WIKITEXT.is_file():
         return "builtin", "heldout"
     folder, whole = tmp_path_factory.mktemp("text"), WIKITEXT.read_text(encoding="utf-8")
@@ -44,16 +44,16 @@ def text(tmp_path_factory) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def scores(dense, text) -> dropformer.api.Scores:
-    return api.analyze(dense, calibration=Calibration(text[0], samples=8, length=256))
+    return api.analyze(dense, calibration=Calibration(text[0], samples=6, length=256))
 
 
 def test_dropping_by_similarity_costs_what_an_independent_measurement_found(dense, text, scores):
-    judged = windows(Calibration(text[1], samples=6, length=256), dense.tokenizer).ids
-    base = perplexity(dense.model, judged).value
+    held_out = windows(Calibration(text[1], samples=4, length=256), dense.tokenizer).ids
+    base = perplexity(dense.model, held_out).value
     found = {}
     for count in COST:
         plan = dropformer.plan(scores, f"attn:{count}")
-        found[count] = perplexity(dropformer.drop(dense, plan), judged).value / base
+        found[count] = perplexity(dropformer.drop(dense, plan), held_out).value / base
     for count, (ratio, slack) in COST.items():
         assert found[count] == pytest.approx(ratio, abs=slack), found
     assert list(found.values()) == sorted(found.values())
@@ -88,12 +88,12 @@ def test_the_checkpoint_is_smaller_by_exactly_the_dropped_tensors(dense, scores,
 def test_the_report_compares_both_on_text_that_was_not_calibrated_on(dense, scores, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scores.write(tmp_path / "scores.json")
-    monkeypatch.setattr(job, "HELD_OUT", Calibration("heldout", samples=2, length=128))
+    monkeypatch.setattr(job, "HELD_OUT", Calibration("heldout", samples=2, length=64))
     request = Request(
         "smollm2-135m",
         Target("attn:4"),
         SelectionOptions(scores=tmp_path / "scores.json"),
-        report=ReportOptions(seconds=3),
+        report=ReportOptions(seconds=1),
     )
     outcome = job.run(request)
     assert outcome.out == Path("smollm2-135m-attn4")

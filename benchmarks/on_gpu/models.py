@@ -41,10 +41,12 @@ def shape(name: str, small: bool = False) -> dict[str, Any]:
     return fields
 
 
-def in_memory(name: str, device: torch.device, small: bool = False) -> PreTrainedModel:
-    """The model in bfloat16, its weights drawn on the device itself, the same every time."""
+def in_memory(name: str, device: torch.device, small: bool = False, blocks: int | None = None) -> PreTrainedModel:
+    """The model in bfloat16, its weights drawn on the device itself, the same every time; some of its blocks alone."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**shape(name, small))
+    fields = shape(name, small)
+    fields["num_hidden_layers"] = min(blocks or fields["num_hidden_layers"], fields["num_hidden_layers"])
+    config = AutoConfig.for_model(**fields)
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 

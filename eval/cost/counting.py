@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,23 +14,25 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from dropformer.eval.cost.memory import parameter_count
 from dropformer.eval.cost.model_cost import BlockCost, Experts, ModelCost
+from dropformer.metrics.calibration.settings import context_of
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.weightless import outline_without_weights
 from dropformer.prune.errors import ArchitectureError, ModelError, reason
 from dropformer.prune.loading.load import auto_class
 from dropformer.prune.loading.parts import text_config, windows_of
+from dropformer.prune.loading.skipped_modules import hidden_states
 from dropformer.prune.outline import Outline, StackOutline
-from dropformer.prune.samples.inputs import writes_text
+from dropformer.prune.samples.inputs import longest_text, sample_inputs, takes_pictures, writes_text
 from dropformer.prune.window import Window
 
 EXPERTS_USED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
 def cost_of_config(config: PreTrainedConfig | Mapping[str, Any]) -> ModelCost:
-    """The cost of the causal language model that a config describes, built on the meta device.
+    """The cost of the causal language model or the encoder that a config describes, built on the meta device.
 
-    Raises ModelError for a config of another kind, ArchitectureError if no layer can be dropped, or if the forward
-    pass depends on tensor values, which the meta device does not have (DBRX's experts).
+    Raises ModelError for a config of another kind (an encoder-decoder, several stacks), ArchitectureError if no layer
+    can be dropped, or if the forward pass depends on tensor values, which the meta device lacks (DBRX's experts).
     """
     try:
         if isinstance(config, Mapping):
@@ -38,10 +41,31 @@ def cost_of_config(config: PreTrainedConfig | Mapping[str, Any]) -> ModelCost:
             model = auto_class(config).from_config(config, dtype=torch.bfloat16).eval()
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         said = reason(error, 160)
-        raise ModelError(f"the config builds no causal language model ({said}); expected a decoder's") from error
-    if not writes_text(model):
-        raise ModelError(f"{type(model).__name__} is not a causal language model; expected a decoder's config")
-    return _counted(model)
+        raise ModelError(f"the config builds no model ({said}); expected a decoder's or an encoder's") from error
+    if writes_text(model):
+        return _counted(model)
+    found = _counted(model, encoder=True)
+    if len(found.outline.stacks) > 1 or model.config.is_encoder_decoder:
+        raise ModelError(
+            f"{type(model).__name__} is neither a causal language model nor an encoder of one stack; expected one"
+        )
+    return replace(found, tokens=_own_tokens(model, found.outline))
+
+
+def _own_tokens(model: nn.Module, outline: Outline) -> int:
+    """Tokens of an image of the size that a vision model was made for, or of the longest text of a text encoder."""
+    if not takes_pictures(model):
+        return longest_text(model) or context_of(model.config) or 512
+    found: list[int] = []
+    block = model.get_submodule(f"{outline.stacks[0].path}.0")
+    hook = block.register_forward_pre_hook(
+        lambda _, args, kwargs: found.append(hidden_states(args, kwargs).shape[1]), with_kwargs=True
+    )
+    try:
+        model(**sample_inputs(model, batch=1))
+    finally:
+        hook.remove()
+    return found[0]
 
 
 def cost_of(model: nn.Module) -> ModelCost:
@@ -84,19 +108,20 @@ def _twin(model: nn.Module) -> nn.Module | None:
     return twin if shapes[0] == shapes[1] else None
 
 
-def _counted(model: nn.Module) -> ModelCost:
+def _counted(model: nn.Module, encoder: bool = False) -> ModelCost:
     outline = outline_without_weights(model)
     stack = next((s for s in outline.stacks if s.name in ("", "decoder")), outline.stacks[0])
     config = text_config(model)
     modules = model.get_submodule(stack.path).children()
     experts = [_experts(block, config) for block in modules]
-    blocks = tuple(_block(config, stack, index, found) for index, found in enumerate(experts))
+    blocks = tuple(_block(config, stack, index, found, encoder) for index, found in enumerate(experts))
     head, lookup = _head_and_lookup(model)
     inside = sum(block.attention + block.mlp + block.shared for block in blocks)
-    return ModelCost(blocks, head, lookup, outline.parameters - inside - head - lookup, outline)
+    hidden = getattr(config, "hidden_size", 0) or 0
+    return ModelCost(blocks, head, lookup, outline.parameters - inside - head - lookup, outline, hidden)
 
 
-def _block(config: Any, stack: StackOutline, index: int, experts: Experts | None) -> BlockCost:
+def _block(config: Any, stack: StackOutline, index: int, experts: Experts | None, encoder: bool) -> BlockCost:
     owned = {branch.kind: branch for branch in stack.of_block(index)}
     own = {kind: branch.parameters for kind, branch in owned.items()}
     attention, mlp = own.pop("attn", 0), own.pop("mlp", 0)
@@ -104,7 +129,7 @@ def _block(config: Any, stack: StackOutline, index: int, experts: Experts | None
     experts = experts if mlp else None
     layer = _layer_config(config, index)
     heads = getattr(layer, "num_attention_heads", 0)
-    if not attention or not heads or not _reads_keys(config, stack, index):
+    if not attention or not heads or not (encoder or _reads_keys(config, stack, index)):
         return BlockCost(attention, mlp, shared, experts=experts)
     size = getattr(layer, "head_dim", None) or layer.hidden_size // heads
     key_size = getattr(layer, "qk_head_dim", None) or size

@@ -18,14 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from dropformer.eval.cost.encoder import ForwardEstimate, forward_pass, with_agents
 from dropformer.eval.cost.hardware import Hardware
 from dropformer.eval.cost.model_cost import ModelCost
 from dropformer.eval.cost.roofline import KERNELS, Side, Workload
 from dropformer.prune.architecture import Layer
-from dropformer.prune.choosing import PublishedLists, choose, choose_windows
+from dropformer.prune.choosing import PublishedLists, choose_forms, choose_windows
+from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.files.output_paths import cache_folder
 from dropformer.prune.outline import Outline
 from dropformer.prune.spec import without_windows
+from dropformer.prune.window import Window
 from dropformer.recipes import Recipe, open_config, recipes
 
 if TYPE_CHECKING:
@@ -91,12 +94,39 @@ def estimate(
         from dropformer.eval.cost.counting import cost_of_config
 
         config = cost_of_config(config)
+    if config.tokens:
+        raise ModelError(
+            "an encoder is no causal language model: it has no prefill and no decoding; use forward_estimate"
+        )
     drops = without_windows(spec) if spec else ""
-    layers = choose(config.outline, drops, published=published, pick=_deepest) if drops else []
-    windows = choose_windows(config.outline, spec, layers, _depths(config.outline)) if spec else {}
+    layers, maps = choose_forms(config.outline, drops, published=published, pick=_deepest) if drops else ([], [])
+    windows = decoder_windows(choose_windows(config.outline, spec, layers, _depths(config.outline)) if spec else {})
     workload = workload or Workload()
-    pruned = config.windowed(windows).without(layers)
+    pruned = config.windowed(windows).without(layers, maps)
     return Estimate(Side(config, workload, hardware), Side(pruned, workload, hardware))
+
+
+def decoder_windows(rungs: Mapping[Layer, Any]) -> dict[Layer, Window]:
+    """The windows of a spec.  Raises PlanError for agents, which no causal attention takes."""
+    if agents := next((layer for layer, rung in rungs.items() if not isinstance(rung, Window)), None):
+        raise PlanError(f"{agents}@{rungs[agents]}: agents are averages of all tokens, and this model is causal")
+    return dict(rungs)
+
+
+def forward_estimate(
+    cost: ModelCost, spec: str, hardware: Hardware, tokens: int | None = None, batch: int = 1, dtype: str = "bfloat16"
+) -> ForwardEstimate:
+    """What a drop spec changes in a forward pass of an encoder.  `tokens`: by default those of its own input.
+
+    A count selects as `estimate` does.  Raises PlanError and EvaluationError.
+    """
+    drops = without_windows(spec) if spec else ""
+    layers, maps = choose_forms(cost.outline, drops, pick=_deepest) if drops else ([], [])
+    if maps:
+        raise PlanError(f"{maps[0]}: linear maps are fitted to causal language models alone; drop the layer instead")
+    rungs = choose_windows(cost.outline, spec, layers, _depths(cost.outline)) if spec else {}
+    pruned = with_agents(cost, rungs).without(layers)
+    return ForwardEstimate(*(forward_pass(each, tokens, batch, dtype, hardware) for each in (cost, pruned)))
 
 
 def _depths(outline: Outline) -> dict[Layer, float]:

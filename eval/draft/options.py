@@ -1,10 +1,13 @@
-"""What a draft is to be good at, and on which rungs it is sought.  Light: no torch."""
+"""Options of a draft search: workload, and the rungs to choose from.  Light: no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from dropformer.prune.errors import PlanError
+from dropformer.prune.rungs.drop import Dropped
+from dropformer.prune.rungs.registry import parse_rung
+from dropformer.prune.rungs.window import Windowed
 from dropformer.prune.window import Window
 
 RUNGS = "block,attn,mlp,window:256+4"
@@ -13,9 +16,10 @@ KINDS = ("block", "attn", "mlp")
 
 @dataclass(frozen=True)
 class DraftOptions:
-    """rungs: kinds that may go, and windows; most: layers that may go at most; anyway: written even if it does not pay.
+    """Where the draft is to be fast, and what it may drop.
 
-    hardware: `cpu` is this machine, on which the draft that is found is timed too.
+    rungs: kinds of layers to drop, and windows; most: the largest number of dropped layers; anyway: write the draft
+    even if it does not pay; hardware: `cpu` is this machine, which also times the best draft.
     """
 
     context: int = 4096
@@ -33,16 +37,14 @@ def parse_rungs(text: str) -> list[str | Window]:
     Raises PlanError for anything else.
     """
     found: list[str | Window] = []
-    for part in filter(None, text.replace(" ", "").split(",")):
-        name, _, window = part.partition(":")
-        if name == "window" and window:
-            found.append(Window.parse(window))
-        elif part in KINDS:
-            found.append(part)
-        elif part == "drop":
-            found += KINDS
-        else:
-            raise PlanError(f"--rungs `{part}` is unknown; expected drop, {', '.join(KINDS)} or window:W+S, as {RUNGS}")
+    for item in filter(None, text.replace(" ", "").split(",")):
+        if item in KINDS:
+            found.append(item)
+            continue
+        rung = parse_rung(item)
+        if not isinstance(rung, (Dropped, Windowed)) or (isinstance(rung, Windowed) and rung.window.fold):
+            raise PlanError(f"--rungs `{item}` makes no draft; expected drop, {', '.join(KINDS)} or window:W+S")
+        found += [rung.window] if isinstance(rung, Windowed) else KINDS
     if not found:
         raise PlanError(f"--rungs names none; expected for example {RUNGS}")
     return sorted(dict.fromkeys(found), key=lambda r: len(KINDS) if isinstance(r, Window) else KINDS.index(r))

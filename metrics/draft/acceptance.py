@@ -1,8 +1,9 @@
-"""Acceptance of a draft that reads the dense model's cache, on fixed text: no text is generated.
+"""Acceptance of a draft that reads the dense model's cache, on what the dense model writes at places of a text.
 
-At some places of each window the draft reads the next tokens behind the dense model's cache of what came before, as it
-does in decoding, and its distribution q of each following token is held against the dense model's p.  A token drawn
-from q is accepted with probability sum over the vocabulary of min(p, q) (arXiv 2211.17192, corollary 3.6).
+At each place the dense model writes a few tokens, greedily or sampled, as it does in decoding; the draft reads them
+behind the dense model's cache of what came before, and its distribution q of each following token is held against the
+dense model's p.  A token drawn from q is accepted with probability sum over the vocabulary of min(p, q)
+(arXiv 2211.17192, corollary 3.6).
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from dropformer.prune.errors import CalibrationError
 from dropformer.prune.loading.device import input_device
 
 DEPTH = 5  # tokens read behind each place
-ROWS = 32  # distributions compared at once: 3 x 32 x 262,144 numbers are 96 MiB
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Acceptance:
     """A number for each window, place and depth.  overlap, agreement: [N, P, G] float64; places: [P].
 
     overlap: sum of min(p, q) at `temperature` (1 where that is 0); agreement: 1 where both are greatest at one token;
-    domain: the text of each window.  Depth 0 is the token after the place, whose past is all verified.
+    domain: the text of each window.  Depth 0 is the token after the place, whose past is all verified.  The tokens at
+    the places are the text's, all behind them the dense model's own.
     """
 
     overlap: Tensor
@@ -49,6 +50,15 @@ class Acceptance:
     @property
     def mean(self) -> float:
         return float(self.accepted.mean())
+
+    def judged(self, drafted: int) -> float:
+        """Accepted over judged tokens of rounds, as a run counts them: what comes after a rejection is not judged.
+
+        Example: acceptance 1, 0, 1 of three drafted tokens: two are judged and one is accepted, 0.5.
+        """
+        alive = self.accepted[..., :drafted].cumprod(-1)
+        judged = alive.shape[0] * alive.shape[1] + float(alive[..., :-1].sum())
+        return float(alive.sum()) / judged
 
     @property
     def by_domain(self) -> dict[str, float]:
@@ -71,8 +81,8 @@ class Acceptance:
 class DenseText:
     """The dense model's cache and its distributions at some places of each window, which every draft is held against.
 
-    Time: a forward pass over the windows.  Memory: their KV cache, and N P G V numbers in half precision.  Raises
-    CalibrationError for windows too short for the places.
+    Time: a forward pass over the windows and N P G decode steps.  Memory: their KV cache, and N P G V numbers in half
+    precision.  Raises CalibrationError for windows too short for the places.
     """
 
     def __init__(
@@ -83,17 +93,30 @@ class DenseText:
         self.rows = [row[None].to(input_device(model)) for windows in data for row in windows.ids]
         if min(row.shape[1] for row in self.rows) < max(self.places) + DEPTH:
             raise CalibrationError(f"windows of {self.rows[0].shape[1]} tokens end before {max(self.places) + DEPTH}")
+        self.dice = torch.Generator().manual_seed(0)
         with torch.inference_mode(), evaluating(model):
             self.kept = [self._read(row) for row in self.rows]
 
-    def _read(self, row: Tensor) -> tuple[Cache, Tensor]:
-        """Cache [of T tokens] and log-probabilities [P, G, V] of one window."""
+    def _read(self, row: Tensor) -> tuple[Cache, Tensor, Tensor]:
+        """Cache [of T tokens], and at each place what the dense model writes: tokens [P, G], log-probabilities
+        [P, G, V] of those that follow them."""
         cache = recording_cache(self.model)
-        at = torch.tensor([place + i for place in self.places for i in range(DEPTH)], device=row.device)
-        logits = self.model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=at).logits[0]
-        logits = logits if len(logits) == len(at) else logits[at]
-        found = torch.cat([self._log_probs(part).half() for part in logits.split(ROWS)])
-        return cache, found.view(len(self.places), DEPTH, -1)
+        self.model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        written = [self._write(shortened(cache, place), row[:, place : place + 1]) for place in self.places]
+        return cache, torch.cat([ids for ids, _ in written]), torch.stack([found for _, found in written])
+
+    def _write(self, cache: Cache, token: Tensor) -> tuple[Tensor, Tensor]:
+        """`token` [1, 1] and what follows it, [1, G], and log-probabilities [G, V] of what follows each."""
+        ids, found = [token], []
+        for _ in range(DEPTH):
+            output = self.model(input_ids=ids[-1], past_key_values=cache, use_cache=True)
+            found.append(self._log_probs(output.logits[0, -1]))
+            following = found[-1].argmax(-1) if not self.temperature else self._drawn(found[-1])
+            ids.append(following.view(1, 1))
+        return torch.cat(ids[:-1], dim=1), torch.stack(found).half()
+
+    def _drawn(self, log_probs: Tensor) -> Tensor:
+        return torch.multinomial(log_probs.exp().cpu(), 1, generator=self.dice).to(log_probs.device)
 
     def _log_probs(self, logits: Tensor) -> Tensor:
         return (logits.float() / (self.temperature or 1.0)).log_softmax(-1)
@@ -102,11 +125,10 @@ class DenseText:
         """How often the draft is accepted.  sources: as `view_of` takes them.  Time: N P draft passes of G tokens."""
         overlap, agreement = [], []
         with torch.inference_mode(), evaluating(draft):
-            for row, (cache, dense) in zip(self.rows, self.kept, strict=True):
-                for place, p in zip(self.places, dense, strict=True):
+            for cache, ids, dense in self.kept:
+                for place, new, p in zip(self.places, ids, dense, strict=True):
                     view = view_of(shortened(cache, place), draft, sources)
-                    new = row[:, place : place + DEPTH]
-                    q = self._log_probs(draft(input_ids=new, past_key_values=view, use_cache=True).logits[0])
+                    q = self._log_probs(draft(input_ids=new[None], past_key_values=view, use_cache=True).logits[0])
                     overlap.append(torch.minimum(p.float(), q).exp().sum(-1).clamp_max(1).double().cpu())
                     agreement.append((p.argmax(-1) == q.argmax(-1)).double().cpu())
         shape = (len(self.rows), len(self.places), DEPTH)

@@ -38,11 +38,12 @@ class Distilling:
     """Training settings.
 
     `rate`: the largest step of a weight, relative to its tensor's root mean square, which is taken as at least
-    `floor`.  `epochs`: passes over the windows to fit on.
+    `floor`.  `epochs`: passes over the windows to fit on.  `tokens`: of a step, a window at least.
     """
 
-    rate: float = 5e-3
     epochs: int = 3
+    tokens: int = 512
+    rate: float = 5e-3
     warm_up: int = 8
     floor: float = 1e-2
 
@@ -58,7 +59,8 @@ def fit_blocks(context: RepairContext, how: Distilling | None = None) -> Changes
     passes.  Memory: four streams of all windows, which the keeper may move to files, 20 bytes per parameter of one
     block, and the activations of one batch.
     """
-    how = how or Distilling()
+    how = how or Distilling(context.training.epochs or Distilling.epochs)
+    context = context.in_steps(how.tokens)
     touched = [g.index for g in context.dropped]
     found = aims(context.architecture, context.runner.stack, context.branches, touched)
     distillation = BlockDistillation(context, how, found)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -32,8 +32,9 @@ Progress = Callable[[int, int], None]
 class Healing:
     """How to train: rank of the adapters, highest learning rates, passes over the windows, positions that count.
 
-    `norms`: the learning rate of norms' weights, relative to the root mean square of each.  `stride`: logits count at
-    every so many positions; 0: as many as keep the head no dearer than the blocks, at most 4.
+    `norms`: the learning rate of norms' weights, relative to the root mean square of each.  `tokens`: of a step; a
+    batch of more, as a GPU's are, is taken apart into as many windows as these hold, one at least.  `stride`: logits
+    count at every so many positions; 0: as many as keep the head no dearer than the blocks, at most 4.
     `room`: bytes of a pass that may be kept for its gradients; where they take more, blocks run again instead.
     `logits`: bytes of logits that are held at a time.
     """
@@ -42,6 +43,7 @@ class Healing:
     rate: float = 1e-3
     norms: float = 3e-3
     epochs: int = 2
+    tokens: int = 512
     stride: int = 0
     warm_up: int = 8
     room: int = 2 << 30
@@ -53,10 +55,20 @@ class Healing:
 
 
 def fit_adapters(context: RepairContext) -> Changes:
-    """Adapters around every linear module and norm behind the first gap, on top of earlier repairs, merged."""
-    found = context.variant()
-    tenths = _Tenths(context.tell)
-    return Changes(heal(context.runner, found.modules(), first_changed(context.runner, found.paths), progress=tenths))
+    """Adapters around every linear module and norm behind the first gap, on top of earlier repairs, merged.
+
+    Where a GPU's memory runs out it starts again, and blocks run again in the backward pass.
+    """
+    found, how = context.variant(), replace(Healing(), **context.training.given)
+    runner = context.in_steps(how.tokens).runner
+    run = partial(heal, runner, found.modules(), first_changed(runner, found.paths), progress=_Tenths(context.tell))
+    try:
+        return Changes(run(how))
+    except torch.OutOfMemoryError:
+        context.tell("lora: out of memory, so again from the start, with blocks run again in the backward pass")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the failed pass's tensors were freed with its stack frames
+    return Changes(run(replace(how, room=0, logits=how.logits // 4)))
 
 
 class _Tenths:

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from dropformer.prune.registry import Registry, imported
 
-if TYPE_CHECKING:
-    from dropformer.metrics.repair.base import ForesightMethod, RepairMethod
-
 _HERE = "dropformer.metrics.repair"
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of repairs that train: passes over the calibration, rank of adapters.  None: the repair's own."""
+
+    epochs: int | None = None
+    rank: int | None = None
+
+    @property
+    def given(self) -> dict[str, int]:
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -21,7 +30,7 @@ class RepairEntry:
     `fit` is a `base.RepairMethod`, `foresee` a `base.ForesightMethod`, or "module:name" of one; without `foresee` a
     search measures unrepaired candidates.  `passes`: approximate forward passes, for the progress bar.  `whole`: it
     trains through the whole model, so weights cannot be loaded block by block.  `maps`: it replaces attention layers
-    by linear maps, which not every export format can hold.
+    by linear maps, which not every export format can hold.  `trains`: the fields of `Training` that it takes.
     """
 
     summary: str
@@ -30,15 +39,21 @@ class RepairEntry:
     whole: bool = False
     maps: bool = False
     passes: float = 1.0
+    trains: tuple[str, ...] = ()
+
+    def passes_of(self, training: Training) -> float:
+        """`passes`, of which all but one are those of the epochs."""
+        usual, epochs = self.passes - 1, training.epochs if "epochs" in self.trains else None
+        return self.passes if epochs is None else 1 + max(usual, 1.0) * epochs / 2
 
     @property
     def searched(self) -> bool:
         return self.foresee is not None
 
-    def method(self) -> RepairMethod:
+    def method(self) -> Callable[..., Any]:
         return imported(self.fit)
 
-    def foresight(self) -> ForesightMethod:
+    def foresight(self) -> Callable[..., Any]:
         return imported(self.foresee)
 
 
@@ -64,9 +79,14 @@ REPAIRS: Registry[RepairEntry] = Registry(
         "distill": RepairEntry(
             "blocks around each gap trained one by one to give the dense stream, in whatever form they have",
             f"{_HERE}.distill:fit_blocks",
+            trains=("epochs",),
         ),
         "lora": RepairEntry(
-            "adapters distilled from the dense model and merged", f"{_HERE}.lora:fit_adapters", whole=True, passes=5.0
+            "adapters distilled from the dense model and merged",
+            f"{_HERE}.lora:fit_adapters",
+            whole=True,
+            passes=5.0,
+            trains=("epochs", "rank"),
         ),
     },
 )

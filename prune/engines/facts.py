@@ -25,6 +25,7 @@ class CheckpointFacts:
     model, packed ones too); family: transformers' model type of the dense model, of a GGUF file llama.cpp's.
     stock_windows: a plain model some of whose attentions see a window, which few engines give by layer.
     skipped: the kinds that some block lacks ("attention", "mlp"); first: what the first block lacks.
+    sinks: what windows see beside their last tokens: "", "first tokens" or "constants".
     saves: parameters and KV cache against the dense model, in words; "" where nothing says.
     """
 
@@ -38,6 +39,8 @@ class CheckpointFacts:
     windows: bool = False
     stock_windows: bool = False
     maps: bool = False
+    agents: bool = False
+    sinks: str = ""
     saves: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -88,7 +91,7 @@ def _hugging_face(folder: Path, record: Mapping[str, Any]) -> CheckpointFacts:
         skips = {str(i): frozenset(layer.get("skip", ())) for i, layer in layers.items()}
         return CheckpointFacts(
             folder, PRUNED, family, architecture, "", frozenset().union(*skips.values()), skips.get("0", frozenset()),
-            "window" in words, False, "linear" in words, _saves(record), config,
+            "window" in words, False, "linear" in words, "agents" in words, _sinks(forms), _saves(record), config,
         )  # fmt: skip
     if kind == DECI and is_own_deci(config):
         blocks = [
@@ -104,6 +107,14 @@ def _hugging_face(folder: Path, record: Mapping[str, Any]) -> CheckpointFacts:
     windows = bool(record.get("stock_windows"))
     saves = ZEROS if form == "dense" else _saves(record)
     return CheckpointFacts(folder, form, family, architecture, stock_windows=windows, saves=saves, config=config)
+
+
+def _sinks(forms: Mapping[str, Any]) -> str:
+    """What windows see beside their last tokens: nothing, "first tokens", or "constants"."""
+    windows = [form for form in forms.values() if isinstance(form, dict) and "window" in form]
+    if any(form.get("fold") for form in windows):
+        return "constants"
+    return "first tokens" if any(form["window"][1] for form in windows) else ""
 
 
 def _executorch(folder: Path, record: Mapping[str, Any]) -> CheckpointFacts:

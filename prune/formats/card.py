@@ -28,8 +28,14 @@ def model_card(plan: Plan, record: dict[str, Any], loading: str, results: list[s
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
     name = plan.model.hub or Path(plan.model.name).name
     lines += [f"# {name}, pruned ({plan.spec})", "", _dropped(record["dropped"]), ""]
+    if record["maps"]:
+        lines += [f"Linear maps are in place of {', '.join(record['maps'])}.", ""]
     if plan.windows:
-        lines += ["Attention windows (last tokens + first tokens): " + _windows(plan.windows) + ".", ""]
+        fold = ", fold: fitted constants in place of first tokens" if plan.folded else ""
+        lines += [f"Attention windows (last tokens + first tokens{fold}): {_by_rung(plan.windows)}.", ""]
+    if plan.agents:
+        agents = {layer: str(count) for layer, count in plan.agents.items()}
+        lines += ["Agents (averaged queries between queries and keys): " + _by_rung(agents) + ".", ""]
     lines += ["| | before | after |", "|---|---:|---:|"]
     for key in record["before"]:
         lines.append(f"| {key.replace('_', ' ')} | {record['before'][key]:,} | {record['after'][key]:,} |")
@@ -45,12 +51,12 @@ def model_card(plan: Plan, record: dict[str, Any], loading: str, results: list[s
     return "\n".join(lines) + "\n"
 
 
-def _windows(windows: dict[str, str]) -> str:
+def _by_rung(rungs: dict[str, str]) -> str:
     """`512+4 in attn:3, attn:7; 1024 in attn:9`."""
     found: dict[str, list[str]] = {}
-    for layer, window in windows.items():
-        found.setdefault(window, []).append(layer)
-    return "; ".join(f"{window} in {', '.join(layers)}" for window, layers in found.items())
+    for layer, rung in rungs.items():
+        found.setdefault(rung, []).append(layer)
+    return "; ".join(f"{rung} in {', '.join(layers)}" for rung, layers in found.items())
 
 
 def _dropped(dropped: dict[str, Any]) -> str:

@@ -37,10 +37,6 @@ class ThroughAgents:
         """An encoder has no cache; a layer that had one would hold every token."""
         return context
 
-    def seen(self, context: int) -> float:
-        """Twice the agents: each token attends to them, and each of them to it."""
-        return 2.0 * self.agents.count
-
     def parameters(self, owned: int) -> int:
         return owned
 
@@ -48,5 +44,5 @@ class ThroughAgents:
 def parse(text: str) -> ThroughAgents:
     """`49`.  Raises PlanError for what is no number of agents."""
     if not text:
-        raise PlanError("rung `agent` names its agents, as in agent:49")
+        raise PlanError("rung `agent` names no number; expected for example agent:49")
     return ThroughAgents(Agents.parse(text))

@@ -17,9 +17,6 @@ class Dropped:
     def held(self, context: int) -> int:
         return 0
 
-    def seen(self, context: int) -> float:
-        return 0.0
-
     def parameters(self, owned: int) -> int:
         return 0
 

@@ -16,9 +16,6 @@ class Rung(Protocol):
     def held(self, context: int) -> int:
         """Tokens in the layer's KV cache once `context` tokens were read."""
 
-    def seen(self, context: int) -> float:
-        """Keys that a token sees on average while `context` tokens are read; (context + 1) / 2 for the whole layer."""
-
     def parameters(self, owned: int) -> int:
         """Parameters that are left of the layer's own."""
 
@@ -47,7 +44,7 @@ RUNGS: Registry[RungEntry] = Registry(
             "vLLM, SGLang and TensorRT-LLM as DeciLM, llama.cpp, ONNX Runtime",
         ),
         "linear": RungEntry(
-            "a linear map with bias in its place (arXiv 2505.21077), fitted by --repair linear",
+            "a linear map with bias in its place (arXiv 2505.21077), fitted on the calibration text",
             f"{_HERE}.linear:parse",
             "a matrix and a bias, after the layer's own norm",
             "llama.cpp, ONNX Runtime",
@@ -68,14 +65,19 @@ RUNGS: Registry[RungEntry] = Registry(
 )
 
 
+def parse_rung(item: str) -> Rung:
+    """`window:512+4` -> the rung.  Raises PlanError."""
+    name, colon, rest = item.partition(":")
+    if name not in RUNGS or bool(colon) != bool(rest):
+        raise PlanError(f"--rungs cannot be read at `{item}`; expected for example drop,window:512+4")
+    return imported(RUNGS[name].parse)(rest)
+
+
 def parse_rungs(text: str) -> tuple[Rung, ...]:
     """The rungs of a comma-separated list, each once.  Raises PlanError saying what was expected."""
     found: list[Rung] = []
     for item in text.replace(" ", "").split(","):
-        name, colon, rest = item.partition(":")
-        if name not in RUNGS or bool(colon) != bool(rest):
-            raise PlanError(f"--rungs `{text}` cannot be read at `{item}`; expected for example drop,window:512+4")
-        rung = imported(RUNGS[name].parse)(rest)
+        rung = parse_rung(item)
         if rung in found:
             raise PlanError(f"--rungs `{text}` names {item} twice")
         found.append(rung)

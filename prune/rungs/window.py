@@ -20,9 +20,6 @@ class Windowed:
     def held(self, context: int) -> int:
         return self.window.held(context)
 
-    def seen(self, context: int) -> float:
-        return self.window.seen(context)
-
     def parameters(self, owned: int) -> int:
         return owned
 
@@ -30,5 +27,5 @@ class Windowed:
 def parse(text: str) -> Windowed:
     """`512+4`.  Raises PlanError for what is no window."""
     if not text:
-        raise PlanError("rung `window` names its tokens, as in window:512+4")
+        raise PlanError("rung `window` names no tokens; expected for example window:512+4")
     return Windowed(Window.parse(text))

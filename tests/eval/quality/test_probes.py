@@ -157,10 +157,12 @@ def test_order_does_not_matter_and_short_curves_have_no_cliff():
 def test_smollm2_copies_and_finds_needles_better_than_chance():
     folder = open_source("smollm2-135m").path
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    results = {result.name: result for result in run_probes(model, AutoTokenizer.from_pretrained(folder))}
-    assert results["copy"].accuracy > 0.8
-    assert results["needle"].accuracy > 0.5
-    assert math.isfinite(results["addition"].logprob)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    probes = copying(count=12), needle(count=6, sentences=15), addition(count=4)
+    copied, found, added = (score(model, tokenizer, probe) for probe in probes)
+    assert copied.accuracy > 0.8
+    assert found.accuracy > 0.5
+    assert math.isfinite(added.logprob)
 
 
 def test_a_rise_that_the_windows_do_not_agree_on_is_no_cliff():

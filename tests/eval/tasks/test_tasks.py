@@ -160,12 +160,14 @@ evaluate_tasks(model, tokenizer, ["mmlu"], TaskOptions(shots=1, mmlu_data=mmlu_d
 """
 
 
-def test_a_killed_run_goes_on_with_what_is_missing_and_gives_the_same_answers(llama, tokenizer, mmlu_data, tmp_path):
+def test_a_killed_run_goes_on_with_what_is_missing_and_gives_the_same_answers(
+    llama, tokenizer, mmlu_data, tmp_path, elsewhere
+):
     folder, cache = tmp_path / "model", tmp_path / "answers"
     llama.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    ended = subprocess.run([sys.executable, "-c", KILLED, folder, mmlu_data, cache], capture_output=True)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+    ended = elsewhere(KILLED, folder, mmlu_data, cache)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
     whole = evaluate_tasks(llama, tokenizer, ["mmlu"], TaskOptions(shots=1, mmlu_data=mmlu_data))
     resumed = evaluate_tasks(llama, tokenizer, ["mmlu"], TaskOptions(shots=1, mmlu_data=mmlu_data, cache=cache))
     assert 0 < resumed.stats["requests"] < whole.stats["requests"]

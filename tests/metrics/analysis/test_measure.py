@@ -1,9 +1,6 @@
 """An analysis may be killed, shared among processes or stopped early: the numbers are the same."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -68,29 +65,22 @@ def test_measuring_gives_the_scores_of_a_plain_pass(tiny, size):
 
 
 CHILD = """
-import sys, time
+import os, signal, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = sys.argv[1:3]
 from conftest import build
 from test_measure import REF, data
 from dropformer.metrics.analysis.measure import Measuring, measure
-def slow(done, tokens):
-    print(done, flush=True)
-    time.sleep(0.2)
-measure(build("llama"), data(), REF, Measuring(batch_size=2, rows=Path(sys.argv[2])), slow)
+def killed(done, tokens):
+    if done >= 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+measure(build("llama"), data(), REF, Measuring(batch_size=2, rows=Path(sys.argv[3])), killed)
 """
 
 
-def test_killed_in_the_middle_it_goes_on_and_ends_with_the_same_numbers(tiny, tmp_path, forwards):
+def test_killed_in_the_middle_it_goes_on_and_ends_with_the_same_numbers(tiny, tmp_path, elsewhere, forwards):
     here, kept = Path(__file__).parent, tmp_path / "kept" / "rows.jsonl"
-    path = os.pathsep.join([str(here), str(here.parents[1])])
-    command = [sys.executable, "-c", CHILD, str(here.parents[1]), str(kept)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}) as child:
-        for line in child.stdout:
-            if int(line) >= 6:
-                child.send_signal(signal.SIGKILL)
-                break
-    assert child.wait() == -signal.SIGKILL
+    assert elsewhere(CHILD, here, here.parents[1], kept).returncode == -signal.SIGKILL
     resumed = measure(tiny("llama"), data(), REF, Measuring(batch_size=2, rows=kept))
     assert len(forwards) == 3  # six of twelve windows, two at a time
     assert resumed == measure(tiny("llama"), data(), REF, Measuring(batch_size=2))
@@ -213,14 +203,11 @@ torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_give_the_scores_of_one(tiny, tmp_path):
+def test_two_processes_give_the_scores_of_one(tiny, tmp_path, elsewhere):
     interrupted(tiny("llama"), tmp_path / "resumed.jsonl")
-    here, script = Path(__file__).parent, tmp_path / "run.py"
-    script.write_text(LAUNCHED, encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    command = [*launch, str(script), str(here), str(here.parents[1]), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    here = Path(__file__).parent
+    for done in elsewhere.launched(LAUNCHED, here, here.parents[1], tmp_path, processes=2, port=free_port()):
+        assert done.returncode == 0, done.stderr[-3000:]
     one = measure(tiny("llama"), data(), REF, Measuring(batch_size=2))
     for how in ("fresh", "resumed"):
         both = [Scores.read(tmp_path / f"{how}{rank}.json") for rank in (0, 1)]

@@ -1,4 +1,4 @@
-"""Acceptance on fixed text, against the draft and the dense model run by hand."""
+"""Acceptance on what the dense model writes, against the draft and the dense model run by hand."""
 
 import pytest
 import torch
@@ -62,6 +62,35 @@ def test_at_temperature_0_acceptance_is_greedy_agreement(dense):
     draft, sources = draft_in_place(dense, api.outline(dense), [layer("mlp:1")], {})
     found = DenseText(dense, [text()], PLACES, temperature=0).acceptance(draft, sources)
     assert torch.equal(found.accepted, found.agreement) and found.mean < 1
+
+
+def test_what_is_predicted_of_greedy_rounds_is_what_a_run_from_the_same_places_gives(dense):
+    """Rounds of assisted decoding from each place, each in a run of its own, judge what the prediction judges."""
+    data, drafted = text(4), 3
+    layers = [layer("mlp:1"), layer("attn:2")]
+    draft, sources = draft_in_place(dense, api.outline(dense), layers, {})
+    found = DenseText(dense, [data], PLACES, temperature=0).acceptance(draft, sources)
+    accepted = judged = 0
+    with torch.no_grad():
+        for row in data.ids:
+            for place in PLACES:
+                ids, good = row[None, : place + 1], 0
+                for _ in range(drafted):
+                    cache = dense(ids[:, :place], use_cache=True).past_key_values
+                    guess = draft(ids[:, place:], past_key_values=cache).logits[0, -1].argmax()
+                    true = dense(ids).logits[0, -1].argmax()
+                    judged += 1
+                    if guess != true:
+                        break
+                    good, ids = good + 1, torch.cat([ids, true.view(1, 1)], 1)
+                accepted += good
+    assert 0 < accepted < judged and found.judged(drafted) == pytest.approx(accepted / judged)
+
+
+def test_tokens_behind_a_place_are_drawn_from_the_dense_model_at_its_temperature(dense):
+    hot, again = (DenseText(dense, [text(1)], PLACES, temperature=1.0).kept[0][1] for _ in range(2))
+    greedy = DenseText(dense, [text(1)], PLACES, temperature=0).kept[0][1]
+    assert torch.equal(hot, again) and torch.equal(hot[:, 0], greedy[:, 0]) and not torch.equal(hot, greedy)
 
 
 def test_windows_that_end_before_the_places_are_refused(dense):

@@ -1,8 +1,6 @@
 """A representative choice of docs/architectures.md: the same trial, in every run of the tests."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -102,7 +100,7 @@ HEADS = [("bert", "SequenceClassification"), ("electra", "PreTraining"), ("t5", 
 HEADS += [("vit", "ImageClassification"), ("bert", "QuestionAnswering")]
 
 
-def test_without_dropformer_remote_code_loads_every_head(tmp_path):
+def test_without_dropformer_remote_code_loads_every_head(tmp_path, elsewhere):
     made, want = [], []
     for family, head in HEADS:
         model = tiny_model(family, getattr(transformers, f"AutoModelFor{head}"))
@@ -115,8 +113,7 @@ def test_without_dropformer_remote_code_loads_every_head(tmp_path):
         with torch.no_grad():
             want.append((type(pruned).__name__, float(pruned(**inputs)[0].double().sum())))
         made.append((str(folder), f"AutoModelFor{head}"))
-    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", PLAIN, json.dumps(made)], capture_output=True, text=True, env=env)
+    done = elsewhere(PLAIN, json.dumps(made))
     assert done.returncode == 0, done.stderr
     got = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("GIVES")]
     for (name, total), (want_name, want_total) in zip(got, want, strict=True):

@@ -1,8 +1,6 @@
 """Each format holds the pruned model: dense as zeros that load anywhere, ONNX as a graph with its cache."""
 
 import json
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -34,7 +32,7 @@ def pruned_of(opened, spec, repair=None):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2", "mixtral", "falcon", "mamba"])
-def test_zeros_load_anywhere_and_give_the_pruned_models_logits(opened, tmp_path, ids, family):
+def test_zeros_load_anywhere_and_give_the_pruned_models_logits(opened, tmp_path, elsewhere, family):
     dense = opened(family)
     spec = "attn=0,2" if family == "mamba" else "attn=0,2,mlp=2"
     pruned = pruned_of(dense, spec)
@@ -44,9 +42,7 @@ def test_zeros_load_anywhere_and_give_the_pruned_models_logits(opened, tmp_path,
         "print(float(m(torch.arange(3, 15)[None]).logits.double().sum().detach()));"
         "assert 'dropformer' not in sys.modules"
     )
-    said = subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "out"], capture_output=True, text=True, check=True
-    ).stdout
+    said = elsewhere(script, tmp_path / "out").stdout
     want = float(pruned(torch.arange(3, 15)[None]).logits.double().sum().detach())
     assert float(said) == pytest.approx(want, rel=1e-5, abs=1e-5)
     assert done.record["after"] == done.record["before"]

@@ -1,9 +1,6 @@
 """Types that only a checkpoint's own code knows: pruned by the command, loaded anywhere by trust_remote_code alone."""
 
 import json
-import os
-import subprocess
-import sys
 
 import own_code
 import pytest
@@ -43,7 +40,9 @@ def total(model):
         return float(model(torch.arange(3, 15)[None]).logits.double().abs().sum())
 
 
-def test_it_is_pruned_and_loads_elsewhere_with_its_code_beside_it_also_after_saving_again(home, here, capsys):
+def test_it_is_pruned_and_loads_elsewhere_with_its_code_beside_it_also_after_saving_again(
+    home, here, elsewhere, capsys
+):
     for spec, out in (("attn=1,mlp=2", here / "skipped"), ("block=1", here / "packed")):
         args = ("--model", home, "--drop", spec, "--out", out, "--trust-remote-code", "--no-measure", "-q")
         status, _, err = run(*args, capsys=capsys)
@@ -54,8 +53,7 @@ def test_it_is_pruned_and_loads_elsewhere_with_its_code_beside_it_also_after_sav
     folders = [here / "skipped", here / "packed"]
     want = [total(dropformer.load(folder, trust_remote_code=True).eval()) for folder in folders]
     assert want[0] != pytest.approx(want[1], rel=1e-4)
-    env = {**os.environ, "HF_MODULES_CACHE": str(here / "other-modules")}
-    done = subprocess.run([sys.executable, "-c", PLAIN, *map(str, folders)], capture_output=True, text=True, env=env)
+    done = elsewhere(PLAIN, *folders)
     assert done.returncode == 0, done.stderr
     got = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("GIVES")]
     assert got == pytest.approx([*want, *want], rel=1e-6)

@@ -1,8 +1,6 @@
 """Attention layers that see a window: the masks, the caches, and the checkpoint."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -107,7 +105,7 @@ def test_every_way_of_generating_gives_what_no_cache_gives(tiny):
     assert torch.equal(model.generate(padded, attention_mask=mask, **GREEDY)[:, 6:], want)
 
 
-def test_a_checkpoint_with_windows_loads_as_it_was_with_and_without_dropformer(tiny, tmp_path, here):
+def test_a_checkpoint_with_windows_loads_as_it_was_with_and_without_dropformer(tiny, tmp_path, here, elsewhere):
     dense = tiny("llama", initializer_range=0.3)
     dense.save_pretrained(tmp_path / "dense")
     opened = api.open_model(tmp_path / "dense")
@@ -129,7 +127,7 @@ def test_a_checkpoint_with_windows_loads_as_it_was_with_and_without_dropformer(t
         "m = A.from_pretrained('out', trust_remote_code=True);"
         "torch.testing.assert_close(m(torch.arange(3, 33)[None]).logits, torch.load('want.pt'))"
     )
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    run = elsewhere(code, cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
 
 
@@ -162,3 +160,9 @@ def test_a_continued_cache_leaves_the_one_behind_it_alone(tiny, ids, family):
         ]
     torch.testing.assert_close(answers[0], answers[1], atol=0, rtol=0)
     torch.testing.assert_close(answers[0], model(ids).logits[:, -3:], atol=1e-5, rtol=1e-5)
+
+
+def test_an_attention_whose_window_stands_in_the_config_alone_takes_no_other(tiny):
+    assert "has a sliding window already" in window_attention.unfit(tiny("mistral").model.layers[1].self_attn)
+    assert not window_attention.unfit(tiny("mistral", sliding_window=None).model.layers[1].self_attn)
+    assert not window_attention.unfit(tiny("gpt2").transformer.h[1].attn)

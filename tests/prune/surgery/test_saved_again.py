@@ -1,10 +1,7 @@
 """However a pruned model is saved again, its folder loads elsewhere by trust_remote_code, as the model it was."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -81,7 +78,7 @@ def pushed(small, folder, monkeypatch):
     return model, folder
 
 
-def test_every_way_of_saving_again_loads_elsewhere(small, tmp_path, monkeypatch):
+def test_every_way_of_saving_again_loads_elsewhere(small, tmp_path, elsewhere, monkeypatch):
     model, last, checkpoint = trained(small, tmp_path / "trained")
     want = {last: total(model), checkpoint: total(model)}
     model, folder = merged(small, tmp_path)
@@ -93,9 +90,8 @@ def test_every_way_of_saving_again_loads_elsewhere(small, tmp_path, monkeypatch)
     AutoModelForCausalLM.from_pretrained(tmp_path / "twice").save_pretrained(tmp_path / "thrice", max_shard_size="10KB")
     want[tmp_path / "twice"] = want[tmp_path / "thrice"] = total(model)
     assert all("auto_map" in json.loads((folder / "config.json").read_text()) for folder in want)
-    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     moved = [shutil.move(folder, tmp_path / f"moved-{i}") for i, folder in enumerate(want)]
-    done = subprocess.run([sys.executable, "-c", ELSEWHERE, *map(str, moved)], capture_output=True, text=True, env=env)
+    done = elsewhere(ELSEWHERE, *moved)
     assert done.returncode == 0, done.stderr
     got = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("GIVES")]
     assert got == pytest.approx(list(want.values()), rel=1e-5)

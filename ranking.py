@@ -1,0 +1,104 @@
+"""What windows and agents take from each attention layer, and the plans that a sweep makes of such rankings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+from torch import Tensor
+
+from dropformer import api
+from dropformer.metrics.analysis.agent_loss import agent_losses
+from dropformer.metrics.analysis.window_loss import TIMES, window_losses
+from dropformer.metrics.calibration.batching import samples_at_once, windows_at_once
+from dropformer.metrics.calibration.data import text_windows
+from dropformer.metrics.calibration.settings import context_of
+from dropformer.progress import Progress
+from dropformer.prune.architecture import Layer, of_images
+from dropformer.prune.errors import PlanError
+from dropformer.prune.outline import Outline
+from dropformer.prune.plan import Plan
+from dropformer.prune.rungs.agent import Agents
+from dropformer.prune.samples.inputs import takes_pictures
+from dropformer.prune.spec import Selector, parse_spec
+from dropformer.prune.window import Window
+from dropformer.recipes.opening import LoadedModel
+from dropformer.request import CalibrationOptions, Request
+from dropformer.scoring import get_scores, material, writer
+
+WINDOW_TOKENS = 8192  # read to rank windows by: about two texts several windows long
+SINKS = 4  # real ones, by which folded windows are ranked
+RANKED = 16  # texts or images to rank agents by
+
+
+def losses_by_rung(
+    opened: LoadedModel, request: Request, outline: Outline, progress: Progress
+) -> dict[Layer, float] | None:
+    """Loss of each layer under the first window or agents that a spec gives to a count of layers; None if it names all.
+
+    A folded window is ranked with real sinks, whose place its constants take.  Raises PlanError for a vision tower,
+    whose images come with texts.
+    """
+    counted = next((s for s in parse_spec(request.target.spec) if s.rung and s.indices is None), None)
+    if counted is None:
+        return None
+    if of_images(counted.stack):
+        raise PlanError(
+            f"`{counted}` is ranked on images with their texts; name the layers, as in "
+            f"{counted.stack}.{counted.kind}=1,2@{counted.rung}"
+        )
+    if isinstance(counted.rung, Agents):
+        return _agent_losses(opened, request, outline, counted, progress)
+    assert counted.rung is not None
+    if opened.tokenizer is None or takes_pictures(opened.model):
+        raise PlanError(f"`{counted}` fits causal attention to text, and {opened.ref.name} reads none; give agent:4@49")
+    window = replace(counted.rung, sinks=SINKS, fold=False) if counted.rung.fold else counted.rung
+    batches = batches_beyond(window, opened, request.calibration, progress)
+    with progress.stage(f"what a window of {window} takes"):
+        losses = window_losses(opened.model, outline, batches, window, counted.stack)
+    if not losses:
+        raise PlanError(f"`{counted}`: no attention layer of {opened.ref.name} takes a window; drop layers instead")
+    return losses
+
+
+def _agent_losses(
+    opened: LoadedModel, request: Request, outline: Outline, counted: Selector, progress: Progress
+) -> dict[Layer, float]:
+    said = request.calibration
+    few = replace(request, calibration=replace(said, samples=said.samples or RANKED))
+    data = material(opened, few, progress)
+    with progress.stage(f"what {counted.rung} agents take, {len(data)} samples of {data.ref.name}"):
+        batches = (inputs for inputs, _ in data.batches(samples_at_once(opened.model, data)))
+        return agent_losses(opened.model, outline, batches, cast(Agents, counted.rung), counted.stack)
+
+
+def swept_plans(opened: LoadedModel, request: Request, specs: list[str], length: int, progress: Progress) -> list[Plan]:
+    """A plan for each spec.  Raises PlanError for windows that hold all of a text of this length."""
+    (most,) = parse_spec(specs[-1])
+    if not isinstance(most.rung, Window):
+        scores = get_scores(opened, request, progress, specs)
+        return [api.plan(scores, spec, request.target.keep) for spec in specs]
+    if most.rung.width + most.rung.sinks >= length:
+        raise PlanError(f"a window of {most.rung} holds all of a text of {length} tokens; give a larger --length")
+    outline = api.outline(opened.model, specs[-1])
+    losses = losses_by_rung(opened, request, outline, progress)
+    return [api.plan_unscored(opened.ref, outline, spec, request.target.keep, None, losses) for spec in specs]
+
+
+def batches_beyond(
+    window: Window, opened: LoadedModel, said: CalibrationOptions, progress: Progress
+) -> list[dict[str, Tensor]]:
+    """The calibration text in batches of windows several attention windows long."""
+    settings = said.of(opened.recipe)
+    length, samples = _read_for(window, opened, said)
+    data = text_windows(replace(settings, length=length, samples=samples), writer(opened, progress))
+    progress.say(f"beyond a window of {window}: {samples} x {length} tokens of {settings.name}")
+    return [inputs for inputs, _ in data.batches(windows_at_once(opened.model, length))]
+
+
+def _read_for(window: Window, opened: LoadedModel, said: CalibrationOptions) -> tuple[int, int]:
+    """Length and number of the texts that attention windows are ranked on: several windows long."""
+    several = TIMES * window.width
+    limit = context_of(opened.model.config) or several
+    length = said.length or min(limit, max(said.of(opened.recipe).length, several))
+    return length, said.samples or max(2, WINDOW_TOKENS // length)
