@@ -13,7 +13,8 @@ from dropformer.eval.draft.cost import Steps
 from dropformer.metrics.draft.formula import PAYS, best, needed_acceptance
 from dropformer.prune.architecture import BRANCH_KINDS, Layer
 from dropformer.prune.choosing import choose, choose_windows
-from dropformer.prune.spec import without_windows
+from dropformer.prune.errors import PlanError
+from dropformer.prune.spec import folds, parse_spec, without_windows
 
 ACCEPTANCES = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 
@@ -54,6 +55,11 @@ def draft_estimate(cost: ModelCost, spec: str, workload: Workload, device: Hardw
     """
     kinds = ("block", *BRANCH_KINDS)
     depth: dict[Layer, float] = {layer: layer.index for kind in kinds for layer in cost.outline.layers(kind)}
+    if any(selector.kind == "linear" or folds(selector) for selector in parse_spec(spec)):
+        raise PlanError(
+            f"`{spec}`: a draft shares all weights with its dense model, so it has neither linear maps nor folded "
+            "sinks; drop layers, or give windows such as 256+4"
+        )
     drops = without_windows(spec)
     layers = choose(cost.outline, drops, depth) if drops else []
     windows = decoder_windows(choose_windows(cost.outline, spec, layers, depth))

@@ -15,6 +15,7 @@ from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.draft.acceptance import Acceptance, DenseText, spread
 from dropformer.metrics.draft.formula import curve, speedup
 from dropformer.metrics.draft.search import draft_in_place, surgery_in_place
+from dropformer.metrics.repair.base import check_fitted
 from dropformer.prune.draft.generation import DRAFT_TOKENS, set_drafting
 from dropformer.prune.errors import CalibrationError
 from dropformer.prune.plan import Plan
@@ -130,6 +131,7 @@ def evaluate_on(text: DenseText, plan: Plan, new: int = 32, prompts: int = 1) ->
             f"windows of {shortest} tokens are too short to decode {new} or draft {drafted} behind {text.places[0]}; "
             "give longer ones"
         )
+    check_fitted(plan, None)
     draft, sources = draft_in_place(model, plan.outline, plan.layers, plan.windowed)
     set_drafting(draft, drafted)
     found = text.acceptance(draft, sources)

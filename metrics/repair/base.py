@@ -18,12 +18,14 @@ from dropformer.metrics.repair.registry import Training
 from dropformer.metrics.repair.ridge import Group
 from dropformer.metrics.repair.slots import BranchOutput
 from dropformer.prune.architecture import Architecture, Layer
-from dropformer.prune.block_map import BlockMap, new_index, new_name
+from dropformer.prune.block_map import BlockMap, attention_path, new_index, new_name
+from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
+from dropformer.prune.plan import Plan
 
 __all__ = [
     *("Changes", "Foresight", "ForesightMethod", "Gate", "Repair", "RepairContext", "RepairMethod", "Variant"),
-    "reasons",
+    *("check_fitted", "reasons"),
 ]
 
 
@@ -102,6 +104,19 @@ Foresight = Callable[[Sequence[Layer], Changes], Changes]
 
 ForesightMethod = Callable[[RepairContext, Sequence[Layer], int], Foresight]
 """Fits a repair for any `count` of the candidates, in one pass over the model."""
+
+
+def check_fitted(plan: Plan, repair: Repair | None) -> None:
+    """Raises PlanError where a plan has linear maps or constants for sinks, and nothing gives their numbers."""
+    missing = [str(layer) for layer in plan.mapped if not repair or layer not in repair.mapped]
+    paths = {layer: attention_path(plan.outline, layer) for layer in plan.folded}
+    fitted = {name.rpartition(".")[0] for name in (repair.tensors if repair else ())}
+    missing += [f"{layer}@{window}" for layer, window in plan.folded.items() if paths[layer] not in fitted]
+    if missing:
+        raise PlanError(
+            f"{', '.join(missing)}: linear maps and folded sinks are fitted, and a plan does not hold the numbers; use "
+            "`prune --model ... --plan ...`, or give the repair of dropformer.fit(model, plan)"
+        )
 
 
 def reasons(unrepaired: Sequence[tuple[str, str]]) -> list[str]:

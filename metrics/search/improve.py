@@ -21,18 +21,19 @@ from dropformer.metrics.blockwise.work import Work
 from dropformer.metrics.calibration.windows import Windows, named_texts
 from dropformer.metrics.offload.keeper import Keeper
 from dropformer.metrics.repair.base import Foresight, Repair, RepairContext, reasons
+from dropformer.metrics.repair.linear import fit_maps
 from dropformer.metrics.repair.registry import REPAIRS
 from dropformer.metrics.repair.slots import branch_outputs
-from dropformer.metrics.search.budget import meter, parse_budget, within
+from dropformer.metrics.search.budget import parse_budget
 from dropformer.metrics.search.calibration import GATE_SHARE, Batch, batches_of, gate_batches, search_size, shortened
 from dropformer.metrics.search.registry import METRICS, SELECTIONS
-from dropformer.metrics.search.select import KL, Choice, Greedily, refine
-from dropformer.metrics.search.selections import affordable, shortlist
+from dropformer.metrics.search.select import KL, Greedily, refine
+from dropformer.metrics.search.selections import shortlist, within_budget
 from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.progress import Tell, silent
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.choosing import check_attention_left, choose, unprotected
+from dropformer.prune.choosing import choose_forms, unprotected
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.loading.parts import evaluating
@@ -188,23 +189,33 @@ class Improver:
 
     def choose(self, request: Target) -> tuple[list[Layer], dict[Layer, float]]:
         """The layers to drop, and the score per layer by which they were ranked (empty for a search)."""
+        layers, _, scores = self.choose_forms(request)
+        return layers, scores
+
+    def choose_forms(self, request: Target) -> tuple[list[Layer], list[Layer], dict[Layer, float]]:
+        """As `choose`, and in the middle the layers that the spec replaces by linear maps.  Raises PlanError."""
         self.quality = self.quality.under(request.budget)
         with evaluating(self.model):
             if request.budget:
-                found = self._within(request)
-                return list(found.layers), {}
+                found = within_budget(self, request, self.bench.runner.start(0).shape[-1])
+                return list(found.layers), [], {}
             scores: dict[Layer, float] = {}
             entry = SELECTIONS[self.quality.select]
             if entry.pick is None and any(s.indices is None and not s.published for s in parse_spec(request.spec)):
                 scores = self.ranking(self.quality.metric)()
             pick = None if entry.pick is None else partial(entry.method(), self)
-            layers = choose(self.outline, request.spec, scores, request.keep, request.published, pick)
-            return self.refined(layers, request.keep), scores
+            layers, maps = choose_forms(self.outline, request.spec, scores, request.keep, request.published, pick)
+            return self.refined(layers, request.keep, maps), maps, scores
 
-    def refined(self, layers: Sequence[Layer], keep: Sequence[int] = ()) -> list[Layer]:
-        """The layers after the strategy's rounds of swaps, which keep the number of each kind."""
+    def refined(self, layers: Sequence[Layer], keep: Sequence[int] = (), maps: Sequence[Layer] = ()) -> list[Layer]:
+        """The layers after the strategy's rounds of swaps, which keep the number of each kind.
+
+        Raises PlanError for swaps of layers of which some become linear maps.
+        """
         if not self.quality.refine:
             return list(layers)
+        if maps:
+            raise PlanError("--refine swaps dropped layers, and would not know which are to be maps; leave one out")
         candidates = unprotected(self.outline, sorted({layer.kind for layer in layers}), "", keep)
         with evaluating(self.model):
             candidates = [*layers, *(c for c in shortlist(self, candidates, len(layers)) if c not in layers)]
@@ -222,35 +233,25 @@ class Improver:
         together = not isinstance(self.provider, InMemory)
         return Greedily(self.quality.width, self.cost.ahead if together else None)
 
-    def _within(self, request: Target) -> Choice:
-        """A budget's layers; if they would leave no attention, the one chosen last is kept."""
-        budget = parse_budget(request.budget or "")
-        candidates = unprotected(self.outline, ("attn", "mlp"), "", request.keep)
-        width = self.bench.runner.start(0).shape[-1]
-        map_size = width * (width + 1) if "linear" in self.quality.repair else 0
-        goal = meter(budget, self.outline, candidates, request.context, request.latency, map_size)
-        candidates = affordable(self, candidates, goal)
-        self.prepare(candidates, len(candidates))
-        self.cost.ahead([layer] for layer in candidates if goal.saves(layer) > 0)
-        while True:
-            found = within(goal, candidates, self.cost, self.how)
-            try:
-                check_attention_left(self.outline, found.layers)
-                return found
-            except PlanError:
-                candidates.remove([layer for layer in found.layers if layer.kind == "attn"][-1])
+    def maps(self, layers: Sequence[Layer]) -> Changes:
+        """A linear map for each attention layer.  Time: a dense pass up to the last one that was not fitted before."""
+        with evaluating(self.model):
+            return fit_maps(self.context(layers)) if layers else Changes()
 
-    def repair(self, dropped: Sequence[Layer], other: Windows | None = None) -> tuple[Repair, Variant]:
+    def repair(
+        self, dropped: Sequence[Layer], other: Windows | None = None, maps: Sequence[Layer] = ()
+    ) -> tuple[Repair, Variant]:
         """Repair the model without `dropped` by each method, kept only if it lowers perplexity on `other` text.
 
-        Without `other` nothing is gated.  Also returns the repaired model as a variant of the dense one.  Layers that
-        could not be repaired are reported with the reason, and recorded in the repair.
+        `maps`: dropped layers that become linear maps, ungated.  Without `other` nothing is gated.  Also returns the
+        repaired model as a variant of the dense one.  Layers that could not be repaired are reported with the reason,
+        and recorded in the repair.
         """
-        changes, gates, missed = Changes(), list[Gate](), list[tuple[str, str]]()
+        changes, gates, missed = self.maps(maps), list[Gate](), list[tuple[str, str]]()
         gate = self._gating(other, dropped) if other is not None and self.quality.repair else None
         with evaluating(self.model):
             for name in self.quality.repair:
-                new = REPAIRS[name].method()(self.context(dropped, changes))
+                new: Changes = REPAIRS[name].method()(self.context(dropped, changes))
                 for line in reasons(new.unrepaired):
                     self.tell(f"{name}: {line}")
                 missed += [(f"{name}: {layer}", why) for layer, why in new.unrepaired]
@@ -291,8 +292,9 @@ def improve(
 
     Raises PlanError, CalibrationError or ArchitectureError.
     """
-    layers, scores = improver.choose(request)
-    repair, variant = improver.repair(layers, other)
+    layers, maps, scores = improver.choose_forms(request)
+    repair, variant = improver.repair(layers, other, maps)
     fields: dict[str, Any] = {"metric": improver.quality.wording, "calibration": improver.calibration}
     spec = request.spec or str(parse_budget(request.budget or ""))
-    return make_plan(improver.outline, ref, spec, layers, scores, keep=list(request.keep), **fields), repair, variant
+    fields |= {"keep": list(request.keep), "maps": [str(layer) for layer in maps]}
+    return make_plan(improver.outline, ref, spec, layers, scores, **fields), repair, variant

@@ -36,12 +36,16 @@ class Option:
 def check_rungs(rungs: Iterable[Rung], context: int) -> list[Window]:
     """The windows among the rungs.  Raises PlanError for rungs that a budget cannot choose among."""
     rungs = list(rungs)
-    if any(isinstance(rung, LinearMap) for rung in rungs):
-        raise PlanError("--rungs takes drop and windows; a dropped layer becomes a linear map by --repair linear")
     windows = [rung.window for rung in rungs if isinstance(rung, Windowed)]
     if not windows:
         raise PlanError(
-            "--rungs without a window is what --budget does alone; add one, as in --rungs drop,window:512+4"
+            "--rungs without a window is what --budget does alone (with --repair linear for linear maps); add one, as "
+            "in --rungs drop,linear,window:512+4"
+        )
+    if folded := next((window for window in windows if window.fold), None):
+        raise PlanError(
+            f"--rungs takes no window:{folded}: its constants are fitted once layers are chosen; search with "
+            f"window:{folded.width}+4, then write the windows that it finds as @{folded.width}+fold"
         )
     for window in windows:
         if window.width + window.sinks >= context:
@@ -49,10 +53,11 @@ def check_rungs(rungs: Iterable[Rung], context: int) -> list[Window]:
     return windows
 
 
-def saved_share(outline: Outline, layer: Layer, rung: Rung, budget: Budget, context: int) -> float:
+def saved_share(outline: Outline, layer: Layer, rung: Rung, budget: Budget, context: int, map_size: int = 0) -> float:
     """The share that a rung saves of the KV cache at `context` tokens, the parameters, or the bytes of a decoded token.
 
-    Raises PlanError for `measured`, and for a model without what the budget counts.
+    `map_size`: parameters of a linear map; without it one is taken to have as many as its layer.  Raises PlanError for
+    `measured`, and for a model without what the budget counts.
     """
     if budget.what == "measured":
         raise PlanError(f"budget `{budget}` times layers, and rungs are told by bytes: use decode, kv or params")
@@ -62,7 +67,8 @@ def saved_share(outline: Outline, layer: Layer, rung: Rung, budget: Budget, cont
         raise PlanError(f"budget `{budget}` counts the KV cache, and this model has none; use params:-20%")
     branch, owned = outline.branch(layer), outline.dropped_parameters([layer])
     freed = cache * branch.kv * (context - rung.held(context))
-    return (weights * (owned - rung.parameters(owned)) + freed) / whole
+    left = map_size if map_size and isinstance(rung, LinearMap) else rung.parameters(owned)
+    return (weights * (owned - left) + freed) / whole
 
 
 def climb(options: Mapping[Layer, Sequence[Option]], amount: float) -> dict[Layer, Option]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from dropformer.metrics.search.budget import Meter
-from dropformer.metrics.search.select import Count, greedy, iterative
+from dropformer.metrics.search.budget import Meter, meter, parse_budget, within
+from dropformer.metrics.search.select import Choice, Count, greedy, iterative
 from dropformer.prune.architecture import Layer
-from dropformer.prune.choosing import check_attention_left
+from dropformer.prune.choosing import check_attention_left, unprotected
 from dropformer.prune.errors import PlanError
 
 if TYPE_CHECKING:
     from dropformer.metrics.blockwise.layer_metrics import Ranking
     from dropformer.metrics.search.select import KL, Greedily
-    from dropformer.metrics.search.strategy import Strategy
+    from dropformer.metrics.search.strategy import Strategy, Target
     from dropformer.prune.outline import Outline
 
 SHORTLIST = 2  # candidates per layer to drop that a search measures repaired, the best ones alone and unrepaired
@@ -98,3 +98,22 @@ def _evaluations(candidates: int, count: int) -> float:
     half a pass per shortlisted one; and one and a half per round."""
     short = min(candidates, SHORTLIST * count)
     return 1 + (candidates / 4 if short < candidates else 0) + short / 2 + 1.5 * (count - 1)
+
+
+def within_budget(improver: Costs, target: Target, width: int) -> Choice:
+    """A budget's layers, of a model of this width; if they would leave no attention, the one chosen last is kept."""
+    outline = improver.outline
+    candidates = unprotected(outline, ("attn", "mlp"), "", target.keep)
+    map_size = width * (width + 1) if "linear" in improver.quality.repair else 0
+    budget = parse_budget(target.budget or "")
+    goal = meter(budget, outline, candidates, target.context, target.latency, map_size)
+    candidates = affordable(improver, candidates, goal)
+    improver.prepare(candidates, len(candidates))
+    improver.cost.ahead([layer] for layer in candidates if goal.saves(layer) > 0)
+    while True:
+        found = within(goal, candidates, improver.cost, improver.how)
+        try:
+            check_attention_left(outline, found.layers)
+            return found
+        except PlanError:
+            candidates.remove([layer for layer in found.layers if layer.kind == "attn"][-1])
