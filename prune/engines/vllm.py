@@ -12,6 +12,10 @@ from dropformer.prune.engines.registry import Answer
 from dropformer.prune.surgery.patterns import counted_wrongly
 
 TRIED = Path(__file__).with_name("vllm_families.json")  # written by benchmarks/engines.py
+NO_SINKS = {
+    "first tokens": "its attention has no window that keeps the first tokens",
+    "constants": "its sinks are constants from the first token on, and folded windows have them once those are gone",
+}
 INSTALL = "pip install --no-deps dropformer beside vLLM"
 
 
@@ -37,12 +41,16 @@ def with_plugin(facts: CheckpointFacts) -> Answer:
     if facts.format != "dropformer":
         return _plain(facts)
     known, version = tried(), f"vLLM {tried()['version']}"
-    if facts.windows:
-        return Answer(False, why="attention windows are not carried over", instead="load it in transformers")
+    if facts.sinks:
+        return Answer(
+            False, why=NO_SINKS[facts.sinks], instead="load it in transformers, or give windows without sinks"
+        )
     if facts.agents:
         return Answer(False, why="agents are not carried over", instead="load it in transformers")
     if facts.maps:
         return Answer(False, why="linear maps are not carried over", instead="prune without --repair linear")
+    if moved := moved_windows(dict(facts.config), facts.family):
+        return Answer(False, why=moved, instead="drop an even number of blocks between any two that stay")
     if why := {**known["refused"], **known["wrong"]}.get(facts.family):
         return Answer(False, why=f"with {version}: {why}", instead=f"export with --format dense{_or_deci(facts)}")
     note = f"tried with {version}"
@@ -52,12 +60,18 @@ def with_plugin(facts: CheckpointFacts) -> Answer:
 
 
 def _plain(facts: CheckpointFacts) -> Answer:
-    if facts.family == "gpt_oss" and counted_wrongly(dict(facts.config), 2):
-        why = "it gives windows to every second block by its number, and the dropped blocks moved them"
-        return Answer(False, why=why, instead="drop an even number of blocks between any two that stay")
+    if moved := moved_windows(dict(facts.config), facts.family):
+        return Answer(False, why=moved, instead="drop an even number of blocks between any two that stay")
     if facts.stock:
         return Answer(True, f"vllm serve {facts.path}", "where it has the base model", "", facts.saves)
     return Answer(False, why=f"does not load {facts.format} files", instead="export with --format dropformer or deci")
+
+
+def moved_windows(config: dict[str, Any], family: str) -> str:
+    """Why vLLM would give windows to the wrong blocks of a pruned model; "" where it would not."""
+    if family != "gpt_oss" or not counted_wrongly(config, 2):
+        return ""
+    return "it gives windows to every second block by its number, and the dropped blocks moved them"
 
 
 def _or_deci(facts: CheckpointFacts) -> str:

@@ -113,7 +113,7 @@ def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
         if isinstance(old, Skipped) or isinstance(getattr(old, "window", None), Window):
             continue
         if isinstance(form, dict) and "window" in form:
-            window_attention(old, Window(*form["window"]))
+            window_attention(old, Window(*form["window"]), bool(form.get("fold")))
             continue
         if isinstance(form, dict) and "agents" in form:
             agent_attention(old, form["agents"])
