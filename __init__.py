@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # the names that the table below imports on first use, for ty
     from dropformer.prune.errors import PlanError as PlanError
     from dropformer.prune.errors import VerificationError as VerificationError
     from dropformer.prune.plan import Plan as Plan
+    from dropformer.selection import fit as fit
     from dropformer.selection import improve as improve
 
 _API = {
@@ -54,7 +55,7 @@ _API = {
     "dropformer.prune.errors": "ArchitectureError CalibrationError CheckpointError DropformerError EvaluationError "
     "ModelError OutputError PlanError VerificationError",
     "dropformer.prune.plan": "Plan",
-    "dropformer.selection": "improve",
+    "dropformer.selection": "fit improve",
 }
 _HOME = {name: module for module, names in _API.items() for name in names.split()}
 __all__ = ["__version__", *_HOME]

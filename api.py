@@ -17,12 +17,12 @@ from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.batching import samples_at_once
 from dropformer.metrics.calibration.data import calibration_data, default_settings
 from dropformer.metrics.calibration.settings import Calibration
-from dropformer.metrics.repair.base import Repair
+from dropformer.metrics.repair.base import Repair, check_fitted
 from dropformer.progress import Tick
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.block_map import Surgery
-from dropformer.prune.choosing import PublishedLists, choose
+from dropformer.prune.choosing import PublishedLists, choose_forms
 from dropformer.prune.discovery.proof import outline as outline
 from dropformer.prune.draft.generation import DRAFT_TOKENS, set_drafting, speculation
 from dropformer.prune.errors import ModelError, OutputError, PlanError
@@ -88,9 +88,9 @@ def plan_unscored(
 ) -> Plan:
     """A plan from explicit or published lists, without scores; `losses` rank windows.  Raises PlanError."""
     drops = without_windows(spec)
-    layers = choose(outline, drops, None, keep, published) if drops else []
+    layers, maps = choose_forms(outline, drops, None, keep, published) if drops else ([], [])
     windows = spec_windows(outline, spec, layers, losses, keep)
-    return make_plan(outline, ref, spec, layers, rungs=windows, keep=list(keep))
+    return make_plan(outline, ref, spec, layers, rungs=windows, keep=list(keep), maps=[str(m) for m in maps])
 
 
 @overload
@@ -108,7 +108,7 @@ def drop(model: str | Path | LoadedModel | nn.Module, plan: Plan, repair: Repair
 
     Dropped layers have no compute and no KV cache.  `repair`, from `improve`, gives some of the kept layers new
     weights, rounded to the checkpoint's dtype.  The result's attribute `dropformer` is a `DropRecord`, which `save`
-    reads.  Raises PlanError if the plan was made for other weights.
+    reads.  Raises PlanError if the plan was made for other weights, or has linear maps that `repair` lacks.
     """
     if isinstance(model, (str, Path)):
         model = open_model(model)
@@ -117,6 +117,7 @@ def drop(model: str | Path | LoadedModel | nn.Module, plan: Plan, repair: Repair
         raise PlanError(f"the plan was made for other weights than {opened.ref.name}; analyze this model first")
     if opened:
         need_dense(read_config(opened.path), opened.ref.name)
+    check_fitted(plan, repair)
     pruned = sharing_copy(dense)
     mapped, folder = repair.mapped if repair else None, opened.path if opened else None
     surgery = plan_surgery(plan.outline, plan.layers, dense, mapped, plan.rungs, folder)

@@ -166,7 +166,8 @@ def plan_table(plan: Plan) -> Table:
         table.add_column(name, justify="right")
     for drop in plan.drops:
         score = "" if drop.similarity is None else f"{drop.similarity:.4f}"
-        table.add_row(drop.layer, *([score] if scored else []))
+        form = " linear" if drop.layer in plan.maps else ""
+        table.add_row(drop.layer + form, *([score] if scored else []))
     for layer, rung in plan.rungs.items():
         what = " agents" if isinstance(rung, Agents) else ""
         table.add_row(f"{layer}@{rung}{what}", *([""] if scored else []))

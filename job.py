@@ -61,9 +61,10 @@ def plan_only(request: Request, progress: Progress | None = None) -> Plan:
     progress = progress or Silent()
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
-    if request.selection.strategy:
-        return improved(opened, request, progress, plan=scoring.plan_of_rungs(opened, request, progress))[0]
-    return one_shot_plan(opened, request, progress)[0]
+    if request.selection.strategy or (request.target.rungs and request.maps):
+        return improved(opened, request, progress)[0]
+    plan = one_shot_plan(opened, request, progress)[0]
+    return improved(opened, request, progress, plan=plan)[0] if plan.fitted else plan
 
 
 def draft(request: Request, progress: Progress | None = None) -> tuple[DraftFound, Outcome | None]:
@@ -97,12 +98,25 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
         opened = open_model(request.model, request.revision, request.placement, progress.say)
     held_out = scoring.held_out_windows(opened, request, progress)  # raises before anything is measured
     scores, repair = None, None
-    if request.selection.strategy:
-        plan, repair = improved(opened, request, progress, plan=scoring.plan_of_rungs(opened, request, progress))
+    if request.selection.strategy or (request.target.rungs and request.maps):
+        plan, repair = improved(opened, request, progress)
     else:
         plan, scores = one_shot_plan(opened, request, progress)
-    if plan.layers:
-        progress.say(f"dropping {', '.join(map(str, plan.layers))}")
+        if plan.fitted:
+            plan, repair = improved(opened, request, progress, plan=plan)
+    _say(plan, progress)
+    with plan_kept(plan, out, always=request.selection.strategy is not None):
+        chosen = _Chosen(plan, scores, repair)
+        report, exported = _carried_out(opened, chosen, out, held_out, request, progress)
+    return Outcome(out, plan, report, exported)
+
+
+def _say(plan: Plan, progress: Progress) -> None:
+    """What is done to which layers."""
+    if dropped := [str(layer) for layer in plan.layers if layer not in plan.mapped]:
+        progress.say(f"dropping {', '.join(dropped)}")
+    if plan.maps:
+        progress.say(f"linear maps in place of {', '.join(plan.maps)}")
     if plan.windows:
         progress.say("windows: " + ", ".join(f"{layer}@{window}" for layer, window in plan.windows.items()))
         progress.say(f"KV cache at {CONTEXT:,} tokens: {plan.kv_share(CONTEXT):.0%} of the dense model's")
@@ -110,10 +124,6 @@ def run(request: Request, progress: Progress | None = None) -> Outcome:
         progress.say("agents: " + ", ".join(f"{layer}@{count}" for layer, count in plan.agents.items()))
     if any(layer.kind == "attn" and layer.index == 0 for layer in plan.layers):
         progress.say("warning: the attention of block 0 is dropped; vLLM and llama.cpp cannot load a model without it")
-    with plan_kept(plan, out, always=request.selection.strategy is not None):
-        chosen = _Chosen(plan, scores, repair)
-        report, exported = _carried_out(opened, chosen, out, held_out, request, progress)
-    return Outcome(out, plan, report, exported)
 
 
 @dataclass(frozen=True)
@@ -176,7 +186,7 @@ def run_from_disk(request: Request, progress: Progress | None = None) -> Written
         allowed = parse_bytes(request.scoring.memory or "")
         blocks = open_source_of_blocks(opened.path, allowed, dtype or "float32", place.trust_remote_code, device)
     plan, repair = improved(replace(opened, model=cast(Any, blocks.model)), request, progress, blocks)
-    progress.say(f"dropping {', '.join(map(str, plan.layers))}")
+    _say(plan, progress)
     with progress.stage("copying", 100) as tick:
         return write_by_plan(plan, opened.path, request.folder, in_percent(request.export, opened.file, tick), repair)
 
@@ -207,7 +217,9 @@ def _measure(
 def _calibrated_on(opened: LoadedModel, plan: Plan, request: Request) -> list[str]:
     """Names of the texts that layers were selected or repaired on; none if a list names the layers."""
     chosen = str(plan.calibration["name"]).split(",") if plan.calibration else []
-    repaired = request.calibration.of(opened.recipe).name.split(",") if request.selection.strategy else []
+    repaired = (
+        request.calibration.of(opened.recipe).name.split(",") if request.selection.strategy or plan.fitted else []
+    )
     return chosen + repaired
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import cast
 
+from torch import Tensor
+
 from dropformer import api
 from dropformer.metrics.analysis.agent_loss import agent_losses
 from dropformer.metrics.analysis.window_loss import TIMES, window_losses
@@ -21,10 +23,11 @@ from dropformer.prune.samples.inputs import takes_pictures
 from dropformer.prune.spec import Selector, parse_spec
 from dropformer.prune.window import Window
 from dropformer.recipes.opening import LoadedModel
-from dropformer.request import Request
+from dropformer.request import CalibrationOptions, Request
 from dropformer.scoring import get_scores, material, writer
 
 WINDOW_TOKENS = 8192  # read to rank windows by: about two texts several windows long
+SINKS = 4  # real ones, by which folded windows are ranked
 RANKED = 16  # texts or images to rank agents by
 
 
@@ -33,7 +36,8 @@ def losses_by_rung(
 ) -> dict[Layer, float] | None:
     """Loss of each layer under the first window or agents that a spec gives to a count of layers; None if it names all.
 
-    Raises PlanError for a vision tower, whose images come with texts.
+    A folded window is ranked with real sinks, whose place its constants take.  Raises PlanError for a vision tower,
+    whose images come with texts.
     """
     counted = next((s for s in parse_spec(request.target.spec) if s.rung and s.indices is None), None)
     if counted is None:
@@ -48,12 +52,10 @@ def losses_by_rung(
     assert counted.rung is not None
     if opened.tokenizer is None or takes_pictures(opened.model):
         raise PlanError(f"`{counted}` fits causal attention to text, and {opened.ref.name} reads none; give agent:4@49")
-    settings = request.calibration.of(opened.recipe)
-    length, samples = _read_for(counted.rung, opened, request)
-    data = text_windows(replace(settings, length=length, samples=samples), writer(opened, progress))
-    with progress.stage(f"what a window of {counted.rung} takes, {samples} x {length} tokens of {settings.name}"):
-        batches = [inputs for inputs, _ in data.batches(windows_at_once(opened.model, length))]
-        losses = window_losses(opened.model, outline, batches, counted.rung, counted.stack)
+    window = replace(counted.rung, sinks=SINKS, fold=False) if counted.rung.fold else counted.rung
+    batches = batches_beyond(window, opened, request.calibration, progress)
+    with progress.stage(f"what a window of {window} takes"):
+        losses = window_losses(opened.model, outline, batches, window, counted.stack)
     if not losses:
         raise PlanError(f"`{counted}`: no attention layer of {opened.ref.name} takes a window; drop layers instead")
     return losses
@@ -83,9 +85,20 @@ def swept_plans(opened: LoadedModel, request: Request, specs: list[str], length:
     return [api.plan_unscored(opened.ref, outline, spec, request.target.keep, None, losses) for spec in specs]
 
 
-def _read_for(window: Window, opened: LoadedModel, request: Request) -> tuple[int, int]:
+def batches_beyond(
+    window: Window, opened: LoadedModel, said: CalibrationOptions, progress: Progress
+) -> list[dict[str, Tensor]]:
+    """The calibration text in batches of windows several attention windows long."""
+    settings = said.of(opened.recipe)
+    length, samples = _read_for(window, opened, said)
+    data = text_windows(replace(settings, length=length, samples=samples), writer(opened, progress))
+    progress.say(f"beyond a window of {window}: {samples} x {length} tokens of {settings.name}")
+    return [inputs for inputs, _ in data.batches(windows_at_once(opened.model, length))]
+
+
+def _read_for(window: Window, opened: LoadedModel, said: CalibrationOptions) -> tuple[int, int]:
     """Length and number of the texts that attention windows are ranked on: several windows long."""
-    said, several = request.calibration, TIMES * window.width
+    several = TIMES * window.width
     limit = context_of(opened.model.config) or several
     length = said.length or min(limit, max(said.of(opened.recipe).length, several))
     return length, said.samples or max(2, WINDOW_TOKENS // length)

@@ -16,8 +16,10 @@ from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named_strategy
 from dropformer.prune.errors import CalibrationError, EvaluationError, OutputError, PlanError
 from dropformer.prune.formats.writing import ExportOptions
+from dropformer.prune.plan import Plan
+from dropformer.prune.rungs.linear import LinearMap
 from dropformer.prune.rungs.registry import parse_rungs
-from dropformer.prune.spec import parse_keep
+from dropformer.prune.spec import folds, parse_keep, parse_spec
 from dropformer.prune.window import CONTEXT
 from dropformer.recipes import Recipe
 from dropformer.recipes.placement import Placement
@@ -173,7 +175,24 @@ class Request:
     def on_files(self) -> bool:
         """Whether a plan is applied by copying byte ranges, without a model in memory."""
         chosen = self.selection
-        return bool(chosen.plan and not (chosen.strategy or self.report.measure or self.dry_run))
+        return bool(chosen.plan and not (chosen.strategy or self.report.measure or self.dry_run or self.fits))
+
+    @cached_property
+    def fits(self) -> bool:
+        """Whether the spec or the plan has linear maps or folded sinks, which are fitted on text."""
+        if self.selection.plan:
+            return Plan.read(self.selection.plan).fitted
+        selectors = parse_spec(self.target.spec) if self.target.spec else ()
+        return self.maps or any(map(folds, selectors))
+
+    @cached_property
+    def maps(self) -> bool:
+        """Whether the spec, the plan or the rungs have linear maps."""
+        if self.selection.plan:
+            return bool(Plan.read(self.selection.plan).maps)
+        selectors = parse_spec(self.target.spec) if self.target.spec else ()
+        rungs = any(isinstance(rung, LinearMap) for rung in self.target.rungs)
+        return rungs or any(selector.kind == "linear" for selector in selectors)
 
     @property
     def drops(self) -> bool:

@@ -26,16 +26,18 @@ from dropformer.metrics.calibration.windows import Windows, computed_tokens, nam
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.metrics.search.budget import check_budget, parse_budget
 from dropformer.metrics.search.far_text import tail_of
+from dropformer.metrics.search.improve import Improver
 from dropformer.metrics.search.ladder import check_rungs
-from dropformer.metrics.search.rungs import read_texts, rung_plan
+from dropformer.metrics.search.rungs import mapped_modules, read_texts, rung_plan
 from dropformer.progress import Progress
-from dropformer.prune.choosing import check_possible
+from dropformer.prune.choosing import check_possible, unprotected
 from dropformer.prune.discovery.proof import outline as proven_outline
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading.load import usable_device
 from dropformer.prune.plan import Plan
+from dropformer.prune.rungs.linear import LinearMap
 from dropformer.prune.samples.inputs import takes_pictures, writes_text
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import CalibrationOptions, Request
@@ -195,10 +197,13 @@ def held_out_windows(opened: LoadedModel, request: Request, progress: Progress) 
         raise CalibrationError(f"--text: {error}") from None
 
 
-def plan_of_rungs(opened: LoadedModel, request: Request, progress: Progress) -> Plan | None:
+def plan_of_rungs(
+    opened: LoadedModel, request: Request, progress: Progress, improver: Improver | None = None
+) -> Plan | None:
     """The plan that a budget makes of `--rungs`, None where no rungs are asked for.
 
-    Raises PlanError, CalibrationError, ArchitectureError or ModelError.
+    `improver`: fits linear maps, where they are among the rungs.  Raises PlanError, CalibrationError,
+    ArchitectureError or ModelError.
     """
     target = request.target
     if not target.rungs:
@@ -206,9 +211,12 @@ def plan_of_rungs(opened: LoadedModel, request: Request, progress: Progress) -> 
     if opened.tokenizer is None or not writes_text(opened.model):
         raise ModelError(f"{opened.ref.name} reads no text token by token, so no rung can be told from another")
     texts, named = _long_texts(opened, request, progress)
-    outline = proven_outline(opened.model)
+    outline, maps = proven_outline(opened.model), None
+    if improver and any(isinstance(rung, LinearMap) for rung in target.rungs):
+        with progress.stage("fitting linear maps"):
+            maps = mapped_modules(improver, unprotected(outline, ("attn",), "", target.keep))
     with progress.stage(f"KL of {', '.join(map(str, target.rungs))}"):
-        search = read_texts(opened.model, outline, target.rungs, texts, target.keep)
+        search = read_texts(opened.model, outline, target.rungs, texts, target.keep, maps)
         plan = rung_plan(search, opened.ref, target, calibration=named)
     tried = ", ".join(f"{kl:.4f}" for kl in search.history)
     progress.say(f"KL of the plans at the end of the texts: {tried}; {search.passes:.1f} forward passes")

@@ -25,15 +25,17 @@ from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named
 from dropformer.progress import Progress, Silent
 from dropformer.prune.architecture import of_images
+from dropformer.prune.block_map import attention_path
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading.device import input_device
+from dropformer.prune.loading.window_attention import CONSTANTS
 from dropformer.prune.plan import Plan, make_plan
 from dropformer.prune.samples.inputs import writes_text
 from dropformer.prune.spec import parse_spec
-from dropformer.ranking import losses_by_rung
+from dropformer.ranking import batches_beyond, losses_by_rung
 from dropformer.recipes.opening import LoadedModel, open_model
-from dropformer.request import GATE, Request, recipe_calibration
+from dropformer.request import GATE, CalibrationOptions, Request, recipe_calibration
 from dropformer.scoring import check_early, get_scores, plan_of_rungs, writer
 
 if TYPE_CHECKING:
@@ -79,13 +81,13 @@ def improved(
     blocks: BlockSource | None = None,
     plan: Plan | None = None,
 ) -> tuple[Plan, Repair]:
-    """The plan and the repair of a request's strategy; a given `plan` is only refined and repaired.
+    """The plan and the repair of a request's strategy; a given `plan` is only refined, mapped and repaired.
 
     `--calibration` may list several texts, which share the windows equally.  `blocks` reads the weights of a model
     that is not in memory.  Raises PlanError, CalibrationError, ArchitectureError or ModelError.
     """
-    strategy, chosen, target = request.selection.strategy, request.selection, request.target
-    assert strategy is not None
+    chosen, target = request.selection, request.target
+    strategy = chosen.strategy or Strategy()
     need_tokenizer(opened)
     if not (plan or chosen.plan or blocks):
         check_early(opened, request)
@@ -98,15 +100,17 @@ def improved(
     if read := tokens_read(improver.parts):
         progress.say(read)
     given = plan or (given_plan(opened, chosen.plan) if chosen.plan else None)
+    given = given or plan_of_rungs(opened, request, progress, improver)
     total = improver.steps(chooses=given is None, budget=target.budget is not None)
-    with progress.stage(f"choosing and repairing by {wording(strategy)}", total) as tick:
+    stage = f"choosing and repairing by {wording(strategy)}" if chosen.strategy else "linear maps"
+    with progress.stage(stage, total) as tick:
         improver.work.progress = lambda done, tokens: tick(min(done, total), tokens)
         if given:
             if given.repairs and not strategy.repair:
                 progress.say(given.lost_repairs(chosen.plan))
             plan = refined(given.unrepaired(), improver)
-            repair, _ = improver.repair(plan.layers, other)
-            if strategy.repair:  # record the data of the fit, not of the plan's scores
+            repair, _ = improver.repair(plan.layers, other, plan.mapped)
+            if strategy.repair or plan.fitted:  # record the data of the fit, not of the plan's scores
                 plan = plan.model_copy(update={"calibration": improver.calibration})
         else:
             timed = (target.budget or "").startswith("measured")
@@ -114,9 +118,24 @@ def improved(
             published = opened.recipe.published if opened.recipe else None
             target = replace(target, latency=latency, published=published)
             plan, repair, _ = improved_plan(improver, opened.ref, target, other)
-    repair = replace(repair, extra_bytes=memory.extra)
+    repair = replace(with_folds(opened, request.calibration, plan, repair, progress), extra_bytes=memory.extra)
     progress.say(repair.cost)
     return noted(plan, repair, opened.model), repair
+
+
+def with_folds(opened: LoadedModel, said: CalibrationOptions, plan: Plan, repair: Repair, progress: Progress) -> Repair:
+    """The repair with the constants of the plan's folded windows, fitted on text several windows long.
+
+    Raises PlanError, CalibrationError.
+    """
+    if not plan.folded:
+        return repair
+    from dropformer.metrics.search.fold import fit_folds, named_constants
+
+    batches = batches_beyond(max(plan.folded.values()), opened, said, progress)
+    with progress.stage(f"constants in place of sinks in {len(plan.folded)} layers"):
+        found = fit_folds(opened.model, plan.outline, plan.folded.items(), batches)
+    return replace(repair, tensors={**repair.tensors, **named_constants(plan.outline, found)})
 
 
 def measured(model: nn.Module, improver: Improver, progress: Progress) -> Latency:
@@ -135,7 +154,7 @@ def measured(model: nn.Module, improver: Improver, progress: Progress) -> Latenc
 
 def refined(plan: Plan, improver: Improver) -> Plan:
     """The plan after the improver's rounds of swaps."""
-    layers = improver.refined(plan.layers, plan.keep)
+    layers = improver.refined(plan.layers, plan.keep, plan.mapped)
     if set(layers) == set(plan.layers):
         return plan
     fields: dict[str, Any] = {
@@ -143,7 +162,7 @@ def refined(plan: Plan, improver: Improver) -> Plan:
         "metric": f"{plan.metric or 'given'}, refined",
         "calibration": plan.calibration,
     }
-    return make_plan(plan.outline, plan.model, plan.spec, layers, **fields)
+    return make_plan(plan.outline, plan.model, plan.spec, layers, rungs=plan.rungs, **fields)
 
 
 def wording(quality: Strategy) -> str:
@@ -190,8 +209,11 @@ def given_plan(opened: LoadedModel, path: Path) -> Plan:
 
 
 def noted(plan: Plan, repair: Repair, model: nn.Module) -> Plan:
-    """The plan with its repairs recorded, and parameters of linear maps and the norms they keep counted."""
-    stay = 0
+    """The plan with its repairs recorded, and parameters of linear maps, the norms they keep and constants counted."""
+    folds = {attention_path(plan.outline, layer) for layer in plan.folded}
+    stay = sum(
+        t.numel() for name, t in repair.tensors.items() if name.endswith(CONSTANTS) and name.rpartition(".")[0] in folds
+    )
     for layer, forms in repair.mapped.items():
         path = f"{plan.outline.stack(layer.stack).path}.{layer.index}."
         maps = {f"{path}{name}" for name in forms}
@@ -203,6 +225,24 @@ def noted(plan: Plan, repair: Repair, model: nn.Module) -> Plan:
     kept = [str(gate) for gate in repair.gates if gate.passed]
     fields = {"repairs": kept, "not_repaired": reasons(repair.unrepaired), "savings": savings}
     return plan.model_copy(update=fields)
+
+
+def fit(
+    model: str | Path | LoadedModel, plan: Plan, texts: Sequence[Calibration] = (), repair: Sequence[str] = ()
+) -> tuple[Plan, Repair]:
+    """Fit a plan's linear maps and folded sinks, and repair by these methods, for `drop(model, plan, repair)`.
+
+    `texts`: as for `improve`.  Raises a DropformerError.
+    """
+    opened = model if isinstance(model, LoadedModel) else open_model(model)
+    how = Strategy(repair=tuple(repair))
+    texts = texts or [default_settings(opened.model, replace(recipe_calibration(opened.recipe), samples=SAMPLES))]
+    need_tokenizer(opened)
+    improver = Improver(opened.model, [text_windows(text, writer(opened, Silent())) for text in texts], how)
+    plan = plan.unrepaired()
+    found, _ = improver.repair(plan.layers, gate_windows(opened, Silent()) if repair else None, plan.mapped)
+    found = with_folds(opened, CalibrationOptions(), plan, found, Silent())
+    return noted(plan.model_copy(update={"calibration": improver.calibration}), found, opened.model), found
 
 
 def one_shot_plan(opened: LoadedModel, request: Request, progress: Progress) -> tuple[Plan, Scores | None]:

@@ -70,7 +70,7 @@ RULES = (
         "with --plan, which is followed without a model in memory", "add --measure",
     ),
     Rule(
-        lambda r: r.selection.plan and not r.selection.strategy, (*DRAWN, "batch_size"),
+        lambda r: r.selection.plan and not (r.selection.strategy or r.fits), (*DRAWN, "batch_size"),
         "with --plan, for which nothing is scored", "add --repair",
     ),
     Rule(lambda r: r.selection.strategy, ("scores",), "beside --quality and its like, which measure anew"),
@@ -279,6 +279,9 @@ def _check_format(request: Request, kinds: set[str] | None) -> None:
     form = FORMATS[name]
     if form.runs and request.on_files:
         raise OutputError(f"--format {name} runs the model, which a plan alone does not load; add --measure")
+    if request.maps and not form.maps:
+        able = ", ".join(other for other, kind in FORMATS.items() if kind.maps)
+        raise PlanError(f"--format {name} has no place for linear maps, which are asked for; give --format {able}")
     mapping = [repair for repair in request.repairs if REPAIRS[repair].maps]
     if mapping and not form.maps and (kinds is None or "attn" in kinds):
         raise PlanError(

@@ -135,9 +135,15 @@ def skipped_modules(outline: Outline, block_map: BlockMap) -> dict[str, Any]:
         modules |= {f"{path}.{name}": form for name, form in forms.items()}
     for layer, rung in block_map.rungs.items():
         path = f"{outline.stack(layer.stack).path}.{new_index(block_map, layer)}"
-        form = {"window": [rung.width, rung.sinks]} if isinstance(rung, Window) else {"agents": rung.count}
-        modules[f"{path}.{attention_module(outline, layer)}"] = form
+        modules[f"{path}.{attention_module(outline, layer)}"] = _form(rung)
     return modules
+
+
+def _form(rung: Window | Agents) -> dict[str, Any]:
+    """What config.json says of a layer that stays and attends to less."""
+    if isinstance(rung, Agents):
+        return {"agents": rung.count}
+    return {"window": [rung.width, rung.sinks], **({"fold": True} if rung.fold else {})}
 
 
 def attention_module(outline: Outline, layer: Layer) -> str:
@@ -149,6 +155,11 @@ def attention_module(outline: Outline, layer: Layer) -> str:
     several = [name for name, form in modules.items() if isinstance(form, list)]
     zeros = [name for name, form in modules.items() if str(form).startswith("zeros")]
     return (several or zeros or list(modules))[0]
+
+
+def attention_path(outline: Outline, layer: Layer) -> str:
+    """The path in the dense model of the module that computes a layer's attention."""
+    return f"{outline.stack(layer.stack).path}.{layer.index}.{attention_module(outline, layer)}"
 
 
 def new_index(block_map: BlockMap, layer: Layer) -> int:

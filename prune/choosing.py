@@ -27,7 +27,19 @@ def choose(
     published: PublishedLists | None = None,
     pick: Pick | None = None,
 ) -> list[Layer]:
-    """The layers that a spec drops, most redundant first.
+    """The layers that a spec drops or maps, most redundant first, without saying which are maps: `choose_forms`."""
+    return choose_forms(outline, spec, similarity, keep, published, pick)[0]
+
+
+def choose_forms(
+    outline: Outline,
+    spec: str,
+    similarity: Mapping[Layer, float] | None = None,
+    keep: Sequence[int] = (),
+    published: PublishedLists | None = None,
+    pick: Pick | None = None,
+) -> tuple[list[Layer], list[Layer]]:
+    """The layers that a spec drops, most redundant first, and those of them that it replaces by a linear map.
 
     `similarity` gives one score per layer (the highest are dropped first); `pick` selects instead of it.
     Raises PlanError when the spec asks for more than there is, for a protected or unknown layer, or lacks what
@@ -36,7 +48,7 @@ def choose(
     selectors = sorted(parse_spec(spec), key=lambda s: s.kind != "block")  # a block is dropped with all its branches
     if staying := next((selector for selector in selectors if selector.rung), None):
         raise PlanError(f"`{staying}` keeps its layers, and only `prune` and a plan take such; leave it out here")
-    chosen: list[Layer] = []
+    chosen, maps = list[Layer](), list[Layer]()
     for selector in selectors:
         free = _candidates(outline, selector, keep, chosen)
         if selector.indices is not None:
@@ -47,8 +59,9 @@ def choose(
             count = _count(outline, selector, free)
             picked = list(pick(free, count, chosen)) if pick else _top(selector, free, count, similarity)
         chosen += picked
+        maps += picked if selector.kind == "linear" else []
     check_attention_left(outline, chosen)
-    return chosen
+    return chosen, maps
 
 
 def check_possible(

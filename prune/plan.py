@@ -1,4 +1,4 @@
-"""The plan artifact: which layers are dropped or see a window, why, and what that saves."""
+"""The plan artifact: which layers are dropped, become linear maps or see a window, why, and what that saves."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class Plan(Artifact):
     `repairs`: the gates that repairs passed; `not_repaired`: what they could not mend, and why.
     `packing_cost`: the mean similarity given up so that what is left packs into a stock model.  `windows`: attention
     layers that stay and see a window, such as {"attn:3": "1024+4"}, most redundant first; `agents`: those of an
-    encoder that attend through so many averaged queries.  `draft`: for a plan chosen to draft for its dense model.
+    encoder that attend through so many averaged queries.  `maps`: dropped layers with a linear map in their place,
+    whose weights a plan does not hold.  `draft`: for a plan chosen to draft for its dense model.
     """
 
     kind = "plan"
@@ -69,6 +70,7 @@ class Plan(Artifact):
     packing_cost: float | None = None
     windows: dict[str, str] = {}
     agents: dict[str, int] = {}
+    maps: list[str] = []
     draft: DraftRef | None = None
     drops: list[Drop]
     outline: Outline
@@ -83,6 +85,21 @@ class Plan(Artifact):
     def windowed(self) -> dict[Layer, Window]:
         """The attention layers that see a window only."""
         return {Layer.parse(layer): Window.parse(text) for layer, text in self.windows.items()}
+
+    @property
+    def mapped(self) -> list[Layer]:
+        """The dropped layers with a linear map in their place."""
+        return [Layer.parse(layer) for layer in self.maps]
+
+    @property
+    def folded(self) -> dict[Layer, Window]:
+        """The windows that have constants in place of sinks."""
+        return {layer: window for layer, window in self.windowed.items() if window.fold}
+
+    @property
+    def fitted(self) -> bool:
+        """Does the plan need numbers that are fitted on text?"""
+        return bool(self.maps or self.folded)
 
     @property
     def rungs(self) -> dict[Layer, Window | Agents]:
@@ -129,7 +146,10 @@ def make_plan(
     rungs: Mapping[Layer, Window | Agents] | None = None,
     **fields: Any,
 ) -> Plan:
-    """The plan artifact for the chosen layers; `fields` are the artifact's other ones (keep, calibration, ...)."""
+    """The plan artifact for the chosen layers; `fields` are the artifact's other ones (keep, calibration, maps, ...).
+
+    Parameters are those without linear maps, which count once they are fitted.
+    """
     rungs = rungs or {}
     windows = {layer: rung for layer, rung in rungs.items() if isinstance(rung, Window)}
     savings = Savings(

@@ -7,6 +7,8 @@ attn=20,21,25               these, in the original model's numbering
 published:attn:8            the list a recipe gives
 window:12@1024+4            not dropped: twelve attention layers see the last 1,024 tokens and the first 4
 window=3,7@512              these see the last 512 tokens
+window:12@256+fold          these see the last 256 tokens, and constants fitted to what the first 4 gave
+linear:6  linear=3,7        attention layers that become one linear map each, fitted on the calibration text
 agent:4@49  agent=3,5@49    attention layers of an encoder that attend through 49 averaged queries
 attn:8,mlp:2                combined; encoder.attn:3 names a stack
 """
@@ -25,11 +27,11 @@ from dropformer.prune.rungs.agent import Agents
 from dropformer.prune.window import Window
 
 EXPECTED = (
-    "expected for example attn:8, mlp:25%, block:4, joint:12, attn=20,21,25 or window:8@1024+4, combined by commas"
+    "expected for example attn:8, mlp:25%, block:4, joint:12, attn=20,21,25, linear:4 or window:8@1024+4, by commas"
 )
 _ITEM = re.compile(
-    r"(?P<published>published:)?(?:(?P<stack>\w+)\.)?(?P<kind>attn|mlp|cross|block|joint|window|agent)"
-    r"(?::(?P<count>\d+)(?P<percent>%)?|=(?P<indices>-?\d+(?:,-?\d+)*))(?:@(?P<rung>\d+(?:\+\d+)?))?"
+    r"(?P<published>published:)?(?:(?P<stack>\w+)\.)?(?P<kind>attn|mlp|cross|block|joint|linear|window|agent)"
+    r"(?::(?P<count>\d+)(?P<percent>%)?|=(?P<indices>-?\d+(?:,-?\d+)*))(?:@(?P<rung>\d+(?:\+(?:\d+|fold))?))?"
 )
 RUNGS: dict[str, tuple[type[Window] | type[Agents], str]] = {
     "window": (Window, "windows and no others name their tokens, as in window:8@1024+4"),
@@ -58,7 +60,7 @@ class Selector:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return {"joint": ("attn", "mlp"), "window": ("attn",), "agent": ("attn",)}.get(self.kind, (self.kind,))
+        return {"joint": ("attn", "mlp"), **dict.fromkeys(("linear", *RUNGS), ("attn",))}.get(self.kind, (self.kind,))
 
 
 def parse_spec(text: str) -> tuple[Selector, ...]:
@@ -69,25 +71,10 @@ def parse_spec(text: str) -> tuple[Selector, ...]:
     while position < len(spec) or not selectors:
         match = _ITEM.match(spec, position)
         if not match or (match.end() < len(spec) and spec[match.end()] != ","):
-            _refuse_by_name(text, spec[position:])
             raise PlanError(f"drop spec `{text}` cannot be read at `{spec[position:] or text}`; {EXPECTED}")
         selectors.append(_selector(text, match))
         position = match.end() + 1
     return tuple(selectors)
-
-
-def _refuse_by_name(text: str, rest: str) -> None:
-    """Raises PlanError for rungs that people know and a spec does not take."""
-    if re.match(r"(\w+\.)?linear[:=]", rest):
-        raise PlanError(
-            f"drop spec `{text}` has linear maps, which are fitted in place of dropped layers; name those as attn: or "
-            "attn=, and give --repair linear"
-        )
-    if re.match(r"(\w+\.)?window[:=][^@]*@\d+\+fold", rest):
-        raise PlanError(
-            f"drop spec `{text}`: sinks that are folded into a logit and biases are not implemented; give a number of "
-            "first tokens, as in window:8@1024+4"
-        )
 
 
 def _selector(text: str, match: re.Match[str]) -> Selector:
@@ -107,7 +94,8 @@ def _selector(text: str, match: re.Match[str]) -> Selector:
         raise PlanError(f"drop spec `{text}`: `{selector}` is more than all; {EXPECTED}")
     if selector.kind == "joint" and selector.indices is not None:
         raise PlanError(f"drop spec `{text}`: joint takes a count; name layers as attn=20,21 or mlp=3")
-    if selector.published and (selector.indices is not None or selector.percent or selector.kind in ("joint", *RUNGS)):
+    unlisted = selector.kind in ("joint", "linear", *RUNGS)
+    if selector.published and (selector.indices is not None or selector.percent or unlisted):
         raise PlanError(f"drop spec `{text}`: a published list takes a count, as in published:attn:8")
     return selector
 
@@ -121,11 +109,12 @@ def _rung(text: str, kind: str, amount: str | None) -> Window | Agents | None:
     return None
 
 
-def named_layers(layers: Iterable[Layer], rungs: Mapping[Layer, Window | Agents]) -> str:
-    """The drop spec that names these layers: `attn=20,21,window=3,7@256+4`."""
+def named_layers(layers: Iterable[Layer], rungs: Mapping[Layer, Window | Agents], maps: Iterable[Layer] = ()) -> str:
+    """The drop spec that names these layers, of which `maps` are linear maps: `attn=20,linear=21,window=3,7@256+4`."""
     items: dict[tuple[str, str, str], list[int]] = {}
+    mapped = set(maps)
     for layer in layers:
-        items.setdefault((layer.stack, layer.kind, ""), []).append(layer.index)
+        items.setdefault((layer.stack, "linear" if layer in mapped else layer.kind, ""), []).append(layer.index)
     for layer, rung in rungs.items():
         kind = next(kind for kind, (form, _) in RUNGS.items() if isinstance(rung, form))
         items.setdefault((layer.stack, kind, f"@{rung}"), []).append(layer.index)
@@ -133,6 +122,11 @@ def named_layers(layers: Iterable[Layer], rungs: Mapping[Layer, Window | Agents]
         f"{stack + '.' if stack else ''}{kind}={','.join(map(str, sorted(indices)))}{amount}"
         for (stack, kind, amount), indices in items.items()
     )
+
+
+def folds(selector: Selector) -> bool:
+    """Does a selector give windows whose sinks are folded into constants?"""
+    return isinstance(selector.rung, Window) and selector.rung.fold
 
 
 def without_windows(spec: str) -> str:

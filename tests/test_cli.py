@@ -439,3 +439,38 @@ def test_a_budget_over_rungs_windows_layers_and_states_the_cache_at_the_context(
 )
 def test_rungs_without_use_are_refused(model, here, capsys, options, said):
     bad("--model", model, *options, capsys=capsys, here=here, said=said)
+
+
+def test_linear_maps_are_named_in_a_drop_and_in_a_plan(model, here, capsys):
+    status, _, err = run("--model", model, "--drop", "attn=0,linear:1", "--out", "one", *SMALL, capsys=capsys)
+    assert (status, err) == (0, "")
+    plan, record, report = (
+        json.loads((here / f"one/{name}.json").read_text()) for name in ("plan", "dropformer", "report")
+    )
+    assert record["maps"] == plan["maps"] and len(plan["maps"]) == 1 and not plan["repairs"]
+    assert report["pruned"]["parameters"] == plan["savings"]["parameters_after"]
+    assert run("--model", model, "--plan", "one/plan.json", "--out", "two", *SMALL, capsys=capsys)[0] == 0
+    files = [dict(dropformer.load(here / name).named_parameters()) for name in ("one", "two")]
+    assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
+    bad("--model", model, "--plan", "one/plan.json", "--format", "deci", "--out", "x", capsys=capsys, here=here,
+        said="--format deci has no place for linear maps")  # fmt: skip
+    bad("--model", model, "--drop", "linear:1", "--refine", "1", "--out", "x", *SMALL, capsys=capsys, here=here,
+        said="would not know which are to be maps")  # fmt: skip
+
+
+def test_a_budget_may_choose_linear_maps(model, here, capsys):
+    options = (
+        "--budget",
+        "kv:-50%",
+        "--rungs",
+        "linear,window:4+1",
+        "--context",
+        "64",
+        "--seconds",
+        "0",
+        "--samples",
+        "3",
+    )
+    assert run("--model", model, *options, "--out", "one", "--quiet", capsys=capsys)[0] == 0
+    plan, record = (json.loads((here / f"one/{name}.json").read_text()) for name in ("plan", "dropformer"))
+    assert plan["maps"] == record["maps"] and plan["savings"]["kv_after"] < plan["savings"]["kv"]

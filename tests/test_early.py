@@ -31,7 +31,7 @@ def uncalibrated(monkeypatch):
         (("--drop", "attn:10%"), "rounds down to no layer"),
         (("--drop", "mlp:2,window=9@16"), "names attention layer 9"),
         (("--drop", "attn:4,mlp:1", "--keep", "1", "--quality", "best"), "`attn:4` drops 4"),
-        (("--budget", "kv:-90%", "--keep", "0,1"), "cannot be reached with the layers that may go (4 of them)"),
+        (("--budget", "kv:-90%", "--keep", "0,1"), "cannot be reached with the layers that may be dropped (4 of them)"),
     ],
 )
 def test_it_is_refused_before_calibration(lettered, uncalibrated, capsys, here, options, says):

@@ -88,12 +88,12 @@ def test_the_checkpoint_is_smaller_by_exactly_the_dropped_tensors(dense, scores,
 def test_the_report_compares_both_on_text_that_was_not_calibrated_on(dense, scores, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scores.write(tmp_path / "scores.json")
-    monkeypatch.setattr(job, "HELD_OUT", Calibration("heldout", samples=2, length=128))
+    monkeypatch.setattr(job, "HELD_OUT", Calibration("heldout", samples=2, length=64))
     request = Request(
         "smollm2-135m",
         Target("attn:4"),
         SelectionOptions(scores=tmp_path / "scores.json"),
-        report=ReportOptions(seconds=3),
+        report=ReportOptions(seconds=1),
     )
     outcome = job.run(request)
     assert outcome.out == Path("smollm2-135m-attn4")

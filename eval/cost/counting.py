@@ -117,7 +117,8 @@ def _counted(model: nn.Module, encoder: bool = False) -> ModelCost:
     blocks = tuple(_block(config, stack, index, found, encoder) for index, found in enumerate(experts))
     head, lookup = _head_and_lookup(model)
     inside = sum(block.attention + block.mlp + block.shared for block in blocks)
-    return ModelCost(blocks, head, lookup, outline.parameters - inside - head - lookup, outline)
+    hidden = getattr(config, "hidden_size", 0) or 0
+    return ModelCost(blocks, head, lookup, outline.parameters - inside - head - lookup, outline, hidden)
 
 
 def _block(config: Any, stack: StackOutline, index: int, experts: Experts | None, encoder: bool) -> BlockCost:

@@ -23,7 +23,7 @@ from dropformer.eval.cost.hardware import Hardware
 from dropformer.eval.cost.model_cost import ModelCost
 from dropformer.eval.cost.roofline import KERNELS, Side, Workload
 from dropformer.prune.architecture import Layer
-from dropformer.prune.choosing import PublishedLists, choose, choose_windows
+from dropformer.prune.choosing import PublishedLists, choose_forms, choose_windows
 from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.files.output_paths import cache_folder
 from dropformer.prune.outline import Outline
@@ -99,10 +99,10 @@ def estimate(
             "an encoder is no causal language model: it has no prefill and no decoding; use forward_estimate"
         )
     drops = without_windows(spec) if spec else ""
-    layers = choose(config.outline, drops, published=published, pick=_deepest) if drops else []
+    layers, maps = choose_forms(config.outline, drops, published=published, pick=_deepest) if drops else ([], [])
     windows = decoder_windows(choose_windows(config.outline, spec, layers, _depths(config.outline)) if spec else {})
     workload = workload or Workload()
-    pruned = config.windowed(windows).without(layers)
+    pruned = config.windowed(windows).without(layers, maps)
     return Estimate(Side(config, workload, hardware), Side(pruned, workload, hardware))
 
 
@@ -121,7 +121,9 @@ def forward_estimate(
     A count selects as `estimate` does.  Raises PlanError and EvaluationError.
     """
     drops = without_windows(spec) if spec else ""
-    layers = choose(cost.outline, drops, pick=_deepest) if drops else []
+    layers, maps = choose_forms(cost.outline, drops, pick=_deepest) if drops else ([], [])
+    if maps:
+        raise PlanError(f"{maps[0]}: linear maps are fitted to causal language models alone; drop the layer instead")
     rungs = choose_windows(cost.outline, spec, layers, _depths(cost.outline)) if spec else {}
     pruned = with_agents(cost, rungs).without(layers)
     return ForwardEstimate(*(forward_pass(each, tokens, batch, dtype, hardware) for each in (cost, pruned)))

@@ -8,7 +8,7 @@ every weight once and the keys and values of every kept token once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from dropformer.prune.architecture import Layer
@@ -66,6 +66,10 @@ class BlockCost:
     def seen(self, context: int) -> int:
         return context if self.window is None else min(context, self.window)
 
+    def mapped(self, parameters: int) -> BlockCost:
+        """The block with a linear map of so many parameters in place of its attention."""
+        return BlockCost(parameters, self.mlp, self.shared, experts=self.experts)
+
     def without(self, kind: str, parameters: int) -> BlockCost:
         """The block after dropping its branch of a kind, with that branch's number of parameters."""
         if kind == "attn":
@@ -81,8 +85,9 @@ class ModelCost:
 
     lookup: parameters of embedding tables, of which only single rows are read; a tied table is in `head` only.
     other: parameters outside the blocks that are always read (the last norm).
-    outline: parameters per branch.  `blocks` are all blocks of its main stack.  tokens: those of an encoder's own input
-    (an image of the size that it was made for, or its longest text); 0 for a decoder.
+    outline: parameters per branch; hidden: width of the residual stream, 0 where unknown.  `blocks` are all blocks of
+    its main stack.  tokens: those of an encoder's own input (an image of the size that it was made for, or its longest
+    text); 0 for a decoder.
     """
 
     blocks: tuple[BlockCost, ...]
@@ -91,6 +96,7 @@ class ModelCost:
     other: int
     outline: Outline = field(compare=False)
     tokens: int = 0
+    hidden: int = 0
 
     @property
     def parameters(self) -> int:
@@ -136,13 +142,19 @@ class ModelCost:
             blocks[layer.index] = replace(blocks[layer.index], window=seen)
         return replace(self, blocks=tuple(blocks))
 
-    def without(self, layers: Iterable[Layer]) -> ModelCost:
-        """The cost after dropping layers of the main stack, by their indices in the original model.
+    def map_parameters(self, layer: Layer) -> int:
+        """Parameters of a linear map with bias, its norm's left out; of the layer itself where the width is unknown."""
+        return self.hidden * (self.hidden + 1) or self.outline.branch(layer).parameters
 
-        As in the checkpoint, a block without branches loses its other parameters too.  Raises PlanError for a layer
-        that the model does not have.
+    def without(self, layers: Iterable[Layer], maps: Collection[Layer] = ()) -> ModelCost:
+        """The cost after dropping layers of the main stack, `maps` among them replaced by linear maps.
+
+        By their indices in the original model.  As in the checkpoint, a block without branches loses its other
+        parameters too.  Raises PlanError for a layer that the model does not have.
         """
-        layers, costs = list(layers), dict(enumerate(self.blocks))
+        layers, costs = [layer for layer in layers if layer not in maps], dict(enumerate(self.blocks))
+        for layer in maps:
+            costs[layer.index] = costs[layer.index].mapped(self.map_parameters(layer))
         for layer in self.outline.branch_layers(layers):
             parameters = self.outline.branch(layer).parameters
             costs[layer.index] = costs[layer.index].without(layer.kind, parameters)

@@ -1,1 +1,1 @@
-"""What drafting costs and gives: steps against bytes, text, acceptance and tokens per second, measured."""
+"""Speculative decoding with a pruned draft: cost of steps, acceptance, measured tokens per second."""

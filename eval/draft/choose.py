@@ -1,4 +1,4 @@
-"""Find the draft of a model: rankings by one forward pass each, a search by measured acceptance, and what it gives."""
+"""The best draft of a model: rankings by one forward pass each, then a search by measured acceptance."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from dropformer.prune.spec import named_layers
 from dropformer.prune.window import Window
 from dropformer.recipes.opening import LoadedModel
 
-PLACES = 8  # in the second half of each window, where a text of the context asked for mostly is
+PLACES = 8  # places in the second half of each window, near the context that was asked for
 
 
 @dataclass(frozen=True)
 class DraftFound:
-    """The best draft of a search: its plan, and whether it pays.
+    """The best draft of a search.
 
-    steps: timed on this machine, where that is the hardware asked for and batch 1; verify: a verifying pass by the
-    estimate, in dense steps; tried: how many drafts were measured; curve: expected speed-up by drafted tokens.
+    steps: timed on this machine (hardware cpu, batch 1 only); verify: estimated cost of a verifying pass in dense
+    steps; tried: number of drafts measured; curve: expected speed-up by number of drafted tokens.
     """
 
     plan: Plan
@@ -60,10 +60,10 @@ def choose_draft(
     outline: Outline,
     progress: Progress,
 ) -> DraftFound:
-    """The plan and the number of drafted tokens that give the most tokens per second.
+    """The plan and the number of drafted tokens with the most tokens per second.
 
-    Time: two forward passes for rankings, one over the windows, and for each draft a few passes of DEPTH
-    tokens.  Raises ModelError, PlanError, CalibrationError or EvaluationError.
+    Time: two forward passes for rankings, one over the windows, and a few passes of DEPTH tokens per draft.  Raises
+    ModelError, PlanError, CalibrationError or EvaluationError.
     """
     if not writes_text(opened.model) or len(outline.stacks) != 1:
         raise ModelError(f"{opened.ref.name} is no decoder of one stack, and only such a model drafts for itself")
@@ -88,7 +88,7 @@ def choose_draft(
     scale = timed.verify_cost / steps.verify(found.tokens + 1) if timed else 1.0
 
     def verify(tokens: int) -> float:
-        """What verifying costs; other numbers of tokens are scaled from the one that was timed."""
+        """The cost of verifying, scaled from the number of tokens that was timed."""
         return scale * steps.verify(tokens)
 
     final = found if timed is None else _at_cost(found, timed.cost, verify)
@@ -98,7 +98,7 @@ def choose_draft(
 
 
 def _at_cost(found: Candidate, cost: float, verify: Verify) -> Candidate:
-    """The candidate where a step costs so much, with as many drafted tokens as are best then."""
+    """The candidate at this cost of a step, with its best number of drafted tokens."""
     tokens, gives = best(found.acceptance, cost, verify, MOST)
     return replace(found, cost=cost, tokens=tokens, speedup=gives)
 
@@ -106,7 +106,7 @@ def _at_cost(found: Candidate, cost: float, verify: Verify) -> Candidate:
 def rankings(
     opened: LoadedModel, options: DraftOptions, keep: Sequence[int], outline: Outline, data: Sequence[Windows]
 ) -> list[Rung]:
-    """Layers by similarity for what may go, by what a window takes for windows: a few windows of the text each."""
+    """Rankings on a few windows of each text: by similarity for drops, by the loss under a window for windows."""
     wanted, found = parse_rungs(options.rungs), []
     stack = outline.stacks[0].name
     similarity: dict[Layer, float] = {}

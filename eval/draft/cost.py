@@ -1,4 +1,4 @@
-"""What a draft step and a verifying pass cost, in dense decode steps: by the roofline, or by the clock."""
+"""Costs of a draft step and a verifying pass, in dense decode steps: by the roofline, or timed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dropformer.prune.window import Window
 
 @dataclass(frozen=True)
 class Steps:
-    """Decode steps of one model on a device at a context and a batch, by the roofline.
+    """Roofline costs of decode steps of one model on a device, at one context and batch.
 
     A verifying pass of m tokens reads weights and cache once and computes m times as much.
     """
@@ -35,11 +35,11 @@ class Steps:
     kernels: str = "fused"
 
     def draft(self, layers: Sequence[Layer], windows: Mapping[Layer, Window]) -> float:
-        """c: a step without these layers and with these windows, over a dense step."""
+        """c: time of a step without these layers and with these windows, over a dense step."""
         return self._seconds(self.cost.windowed(windows).without(layers)) / self._seconds(self.cost)
 
     def verify(self, tokens: int) -> float:
-        """v: a dense pass over so many tokens, over a dense step."""
+        """v: time of a dense pass over `tokens` tokens, over a dense step."""
         return self._seconds(self.cost, tokens) / self._seconds(self.cost)
 
     def _seconds(self, cost: ModelCost, tokens: int = 1) -> float:
@@ -49,9 +49,9 @@ class Steps:
 
 @dataclass(frozen=True)
 class MeasuredSteps:
-    """Seconds of a dense step, a draft step, a dense pass over the drafted tokens and one more; medians.
+    """Median seconds of a dense step, a draft step, a dense pass over the drafted tokens and one more.
 
-    view: of making the draft's view of the cache, once a round.
+    view: of making the draft's view of the cache, once per round.
     """
 
     dense: float
@@ -65,7 +65,7 @@ class MeasuredSteps:
 
     @property
     def verify_cost(self) -> float:
-        """v: what a round costs beside its draft steps."""
+        """v: cost of a round without its draft steps."""
         return (self.verify + self.view) / self.dense
 
 
@@ -77,7 +77,7 @@ def measured_steps(
     drafted: int,
     repeats: int = 7,
 ) -> MeasuredSteps:
-    """Time the steps behind the dense model's cache of `ids` [1, T], in turn, the first turn to warm up.
+    """Time the steps after the dense model's cache of `ids` [1, T], interleaved, after one warm-up.
 
     models: dense, draft, and the draft's sources as `view_of` takes them.
     """

@@ -1,4 +1,4 @@
-"""Where a model's own draft pays, from its config alone: the cost of a draft step, and speed-up against acceptance."""
+"""When a model's own draft pays, from its config alone: the cost of a draft step, and speed-up by acceptance."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from dropformer.eval.draft.cost import Steps
 from dropformer.metrics.draft.formula import PAYS, best, needed_acceptance
 from dropformer.prune.architecture import BRANCH_KINDS, Layer
 from dropformer.prune.choosing import choose, choose_windows
-from dropformer.prune.spec import without_windows
+from dropformer.prune.errors import PlanError
+from dropformer.prune.spec import folds, parse_spec, without_windows
 
 ACCEPTANCES = (0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98)
 
 
 @dataclass(frozen=True)
 class DraftEstimate:
-    """cost: a draft step over a dense step; curve: for each acceptance the drafted tokens and the speed-up.
+    """cost: a draft step over a dense step; curve: acceptance -> (drafted tokens, speed-up).
 
-    needed: the least acceptance that pays, None where none does.
+    needed: the least acceptance that pays, None if none does.
     """
 
     spec: str
@@ -37,7 +38,7 @@ class DraftEstimate:
         return json.dumps(vars(self), indent=1)
 
     def lines(self) -> list[str]:
-        """What is printed."""
+        """Lines for the terminal."""
         pays = f"pays from an acceptance of {self.needed:.2f} on" if self.needed else "pays at no acceptance"
         lines = [
             f"{self.spec} as the model's own draft on {self.hardware}, {self.context:,} tokens, batch {self.batch}",
@@ -48,12 +49,17 @@ class DraftEstimate:
 
 
 def draft_estimate(cost: ModelCost, spec: str, workload: Workload, device: Hardware) -> DraftEstimate:
-    """The draft that drops or windows what `spec` says; a count takes the deepest layers.  Raises PlanError.
+    """The estimate of a draft by its drop spec; a count takes the deepest layers.  Raises PlanError.
 
-    The roofline counts a verifying pass too: weights and cache are read once for all drafted tokens, computing is not.
+    In a verifying pass weights and cache are read once for all drafted tokens; FLOPs are counted per token.
     """
     kinds = ("block", *BRANCH_KINDS)
     depth: dict[Layer, float] = {layer: layer.index for kind in kinds for layer in cost.outline.layers(kind)}
+    if any(selector.kind == "linear" or folds(selector) for selector in parse_spec(spec)):
+        raise PlanError(
+            f"`{spec}`: a draft shares all weights with its dense model, so it has neither linear maps nor folded "
+            "sinks; drop layers, or give windows such as 256+4"
+        )
     drops = without_windows(spec)
     layers = choose(cost.outline, drops, depth) if drops else []
     windows = decoder_windows(choose_windows(cost.outline, spec, layers, depth))

@@ -1,4 +1,4 @@
-"""`prune evaluate M --draft PLAN`: acceptance by position and domain, decoding with and without, the bound, memory."""
+"""`prune evaluate M --draft PLAN`: acceptance by position and domain, decoding with and without the draft, memory."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.draft.acceptance import Acceptance, DenseText, spread
 from dropformer.metrics.draft.formula import curve, speedup
 from dropformer.metrics.draft.search import draft_in_place, surgery_in_place
+from dropformer.metrics.repair.base import check_fitted
 from dropformer.prune.draft.generation import DRAFT_TOKENS, set_drafting
 from dropformer.prune.errors import CalibrationError
 from dropformer.prune.plan import Plan
@@ -24,10 +25,10 @@ PLACES = 8
 
 @dataclass(frozen=True)
 class DraftEvaluation:
-    """A draft on held-out text: what was predicted for it there, and what decoding gave.
+    """A draft on held-out text: predicted and measured.
 
-    predicted: by the formula from acceptance on the text and timed steps; explained: the same from the tokens that
-    the rounds of the run gave; bound: where every token is accepted and verifying costs one step.
+    predicted: by the formula, from acceptance on the text and timed steps; explained: the same from the tokens per
+    round of the run; bound: if every token is accepted and verifying costs one step.
     """
 
     tokens: int
@@ -37,7 +38,7 @@ class DraftEvaluation:
 
     @property
     def predicted(self) -> float:
-        """Acceptance comes in stretches, so a round gives more than 1 + a + a^2 + ...: its tokens are counted."""
+        """From counted tokens per round: acceptance is correlated, so a round yields more than 1 + a + a^2 + ..."""
         return self._speedup(self.acceptance.round_tokens(self.tokens))
 
     @property
@@ -71,7 +72,7 @@ class DraftEvaluation:
         return json.dumps(self.numbers(), indent=1)
 
     def write(self, folder: Path) -> None:
-        """draft.json, and the picture of speed-up over drafted tokens."""
+        """Write draft.json, and a plot of speed-up over drafted tokens."""
         from dropformer.eval.draft.picture import PNG, draw_speedup
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +81,7 @@ class DraftEvaluation:
         draw_speedup(expected, self.steps.cost, folder / PNG, (self.tokens, self.run.speedup))
 
     def lines(self) -> list[str]:
-        """What is printed."""
+        """Lines for the terminal."""
         found, run = self.acceptance, self.run
         without, with_draft = run.tokens_per_second
         return [
@@ -111,7 +112,7 @@ def evaluate_draft(
 
 
 def dense_text(model: PreTrainedModel, data: Sequence[Windows], temperature: float) -> DenseText:
-    """What drafts are held against: the same for every draft of a model."""
+    """The dense model's reference for all drafts of it."""
     length = data[0].ids.shape[1]
     return DenseText(model, data, spread(length, PLACES, min(64, length // 4)), temperature)
 
@@ -119,8 +120,8 @@ def dense_text(model: PreTrainedModel, data: Sequence[Windows], temperature: flo
 def evaluate_on(text: DenseText, plan: Plan, new: int = 32, prompts: int = 1) -> DraftEvaluation:
     """Measure the draft of a plan on windows that the dense model has read.
 
-    Of each window so many beginnings are prompts, the longest `new` tokens short of it.  Raises CalibrationError for
-    windows too short to decode behind.
+    `prompts`: beginnings of each window to decode after, the longest `new` tokens short of it.  Raises
+    CalibrationError for windows too short.
     """
     model, drafted = text.model, plan.draft.tokens if plan.draft else DRAFT_TOKENS
     shortest = min(row.shape[1] for row in text.rows)
@@ -129,6 +130,7 @@ def evaluate_on(text: DenseText, plan: Plan, new: int = 32, prompts: int = 1) ->
             f"windows of {shortest} tokens are too short to decode {new} or draft {drafted} behind {text.places[0]}; "
             "give longer ones"
         )
+    check_fitted(plan, None)
     draft, sources = draft_in_place(model, plan.outline, plan.layers, plan.windowed)
     set_drafting(draft, drafted)
     found = text.acceptance(draft, sources)

@@ -1,4 +1,4 @@
-"""Decode with and without a draft, in turn: the same text, tokens per second, acceptance in the run, memory."""
+"""Decoding with and without a draft, interleaved: equal text, tokens per second, acceptance, memory."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from dropformer.prune.loading.device import gpus_of
 
 @dataclass(frozen=True)
 class DraftRun:
-    """What decoding after each prompt gave, without and with the draft; seconds are those of decoding alone.
+    """Results of decoding after each prompt, without and with the draft; seconds of decoding alone.
 
-    rounds: (drafted, accepted) of every round.  pair_bytes: parameters of both models, a shared one counted once;
-    view_bytes: what the draft holds beside the dense model's cache in a round.
+    rounds: (drafted, accepted) of every round.  pair_bytes: parameters of both models, shared ones counted once;
+    view_bytes: cache of the draft that is not shared with the dense model's, in a round.
     """
 
     equal: list[bool]
@@ -40,7 +40,7 @@ class DraftRun:
 
     @property
     def speedup(self) -> float:
-        """The median over prompts of dense over drafted seconds."""
+        """The median over prompts of dense seconds over seconds with the draft."""
         return statistics.median(a / b for a, b in zip(self.dense_seconds, self.drafted_seconds, strict=True))
 
     @property
@@ -51,13 +51,13 @@ class DraftRun:
 
     @property
     def acceptance(self) -> float:
-        """Accepted over judged: a round judges what it accepts and, where not all of it is accepted, one more."""
-        judged = sum(accepted + (accepted < drafted) for drafted, accepted in self.rounds)
-        return sum(accepted for _, accepted in self.rounds) / max(1, judged)
+        """Accepted over verified tokens: a round verifies those it accepts and, unless all are accepted, one more."""
+        verified = sum(accepted + (accepted < drafted) for drafted, accepted in self.rounds)
+        return sum(accepted for _, accepted in self.rounds) / max(1, verified)
 
     @property
     def round_tokens(self) -> float:
-        """Tokens of a round in which something was drafted."""
+        """Mean tokens per round, of rounds with drafted tokens."""
         given = [accepted + 1 for drafted, accepted in self.rounds if drafted]
         return sum(given) / max(1, len(given))
 
@@ -70,11 +70,11 @@ def run_draft(
     new: int = 64,
     temperature: float = 0.0,
 ) -> DraftRun:
-    """Decode `new` tokens after each prompt [1, T], without and with the draft, whichever was second coming first next.
+    """Decode `new` tokens after each prompt [1, T], without and with the draft, in alternating order.
 
-    prompts: each with the dense model's cache of it or of a longer text that begins with it; None: it is read, once
-    for both.  Reading is not timed.  temperature 0: greedy, where the texts must be equal; else
-    both sample and `equal` says nothing (all true).  Time: two generations a prompt.
+    prompts: each with the dense model's cache of it, or of a longer text that begins with it; None: it is read once
+    for both, untimed.  temperature 0: greedy, and `equal` compares the texts; else both sample and `equal` is all
+    true.  Time: two generations per prompt.
     """
     run = DraftRun([], [], [], [])
     clock = Clock(gpus_of(dense))
@@ -114,7 +114,7 @@ def _read(dense: PreTrainedModel, prompt: Tensor) -> Cache:
 
 
 def _view_bytes(cache: Cache, draft: PreTrainedModel, surgery: Surgery) -> int:
-    """Bytes of a view of the cache that are not the cache's own."""
+    """Bytes of a view of the cache that it does not share with the cache."""
     layers: list[Any] = [entry for entry in cache.layers if getattr(entry, "is_initialized", False)]
     own = {entry.keys.untyped_storage().data_ptr() for entry in layers}
     view = view_of(shortened(cache, cache.get_seq_length()), draft, sources_of(surgery))

@@ -42,7 +42,7 @@ def parse_rungs(text: str) -> list[str | Window]:
             found.append(item)
             continue
         rung = parse_rung(item)
-        if not isinstance(rung, (Dropped, Windowed)):
+        if not isinstance(rung, (Dropped, Windowed)) or (isinstance(rung, Windowed) and rung.window.fold):
             raise PlanError(f"--rungs `{item}` makes no draft; expected drop, {', '.join(KINDS)} or window:W+S")
         found += [rung.window] if isinstance(rung, Windowed) else KINDS
     if not found:

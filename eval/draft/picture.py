@@ -1,4 +1,4 @@
-"""Speed-up over the number of drafted tokens: expected, bound, and what decoding gave."""
+"""A plot of speed-up over the number of drafted tokens: expected, bound and measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PNG = "draft.png"
 def draw_speedup(
     expected: Mapping[int, float], cost: float, path: Path, measured: tuple[int, float] | None = None
 ) -> Path:
-    """The picture.  The bound is where every token is accepted and verifying costs one step."""
+    """Draw the plot.  The bound: every token is accepted and verifying costs one step."""
     figure = Figure(figsize=(6.5, 3.6), layout="constrained")
     axes = figure.add_subplot()
     tokens = list(expected)

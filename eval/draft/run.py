@@ -1,4 +1,4 @@
-"""Open a model and the plan of its draft, and measure the pair."""
+"""Open a model and the plan of its draft, and measure both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dropformer.recipes.placement import Placement
 
 
 def evaluate_pair(model: str, path: Path, text: Calibration, new: int, place: Placement) -> DraftEvaluation:
-    """The draft of a plan.json beside its model.  Raises PlanError where the plan was made for other weights."""
+    """Evaluate the draft of a plan.json with its model.  Raises PlanError for a plan of other weights."""
     plan, opened = Plan.read(path), open_model(model, None, place)
     if plan.model.fingerprint != opened.ref.fingerprint:
         raise PlanError(f"{path} was made for other weights than {opened.ref.name}; plan this model")

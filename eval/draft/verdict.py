@@ -1,4 +1,4 @@
-"""What a search for a draft found, in words and in numbers, and what would be needed where it does not pay."""
+"""The result of a draft search as lines and JSON, and the cost needed if it does not pay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dropformer.metrics.draft.formula import PAYS, needed_cost
 
 
 def lines_of(found: DraftFound, options: DraftOptions | None, model: str, written: Path | None) -> list[str]:
-    """What is printed."""
+    """Lines for the terminal."""
     lines = verdict(found, options or DraftOptions())
     if not written:
         return [*lines, "nothing was written" + ("" if found.pays else "; --write-anyway writes it")]
@@ -21,7 +21,7 @@ def lines_of(found: DraftFound, options: DraftOptions | None, model: str, writte
 
 
 def verdict(found: DraftFound, options: DraftOptions) -> list[str]:
-    """What was found in a few lines, and what would be needed where it does not pay."""
+    """The result in a few lines, and the cost needed if it does not pay."""
     one = found.best
     where = f"{options.context:,} tokens, batch {options.batch}, {options.hardware}"
     lines = [
@@ -47,7 +47,7 @@ def to_json(found: DraftFound, written: Path | None) -> str:
 
 
 def as_numbers(found: DraftFound, written: str | None) -> dict[str, Any]:
-    """The same for JSON: `written` is the folder, None where nothing was."""
+    """The result for JSON; `written`: the checkpoint's folder, if any."""
     one = found.best
     return {
         "spec": found.plan.spec,
@@ -66,7 +66,7 @@ def as_numbers(found: DraftFound, written: str | None) -> dict[str, Any]:
 
 
 def add_to_card(found: DraftFound, folder: Path) -> list[str]:
-    """Draw the speed-up over drafted tokens beside the weights; lines for the model card."""
+    """Draw the speed-up over drafted tokens into the folder; returns lines for the model card."""
     from dropformer.eval.draft.picture import PNG, draw_speedup
 
     one, ref = found.best, found.plan.draft
@@ -83,7 +83,7 @@ def add_to_card(found: DraftFound, folder: Path) -> list[str]:
 
 
 def engine_lines(model: str, folder: str, tokens: int) -> list[str]:
-    """How engines take the pair: vLLM a folder or an id, llama.cpp two GGUF files."""
+    """Commands that run the pair: vLLM with a folder or id, llama.cpp with two GGUF files."""
     config = f'{{"method": "draft_model", "model": "{folder}", "num_speculative_tokens": {tokens}}}'
     return [
         f"vLLM: vllm serve {model} --speculative-config '{config}'",

@@ -78,11 +78,11 @@ def trend(dense: Any, plan: Plan, data: Windows, both: SideBySide) -> Trend | No
     """How log-perplexity rises over the plan's drops, a quarter of them at a time, on the first windows.
 
     both: what the dense model and the whole plan gave on them, the first and the last point.  None for a plan of
-    fewer than 4 drops, and for one with repairs, whose first drops alone say little.  Time: three forward passes
-    over four windows, with a quarter of their logits.
+    fewer than 4 drops, and for one with repairs, maps or windows, whose first drops alone say little.  Time: three
+    forward passes over four windows, with a quarter of their logits.
     """
     layers = plan.layers
-    if len(layers) < FEWEST_DROPS or plan.repairs:
+    if len(layers) < FEWEST_DROPS or plan.repairs or plan.maps or plan.rungs:
         return None
     first, *between, last = quarters(len(layers))
     scored = None if data.partly_scored is None else data.partly_scored[:WINDOWS]

@@ -24,6 +24,7 @@ from dropformer.prune.discovery.trace import members_of
 from dropformer.prune.errors import CalibrationError
 from dropformer.prune.loading.device import input_device
 from dropformer.prune.loading.parts import evaluating, tensors_in
+from dropformer.prune.samples.inputs import as_head_reads
 
 Batch = Mapping[str, Tensor] | Tensor
 
@@ -166,6 +167,7 @@ def as_inputs(model: nn.Module, batch: Batch, device: torch.device | None = None
     device = torch.device("cpu") if device.type == "meta" else device  # a blueprint: only shapes matter
     moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in fields.items()}
     two = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and "decoder_input_ids" in names
+    moved = as_head_reads(moved, model)
     if two and "input_ids" in moved and "decoder_input_ids" not in moved:
         moved["decoder_input_ids"] = shifted(moved["input_ids"], model)
     return moved | {"use_cache": False} if "use_cache" in names else moved

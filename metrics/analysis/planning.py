@@ -8,7 +8,7 @@ from typing import Any
 
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.prune.architecture import Layer
-from dropformer.prune.choosing import PublishedLists, choose, choose_windows
+from dropformer.prune.choosing import PublishedLists, choose_forms, choose_windows
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
 from dropformer.prune.packable import choose_packable
@@ -33,12 +33,12 @@ def plan_from(
     """
     found = scores if isinstance(scores, Scores) else Scores.read(scores)
     similarity = found.similarity()
-    cost = None
+    cost, maps = None, list[Layer]()
     drops = without_windows(spec)
     if packable:
         layers, cost = choose_packable(found.outline, spec, similarity, keep)
     else:
-        layers = choose(found.outline, drops, similarity, keep, published) if drops else []
+        layers, maps = choose_forms(found.outline, drops, similarity, keep, published) if drops else ([], [])
     windows = spec_windows(found.outline, spec, layers, losses, keep)
     calibration = found.calibration.model_dump() if found.calibration else None
     fields: dict[str, Any] = {
@@ -46,6 +46,7 @@ def plan_from(
         "metric": found.metric,
         "calibration": calibration,
         "packing_cost": cost,
+        "maps": [str(layer) for layer in maps],
     }
     return make_plan(found.outline, found.model, spec, layers, similarity, windows, **fields)
 

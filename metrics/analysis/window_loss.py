@@ -93,7 +93,7 @@ def _comparing(
 
 
 def windowed_twin(module: nn.Module, window: Window) -> nn.Module:
-    """The same attention module with a window: its own settings and hooks, the same weights."""
+    """The same attention module with a window, real sinks if any: its own settings and hooks, the same weights."""
     twin = twin_of(module)
     window_attention(twin, window_cache.Window(window.width, window.sinks))
     return twin

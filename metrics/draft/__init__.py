@@ -1,1 +1,1 @@
-"""How often the dense model accepts what a draft says, and which draft gives the most tokens per second."""
+"""Acceptance of a draft's tokens by the dense model, and the search for the fastest draft."""

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 
 MOST = 12  # tokens drafted at a time
-PAYS = 1.05  # the least expected speed-up that is worth a draft
+PAYS = 1.05  # the least expected speed-up at which a draft pays
 
 Verify = Callable[[int], float]
-"""A dense pass over so many tokens, in dense decode steps."""
+"""Number of tokens -> cost of a dense pass over them, in dense decode steps."""
 
 
 def one_step(_tokens: int) -> float:
-    """Verifying costs what a decode step costs, as long as reading weights and cache is what takes the time."""
+    """Verifying costs one decode step, if reading weights and cache takes all the time."""
     return 1.0
 
 
 def round_tokens(acceptance: float, drafted: int) -> float:
-    """Tokens that a round gives on average: 1 + a + a^2 + ... + a^g, for 0.8 and 3 drafted 2.95."""
+    """Mean tokens per round: 1 + a + a^2 + ... + a^g; for a = 0.8 and g = 3, 2.95."""
     return sum(acceptance**i for i in range(drafted + 1))
 
 
@@ -36,15 +36,15 @@ def curve(acceptance: float, cost: float, verify: Verify = one_step) -> dict[int
 
 
 def best(acceptance: float, cost: float, verify: Verify = one_step, most: int = MOST) -> tuple[int, float]:
-    """The number of drafted tokens, at least 1, that gives the greatest speed-up, and that speed-up."""
+    """The number of drafted tokens (1 to `most`) with the greatest speed-up, and that speed-up."""
     return max(((g, speedup(acceptance, g, cost, verify)) for g in range(1, most + 1)), key=lambda found: found[1])
 
 
 def needed_cost(acceptance: float, target: float = PAYS, verify: Verify = one_step) -> float:
-    """The greatest c at which this acceptance still gives the target; below 0 where none does."""
+    """The greatest c at which this acceptance reaches the target; below 0 if none does."""
     return max((round_tokens(acceptance, g) / target - verify(g + 1)) / g for g in range(1, MOST + 1))
 
 
 def needed_acceptance(cost: float, target: float = PAYS, verify: Verify = one_step) -> float | None:
-    """The least acceptance, in hundredths, at which this cost gives the target; None where even 1 does not."""
+    """The least acceptance, in hundredths, at which this cost reaches the target; None if even 1 does not."""
     return next((a / 100 for a in range(101) if best(a / 100, cost, verify)[1] >= target), None)

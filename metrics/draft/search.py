@@ -1,4 +1,4 @@
-"""Find the draft that gives the most tokens per second: how many layers on each rung, by the rankings that exist."""
+"""Search for the draft with the most tokens per second: the number of layers on each rung, by given rankings."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ ROUNDS = 2
 
 @dataclass(frozen=True)
 class Rung:
-    """A way to make layers cheaper, and the layers in the order in which it takes them.  window None: they go."""
+    """A way to make layers cheaper, and the layers in the order in which it takes them.  window None: dropped."""
 
     name: str
     ranking: tuple[Layer, ...]
     window: Window | None = None
 
     def counts(self, most: int | None) -> list[int]:
-        """How many layers are tried; no more than `most` where they go."""
+        """Numbers of layers to try; at most `most` if they are dropped."""
         limit = len(self.ranking) if most is None or self.window else min(most, len(self.ranking))
         return sorted({min(limit, round(share * len(self.ranking))) for share in SHARES})
 
@@ -44,7 +44,7 @@ Cost = Callable[[Sequence[Layer], Mapping[Layer, Window]], float]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A draft that was tried: what it drops and windows, and what that gives."""
+    """A measured draft: its dropped and windowed layers, acceptance, cost and speed-up."""
 
     layers: tuple[Layer, ...]
     windows: Mapping[Layer, Window]
@@ -59,7 +59,7 @@ class Candidate:
 class DraftSearch:
     """Coordinate ascent over the counts of all rungs; each candidate is measured once (see `DenseText`).
 
-    `verify`: what verifying costs.  `most`: layers that may go at most, None for any number.
+    `verify`: cost of verifying.  `most`: the largest number of dropped layers, None for no limit.
     """
 
     text: DenseText
@@ -105,7 +105,7 @@ class DraftSearch:
         return self.tried[key]
 
     def measured(self, layers: Sequence[Layer], windows: Mapping[Layer, Window]) -> Candidate:
-        """One draft: its acceptance on the text, its cost, and the best number of drafted tokens."""
+        """Measure one draft: acceptance on the text, cost, and the best number of drafted tokens."""
         draft, sources = draft_in_place(self.text.model, self.outline, layers, windows)
         found: Acceptance = self.text.acceptance(draft, sources)
         cost = self.cost(layers, windows)
@@ -115,7 +115,7 @@ class DraftSearch:
 
 
 def _taken(rungs: Sequence[Rung], counts: Sequence[int]) -> tuple[list[Layer], dict[Layer, Window]]:
-    """What the first layers of each rung are, where what an earlier rung took is passed over."""
+    """The first layers of each rung that no earlier rung has taken: dropped ones and windows."""
     layers: list[Layer] = []
     windows: dict[Layer, Window] = {}
     blocks: set[tuple[str, int]] = set()
@@ -138,11 +138,11 @@ def _taken(rungs: Sequence[Rung], counts: Sequence[int]) -> tuple[list[Layer], d
 def draft_in_place(
     model: PreTrainedModel, outline: Outline, layers: Sequence[Layer], windows: Mapping[Layer, Window]
 ) -> tuple[PreTrainedModel, list[int]]:
-    """The draft, whose blocks keep their numbers, and the blocks that its attentions come from; weights are shared."""
+    """The draft, with shared weights and unchanged block numbers, and the source block of each attention layer."""
     surgery = surgery_in_place(outline, layers, windows)
     return apply_surgery(sharing_copy(model), surgery), sources_of(surgery)  # type: ignore[return-value]
 
 
 def surgery_in_place(outline: Outline, layers: Sequence[Layer], windows: Mapping[Layer, Window]) -> Surgery:
-    """What dropping and windowing these layers changes where every block keeps its number."""
+    """The surgery that drops and windows these layers while every block keeps its number."""
     return Surgery(outline, tuple(layers), map_blocks(outline, layers, False, rungs=windows))

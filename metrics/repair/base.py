@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dropformer.metrics.blockwise.gate import Gate
@@ -17,12 +18,14 @@ from dropformer.metrics.repair.registry import Training
 from dropformer.metrics.repair.ridge import Group
 from dropformer.metrics.repair.slots import BranchOutput
 from dropformer.prune.architecture import Architecture, Layer
-from dropformer.prune.block_map import BlockMap, new_index, new_name
+from dropformer.prune.block_map import BlockMap, attention_path, new_index, new_name
+from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
+from dropformer.prune.plan import Plan
 
 __all__ = [
     *("Changes", "Foresight", "ForesightMethod", "Gate", "Repair", "RepairContext", "RepairMethod", "Variant"),
-    "reasons",
+    *("check_fitted", "reasons"),
 ]
 
 
@@ -61,9 +64,36 @@ class RepairContext:
         """The dropped branches (all of a dropped block's), without those replaced by maps."""
         return [layer for layer in self.outline.branch_layers(self.dropped) if layer not in self.before.maps]
 
+    def in_steps(self, tokens: int) -> RepairContext:
+        """The same windows in batches of about so many tokens, a window at least: what a step of training takes.
+
+        Example: 16 windows of 512 tokens, one batch on a GPU, are 16 steps and not one.
+        """
+        batches: list[dict[str, Any]] = []
+        counted: list[Tensor | None] = []
+        origin: list[int] = []
+        for n, (inputs, counts) in enumerate(zip(self.runner.batches, self.runner.counted, strict=True)):
+            windows, length = inputs["input_ids"].shape
+            for rows in torch.arange(windows).split(max(1, tokens // length)):
+                part = slice(int(rows[0]), int(rows[-1]) + 1)
+                batches.append({name: _rows(value, part, windows) for name, value in inputs.items()})
+                counted.append(None if counts is None else counts[part])
+                origin.append(n)
+        if len(batches) == len(self.runner):
+            return self
+        runner = self.runner.like(batches, self.architecture)
+        runner.counted = counted
+        fitted = [i for i, n in enumerate(origin) if n in self.fitted_on]
+        return replace(self, runner=runner, groups=[self.groups[n] for n in origin], fitted_on=fitted)
+
     def variant(self, changes: Changes | None = None) -> Variant:
         """The model without the dropped layers, with these changes (default: `before`)."""
         return variant(self.model, self.architecture, self.dropped, self.before if changes is None else changes)
+
+
+def _rows(value: Any, part: slice, windows: int) -> Any:
+    """Some windows of a forward argument; what is not one entry for each window, as a flag, stays."""
+    return value[part] if isinstance(value, Tensor) and value.ndim and len(value) == windows else value
 
 
 RepairMethod = Callable[[RepairContext], Changes]
@@ -74,6 +104,19 @@ Foresight = Callable[[Sequence[Layer], Changes], Changes]
 
 ForesightMethod = Callable[[RepairContext, Sequence[Layer], int], Foresight]
 """Fits a repair for any `count` of the candidates, in one pass over the model."""
+
+
+def check_fitted(plan: Plan, repair: Repair | None) -> None:
+    """Raises PlanError where a plan has linear maps or constants for sinks, and nothing gives their numbers."""
+    missing = [str(layer) for layer in plan.mapped if not repair or layer not in repair.mapped]
+    paths = {layer: attention_path(plan.outline, layer) for layer in plan.folded}
+    fitted = {name.rpartition(".")[0] for name in (repair.tensors if repair else ())}
+    missing += [f"{layer}@{window}" for layer, window in plan.folded.items() if paths[layer] not in fitted]
+    if missing:
+        raise PlanError(
+            f"{', '.join(missing)}: linear maps and folded sinks are fitted, and a plan does not hold the numbers; use "
+            "`prune --model ... --plan ...`, or give the repair of dropformer.fit(model, plan)"
+        )
 
 
 def reasons(unrepaired: Sequence[tuple[str, str]]) -> list[str]:

@@ -38,10 +38,11 @@ class Distilling:
     """Training settings.
 
     `rate`: the largest step of a weight, relative to its tensor's root mean square, which is taken as at least
-    `floor`.  `epochs`: passes over the windows to fit on.
+    `floor`.  `epochs`: passes over the windows to fit on.  `tokens`: of a step, a window at least.
     """
 
     epochs: int = 3
+    tokens: int = 512
     rate: float = 5e-3
     warm_up: int = 8
     floor: float = 1e-2
@@ -59,6 +60,7 @@ def fit_blocks(context: RepairContext, how: Distilling | None = None) -> Changes
     block, and the activations of one batch.
     """
     how = how or Distilling(context.training.epochs or Distilling.epochs)
+    context = context.in_steps(how.tokens)
     touched = [g.index for g in context.dropped]
     found = aims(context.architecture, context.runner.stack, context.branches, touched)
     distillation = BlockDistillation(context, how, found)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,6 @@ from dropformer.metrics.blockwise.divergence import first_changed
 from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.repair.adapters import Adapter, Shift, adapters
 from dropformer.metrics.repair.base import Changes, RepairContext
-from dropformer.prune.architecture import Architecture
 from dropformer.prune.loading.parts import output_embeddings, replaced
 from dropformer.prune.surgery.views import sharing_copy
 
@@ -57,10 +55,20 @@ class Healing:
 
 
 def fit_adapters(context: RepairContext) -> Changes:
-    """Adapters around every linear module and norm behind the first gap, on top of earlier repairs, merged."""
+    """Adapters around every linear module and norm behind the first gap, on top of earlier repairs, merged.
+
+    Where a GPU's memory runs out it starts again, and blocks run again in the backward pass.
+    """
     found, how = context.variant(), replace(Healing(), **context.training.given)
-    runner = in_steps(context.runner, context.architecture, how.tokens)
-    return Changes(heal(runner, found.modules(), first_changed(runner, found.paths), how, _Tenths(context.tell)))
+    runner = context.in_steps(how.tokens).runner
+    run = partial(heal, runner, found.modules(), first_changed(runner, found.paths), progress=_Tenths(context.tell))
+    try:
+        return Changes(run(how))
+    except torch.OutOfMemoryError:
+        context.tell("lora: out of memory, so again from the start, with blocks run again in the backward pass")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the failed pass's tensors were freed with its stack frames
+    return Changes(run(replace(how, room=0, logits=how.logits // 4)))
 
 
 class _Tenths:
@@ -106,32 +114,6 @@ def heal(
             for path in list(learned)
             for name, value in learned.pop(path).merged().items()
         }
-
-
-def in_steps(runner: BlockRunner, architecture: Architecture, tokens: int) -> BlockRunner:
-    """The same windows in batches of about so many tokens, a window at least: what a step of training takes.
-
-    Example: 16 windows of 512 tokens, one batch on a GPU, are 16 steps and not one.
-    """
-    batches: list[dict[str, Any]] = []
-    counted: list[Tensor | None] = []
-    for inputs, counts in zip(runner.batches, runner.counted, strict=True):
-        windows, length = inputs["input_ids"].shape
-        size = max(1, tokens // length)
-        for rows in torch.arange(windows).split(size):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
-            batches.append({name: _rows(value, part, windows) for name, value in inputs.items()})
-            counted.append(None if counts is None else counts[part])
-    if len(batches) == len(runner):
-        return runner
-    found = runner.like(batches, architecture)
-    found.counted = counted
-    return found
-
-
-def _rows(value: Any, part: slice, windows: int) -> Any:
-    """Some windows of a forward argument; what is not one entry for each window, as a flag, stays."""
-    return value[part] if isinstance(value, Tensor) and value.ndim and len(value) == windows else value
 
 
 def activations(learned: Mapping[str, Adapter | Shift], runner: BlockRunner) -> int:

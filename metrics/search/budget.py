@@ -26,10 +26,7 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class Budget:
-    """What to save: a share of the KV cache or of the parameters, or decoding that much faster.
-
-    `amount` is the share to save, in (0, 1); for decode and measured that of the time a token takes.
-    """
+    """The share to save, `amount` in (0, 1): of the KV cache, the parameters, or the time of a decoded token."""
 
     what: str
     amount: float
@@ -41,7 +38,7 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """The budget that `--budget` names.  Raises PlanError saying what was expected."""
+    """The budget of `--budget`.  Raises PlanError."""
     found = _BUDGET.fullmatch(text.replace(" ", ""))
     if not found:
         raise PlanError(f"budget `{text}` cannot be read; {EXPECTED}")
@@ -54,7 +51,7 @@ def parse_budget(text: str) -> Budget:
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds that each layer takes in one decoded token, and those of the whole token."""
+    """Seconds per layer of one decoded token, and of the whole token."""
 
     seconds: Mapping[Layer, float]
     total: float
@@ -62,7 +59,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Meter:
-    """A budget as a goal: each layer's share of the whole, and how much must go."""
+    """A budget as the goal of a search: each layer's share of the whole, and the share to save."""
 
     budget: Budget
     shares: Mapping[Layer, float]
@@ -88,11 +85,11 @@ def meter(
     latency: Latency | None = None,
     map_size: int = 0,
 ) -> Meter:
-    """What each candidate saves of what the budget counts.
+    """What each candidate saves of the budget's quantity.
 
-    For `decode` a token costs the time to read every weight and the cache of `context` tokens, all of one dtype;
-    for `measured` what `latency` says.  `map_size`: parameters of the linear map that each attention layer
-    leaves behind.  Raises PlanError for a model without what the budget counts.
+    For `decode` a token costs reading every weight and the cache of `context` tokens, in one dtype; for `measured`,
+    `latency`.  `map_size`: parameters of the linear map that replaces a dropped attention layer.  Raises PlanError if
+    the model has nothing of the quantity.
     """
     sizes = {layer: outline.dropped_parameters([layer]) for layer in candidates}
     stays = {layer: min(map_size, size) if layer.kind == "attn" else 0 for layer, size in sizes.items()}
@@ -111,23 +108,22 @@ def meter(
 
 
 def check_budget(budget: Budget, outline: Outline, keep: Sequence[int], context: int) -> None:
-    """Raises PlanError where all layers that may be dropped save too little; nothing is known of times measured."""
+    """Raises PlanError if all droppable layers save too little; measured times are not known yet."""
     if budget.what == "measured":
         return
     candidates = unprotected(outline, ("attn", "mlp"), "", keep)
     goal = meter(budget, outline, candidates, context)
     if not goal.reached(candidates):
         raise PlanError(
-            f"{goal} cannot be reached with the layers that may go ({len(candidates)} of them); ask for less"
+            f"{goal} cannot be reached with the layers that may be dropped ({len(candidates)} of them); ask for less"
         )
 
 
 def within(goal: Meter, candidates: Iterable[Layer], cost: Cost, how: Greedily | None = None) -> Choice:
     """Layers that meet the budget, selected jointly by KL per unit saved; then redundant picks are removed.
 
-    Greedy overshoots with its last layer, so layers that the budget no longer needs come back, those that save
-    most first.  Time: as for `greedy`, and one cost more.  Raises PlanError where all candidates together save
-    too little.
+    Greedy overshoots with its last layer, so layers that the budget no longer needs are put back, those that save
+    most first.  Time: as `greedy`, and one more cost.  Raises PlanError if all candidates together save too little.
     """
     from dropformer.metrics.search.select import Choice, Greedily, greedy  # they import torch
 

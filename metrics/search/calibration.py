@@ -1,4 +1,4 @@
-"""Calibration windows as a search and the repairs take them: in batches, each for fitting, validating or measuring."""
+"""Batches of calibration windows for searches and repairs: for fitting, validation or measuring candidates."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from dropformer.metrics.calibration.batching import BUSY_GPU
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.repair.ridge import Group, group_of
 
-GATE_SHARE = 8  # a gate measures on at most this share of the calibration's tokens, on two windows at least
+GATE_SHARE = 8  # a gate uses at most this fraction (1/8) of the calibration's tokens, but two windows at least
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of one domain and one use: model inputs, which tokens count (None: all), and the group of a fit."""
+    """Windows of one domain and group: model inputs, the tokens that count (None: all), the group of a fit."""
 
     inputs: dict[str, Tensor]
     scored: Tensor | None
@@ -27,9 +27,10 @@ class Batch:
 
 
 def batches_of(data: Sequence[Windows], device: torch.device, alone: int = 0) -> list[Batch]:
-    """Every window of every domain; those of one group share a batch on a GPU, but for the first `alone` of all.
+    """Every window of every domain; on a GPU, those of one group share batches.
 
-    A search measures on these, and what it foresees is not fitted on them.
+    The first `alone` windows, on which a search measures, have batches of their own: foreseen repairs are not fitted
+    on them.
     """
     found = []
     alone = -(-alone // max(1, len(data)))
@@ -49,7 +50,7 @@ def batches_of(data: Sequence[Windows], device: torch.device, alone: int = 0) ->
 
 
 def tokens_read(batches: Sequence[Batch]) -> str:
-    """What one pass over the batches computes and what it needs, in words; "" where windows are of one length."""
+    """Computed and needed tokens of a pass over the batches, in words; "" if all windows have one length."""
     ids = [batch.inputs["input_ids"] for batch in batches if "input_ids" in batch.inputs]
     masks = [batch.inputs["attention_mask"] for batch in batches if "attention_mask" in batch.inputs]
     computed = sum(each.numel() for each in ids)
@@ -61,16 +62,16 @@ def tokens_read(batches: Sequence[Batch]) -> str:
 
 @dataclass(frozen=True)
 class SearchSize:
-    """How much text a search measures on: windows, and tokens of each."""
+    """Number and length of the windows that a search measures on."""
 
     windows: int
     length: int
 
 
 def search_size(tokens: int, length: int, domains: int, evaluations: float, passes: float, most: int) -> SearchSize:
-    """Windows for a search whose evaluations, each a pass over them, take about `passes` passes over all `tokens`.
+    """Windows for a search whose `evaluations`, each a pass over them, cost about `passes` passes over all `tokens`.
 
-    At most `most` windows and at least one for each domain, which are shortened where not all of one can be had.
+    At most `most` windows, at least one per domain, shortened if needed.
     Example: 32,768 tokens in windows of 512, 24 evaluations, 1.5 passes: 2,048 tokens, four windows.
     """
     budget = passes * tokens / max(evaluations, 1.0)
@@ -79,7 +80,7 @@ def search_size(tokens: int, length: int, domains: int, evaluations: float, pass
 
 
 def shortened(batch: Batch, windows: int, length: int) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The first windows of a batch and their first tokens, as inputs and scored positions."""
+    """The first windows of a batch cut to `length` tokens: inputs and scored positions."""
     inputs = {k: v[:windows, :length] if v.ndim == 2 else v[:windows] for k, v in batch.inputs.items()}
     scored = None if batch.scored is None else batch.scored[:windows, :length]
     short = scored is not None and not scored[:, 1:].any()
@@ -89,9 +90,9 @@ def shortened(batch: Batch, windows: int, length: int) -> tuple[dict[str, Tensor
 def gate_batches(
     other: Windows, tokens: int, device: torch.device
 ) -> tuple[list[dict[str, Tensor]], list[Tensor | None]]:
-    """Inputs and scored positions to gate on, few beside a calibration of so many tokens.
+    """Inputs and scored positions for a gate, few beside a calibration of `tokens` tokens.
 
-    Windows of which only some positions count are not shortened.
+    Windows with unscored positions are not shortened.
     """
     length, most = other.ids.shape[1], tokens // GATE_SHARE
     count = min(len(other), max(2, most // length))

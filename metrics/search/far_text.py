@@ -1,13 +1,13 @@
-"""What rungs cost at the end of long texts: KL to the dense model on the last tokens, behind the dense model's cache.
+"""The cost of rungs at the end of long texts: KL to the dense model on the last tokens, after the dense cache.
 
-The dense model reads each text once.  A candidate then reads only the last tokens, with the dense model's keys and
-values before them, from its first changed block on: a small share of a forward pass, so that every layer can be tried
-alone and behind others.  What windows do to the past's own keys is left out.
+The dense model reads each text once.  A candidate then reads only the last tokens, after the dense model's keys and
+values, from its first changed block on: a small share of a forward pass, so every layer can be measured alone and
+beside others.  The effect of windows on the keys of earlier tokens is ignored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -24,22 +24,26 @@ from dropformer.prune.loading.parts import continued, empty_cache, replaced
 from dropformer.prune.loading.skipped_modules import replacement
 from dropformer.prune.loading.window_attention import unfit
 from dropformer.prune.outline import Outline
+from dropformer.prune.rungs.linear import LinearMap
 from dropformer.prune.window import Window
 
-SHARE, LONGEST = 64, 256  # candidates read the last 1/64 of a text, so many tokens at most
-PRICE = 3  # what one of them counts as: it attends to the whole text, with a mask
+SHARE, LONGEST = 64, 256  # candidates read the last 1/64 of a text, at most 256 tokens
+PRICE = 3  # cost of such a token relative to one of a forward pass: it attends to the whole text, with a mask
 
-Action = Window | None
-"""A window, or None where the layer is dropped."""
+Action = Window | LinearMap | None
+"""A window, a linear map in the layer's place, or None where it is dropped."""
+
+Maps = Callable[[Layer], Mapping[str, nn.Module]]
+"""The modules of the model that change where an attention layer becomes a linear map, by path."""
 
 
 def tail_of(tokens: int) -> int:
-    """Tokens at the end of a text that candidates read: 128 of 8,192."""
+    """Number of tokens at the end of a text that candidates read: 128 of 8,192."""
     return max(2, min(LONGEST, tokens // SHARE))
 
 
 class Recorded(nn.Module):
-    """In place of a block: what the dense block gave on the same tokens."""
+    """In place of a block: the dense block's output on the same tokens."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()
@@ -50,14 +54,17 @@ class Recorded(nn.Module):
 
 
 class FarText:
-    """The dense model on one long text [T]: its cache, and what its blocks and its head give on its tail.
+    """The dense model on one long text [T]: its cache, and the outputs of its blocks and head on the tail.
 
-    `damages`: what each action takes from a layer there on the dense stream, mean of |A'(x) - A(x)|^2 / |x|^2.
+    `damages`: per layer and action, maps apart, on the dense stream of the tail, the mean of |A'(x) - A(x)|^2 / |x|^2.
+    `maps`: gives the linear maps, if some action is one.
     Time: a forward pass.  Memory: the KV cache of the text, and log-probabilities [tail, V] in float32.
     """
 
-    def __init__(self, model: PreTrainedModel, outline: Outline, ids: Tensor, actions: Sequence[Action]) -> None:
-        self.model, self.outline = model, outline
+    def __init__(
+        self, model: PreTrainedModel, outline: Outline, ids: Tensor, actions: Sequence[Action], maps: Maps | None = None
+    ) -> None:
+        self.model, self.outline, self.maps = model, outline, maps
         self.stack = outline.stacks[0]
         self.blocks = [f"{self.stack.path}.{i}" for i in range(self.stack.blocks)]
         self.outputs: list[Any] = []
@@ -72,6 +79,11 @@ class FarText:
             with self._recording(actions):
                 self.dense = self._log_probs()
 
+    @property
+    def width(self) -> int:
+        """The width of the residual stream."""
+        return int(first_output(self.outputs[0]).shape[-1])
+
     def kl(self, actions: Mapping[Layer, Action]) -> float:
         """Mean KL(dense || changed) on the last tokens, in nats.  Time: a pass of the tail from the first change on."""
         first = min(layer.index for layer in actions)
@@ -85,7 +97,10 @@ class FarText:
         self.work += self.price * (1 - first / len(self.blocks))
         return float(kl_divergence(self.dense, changed).mean())
 
-    def _changed(self, layer: Layer, action: Action) -> dict[str, nn.Module]:
+    def _changed(self, layer: Layer, action: Action) -> Mapping[str, nn.Module]:
+        if isinstance(action, LinearMap):
+            assert self.maps is not None
+            return self.maps(layer)
         if action is not None:
             path = f"{self.blocks[layer.index]}.{attention_module(self.outline, layer)}"
             return {path: windowed_twin(self.model.get_submodule(path), action)}
@@ -98,7 +113,7 @@ class FarText:
 
     @contextmanager
     def _recording(self, actions: Sequence[Action]) -> Iterator[None]:
-        """Inside the `with`, a pass leaves each block's output, and the damage of each action."""
+        """Inside the `with`, a pass records each block's output, and the damage of each action."""
         with ExitStack() as hooks:
             for index, path in enumerate(self.blocks):
                 block = self.model.get_submodule(path)
@@ -121,6 +136,8 @@ class FarText:
             size = entered[0].to(full.device).float().square().sum(-1).clamp_min(1e-12)
             found = self.damages.setdefault(layer, {})
             for action in dict.fromkeys([None, *actions]):
+                if isinstance(action, LinearMap):
+                    continue
                 lost = full
                 if action is not None:
                     own = {**kwargs, "past_key_values": continued(self.cache)}

@@ -1,4 +1,4 @@
-"""Choose what is dropped and repair what stays: the steps behind --metric, --select, --budget and --repair."""
+"""Selection and repair by the KL divergence from the dense model: --metric, --select, --budget and --repair."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from dropformer.metrics.blockwise.work import Work
 from dropformer.metrics.calibration.windows import Windows, named_texts
 from dropformer.metrics.offload.keeper import Keeper
 from dropformer.metrics.repair.base import Foresight, Repair, RepairContext, reasons
+from dropformer.metrics.repair.linear import fit_maps
 from dropformer.metrics.repair.registry import REPAIRS
 from dropformer.metrics.repair.slots import branch_outputs
-from dropformer.metrics.search.budget import meter, parse_budget, within
+from dropformer.metrics.search.budget import parse_budget
 from dropformer.metrics.search.calibration import GATE_SHARE, Batch, batches_of, gate_batches, search_size, shortened
 from dropformer.metrics.search.registry import METRICS, SELECTIONS
-from dropformer.metrics.search.select import KL, Choice, Greedily, refine
-from dropformer.metrics.search.selections import affordable, shortlist
+from dropformer.metrics.search.select import KL, Greedily, refine
+from dropformer.metrics.search.selections import shortlist, within_budget
 from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.progress import Tell, silent
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.choosing import check_attention_left, choose, unprotected
+from dropformer.prune.choosing import choose_forms, unprotected
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.loading.parts import evaluating
@@ -44,11 +45,11 @@ from dropformer.prune.spec import parse_spec
 
 @dataclass
 class Improver:
-    """A model on calibration windows of one or more domains, ready to choose and to repair.
+    """A model on calibration windows of one or more domains, for selection and repair.
 
-    All windows pass a block before the next is entered; streams and fitted changes are held by `keeper`, which moves
-    them to files beyond its allowance.  `work` counts what that takes and tells how far it is.  Raises ModelError for a
-    repair that needs the whole model in memory where it is not.
+    All windows pass a block before the next is entered; `keeper` holds streams and fitted changes and moves them to
+    files beyond its allowance.  `work` counts forward passes and reports progress.  Raises ModelError for a repair that
+    needs the whole model in memory if it is not.
     """
 
     model: nn.Module
@@ -98,7 +99,7 @@ class Improver:
                 )
 
     def ranking(self, metric: str) -> Ranking:
-        """The scores by a metric; those that run the model for each layer measure on the windows of a search."""
+        """The scores by a metric; slow metrics, which run the model for each layer, use the windows of a search."""
         if metric not in self._rankings:
             entry, bench = METRICS[metric], self.bench
             if entry.slow:
@@ -108,7 +109,7 @@ class Improver:
 
     @property
     def dense(self) -> DenseReference:
-        """The dense model on the first windows of each domain, on which a search measures; its streams are kept."""
+        """The dense model, with its streams, on the first windows of each domain, on which a search measures."""
         if self._dense is None:
             size = self._search_size()
             parts = [shortened(self.parts[i], size.windows, size.length) for i in self._few(size.windows)]
@@ -125,7 +126,7 @@ class Improver:
 
     @property
     def cost(self) -> KL:
-        """KL to the dense model with what a search can foresee of the repairs in place."""
+        """KL to the dense model with the foreseen repairs in place."""
         key = tuple(self._foreseen)
         if key not in self._costs:
             self._costs[key] = KL(self.dense, self.foreseen)
@@ -136,50 +137,50 @@ class Improver:
         """KL to the dense model without repairs, on half of the search's windows."""
         if "bare" not in self._costs:
             half = range(max(1, min(len(self.dense.runner), max(len(self.data), len(self.dense.runner) // 2))))
-            self._costs["bare"] = KL(self.dense, self._dropped, half)
+            self._costs["bare"] = KL(self.dense, self._unrepaired, half)
         return self._costs["bare"]
 
-    def _dropped(self, gone: Sequence[Layer]) -> Variant:
-        return variant(self.model, self.architecture, gone)
+    def _unrepaired(self, dropped: Sequence[Layer]) -> Variant:
+        return variant(self.model, self.architecture, dropped)
 
-    def foreseen(self, gone: Sequence[Layer]) -> Variant:
-        """The model without some layers, with the repairs in place that were fitted for a search."""
+    def foreseen(self, dropped: Sequence[Layer]) -> Variant:
+        """The model without some layers, with the repairs that were fitted for a search."""
         changes = Changes()
         for foresight in self._foreseen.values():
-            changes |= foresight(gone, changes)
-        return variant(self.model, self.architecture, gone, changes)
+            changes |= foresight(dropped, changes)
+        return variant(self.model, self.architecture, dropped, changes)
 
     @property
     def fitted_on(self) -> tuple[int, ...]:
-        """Batches to fit on: all but those that a search measures its candidates on, where enough are left."""
+        """Batches to fit on: all except those of a search, unless these are more than half of the windows."""
         few = set(self._few(self._search_size().windows)) if self.quality.searches else set()
         held = sum(self.parts[i].windows for i in few)
         everything = 2 * held > sum(part.windows for part in self.parts)
         return tuple(i for i in range(len(self.groups)) if everything or i not in few)
 
     def _few(self, count: int) -> list[int]:
-        """Batches, in turn from each domain."""
+        """The first `count` batches, taken from the domains in turn."""
         domains = [part.domain for part in self.parts]
         rank = [domains[:i].count(domain) for i, domain in enumerate(domains)]
         return sorted(range(len(rank)), key=lambda i: (rank[i], domains[i]))[:count]
 
-    def context(self, gone: Sequence[Layer] = (), before: Changes | None = None) -> RepairContext:
-        """What a repair works on."""
+    def context(self, dropped: Sequence[Layer] = (), before: Changes | None = None) -> RepairContext:
+        """The context of a repair."""
         memory = self._memory.setdefault(self.fitted_on, {})
         return RepairContext(
-            self.bench.runner, self.architecture, self.outline, self.groups, self.fitted_on, self.outputs, gone,
+            self.bench.runner, self.architecture, self.outline, self.groups, self.fitted_on, self.outputs, dropped,
             before or Changes(), self.tell, memory, self.quality.training,
         )  # fmt: skip
 
     def steps(self, chooses: bool = True, budget: bool = False) -> int:
-        """About how many block-steps choosing and repairing takes, for a bar: blocks times forward passes."""
+        """Approximate block-steps (blocks x forward passes) of selection and repair, for a progress bar."""
         how = self.quality.under("kv:-1%" if budget else None)
         passes = (how.search_passes if how.searches else 1.0) if chooses else 0.0
         passes += sum(REPAIRS[name].passes_of(how.training) for name in how.repair) + 3 / GATE_SHARE * bool(how.repair)
         return max(1, round(self.work.blocks * passes))
 
     def prepare(self, candidates: Sequence[Layer], count: int) -> None:
-        """Fit what a search is to see: the repairs of any `count` of the candidates."""
+        """Fit the foreseen repairs of any `count` of the candidates, for a search."""
         self._foreseen = {}
         for name in self.quality.repair if self.quality.aware and candidates else ():
             if REPAIRS[name].searched:
@@ -187,24 +188,34 @@ class Improver:
         self._costs = {key: cost for key, cost in self._costs.items() if key == "bare" or not key}
 
     def choose(self, request: Target) -> tuple[list[Layer], dict[Layer, float]]:
-        """The layers to drop, and the score or cost that each was chosen by (higher is dropped first)."""
+        """The layers to drop, and the score per layer by which they were ranked (empty for a search)."""
+        layers, _, scores = self.choose_forms(request)
+        return layers, scores
+
+    def choose_forms(self, request: Target) -> tuple[list[Layer], list[Layer], dict[Layer, float]]:
+        """As `choose`, and in the middle the layers that the spec replaces by linear maps.  Raises PlanError."""
         self.quality = self.quality.under(request.budget)
         with evaluating(self.model):
             if request.budget:
-                found = self._within(request)
-                return list(found.layers), {}
+                found = within_budget(self, request, self.bench.runner.start(0).shape[-1])
+                return list(found.layers), [], {}
             scores: dict[Layer, float] = {}
             entry = SELECTIONS[self.quality.select]
             if entry.pick is None and any(s.indices is None and not s.published for s in parse_spec(request.spec)):
                 scores = self.ranking(self.quality.metric)()
             pick = None if entry.pick is None else partial(entry.method(), self)
-            layers = choose(self.outline, request.spec, scores, request.keep, request.published, pick)
-            return self.refined(layers, request.keep), scores
+            layers, maps = choose_forms(self.outline, request.spec, scores, request.keep, request.published, pick)
+            return self.refined(layers, request.keep, maps), maps, scores
 
-    def refined(self, layers: Sequence[Layer], keep: Sequence[int] = ()) -> list[Layer]:
-        """A choice after the rounds of swaps that the quality asks for, which keep the number of each kind."""
+    def refined(self, layers: Sequence[Layer], keep: Sequence[int] = (), maps: Sequence[Layer] = ()) -> list[Layer]:
+        """The layers after the strategy's rounds of swaps, which keep the number of each kind.
+
+        Raises PlanError for swaps of layers of which some become linear maps.
+        """
         if not self.quality.refine:
             return list(layers)
+        if maps:
+            raise PlanError("--refine swaps dropped layers, and would not know which are to be maps; leave one out")
         candidates = unprotected(self.outline, sorted({layer.kind for layer in layers}), "", keep)
         with evaluating(self.model):
             candidates = [*layers, *(c for c in shortlist(self, candidates, len(layers)) if c not in layers)]
@@ -212,45 +223,35 @@ class Improver:
             return list(refine(layers, candidates, self.cost, self.quality.refine).layers)
 
     def expect(self, evaluations: float) -> None:
-        """How many passes over its windows a search is going to take, which decides how much text they hold."""
+        """Announce a search's passes over its windows, which determine how many tokens these have."""
         if self._dense is None:
             self._evaluations = evaluations
 
     @property
     def how(self) -> Greedily:
-        """A round is measured in one pass where each block has to be brought for it."""
+        """Settings of a greedy search; a round is measured in one pass if blocks are not in memory."""
         together = not isinstance(self.provider, InMemory)
         return Greedily(self.quality.width, self.cost.ahead if together else None)
 
-    def _within(self, request: Target) -> Choice:
-        """A budget's layers; where they would leave no attention, the one that was chosen last stays."""
-        budget = parse_budget(request.budget or "")
-        candidates = unprotected(self.outline, ("attn", "mlp"), "", request.keep)
-        width = self.bench.runner.start(0).shape[-1]
-        map_size = width * (width + 1) if "linear" in self.quality.repair else 0
-        goal = meter(budget, self.outline, candidates, request.context, request.latency, map_size)
-        candidates = affordable(self, candidates, goal)
-        self.prepare(candidates, len(candidates))
-        self.cost.ahead([layer] for layer in candidates if goal.saves(layer) > 0)
-        while True:
-            found = within(goal, candidates, self.cost, self.how)
-            try:
-                check_attention_left(self.outline, found.layers)
-                return found
-            except PlanError:
-                candidates.remove([layer for layer in found.layers if layer.kind == "attn"][-1])
+    def maps(self, layers: Sequence[Layer]) -> Changes:
+        """A linear map for each attention layer.  Time: a dense pass up to the last one that was not fitted before."""
+        with evaluating(self.model):
+            return fit_maps(self.context(layers)) if layers else Changes()
 
-    def repair(self, gone: Sequence[Layer], other: Windows | None = None) -> tuple[Repair, Variant]:
-        """Repair a model without `gone`, method by method, each kept only if it helps on `other` text.
+    def repair(
+        self, dropped: Sequence[Layer], other: Windows | None = None, maps: Sequence[Layer] = ()
+    ) -> tuple[Repair, Variant]:
+        """Repair the model without `dropped` by each method, kept only if it lowers perplexity on `other` text.
 
-        Without `other` nothing is gated.  Also gives the repaired model as a variant of the dense one.  What a method
-        could not repair is told, with the reason, and stays in the repair.
+        `maps`: dropped layers that become linear maps, ungated.  Without `other` nothing is gated.  Also returns the
+        repaired model as a variant of the dense one.  Layers that could not be repaired are reported with the reason,
+        and recorded in the repair.
         """
-        changes, gates, missed = Changes(), list[Gate](), list[tuple[str, str]]()
-        gate = self._gating(other, gone) if other is not None and self.quality.repair else None
+        changes, gates, missed = self.maps(maps), list[Gate](), list[tuple[str, str]]()
+        gate = self._gating(other, dropped) if other is not None and self.quality.repair else None
         with evaluating(self.model):
             for name in self.quality.repair:
-                new = REPAIRS[name].method()(self.context(gone, changes))
+                new = REPAIRS[name].method()(self.context(dropped, changes))
                 for line in reasons(new.unrepaired):
                     self.tell(f"{name}: {line}")
                 missed += [(f"{name}: {layer}", why) for layer, why in new.unrepaired]
@@ -264,19 +265,19 @@ class Improver:
                 if gate is None or gates[-1].passed:
                     changes = tried
         repair = Repair(changes.tensors, changes.maps, tuple(gates), tuple(missed), self.work.passes)
-        return repair, variant(self.model, self.architecture, gone, changes)
+        return repair, variant(self.model, self.architecture, dropped, changes)
 
-    def _gating(self, other: Windows, gone: Sequence[Layer]) -> Gating:
-        """The gate, on no more windows than make it cheap beside the calibration."""
+    def _gating(self, other: Windows, dropped: Sequence[Layer]) -> Gating:
+        """The gate, on few windows, so that it is cheap beside the calibration."""
         inputs, scored = gate_batches(other, self.bench.runner.tokens, _device(self.model))
         with evaluating(self.model):
             runner = self.bench.runner.like(inputs, self.architecture)
             dense = DenseReference(runner, self.quality.stride, scored)
-        return Gating(dense, lambda changes: variant(self.model, self.architecture, gone, changes))
+        return Gating(dense, lambda changes: variant(self.model, self.architecture, dropped, changes))
 
     @property
     def calibration(self) -> dict[str, Any]:
-        """The texts, as an artifact names them."""
+        """The calibration texts as artifacts record them."""
         return named_texts(self.data)
 
 
@@ -287,12 +288,13 @@ def _device(model: nn.Module) -> torch.device:
 def improve(
     improver: Improver, ref: ModelRef, request: Target, other: Windows | None = None
 ) -> tuple[Plan, Repair, Variant]:
-    """A plan by the improver's quality settings, its repair, and the repaired model as a variant of the dense one.
+    """A plan by the improver's strategy, its repair, and the repaired model as a variant of the dense one.
 
     Raises PlanError, CalibrationError or ArchitectureError.
     """
-    layers, scores = improver.choose(request)
-    repair, variant = improver.repair(layers, other)
+    layers, maps, scores = improver.choose_forms(request)
+    repair, variant = improver.repair(layers, other, maps)
     fields: dict[str, Any] = {"metric": improver.quality.wording, "calibration": improver.calibration}
     spec = request.spec or str(parse_budget(request.budget or ""))
-    return make_plan(improver.outline, ref, spec, layers, scores, keep=list(request.keep), **fields), repair, variant
+    fields |= {"keep": list(request.keep), "maps": [str(layer) for layer in maps]}
+    return make_plan(improver.outline, ref, spec, layers, scores, **fields), repair, variant

@@ -1,7 +1,7 @@
-"""Layer by layer the rung of least damage for what it saves, until a budget is met: `--budget ... --rungs ...`.
+"""The rung of each layer, by least KL per unit saved, until a budget is met: `--budget ... --rungs ...`.
 
-A multiple-choice knapsack by increments: from its present rung each layer may go to any that saves more, and the
-step of least extra damage for each unit saved is taken.  With W = window and D = drop, saving 0.9 and 1.0:
+A multiple-choice knapsack by increments: a layer may move from its current rung to any that saves more, and the step
+of least added KL per unit saved is taken.  With W = window and D = drop, saving 0.9 and 1.0:
 
     layer 3: W costs 0.01, D 0.50      first W of 3 (0.011 a unit), then W of 7 (0.022),
     layer 7: W costs 0.02, D 0.30      then D of 7 (2.8 a unit more), then D of 3 (4.9)
@@ -26,7 +26,7 @@ MOST = 1e-12  # rounding of shares
 
 @dataclass(frozen=True)
 class Option:
-    """A rung for a layer: the share of what the budget counts that it saves, and its damage."""
+    """A rung for a layer: the share of the budget's quantity that it saves, and its damage in KL."""
 
     rung: Rung
     saves: float
@@ -36,12 +36,16 @@ class Option:
 def check_rungs(rungs: Iterable[Rung], context: int) -> list[Window]:
     """The windows among the rungs.  Raises PlanError for rungs that a budget cannot choose among."""
     rungs = list(rungs)
-    if any(isinstance(rung, LinearMap) for rung in rungs):
-        raise PlanError("--rungs takes drop and windows; a dropped layer becomes a linear map by --repair linear")
     windows = [rung.window for rung in rungs if isinstance(rung, Windowed)]
     if not windows:
         raise PlanError(
-            "--rungs without a window is what --budget does alone; add one, as in --rungs drop,window:512+4"
+            "--rungs without a window is what --budget does alone (with --repair linear for linear maps); add one, as "
+            "in --rungs drop,linear,window:512+4"
+        )
+    if folded := next((window for window in windows if window.fold), None):
+        raise PlanError(
+            f"--rungs takes no window:{folded}: its constants are fitted once layers are chosen; search with "
+            f"window:{folded.width}+4, then write the windows that it finds as @{folded.width}+fold"
         )
     for window in windows:
         if window.width + window.sinks >= context:
@@ -49,10 +53,11 @@ def check_rungs(rungs: Iterable[Rung], context: int) -> list[Window]:
     return windows
 
 
-def saved_share(outline: Outline, layer: Layer, rung: Rung, budget: Budget, context: int) -> float:
-    """What a rung saves of the KV cache at `context` tokens, of the parameters, or of the bytes of a decoded token.
+def saved_share(outline: Outline, layer: Layer, rung: Rung, budget: Budget, context: int, map_size: int = 0) -> float:
+    """The share that a rung saves of the KV cache at `context` tokens, the parameters, or the bytes of a decoded token.
 
-    Raises PlanError for `measured`, and for a model without what the budget counts.
+    `map_size`: parameters of a linear map; without it one is taken to have as many as its layer.  Raises PlanError for
+    `measured`, and for a model without what the budget counts.
     """
     if budget.what == "measured":
         raise PlanError(f"budget `{budget}` times layers, and rungs are told by bytes: use decode, kv or params")
@@ -62,14 +67,15 @@ def saved_share(outline: Outline, layer: Layer, rung: Rung, budget: Budget, cont
         raise PlanError(f"budget `{budget}` counts the KV cache, and this model has none; use params:-20%")
     branch, owned = outline.branch(layer), outline.dropped_parameters([layer])
     freed = cache * branch.kv * (context - rung.held(context))
-    return (weights * (owned - rung.parameters(owned)) + freed) / whole
+    left = map_size if map_size and isinstance(rung, LinearMap) else rung.parameters(owned)
+    return (weights * (owned - left) + freed) / whole
 
 
 def climb(options: Mapping[Layer, Sequence[Option]], amount: float) -> dict[Layer, Option]:
-    """A rung for each of the layers that leave the whole one, together saving `amount`.
+    """A rung per changed layer, together saving `amount`.
 
-    The last step may overshoot, so layers go back to gentler rungs while the budget is still met, most damage first.
-    Ties go to the deeper layer.  Raises PlanError where all of them save too little.
+    The last step may overshoot, so layers return to gentler rungs as long as the budget is met, most damage first.
+    Ties: the deeper layer.  Raises PlanError if all layers save too little.
     """
     chosen: dict[Layer, Option] = {}
     while _saved(chosen) < amount - MOST:
@@ -107,7 +113,7 @@ def _gentler(
 
 
 def _price(option: Option, now: Option | None) -> float:
-    """Extra damage for each unit more that is saved."""
+    """Added damage per additional unit saved."""
     return (option.damage - (now.damage if now else 0.0)) / (option.saves - _saves(now))
 
 

@@ -17,9 +17,9 @@ _SEARCH = "dropformer.metrics.search.selections"
 
 @dataclass(frozen=True)
 class MetricEntry:
-    """A score of every layer, the highest dropped first: a `layer_metrics.Metric`, or "module:name" of one.
+    """A metric: one score per layer, the highest are dropped first; a `layer_metrics.Metric` or "module:name" of one.
 
-    `slow`: it runs the model for each layer, and so on the few windows of a search.
+    `slow`: it runs the model for each layer, so it uses the few windows of a search.
     """
 
     summary: str
@@ -32,9 +32,8 @@ class MetricEntry:
 
 @dataclass(frozen=True)
 class SelectionEntry:
-    """A way to choose layers: `pick(improver, free, count, gone)` gives `count` of the free layers on top of those
-    that are dropped already; None takes the first of one ranking.  `measures`: it measures candidates on windows of
-    their own."""
+    """A selection: `pick(improver, free, count, dropped)` returns `count` of the free layers on top of those dropped
+    already; None takes the first of one ranking.  `measures`: it measures candidates on separate windows."""
 
     summary: str
     pick: str | Callable | None = None

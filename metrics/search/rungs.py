@@ -1,8 +1,8 @@
-"""A plan of rungs under a budget, by the KL divergence that each costs at the end of long texts.
+"""A plan of rungs under a budget, by the KL divergence of each at the end of long texts.
 
-Each layer is tried alone on its harshest rungs; wider windows are taken to cost as much less as they change less.
-The plan of least sum is measured as a whole, then each of its layers is put back in turn: what that gains is what the
-layer costs beside the others, by which the rest of the search chooses again.  All within PASSES forward passes.
+Each layer is measured alone on its narrowest window and dropped; the cost of wider windows is scaled by how much they
+change.  The plan of least sum is measured as a whole, then each of its layers is put back in turn: the KL that this
+recovers is the layer's cost beside the others, and the next plan is chosen by these.  All within PASSES forward passes.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dropformer.metrics.blockwise.variant import variant
 from dropformer.metrics.search.budget import parse_budget
-from dropformer.metrics.search.far_text import Action, FarText
+from dropformer.metrics.search.far_text import Action, FarText, Maps
+from dropformer.metrics.search.improve import Improver
 from dropformer.metrics.search.ladder import Option, check_rungs, climb, saved_share
 from dropformer.metrics.search.strategy import Target
 from dropformer.prune.architecture import Layer
@@ -25,25 +27,28 @@ from dropformer.prune.choosing import check_attention_left, unprotected
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, make_plan
+from dropformer.prune.rungs.linear import LinearMap
 from dropformer.prune.rungs.registry import Rung
 from dropformer.prune.rungs.window import Windowed
+from dropformer.prune.window import Window
 
 PASSES, ROUNDS = 6.0, 3
-STEPS = (1.0, 0.5, 0.25)  # of the way, in logarithm, from what layers cost alone to what they cost beside the others
-LEAST, MOST = 0.2, 5.0  # a round changes what a layer is taken to cost by so much at most
+STEPS = (1.0, 0.5, 0.25)  # exponents between a layer's cost alone (0) and its cost beside the others (1)
+LEAST, MOST = 0.2, 5.0  # bounds of the factor by which a round changes a layer's cost
 
 
 @dataclass
 class RungSearch:
-    """What actions cost the layers that may take them, in nats of KL at the ends of these texts.
+    """The cost of each action per layer, in nats of KL at the ends of these texts.
 
-    `kl`: that of the last plan that was found; `history`: of each that was measured on the way.  Several budgets share
-    what the layers cost alone.
+    `kl`: of the last plan found; `history`: of each plan measured on the way; `map_size`: parameters of a linear map.
+    Several budgets share the costs of the layers alone.
     """
 
     texts: Sequence[FarText]
     layers: Sequence[Layer]
     actions: Sequence[Action]
+    map_size: int = 0
     kl: float = 0.0
     history: list[float] = field(default_factory=list)
     _alone: dict[Layer, dict[Action, float]] = field(default_factory=dict)
@@ -51,14 +56,14 @@ class RungSearch:
 
     @property
     def passes(self) -> float:
-        """Forward passes over the texts until now."""
+        """Forward passes over the texts so far."""
         return sum(text.work for text in self.texts) / len(self.texts)
 
     def measured(self, actions: Mapping[Layer, Action]) -> float:
         return sum(text.kl(actions) for text in self.texts) / len(self.texts) if actions else 0.0
 
     def alone(self) -> dict[Layer, dict[Action, float]]:
-        """Each layer's costs by itself: measured on the narrowest window and dropped, scaled for wider windows."""
+        """Each layer's costs alone: measured for a drop, a map and the narrowest window, scaled for wider windows."""
         if not self._alone:
             self._alone = {layer: self._of(layer) for layer in self.layers}
             self._works = [text.work for text in self.texts]
@@ -68,8 +73,9 @@ class RungSearch:
         return self._alone
 
     def _of(self, layer: Layer) -> dict[Action, float]:
-        windows = sorted(action for action in self.actions if action is not None)
-        found: dict[Action, float] = {None: self.measured({layer: None})} if None in self.actions else {}
+        windows = sorted(action for action in self.actions if isinstance(action, Window))
+        others = [action for action in self.actions if not isinstance(action, Window)]
+        found: dict[Action, float] = {action: self.measured({layer: action}) for action in others}
         narrow = self.measured({layer: windows[0]})
         changes = {w: sum(text.damages[layer][w] for text in self.texts) for w in windows}
         whole = changes[windows[0]]
@@ -78,9 +84,9 @@ class RungSearch:
     def beside(
         self, chosen: Mapping[Layer, Action], costs: Mapping[Layer, Mapping[Action, float]]
     ) -> dict[Layer, float]:
-        """What each layer costs beside the other chosen ones, over what it was taken to cost.
+        """Each layer's cost beside the other chosen ones, over its assumed cost.
 
-        Layers that were not chosen: half of the median, in logarithm.
+        Layers that were not chosen: the square root of the median.
         """
         factors = {}
         for layer, action in chosen.items():
@@ -91,25 +97,44 @@ class RungSearch:
         return {layer: factors.get(layer, middle) for layer in costs}
 
     def room(self, changed: int) -> bool:
-        """Are there passes left to put each of the changed layers back, and to measure what comes of it?"""
+        """Whether passes are left to put each changed layer back once, and to measure the next plan."""
         full = sum(text.price for text in self.texts) / len(self.texts)
         return self.passes + full * (changed + 1) <= PASSES
 
 
 def read_texts(
-    model: PreTrainedModel, outline: Outline, rungs: Sequence[Rung], texts: Sequence[Tensor], keep: Sequence[int] = ()
+    model: PreTrainedModel,
+    outline: Outline,
+    rungs: Sequence[Rung],
+    texts: Sequence[Tensor],
+    keep: Sequence[int] = (),
+    maps: Maps | None = None,
 ) -> RungSearch:
-    """The dense model on these long texts, token ids [T], ready to choose among rungs by what they cost there.
+    """The dense model on these long texts, token ids [T], for a search among rungs.
 
-    Time: a forward pass; memory: the texts' KV cache.  Raises ArchitectureError where no attention layer takes a
-    window.
+    `maps`: gives the linear maps (`mapped_modules`), if `linear` is a rung.  Time: a forward pass.  Memory: the texts'
+    KV cache.  Raises ArchitectureError if no attention layer takes a window.
     """
     actions = [_action(rung) for rung in rungs]
-    read = [FarText(model, outline, ids, actions) for ids in texts]
+    read = [FarText(model, outline, ids, actions, maps) for ids in texts]
     if not read[0].damages:
         raise ArchitectureError(f"no attention layer of {type(model).__name__} takes a window; give --budget alone")
     free = sorted(set(unprotected(outline, ("attn",), "", keep)).intersection(read[0].damages))
-    return RungSearch(read, free, actions)
+    width = read[0].width
+    return RungSearch(read, free, actions, width * (width + 1))
+
+
+def mapped_modules(improver: Improver, layers: Sequence[Layer]) -> Maps:
+    """Linear maps for any of these attention layers, fitted in one pass over the improver's calibration windows.
+
+    A repair of the same improver writes the same maps.
+    """
+    improver.maps(layers)  # kept in the improver's memory
+
+    def maps(layer: Layer) -> Mapping[str, nn.Module]:
+        return variant(improver.model, improver.architecture, [layer], improver.maps([layer])).modules()
+
+    return maps
 
 
 def rung_plan(search: RungSearch, ref: ModelRef, target: Target, **fields: Any) -> Plan:
@@ -119,10 +144,12 @@ def rung_plan(search: RungSearch, ref: ModelRef, target: Target, **fields: Any) 
     """
     check_rungs(target.rungs, target.context)
     outline = search.texts[0].outline
-    chosen = searched(search, _Weighing(outline, target, _kept_whole(outline, search.texts)))
+    chosen = searched(search, _Weighing(outline, target, _kept_whole(outline, search.texts), search.map_size))
     order = sorted(chosen, key=lambda layer: (chosen[layer].damage, -layer.index))
-    dropped = [layer for layer in order if _action(chosen[layer].rung) is None]
-    windowed = {layer: window for layer in order if (window := _action(chosen[layer].rung))}
+    actions = {layer: _action(chosen[layer].rung) for layer in order}
+    dropped = [layer for layer, action in actions.items() if not isinstance(action, Window)]
+    windowed = {layer: action for layer, action in actions.items() if isinstance(action, Window)}
+    fields["maps"] = [str(layer) for layer, action in actions.items() if isinstance(action, LinearMap)]
     check_attention_left(outline, dropped)
     fields["metric"] = f"KL of {', '.join(map(str, target.rungs))} at the end of long texts"
     budget = str(parse_budget(target.budget or ""))
@@ -131,17 +158,18 @@ def rung_plan(search: RungSearch, ref: ModelRef, target: Target, **fields: Any) 
 
 @dataclass(frozen=True)
 class _Weighing:
-    """What turns costs into options: the budget at its context, and the layer that may not be dropped."""
+    """Turns costs into options: the budget at its context, the layer that must not be dropped, a map's parameters."""
 
     outline: Outline
     target: Target
     whole: Layer | None
+    map_size: int = 0
 
     def __call__(self, costs: Mapping[Layer, Mapping[Action, float]]) -> dict[Layer, Option]:
         budget, context = parse_budget(self.target.budget or ""), self.target.context
         options = {
             layer: [
-                Option(rung, saved_share(self.outline, layer, rung, budget, context), own[_action(rung)])
+                Option(rung, saved_share(self.outline, layer, rung, budget, context, self.map_size), own[_action(rung)])
                 for rung in self.target.rungs
                 if isinstance(rung, Windowed) or layer != self.whole
             ]
@@ -181,11 +209,13 @@ def _actions(chosen: Mapping[Layer, Option]) -> dict[Layer, Action]:
 
 
 def _action(rung: Rung) -> Action:
-    return rung.window if isinstance(rung, Windowed) else None
+    if isinstance(rung, Windowed):
+        return rung.window
+    return rung if isinstance(rung, LinearMap) else None
 
 
 def _kept_whole(outline: Outline, texts: Sequence[FarText]) -> Layer | None:
-    """The attention with keys whose output is the largest: a model keeps one."""
+    """The attention layer with keys that has the largest output; a model keeps one of them."""
     damages = texts[0].damages
     with_keys = [layer for layer in damages if outline.branch(layer).kv]
     return max(with_keys, key=lambda layer: sum(t.damages[layer][None] for t in texts), default=None)

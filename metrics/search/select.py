@@ -1,9 +1,9 @@
-"""Choose layers by what dropping them together does, not by one ranking of the dense model.
+"""Selection of layers by the effect of dropping them together, not by one ranking of the dense model.
 
 one-shot    the ranking of the dense model (`prune.plan.choose`)
 iterative   the ranking measured again after each drop, the surviving half of a block still running
-greedy      each time the layer whose loss, on top of those gone, costs the least KL to the dense model
-refine      swaps in a finished choice for as long as one lowers the KL
+greedy      each time the layer that adds the least KL to the dense model
+refine      swaps in a finished selection as long as one lowers the KL
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ Cost = Callable[[Sequence[Layer]], float]
 
 @dataclass
 class KL:
-    """KL(dense || without these layers), each set of layers measured once.
+    """KL(dense || without these layers), measured once per set of layers.
 
-    `variant` gives the model without some layers, with the repairs that are known beforehand.  `batches`: measure on
-    these only (None: all).  Time: the part of a forward pass behind the first dropped layer; `ahead` takes any number
-    of sets through each block together.  Memory: `DenseReference`, and a stream for each set.
+    `variant` returns the model without some layers, with the foreseen repairs.  `batches`: measure on these only
+    (None: all).  Time: a forward pass from the first dropped layer on; `ahead` runs any number of sets through each
+    block together.  Memory: `DenseReference`, and one stream per set.
     """
 
     dense: DenseReference
@@ -41,23 +41,23 @@ class KL:
         return self.measured[frozenset(layers)]
 
     def ahead(self, sets: Iterable[Sequence[Layer]]) -> None:
-        """Measure sets that will be asked for."""
+        """Measure several sets together."""
         new = list({frozenset(layers): layers for layers in sets if frozenset(layers) not in self.measured}.values())
         if new:
-            damages = self.dense.compare_each([self.variant(layers) for layers in new], self.batches)
-            self.measured |= {frozenset(s): damage.mean_kl for s, damage in zip(new, damages, strict=True)}
+            found = self.dense.compare_each([self.variant(layers) for layers in new], self.batches)
+            self.measured |= {frozenset(s): one.mean_kl for s, one in zip(new, found, strict=True)}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Layers in the order they were chosen, and the cost once each had gone."""
+    """Layers in the order of selection, and the cost after each."""
 
     layers: tuple[Layer, ...]
     costs: tuple[float, ...]
 
 
 class Goal(Protocol):
-    """When to stop, and what a layer is worth: a layer is taken by what it costs for each unit it saves."""
+    """When to stop, and what a layer saves; layers are taken by their cost per unit saved."""
 
     def reached(self, layers: Sequence[Layer]) -> bool: ...
 
@@ -66,7 +66,7 @@ class Goal(Protocol):
 
 @dataclass(frozen=True)
 class Count:
-    """So many layers, each worth the same."""
+    """A number of layers, of equal worth."""
 
     count: int
 
@@ -82,8 +82,8 @@ class Count:
 
 @dataclass(frozen=True)
 class Greedily:
-    """How a greedy search measures: `width` candidates at most in a round after the first (None: all that come up),
-    `ahead` hears of the sets that a round begins with (None: they are measured as they come up)."""
+    """Settings of a greedy search.  `width`: most candidates measured in a round after the first (None: no limit);
+    `ahead`: called with a round's first sets, to measure them together (None: one at a time)."""
 
     width: int | None = None
     ahead: Callable[[Iterable[Sequence[Layer]]], None] | None = None
@@ -92,12 +92,11 @@ class Greedily:
 def greedy(
     candidates: Iterable[Layer], goal: Goal, cost: Cost, start: Sequence[Layer] = (), how: Greedily = Greedily()
 ) -> Choice:
-    """Layers until the goal is reached, one at a time: least cost, for what it saves, on top of those gone.
+    """Layers until the goal is reached, each time the one of least added cost per unit saved.
 
-    `start` are gone already.  A layer's extra cost from an earlier round is used until
-    the layer comes to the front of the queue ("lazy" greedy, Minoux 1978), so most candidates are measured
-    only in the first round.
-    Ties go to the deeper layer.  Raises PlanError when all candidates do not reach the goal.
+    `start` are dropped already.  A layer's added cost from an earlier round is used until it comes to the front of the
+    queue ("lazy" greedy, Minoux 1978), so most candidates are measured only in the first round.  Ties: the deeper
+    layer.  Raises PlanError if all candidates together do not reach the goal.
     """
     picked: list[Layer] = []
     costs = [cost(start) if start else 0.0]
@@ -105,7 +104,7 @@ def greedy(
     while not goal.reached(picked):
         if not extra:
             raise PlanError(
-                f"{goal} cannot be reached with the layers that may go ({len(picked)} of them); ask for less"
+                f"{goal} cannot be reached with the layers that may be dropped ({len(picked)} of them); ask for less"
             )
         measure = partial(_extra, cost, goal, (*start, *picked), costs[-1])
         if how.ahead:
@@ -119,12 +118,12 @@ def greedy(
 
 
 def _extra(cost: Cost, goal: Goal, chosen: Sequence[Layer], base: float, layer: Layer) -> float:
-    """What a layer adds to the cost, for each unit that it saves."""
+    """A layer's added cost per unit saved."""
     return (cost([*chosen, layer]) - base) / goal.saves(layer)
 
 
 def _cheapest(extra: dict[Layer, float], measure: Callable[[Layer], float], width: int | None) -> Layer:
-    """The layer of least extra cost; `extra` is brought up to date for those that were measured."""
+    """The layer of least added cost; updates `extra` for the layers that are measured."""
     fresh: set[Layer] = set()
     while True:
         best = min(extra, key=lambda layer: (extra[layer], -layer.index, layer.kind))
@@ -141,7 +140,7 @@ def _any_overlap(layer: Layer, others: Iterable[Layer]) -> bool:
 
 
 def _overlap(one: Layer, other: Layer) -> bool:
-    """A block holds its branches: what went with it cannot go again."""
+    """Whether both are the same layer, or one is a branch of the other."""
     same = (one.index, one.stack) == (other.index, other.stack)
     return same and (one.kind == other.kind or "block" in (one.kind, other.kind))
 
@@ -152,15 +151,15 @@ def iterative(
     count: int,
     start: Sequence[Layer] = (),
 ) -> Choice:
-    """`count` layers, the highest score first, scores measured again after each drop.
+    """`count` layers, the highest score first, with scores measured again after each drop.
 
-    `ranking` gives every layer's score once some have gone (`importance.Ranking`).  A half-dropped block keeps
-    running its other half, and that half is scored as it now is (LLM-Drop skips it).  Time: a forward pass
-    for each drop.  Memory: a stream.  Raises PlanError for more layers than are left.
+    `ranking` returns the scores of all layers without the given ones (`layer_metrics.Ranking`).  The kept branch of a
+    half-dropped block still runs and is scored (LLM-Drop skips it).  Time: a forward pass per drop.  Memory: a stream.
+    Raises PlanError for more layers than are left.
     """
     chosen, costs, left = list(start), [], [c for c in candidates if not _any_overlap(c, start)]
     if count > len(left):
-        raise PlanError(f"{count} layers cannot go, only {len(left)} of those named are left; ask for fewer")
+        raise PlanError(f"{count} layers cannot be dropped, only {len(left)} of those named are left; ask for fewer")
     for _ in range(count):
         scores = ranking(chosen)
         best = min(left, key=lambda layer: (-scores[layer], -layer.index, layer.kind))
@@ -171,18 +170,18 @@ def iterative(
 
 
 def refine(layers: Sequence[Layer], candidates: Iterable[Layer], cost: Cost, rounds: int = 1, width: int = 6) -> Choice:
-    """Swap a chosen layer for one left out for as long as that lowers the cost; never worse than given.
+    """Swap chosen layers for others as long as that lowers the cost; the result is never worse.
 
-    A round takes out each layer, cheapest to put back last, and tries the `width` candidates that cost least
-    by themselves in its place.  Swaps are between layers of one kind and stack, so that counts stay.
-    Time: at most rounds x layers x (width + 1) costs, plus one for each candidate.
+    A round visits the chosen layers, first the one whose return lowers the cost most, and tries the `width` candidates
+    of least cost alone in its place.  Swaps are within a kind and stack, so counts stay the same.
+    Time: at most rounds x layers x (width + 1) costs, plus one per candidate.
     """
     chosen, best = list(layers), cost(layers)
     for _ in range(rounds):
         before = best
-        for layer in sorted(chosen, key=lambda gone: cost([l for l in chosen if l != gone])):
+        for layer in sorted(chosen, key=lambda out: cost([l for l in chosen if l != out])):
             rest = [other for other in chosen if other != layer]
-            for other in _stand_ins(layer, rest, candidates, cost)[:width]:
+            for other in _substitutes(layer, rest, candidates, cost)[:width]:
                 found = cost([*rest, other])
                 if found < best:
                     best, chosen = found, [*rest, other]
@@ -192,7 +191,7 @@ def refine(layers: Sequence[Layer], candidates: Iterable[Layer], cost: Cost, rou
     return Choice(tuple(chosen), (best,))
 
 
-def _stand_ins(layer: Layer, rest: Sequence[Layer], candidates: Iterable[Layer], cost: Cost) -> list[Layer]:
+def _substitutes(layer: Layer, rest: Sequence[Layer], candidates: Iterable[Layer], cost: Cost) -> list[Layer]:
     free = [
         other
         for other in candidates

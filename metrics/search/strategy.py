@@ -1,4 +1,4 @@
-"""Named qualities: which metric, which search and which repairs make up a recipe.  Light: no torch."""
+"""Named strategies (`--quality`): metric, selection and repairs.  Light: no torch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Strategy:
-    """How layers are chosen and what is repaired.
+    """How layers are selected and repaired.
 
-    `aware`: a search measures candidates with the repairs in place that it can foresee, not as bare gaps.
-    `width`: how many candidates a round of `greedy` measures after the first; `refine`: rounds of swaps;
-    `stride`: KL is measured at every so many positions at most, on at most `cost_windows` windows, which are
-    shortened so that the search takes about `search_passes` forward passes over the calibration.
+    `aware`: a search measures candidates with foreseen repairs, not unrepaired.  `width`: candidates measured in each
+    round of `greedy` after the first; `refine`: rounds of swaps.  KL is measured at every `stride`-th position at most,
+    on at most `cost_windows` windows, shortened so that the search takes about `search_passes` forward passes over the
+    calibration windows.
     """
 
     metric: str = "similarity"
@@ -39,17 +39,17 @@ class Strategy:
 
     @property
     def searches(self) -> bool:
-        """Are candidates measured on windows of their own?"""
+        """Whether candidates are measured on separate windows."""
         return SELECTIONS[self.select].measures or self.refine > 0
 
     @property
     def wording(self) -> str:
-        """What chooses the layers: `similarity`, `iterative angular`, `greedy kl, refined`."""
+        """The selection in words: `similarity`, `iterative angular`, `greedy kl, refined`."""
         found = {"one-shot": self.metric, "greedy": "greedy kl"}.get(self.select, f"{self.select} {self.metric}")
         return found + (", refined" if self.refine else "")
 
     def under(self, budget: str | None) -> Strategy:
-        """These settings under a budget, which a greedy search meets.  Raises PlanError with swaps."""
+        """The strategy for a budget, which needs a greedy search.  Raises PlanError with swaps."""
         if not budget:
             return self
         if self.refine:
@@ -61,8 +61,8 @@ class Strategy:
 class Target:
     """What to drop: a spec, or a budget over attention and MLP layers (decoding at `context` tokens).
 
-    `latency`: what each layer takes, for a budget of measured time; `published`: a recipe's lists; `rungs`: what a
-    budget may make of attention layers (empty: drop them, and MLP layers too).
+    `latency`: seconds per layer, for a budget of measured time; `published`: a recipe's lists; `rungs`: rungs that a
+    budget may choose for attention layers (empty: attention and MLP layers are dropped).
     """
 
     spec: str = ""
@@ -90,7 +90,7 @@ def quality(
     refine: int | None = None,
     training: Training | None = None,
 ) -> Strategy:
-    """A named quality with single settings changed; `repair` is a comma-separated list.  Raises PlanError."""
+    """A named strategy with single settings changed; `repair` is a comma-separated list.  Raises PlanError."""
     if name is not None and name not in QUALITIES:
         raise PlanError(f"quality `{name}` is unknown; expected one of {', '.join(QUALITIES)}")
     found = QUALITIES[name or "paper"]

@@ -16,13 +16,13 @@ from dropformer.prune.draft.shared_cache import view_of
 from dropformer.prune.errors import ModelError
 from dropformer.prune.loading.window_attention import first_real
 
-DRAFT_TOKENS = 4  # drafted at a time where neither the plan nor anyone says how many
+DRAFT_TOKENS = 4  # default number of drafted tokens per round
 
 
 class DraftedCandidates(AssistedCandidateGenerator):
-    """transformers' candidates of an assistant, except that the assistant's cache is a view of the dense model's.
+    """transformers' assisted candidates, with a view of the dense model's cache as the assistant's cache.
 
-    `counts`: for each round the number of tokens that were drafted and of those that were accepted.
+    `counts`: (drafted, accepted) tokens per round.
     """
 
     sources: Sequence[int]
@@ -51,16 +51,16 @@ class DraftedCandidates(AssistedCandidateGenerator):
 
 
 def set_drafting(draft: PreTrainedModel, tokens: int) -> None:
-    """Set a draft to draft so many tokens in every round, whatever it is sure of; the dense model's settings stay."""
+    """Draft `tokens` tokens in every round, whatever their probability; the dense model's settings stay."""
     settings = draft.generation_config = copy.deepcopy(draft.generation_config)
     settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = tokens, "constant"
     settings.assistant_confidence_threshold = 0.0
 
 
 def sources_of(surgery: Surgery) -> list[int]:
-    """For each block of the draft the dense model's block whose attention it has.
+    """The dense block whose attention each block of the draft has.
 
-    Raises ModelError for a model of several stacks, whose caches are not one.
+    Raises ModelError for a model of several stacks, which have several caches.
     """
     if len(surgery.outline.stacks) != 1:
         raise ModelError("a draft shares the cache of a decoder with one stack; use assistant_model=draft instead")
@@ -68,11 +68,10 @@ def sources_of(surgery: Surgery) -> list[int]:
 
 
 def speculation(draft: PreTrainedModel, surgery: Surgery, counts: list[tuple[int, int]] | None = None) -> Callable:
-    """What `model.generate(custom_generate=...)` takes so that the draft drafts for the model.
+    """A function for `model.generate(custom_generate=...)` with which the draft drafts for the model.
 
-    The draft needs no prefill and, but for a window's tokens, no cache.  The model is not changed: a shallow copy of
-    it, with the same modules, runs transformers' assisted decoding.  `counts` receives (drafted, accepted) for each
-    round.
+    The draft needs no prefill and, except for a window's tokens, no cache.  The model is not changed: a shallow copy
+    with the same modules runs transformers' assisted decoding.  `counts` receives (drafted, accepted) per round.
     """
     sources, kept = sources_of(surgery), counts if counts is not None else []
 
@@ -85,7 +84,7 @@ def speculation(draft: PreTrainedModel, surgery: Surgery, counts: list[tuple[int
                 return made
 
             def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **given: Any) -> Any:
-                """As in the model, and where the caller's cache holds the prompt already it is not read again."""
+                """As the model's, without reading again what the caller's cache holds of the prompt."""
                 held = given["past_key_values"].get_seq_length()
                 if given.get("next_sequence_length") is None and held:
                     given["next_sequence_length"] = input_ids.shape[1] - held

@@ -1,8 +1,8 @@
-"""A draft's view of the dense model's KV cache: what was verified is read there, and only drafted tokens are added.
+"""A draft's view of the dense model's KV cache: verified tokens are read from it, only drafted tokens are added.
 
-The dense model's keys and values of verified tokens are nearer to what it computes next than the draft's own
-(MagicDec, arXiv 2408.11049), they need no second prefill, and a window of them is a copy of S + W tokens.  An entry
-of the view never writes into the dense model's: growing it makes new tensors, and a round's view is thrown away.
+The dense model's keys and values of verified tokens predict its next tokens better than the draft's own (MagicDec,
+arXiv 2408.11049), need no second prefill, and a window of them is a copy of S + W tokens.  An entry of the view never
+writes into the dense cache: growing it allocates new tensors, and a view lasts one round.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ SHARED = (DynamicLayer, DynamicSlidingWindowLayer)
 def view_of(cache: Cache, draft: nn.Module, sources: Sequence[int], first: Tensor | None = None) -> Cache:
     """A cache for the draft that holds what `cache` holds now.
 
-    sources: for each of the draft's blocks the dense model's block whose attention it has.  first: the first real
-    slot of each row, [B], where rows are padded on the left.  Time and memory: a copy of S + W tokens for each
-    windowed layer.  Raises ModelError for a cache whose entries are written in place (static, linear attention).
+    sources: the dense block whose attention each block of the draft has.  first: the first real slot of each row,
+    [B], if rows are padded on the left.  Time and memory: a copy of S + W tokens per windowed layer.  Raises ModelError
+    for a cache with entries that are written in place (static, linear attention).
     """
     view = empty_cache(draft)
     modules: dict[str, Any] = dict(draft.named_modules())
@@ -39,14 +39,14 @@ def view_of(cache: Cache, draft: nn.Module, sources: Sequence[int], first: Tenso
 
 
 def recording_cache(model: nn.Module) -> DynamicCache:
-    """An empty cache that keeps what leaves a sliding window, so that `shortened` finds every token."""
+    """An empty cache that keeps tokens beyond a sliding window, which `shortened` needs."""
     cache = empty_cache(model)
     cache.activate_past_recording()
     return cache
 
 
 def _entry(dense: Any, window: Window | None, first: Tensor | None) -> Any:
-    """The draft's entry over what the dense model's holds."""
+    """The draft's entry for a dense entry."""
     if type(dense) not in SHARED:
         raise ModelError(
             f"a draft cannot share a cache of {type(dense).__name__}, which is written in place; give it a cache of "

@@ -23,6 +23,7 @@ class CheckpointFacts:
     format: "dropformer", "deci", "gguf", "onnx", "executorch", "dense" (dropped layers are zeros) or "stock" (a plain
     model, packed ones too); family: transformers' model type of the dense model, of a GGUF file llama.cpp's.
     skipped: the kinds that some block lacks ("attention", "mlp"); first: what the first block lacks.
+    sinks: what windows see beside their last tokens: "", "first tokens" or "constants".
     saves: parameters and KV cache against the dense model, in words; "" where nothing says.
     """
 
@@ -36,6 +37,7 @@ class CheckpointFacts:
     windows: bool = False
     maps: bool = False
     agents: bool = False
+    sinks: str = ""
     saves: str = ""
     config: Mapping[str, Any] = field(default_factory=dict)
 
@@ -86,7 +88,7 @@ def _hugging_face(folder: Path, record: Mapping[str, Any]) -> CheckpointFacts:
         skips = {str(i): frozenset(layer.get("skip", ())) for i, layer in layers.items()}
         return CheckpointFacts(
             folder, PRUNED, family, architecture, "", frozenset().union(*skips.values()), skips.get("0", frozenset()),
-            "window" in words, "linear" in words, "agents" in words, _saves(record), config,
+            "window" in words, "linear" in words, "agents" in words, _sinks(forms), _saves(record), config,
         )  # fmt: skip
     if kind == DECI and is_own_deci(config):
         blocks = [
@@ -101,6 +103,14 @@ def _hugging_face(folder: Path, record: Mapping[str, Any]) -> CheckpointFacts:
     form = "dense" if record.get("format") == "dense" else "stock"
     saves = "nothing: dropped layers are zeros" if form == "dense" else _saves(record)
     return CheckpointFacts(folder, form, family, architecture, saves=saves, config=config)
+
+
+def _sinks(forms: Mapping[str, Any]) -> str:
+    """What windows see beside their last tokens: nothing, "first tokens", or "constants"."""
+    windows = [form for form in forms.values() if isinstance(form, dict) and "window" in form]
+    if any(form.get("fold") for form in windows):
+        return "constants"
+    return "first tokens" if any(form["window"][1] for form in windows) else ""
 
 
 def _executorch(folder: Path, record: Mapping[str, Any]) -> CheckpointFacts:

@@ -80,7 +80,7 @@ def stop_where_counted(args: Any) -> None:
 
 
 def replacement(path: str, form: Any) -> nn.Module:
-    """The module that a form of config.json describes; for norms, whose branch is gone, the identity."""
+    """The module that a form of config.json describes; the identity for norms of a dropped branch."""
     if isinstance(form, dict) and "window" in form:
         raise ValueError(f"{path} attends to a window and the first tokens, which mlx-lm has no form for")
     if isinstance(form, dict) and "agents" in form:

@@ -12,6 +12,10 @@ from dropformer.prune.engines.registry import Answer
 from dropformer.prune.surgery.patterns import counted_wrongly
 
 TRIED = Path(__file__).with_name("vllm_families.json")  # written by benchmarks/engines.py
+NO_SINKS = {
+    "first tokens": "its attention has no window that keeps the first tokens",
+    "constants": "its sinks are constants from the first token on, and folded windows have them once those are gone",
+}
 INSTALL = "pip install --no-deps dropformer beside vLLM"
 
 
@@ -37,8 +41,10 @@ def with_plugin(facts: CheckpointFacts) -> Answer:
     if facts.format != "dropformer":
         return _plain(facts)
     known, version = tried(), f"vLLM {tried()['version']}"
-    if facts.windows:
-        return Answer(False, why="attention windows are not carried over", instead="load it in transformers")
+    if facts.sinks:
+        return Answer(
+            False, why=NO_SINKS[facts.sinks], instead="load it in transformers, or give windows without sinks"
+        )
     if facts.agents:
         return Answer(False, why="agents are not carried over", instead="load it in transformers")
     if facts.maps:

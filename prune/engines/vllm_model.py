@@ -25,6 +25,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from dropformer.prune.engines.vllm import tried
 from dropformer.prune.engines.vllm_plugin import PREFIX
+from dropformer.prune.engines.vllm_windows import give_window
 from dropformer.prune.loading.skipped_modules import replacement
 
 # What vLLM calls a member of a block where transformers has another name for it.
@@ -100,14 +101,18 @@ def drop_modules(model: nn.Module, modules: dict[str, Any], vllm_config: VllmCon
     """Replace the modules that a checkpoint's config names.  Raises ValueError for what vLLM's class cannot do."""
     dropped: list[nn.Module] = []
     for path, form in modules.items():
-        if isinstance(form, dict) and "window" in form:
-            raise ValueError(f"{path} attends to {seen(*form['window'])}, which is not carried over to vLLM")
+        windowed = isinstance(form, dict) and "window" in form
+        if windowed and (why := unseen(*form["window"], form.get("fold", False))):
+            raise ValueError(f"{path} attends to {why}; load the checkpoint in transformers")
         if isinstance(form, dict) and "agents" in form:
             raise ValueError(f"{path} attends through agents, which vLLM has no form for")
         found = find(model, path)
         if found is None:  # of another pipeline stage
             continue
         owner, name = found
+        if windowed:
+            give_window(getattr(owner, name), form["window"][0], vllm_config)
+            continue
         old = getattr(owner, name)
         setattr(owner, name, standing_for(old, form, isinstance(model, TransformersBackend)))
         dropped += old.modules()
@@ -116,10 +121,11 @@ def drop_modules(model: nn.Module, modules: dict[str, Any], vllm_config: VllmCon
         without(parent, dropped)
 
 
-def seen(width: int, sinks: int) -> str:
-    """What a windowed attention attends to."""
-    first = f" and the first {sinks}, for which vLLM's attention has no form" if sinks else ""
-    return f"its last {width} tokens{first}"
+def unseen(width: int, sinks: int, fold: bool = False) -> str:
+    """What vLLM's attention cannot do of a window; empty where it can."""
+    if fold:
+        return f"its last {width} tokens and a constant from there on, and vLLM's sinks are constants from the start on"
+    return f"its last {width} tokens and the first {sinks}, for which vLLM's attention has no form" if sinks else ""
 
 
 def find(model: nn.Module, path: str) -> tuple[nn.Module, str] | None:
@@ -168,18 +174,18 @@ def values_returned(forward: Callable[..., Any]) -> int:
 
 
 def forget(dropped: list[nn.Module], vllm_config: VllmConfig) -> None:
-    """Take modules out of vLLM's forward context: what is in there gets KV cache or counts as a layer of experts."""
+    """Remove modules from vLLM's forward context, in which they would get KV cache or count as expert layers."""
     compilation = vllm_config.compilation_config
-    context, gone = compilation.static_forward_context, set(map(id, dropped))
-    for prefix in [prefix for prefix, module in context.items() if id(module) in gone]:
+    context, ids = compilation.static_forward_context, set(map(id, dropped))
+    for prefix in [prefix for prefix, module in context.items() if id(module) in ids]:
         del context[prefix]
         if prefix in compilation.static_all_moe_layers:
             compilation.static_all_moe_layers.remove(prefix)
 
 
 def without(parent: nn.Module, dropped: list[nn.Module]) -> None:
-    """Take dropped modules off the plain lists in which models of experts keep their layers, so that they are freed."""
-    gone = set(map(id, dropped))
+    """Remove dropped modules from plain lists, in which MoE models keep their layers, so that they are freed."""
+    ids = set(map(id, dropped))
     for key, value in list(vars(parent).items()):
-        if isinstance(value, list) and any(id(item) in gone for item in value):
-            setattr(parent, key, [item for item in value if id(item) not in gone])
+        if isinstance(value, list) and any(id(item) in ids for item in value):
+            setattr(parent, key, [item for item in value if id(item) not in ids])

@@ -28,8 +28,11 @@ def model_card(plan: Plan, record: dict[str, Any], loading: str, results: list[s
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
     name = plan.model.hub or Path(plan.model.name).name
     lines += [f"# {name}, pruned ({plan.spec})", "", _dropped(record["dropped"]), ""]
+    if record["maps"]:
+        lines += [f"Linear maps are in place of {', '.join(record['maps'])}.", ""]
     if plan.windows:
-        lines += ["Attention windows (last tokens + first tokens): " + _by_rung(plan.windows) + ".", ""]
+        fold = ", fold: fitted constants in place of first tokens" if plan.folded else ""
+        lines += [f"Attention windows (last tokens + first tokens{fold}): {_by_rung(plan.windows)}.", ""]
     if plan.agents:
         agents = {layer: str(count) for layer, count in plan.agents.items()}
         lines += ["Agents (averaged queries between queries and keys): " + _by_rung(agents) + ".", ""]

@@ -63,6 +63,11 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
         raise PlanError(f"the plan was made for other weights than those in {source}; plan this model")
     need_dense(read_config(source), plan.model.name)
     check_fits(plan, checkpoint, how.trust_remote_code)
+    if plan.fitted and not repair:
+        raise PlanError(
+            "the plan has linear maps or folded sinks, whose numbers it does not hold: fit them with the model in "
+            "memory, by `prune --model ... --plan ...`"
+        )
     plan = plan if repair else plan.unrepaired()
     plain = None if repair else plain_writing(plan, checkpoint, how)
     writing = plain or asked_writing(plan, checkpoint, how, repair)

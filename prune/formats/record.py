@@ -76,6 +76,7 @@ def provenance(plan: Plan, block_map: BlockMap, copied: CopyReport, format: str)
         "model": plan.model.model_dump(),
         "spec": plan.spec,
         "dropped": plan.dropped(),
+        "maps": [str(layer) for layer in sorted(block_map.mapped)],
         "windows": plan.windows,
         "agents": plan.agents,
         "original_blocks": original_blocks(block_map if saves else whole(plan.outline)),

@@ -29,7 +29,7 @@ from dropformer.prune.files.config_json import read_config
 from dropformer.prune.formats.writing import MODEL_TYPE
 from dropformer.prune.loading.device import hooks_of, input_device
 from dropformer.prune.loading.load import build, load, read_model_config
-from dropformer.prune.loading.parts import evaluating
+from dropformer.prune.loading.parts import evaluating, input_embeddings
 from dropformer.prune.loading.quiet import quiet_transformers
 from dropformer.prune.loading.tensor_names import renamed_on_load, runs_own_code
 from dropformer.prune.samples.modalities import sample_batches
@@ -79,7 +79,7 @@ def _beyond(again: PreTrainedModel, surgery: Surgery) -> list[dict[str, Any]]:
     if not windows or again.config.model_type == MODEL_TYPE:
         return []
     length = max(window.width for window in windows) + BEYOND
-    embeddings: Any = again.get_input_embeddings()
+    embeddings: Any = input_embeddings(again)
     ids = torch.arange(length, device=input_device(again)) % embeddings.weight.shape[0]
     return [{"input_ids": ids[None], "logits_to_keep": BEYOND}]
 

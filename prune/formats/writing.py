@@ -165,6 +165,6 @@ def replacements(writing: ExportJob, rename: Callable[[str], str | None]) -> dic
 
 
 def mapped_modules(writing: ExportJob) -> set[str]:
-    """Paths, in the pruned model, of the modules that became linear maps."""
+    """Paths, in the pruned model, of the modules with parameters that no file of the source has."""
     forms = skipped_modules(writing.outline, writing.block_map)
-    return {path for path, form in forms.items() if isinstance(form, dict) and "linear" in form}
+    return {path for path, form in forms.items() if isinstance(form, dict) and form.keys() & {"linear", "fold"}}

@@ -15,8 +15,9 @@ The checkpoint's config.json says what is missing:
 Each named module is replaced by `Skipped`, which has no weights and computes nothing; an attention layer may
 become `LinearReplacement` instead, {"linear": [576, 576], "of": ["zeros", null]}, whose weight and bias are in
 the files, or keep its module and weights and see a window, {"window": [1024, 4]}: the last 1,024 tokens and the
-first 4 (`window_attention.py`), or attend through 49 averaged queries, {"agents": 49} (`agent_attention.py`).  The
-cache entry of a block without attention holds nothing, so lengths and masks come from blocks that do attend.
+first 4, {"window": [1024, 0], "fold": true}: constants in the files in place of those (`window_attention.py`), or
+attend through 49 averaged queries, {"agents": 49} (`agent_attention.py`).  The cache entry of a block without
+attention holds nothing, so lengths and masks come from blocks that do attend.
 """
 
 from __future__ import annotations
@@ -250,11 +251,9 @@ def number_attentions(model: PreTrainedModel) -> None:
 
 
 def own_modules(model: PreTrainedModel, modules: dict[str, Any]) -> dict[str, Any]:
-    """Module paths as `model` names them: a bare trunk lacks the prefix that a model with a head has."""
-    prefix = f"{model.base_model_prefix}."
-    if not modules or hasattr(model, model.base_model_prefix):
-        return modules
-    return {path.removeprefix(prefix): form for path, form in modules.items()}
+    """Module paths as `model` names them: a bare trunk lacks the name that it has in a model with a head."""
+    split = {path: path.partition(".") for path in modules}
+    return {path if split[path][0] in model._modules else split[path][2]: form for path, form in modules.items()}
 
 
 def _factory(auto_name: str) -> type:

@@ -26,12 +26,18 @@ def text_config(owner: Any) -> Any:
 
 def input_embeddings(model: Any) -> nn.Module | None:
     """The module that turns token ids into vectors; None for a model that has none."""
-    return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    try:
+        return model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    except (NotImplementedError, AttributeError):  # models of audio, or of two towers
+        return None
 
 
 def output_embeddings(model: Any) -> nn.Module | None:
     """The module that turns the last hidden states into logits, with a weight [V, D]; None where there is none."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    try:
+        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    except (NotImplementedError, AttributeError):
+        return None
     return head if getattr(head, "weight", None) is not None else None
 
 

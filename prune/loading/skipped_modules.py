@@ -102,17 +102,23 @@ def hidden_states(args: tuple, kwargs: dict) -> torch.Tensor:
 
 
 def skip_modules(model: nn.Module, modules: dict[str, Any]) -> None:
-    """Replace each named module of `model` by what its form describes: the weights are removed, the settings stay."""
+    """Replace each named module of `model` by what its form describes: the weights are removed, the settings stay.
+
+    What the trunk of a model with a head did to its own modules already is not done again.
+    """
     for path, form in modules.items():
+        parent, _, name = path.rpartition(".")
+        owner = model.get_submodule(parent)
+        old = getattr(owner, name)
+        if isinstance(old, Skipped) or isinstance(getattr(old, "window", None), Window):
+            continue
         if isinstance(form, dict) and "window" in form:
-            window_attention(model.get_submodule(path), Window(*form["window"]))
+            window_attention(old, Window(*form["window"]), bool(form.get("fold")))
             continue
         if isinstance(form, dict) and "agents" in form:
-            agent_attention(model.get_submodule(path), form["agents"])
+            agent_attention(old, form["agents"])
             continue
-        parent, _, name = path.rpartition(".")
-        owner, new = model.get_submodule(parent), replacement(form)
-        old = getattr(owner, name)
+        new = replacement(form)
         if (held := next(old.parameters(), None)) is not None:
             new.to_empty(device=held.device) if new.weight.is_meta else new.to(held.device)
         keep_settings(old, new.keep(old))

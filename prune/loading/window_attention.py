@@ -4,6 +4,13 @@ Self-contained, as `modeling.py` is.  A windowed layer keeps its own module and 
 a function of its own in transformers' attention interface, which masks and skips what lies outside the window and
 leaves the rest to the implementation that the model uses; its cache entry holds S + W tokens (`window_cache.py`).
 Keys keep the rotary positions that they were written with (attention sinks: arXiv 2309.17453, which renumbers them).
+
+A folded window has no sinks in its cache but what they gave on average: `sink_logits`, one logit s a head in the
+softmax's denominator, and `sink_values`, one vector c a key-value head.  Once the first token has left the window
+
+    output = (sum exp(q.k) v + exp(s) c) / (sum exp(q.k) + exp(s))
+
+which is attention to one key more, of zeros, with s added by the mask and c as its value: exact in eager and sdpa.
 """
 
 from __future__ import annotations
@@ -22,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .window_cache import Slots, StaticWindowLayer, Window, WindowLayer, sink_slots, tokens_at, window_entry
 
 ATTENTION = f"windows of {__name__}"  # a copy beside a checkpoint has a name of its own
+CONSTANTS = ("sink_logits", "sink_values")  # parameters of a folded window's module: [H] and [H', D]
 BAND = 256  # queries computed at once where a window is narrower than that
 
 
@@ -48,15 +56,18 @@ def windowed_attention(
 
     Time and memory are those of Q x (W + S) pairs for a prompt, in bands of queries, and of W + S for a token.
     """
-    run, window, entry = _implementation(module), module.window, module.entry
+    window, entry = module.window, module.entry
+    run = _implementation(module)
     first = first_real(attention_mask)
     if isinstance(entry, StaticWindowLayer):
         last = entry.cumulative_length
         q_slots = last - query.shape[2] + torch.arange(query.shape[2], device=query.device)
         mask = _allowed(q_slots, entry.slots, first, window, attention_mask, query.dtype)
+        if has_constants(module):
+            key, value, mask = _with_constants(module, key, value, mask, beyond(q_slots, first, window))
         return run(module, query, key, value, mask, **kwargs)
     slots = entry.slots if entry is not None else Slots(0, 0, key.shape[2])
-    if slots.stop <= window.width and attention_mask is None:  # all within the window
+    if slots.stop <= window.width and attention_mask is None:  # all within the window, constants have no say
         return run(module, query, key, value, None, **kwargs)
     sinks = key[:, :, : slots.sinks], value[:, :, : slots.sinks]
     key, value = key[:, :, slots.sinks :], value[:, :, slots.sinks :]
@@ -82,8 +93,32 @@ def windowed_attention(
         if rows is not None and rows.ndim == 4 and rows.shape[2] == query.shape[2]:
             rows = rows[:, :, start : start + band]
         allowed = None if one else _allowed(q_slots, near, first, window, rows, query.dtype)
+        if has_constants(module):
+            k, v, allowed = _with_constants(module, k, v, allowed, beyond(q_slots, first, window))
         found.append(run(module, part, k, v, allowed, **kwargs)[0])
     return torch.cat(found, 1), None
+
+
+def beyond(q_slots: Tensor, first: Tensor | None, window: Window) -> Tensor:
+    """Has the first token of its row left a query's window?  [Q], [B] -> [B or 1, Q]"""
+    return q_slots[None] - (0 if first is None else first[:, None]) >= window.width
+
+
+def _with_constants(
+    module: Any, key: Tensor, value: Tensor, mask: Tensor | None, on: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and mask with one key more, for queries that are `on` [B or 1, Q]: zeros, with the head's logit.
+
+    mask: [B or 1, 1, Q, K] -> [B or 1, H, Q, K + 1]
+    """
+    logits = module.sink_logits.to(value.dtype)[None, :, None].expand(len(on), -1, on.shape[1])
+    logits = logits.masked_fill(~on[:, None], torch.finfo(value.dtype).min)[..., None]  # [B or 1, H, Q, 1]
+    if mask is None:
+        mask = logits.new_zeros(1, 1, on.shape[1], key.shape[2])
+    rows = max(len(mask), len(logits))
+    mask = torch.cat([mask.expand(rows, logits.shape[1], -1, -1), logits.expand(rows, -1, -1, -1)], -1)
+    constant = module.sink_values.to(value.dtype)[None, :, None].expand(len(value), -1, -1, -1)
+    return torch.cat([key, torch.zeros_like(key[:, :, :1])], 2), torch.cat([value, constant], 2), mask
 
 
 def _allowed(q: Tensor, k: Tensor, first: Tensor | None, window: Window, mask: Tensor | None, dtype: Any) -> Tensor:
@@ -116,18 +151,44 @@ def _implementation(module: Any) -> Any:
     )
 
 
-def window_attention(module: Any, window: Window) -> None:
+def window_attention(module: Any, window: Window, fold: bool = False) -> None:
     """Give an attention module of transformers a window, in place; its weights stay.
 
-    Raises ValueError where the module has no entry in a cache, does not go through the attention interface, or has
-    a window of its own.
+    `fold`: with constants in place of sinks, zeros until they are loaded.  Raises ValueError where the module has no
+    entry in a cache, does not go through the attention interface, or has a window of its own.
     """
-    if reason := unfit(module):
+    if reason := unfit(module) or (fold and unfit_constants(module)):
         raise ValueError(reason)
     module.window, module.entry, module.model_config = window, None, module.config
     module.config = copy.copy(module.config)
     module.config._attn_implementation_internal = ATTENTION
     module.register_forward_pre_hook(_enter, with_kwargs=True)
+    if fold:
+        like = next(module.parameters())
+        for name, shape in zip(CONSTANTS, constant_shapes(module), strict=True):
+            setattr(module, name, nn.Parameter(like.new_zeros(shape)))
+
+
+def has_constants(module: nn.Module) -> bool:
+    """Does a windowed attention have constants in place of sinks?"""
+    return hasattr(module, CONSTANTS[0])
+
+
+def constant_shapes(module: Any) -> tuple[tuple[int], tuple[int, int]]:
+    """The shapes of a module's constants: [H] and [H', D]."""
+    heads = module.config.num_attention_heads
+    return (heads,), (heads // module.num_key_value_groups, module.head_dim)
+
+
+def unfit_constants(module: nn.Module) -> str:
+    """Why an attention module cannot have constants in place of sinks; empty where it can."""
+    config, name = getattr(module, "config", None), type(module).__name__
+    numbers = [getattr(module, "head_dim", None), getattr(module, "num_key_value_groups", None)]
+    if not all(isinstance(n, int) for n in (*numbers, getattr(config, "num_attention_heads", None))):
+        return f"{name} does not say how many heads it has of what size, as constants in place of sinks need"
+    if getattr(module, "attn_logit_softcapping", None) or hasattr(module, "sinks"):
+        return f"{name} caps its logits or has sinks of its own, which constants in place of sinks do not join"
+    return ""
 
 
 def unfit(module: nn.Module) -> str:
@@ -137,9 +198,18 @@ def unfit(module: nn.Module) -> str:
         return f"{name} is not causal: a window of the last tokens fits only attention to what came before"
     if not isinstance(getattr(module, "layer_idx", None), int) or "ALL_ATTENTION_FUNCTIONS" not in names:
         return f"{name} does not compute attention through transformers' attention interface, so it takes no window"
-    if getattr(module, "sliding_window", None) or "sliding" in str(getattr(module, "layer_type", "")):
+    if getattr(module, "sliding_window", None) or "sliding" in str(getattr(module, "layer_type", _cached_as(module))):
         return f"{name} of layer {module.layer_idx} has a sliding window already"
     return ""
+
+
+def _cached_as(module: Any) -> str:
+    """The kind of attention by which a cache makes a module's entry: Mistral's one window is in its config alone."""
+    config, index = getattr(module, "config", None), module.layer_idx
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        return "sliding" if getattr(config, "sliding_window", None) else ""
+    return str(kinds[index]) if index < len(kinds) else ""
 
 
 def _enter(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ RUNGS: Registry[RungEntry] = Registry(
             "vLLM, SGLang and TensorRT-LLM as DeciLM, llama.cpp, ONNX Runtime",
         ),
         "linear": RungEntry(
-            "a linear map with bias in its place (arXiv 2505.21077), fitted by --repair linear",
+            "a linear map with bias in its place (arXiv 2505.21077), fitted on the calibration text",
             f"{_HERE}.linear:parse",
             "a matrix and a bias, after the layer's own norm",
             "llama.cpp, ONNX Runtime",

@@ -40,11 +40,11 @@ def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str
     batch = 1 if reads_one_text(model) else batch
     batch *= getattr(config, "num_codebooks", 1) if getattr(config, "audio_channels", None) else 1  # MusicGen
     ids = torch.randint(0, vocab, (batch, length), generator=generator).to(device)
-    inputs: dict[str, Any] = {"input_ids": ids}
+    inputs: dict[str, Any] = as_head_reads({"input_ids": ids}, model)
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False  # a block must be callable again on the same inputs
     if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids.clone()
+        inputs["decoder_input_ids"] = inputs["input_ids"].clone()
     return inputs
 
 
@@ -76,6 +76,24 @@ def reads_one_text(model: Any) -> bool:
     text = text_config(config)
     pads = [getattr(part, "pad_token_id", None) for part in (config, text)]
     return "ForSequenceClassification" in type(model).__name__ and None in pads
+
+
+def as_head_reads(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Texts [B, T] as the model's head takes them: one choice each for multiple choice, [B, 1, T], and one end-of-text
+    token each, the last real one, where an encoder-decoder classifies by it (BART, T5); others as they are."""
+    head, config, ids = type(model).__name__, getattr(model, "config", None), inputs.get("input_ids")
+    if not isinstance(ids, Tensor):
+        return inputs
+    if "ForMultipleChoice" in head:
+        flat = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and value.shape == ids.shape}
+        return inputs | {key: value[:, None] for key, value in flat.items()} if ids.ndim == 2 else inputs
+    eos = getattr(config, "eos_token_id", None)
+    two = getattr(config, "is_encoder_decoder", False)
+    if "ForSequenceClassification" not in head or not two or not isinstance(eos, int):
+        return inputs
+    mask = inputs.get("attention_mask", torch.ones_like(ids))
+    last = mask.long().cumsum(1).argmax(1, keepdim=True)
+    return inputs | {"input_ids": ids.masked_fill(ids == eos, eos - 1 if eos else 1).scatter(1, last, eos)}
 
 
 def takes_pictures(model: object) -> bool:

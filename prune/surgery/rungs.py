@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dropformer.prune.architecture import Layer
-from dropformer.prune.block_map import attention_module
+from dropformer.prune.block_map import attention_path
 from dropformer.prune.errors import PlanError
 from dropformer.prune.loading import agent_attention, window_attention
 from dropformer.prune.loading.parts import evaluating, replaced, twin_of
@@ -26,15 +26,16 @@ def check_rungs(outline: Outline, model: nn.Module, rungs: Mapping[Layer, Window
     With agents the model is run on a tiny batch of each modality, since masks and biases that agents do not carry show
     only then; on the meta device too.
     """
-    paths = {
-        layer: f"{outline.stack(layer.stack).path}.{layer.index}.{attention_module(outline, layer)}" for layer in rungs
-    }
+    paths = {layer: attention_path(outline, layer) for layer in rungs}
     for layer, rung in rungs.items():
         what, fits = ("a window", window_attention) if isinstance(rung, Window) else ("agents", agent_attention)
         if not isinstance(model, PreTrainedModel):
             raise PlanError(f"{layer}: only the attention of a transformers model takes {what}; drop layers instead")
         if reason := fits.unfit(model.get_submodule(paths[layer])):
             raise PlanError(f"{layer}: {reason}; drop it, or leave it as it is")
+        folded = isinstance(rung, Window) and rung.fold
+        if folded and (reason := window_attention.unfit_constants(model.get_submodule(paths[layer]))):
+            raise PlanError(f"{layer}: {reason}; give it a window with sinks, as in window={layer.index}@256+4")
     agents = {paths[layer]: rung.count for layer, rung in rungs.items() if isinstance(rung, Agents)}
     if agents:
         _check_by_running(model, agents)

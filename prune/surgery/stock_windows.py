@@ -34,8 +34,8 @@ def stock_windows(config: Mapping[str, Any], outline: Outline, block_map: BlockM
     from dropformer.prune.loading.described import config_from  # imports transformers
 
     full = config_from(dict(config)).to_dict()
-    types = _types(full)
-    if window.sinks or config["model_type"] not in (*OBEYS, *AS_MINISTRAL) or types is None:
+    types = _types(full) if config["model_type"] in (*OBEYS, *AS_MINISTRAL) else None
+    if window.sinks or window.fold or types is None:
         return None
     if SLIDING in types and full["sliding_window"] != window.width:
         return None  # one width for all

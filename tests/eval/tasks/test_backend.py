@@ -65,6 +65,7 @@ def assert_same(fast, slow, pairs):
     theirs = slow.loglikelihood(instances(pairs), disable_tqdm=True)
     for (one, greedy), (two, as_greedy) in zip(ours, theirs, strict=True):
         assert one == pytest.approx(two, abs=1e-3) and greedy == as_greedy
+    return ours
 
 
 SHAPES = {
@@ -192,8 +193,7 @@ def test_smollm2_answers_real_questions_as_under_hf():
     answers = [" Paris", " Jupiter", " William Shakespeare, in 1600"]
     pairs = [(f"{shot * 3}Question: {q}\nAnswer:", a) for q in asked for a in answers]
     fast = FastLM(model, tokenizer)
-    assert_same(fast, hf(model, tokenizer), pairs)
-    found = fast.loglikelihood(instances(pairs), disable_tqdm=True)
+    found = assert_same(fast, hf(model, tokenizer), pairs)
     assert [max(range(3), key=lambda i: found[3 * q + i][0]) for q in range(2)] == [0, 1]
 
 

@@ -6,7 +6,7 @@ import torch
 from dropformer.metrics.blockwise.divergence import DenseReference, dropped_modules
 from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import Changes, variant
-from dropformer.metrics.repair.lora import Healing, heal, in_steps, shuffled
+from dropformer.metrics.repair.lora import Healing, heal, shuffled
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
 
@@ -98,21 +98,3 @@ def test_small_steps_add_up_in_sixteen_bits(opened, dtype):
     variants = [variant(model, architecture, layers), variant(model, architecture, layers, changes)]
     dropped, healed = (damage.mean_kl for damage in dense.compare_each(variants))
     assert healed < 0.9 * dropped and {value.dtype for value in changes.tensors.values()} == {dtype}
-
-
-def test_a_batch_of_many_windows_is_as_many_steps_and_heals_the_same(opened):
-    model, architecture, runner = opened()
-    modules = dropped_modules(model, architecture, [Layer("attn", 1)])
-    ids = torch.cat([batch["input_ids"] for batch in runner.batches])
-    together = BlockRunner(model, architecture, [{"input_ids": ids[:5]}, {"input_ids": ids[5:]}])
-    counts = torch.ones(5, 24, dtype=torch.bool)
-    counts[2, :9] = False
-    together.counted = [counts, None]
-    steps = in_steps(together, architecture, 24)
-    assert len(steps) == 8
-    assert [counts is None for counts in steps.counted] == [False] * 5 + [True] * 3
-    assert torch.equal(steps.counted[2][0], counts[2])
-    assert len(in_steps(together, architecture, 48)) == 5  # windows by twos, of each batch
-    together.counted = [None, None]
-    one, other = (heal(r, modules, 1, Healing(rank=2)) for r in (runner, in_steps(together, architecture, 1)))
-    assert all(torch.allclose(one[name], other[name], atol=1e-5) for name in one)

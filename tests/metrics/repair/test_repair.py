@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dropformer.metrics.blockwise.variant import Changes, variant
+from dropformer.metrics.repair import lora
 from dropformer.metrics.repair.registry import REPAIRS, RepairEntry, Training
 from dropformer.metrics.search.improve import improve
 from dropformer.metrics.search.strategy import Strategy, Target, quality
@@ -42,6 +43,38 @@ def test_healing_trains_as_long_and_with_adapters_as_wide_as_asked(improver):
     name = "model.layers.2.mlp.down_proj.weight"
     change = repair.tensors[name] - found.model.get_parameter(name).detach()
     assert int(torch.linalg.matrix_rank(change, rtol=1e-3)) == 1
+
+
+@pytest.mark.parametrize("method", ["lora", "distill"])
+def test_what_trains_takes_a_step_for_each_window_of_a_batch_as_a_gpu_has_them(improver, method):
+    one = improver(Strategy(repair=(method,), stride=1, training=Training(epochs=1)))
+    many = improver(one.quality)
+    windows = [inputs["input_ids"] for inputs in many.bench.runner.batches]  # eight of one window each, two domains
+    pairs = [{"input_ids": torch.cat(windows[i : i + 2])} for i in range(0, 8, 2)]
+    many.bench = replace(many.bench, runner=many.bench.runner.like(pairs, many.architecture))
+    groups, many.groups = many.groups, many.groups[::2]
+    steps = many.context([Layer("attn", 1)]).in_steps(24)
+    assert len(steps.runner) == 8 and steps.groups == [groups[i // 2 * 2] for i in range(8)]
+    changes = [REPAIRS[method].method()(found.context([Layer("attn", 1)])) for found in (one, many)]
+    assert changes[0].tensors.keys() == changes[1].tensors.keys()
+    for name, tensor in changes[0].tensors.items():  # Adam makes much of rounding, and other windows validate
+        assert torch.allclose(tensor, changes[1].tensors[name], atol=5e-3 if method == "lora" else 5e-2)
+
+
+def test_healing_that_runs_out_of_memory_starts_again_with_less(improver, monkeypatch):
+    def step(lesson, batch, turn, real=lora.Lesson.step):
+        if lesson.backward == 1 and turn == 3:  # blocks are not run again
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(lesson, batch, turn)
+
+    healing = Strategy(repair=("lora",), stride=1)
+    _, fits, _ = improve(improver(healing), REF, Target("attn=1"))
+    monkeypatch.setattr(lora.Lesson, "step", step)
+    found, said = improver(healing), []
+    found.tell = said.append
+    _, less, _ = improve(found, REF, Target("attn=1"))
+    assert "lora: out of memory" in " ".join(said)
+    assert all(torch.allclose(fits.tensors[name], less.tensors[name], atol=1e-5) for name in fits.tensors)
 
 
 def test_what_maps_leave_is_refitted_behind_them(improver):

@@ -64,8 +64,15 @@ def test_rungs_that_cannot_be_read_are_refused(text):
         parse_rungs(text)
 
 
-@pytest.mark.parametrize(("text", "said"), [("linear,window:8", "--repair linear"), ("drop", "without a window"),
-                                            ("window:32", "larger --context")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("linear,drop", "--repair linear"),
+        ("window:8+fold", "search with window:8"),
+        ("drop", "without a window"),
+        ("window:32", "larger --context"),
+    ],
+)
 def test_rungs_that_a_budget_cannot_choose_among_are_refused(text, said):
     with pytest.raises(PlanError, match=said):
         check_rungs(parse_rungs(text), CONTEXT)

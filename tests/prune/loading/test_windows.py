@@ -160,3 +160,9 @@ def test_a_continued_cache_leaves_the_one_behind_it_alone(tiny, ids, family):
         ]
     torch.testing.assert_close(answers[0], answers[1], atol=0, rtol=0)
     torch.testing.assert_close(answers[0], model(ids).logits[:, -3:], atol=1e-5, rtol=1e-5)
+
+
+def test_an_attention_whose_window_stands_in_the_config_alone_takes_no_other(tiny):
+    assert "has a sliding window already" in window_attention.unfit(tiny("mistral").model.layers[1].self_attn)
+    assert not window_attention.unfit(tiny("mistral", sliding_window=None).model.layers[1].self_attn)
+    assert not window_attention.unfit(tiny("gpt2").transformer.h[1].attn)
