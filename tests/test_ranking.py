@@ -48,6 +48,10 @@ def test_a_plan_with_agents_is_followed_on_the_files_alone(vit, here, capsys):
     assert one == two and '"agents": 9' in one
 
 
+def test_an_evaluation_by_perplexity_is_refused_for_what_writes_no_text(vit, here, capsys):
+    bad("evaluate", vit, "--quiet", capsys=capsys, here=here, said="does not write text token by token")
+
+
 @pytest.mark.parametrize(
     ("spec", "why"),
     [
