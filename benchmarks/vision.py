@@ -29,6 +29,7 @@ from dropformer.eval.cost.hardware import HARDWARE
 from dropformer.metrics.analysis.agent_loss import agent_losses
 from dropformer.metrics.offload.process_memory import PeakMemory
 from dropformer.prune.artifact import ModelRef
+from dropformer.prune.outline import Outline
 from dropformer.prune.spec import parse_spec
 
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
@@ -42,9 +43,9 @@ def vit(size: int, blocks: int, **fields: Any) -> ViTForImageClassification:
     return ViTForImageClassification(config).eval()
 
 
-def pruned(model: Any, spec: str, batches: list[dict[str, torch.Tensor]]) -> Any:
+def pruned(model: Any, spec: str, batches: list[dict[str, torch.Tensor]], anatomy: Outline) -> Any:
     """The model after a drop spec of one item; layers that it does not name are ranked as `prune` ranks them."""
-    (item,), anatomy = parse_spec(spec), outline(model)
+    (item,) = parse_spec(spec)
     if item.rung or item.indices:
         losses = agent_losses(model, anatomy, batches, item.rung) if item.indices is None else None  # type: ignore
         plan = plan_unscored(ModelRef(name="vit", model_type="vit"), anatomy, spec, (), None, losses)
@@ -57,7 +58,8 @@ def cost_at(size: int, specs: list[str], args: argparse.Namespace) -> list[dict[
     """A row for the dense model and each spec at one image size."""
     model = vit(size, args.blocks, **(TINY if args.quick else {}))
     pixels = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(1))
-    models = {"dense": model} | {spec: pruned(model, spec, []) for spec in specs}
+    counted = cost_of_config(model.config)  # traced without weights, at any image size
+    models = {"dense": model} | {spec: pruned(model, spec, [], counted.outline) for spec in specs}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     outputs, peaks = {}, {}
     with torch.inference_mode():
@@ -70,7 +72,6 @@ def cost_at(size: int, specs: list[str], args: argparse.Namespace) -> list[dict[
                 wall, cpu = time.perf_counter(), time.process_time()
                 models[name](pixels)
                 seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
-    counted = cost_of_config(model.config)
     rows = []
     for name in models:
         found = forward_estimate(counted, "" if name == "dense" else name, HARDWARE["a100-80g"])
@@ -100,9 +101,9 @@ def digits(args: argparse.Namespace) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     model = trained(ViTForImageClassification(ViTConfig(**DIGITS)), images[train], labels[train], args.epochs)
     batches = [{"pixel_values": images[part]} for part in train[:256].split(64)]
-    rows = []
+    rows, anatomy = [], outline(model)
     for spec in ("", "attn:1", "attn:2", "attn:4", "agent:2@4", "agent:4@4", "agent:6@4", "agent:6@1"):
-        each = pruned(model, spec, batches) if spec else model
+        each = pruned(model, spec, batches, anatomy) if spec else model
         with torch.inference_mode():
             right = (each(images[test]).logits.argmax(-1) == labels[test]).float().mean()
         rows.append({"model": spec or "dense", "accuracy": round(float(right), 4)})
