@@ -79,6 +79,15 @@ FAMILIES = [
 ]
 ONE = {"first attention, an MLP, a block": "attn=0,mlp=1,block=2"}
 EACH = {"attention": "attn=1,3", "MLP": "mlp=0,2", "both": "attn=1,mlp=2", "block": "block=1,attn=2", "first": "attn=0"}
+SPECS = {  # in place of ONE, for families whose blocks differ
+    "gpt_oss": "attn=0,mlp=3,block=1,2",  # vLLM tells its windows by block number
+    "nemotron_h": "attn=3,mlp=2",
+}
+PINNED = {  # what vLLM asks of a family's sizes
+    "bloom": {"n_layer": 4, "hidden_size": 128},
+    "falcon": {"ffn_hidden_size": 4 * 128},
+    "deepseek_v3": {"topk_method": "noaux_tc"},
+}
 PROMPTS = [list(range(5, 17)), [40, 7, 7, 19], [63, 3]]
 STEPS, TOLERANCE = 6, 1e-4
 KINDS = ("right", "refused", "wrong")  # from best to worst
@@ -122,7 +131,16 @@ def widen() -> None:
     """Heads of 32 values, which vLLM's attention on the CPU wants, and twice the width."""
     tiny_models.HEAD_DIM = 32
     SMALL.update({name: 32 for name, value in SMALL.items() if value == 16})
+    for family, fields in PINNED.items():
+        tiny_models.SPECIAL[family] = {**tiny_models.SPECIAL.get(family, {}), **fields}
     SMALL.update(dict.fromkeys(("hidden_size", "d_model", "n_embd", "word_embed_proj_dim", "hidden_size_global"), 128))
+
+
+def as_vllm_computes(model: Any) -> Any:
+    """The reference model.  vLLM's Cohere 2 attends to one token more than transformers', the dense one too."""
+    if model.config.model_type == "cohere2":
+        model.config.sliding_window += 1
+    return model
 
 
 def torch_gives(model: Any, ids: list[int]) -> dict[str, Any]:
@@ -148,7 +166,7 @@ def cases(family: str, drops: dict[str, str], root: Path) -> Iterable[Case]:
         config = json.loads((folder / "config.json").read_text())
         blocks = len(json.loads((folder / "dropformer.json").read_text())["original_blocks"])
         attending = blocks - len(config.get("dropformer_no_cache", []))
-        yield Case(family, drop, folder, [torch_gives(pruned, ids) for ids in PROMPTS], attending)
+        yield Case(family, drop, folder, [torch_gives(as_vllm_computes(pruned), ids) for ids in PROMPTS], attending)
 
 
 def installed(python: str, root: Path) -> Path:
@@ -196,7 +214,8 @@ def in_vllm(python: str, site: Path, every: list[Case], ranks: int = 1) -> None:
 def found_for(family: str, options: argparse.Namespace, root: Path, site: Path) -> dict[str, str]:
     """One family's row: the worst verdict of its drops, what there is to say, and vLLM's class."""
     try:
-        drops = {options.drop: options.drop} if options.drop else EACH if options.full else ONE
+        one = {", ".join(ONE): SPECS[family]} if family in SPECS else ONE
+        drops = {options.drop: options.drop} if options.drop else EACH if options.full else one
         every = list(cases(family, drops, root))
     except (DropformerError, ValueError, KeyError) as error:
         said = f"not built or pruned here: {str(error).splitlines()[0][:160]}"

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from dropformer.prune.registry import Registry, imported
-
-if TYPE_CHECKING:
-    from dropformer.metrics.repair.base import ForesightMethod, RepairMethod
 
 _HERE = "dropformer.metrics.repair"
 
@@ -53,10 +50,10 @@ class RepairEntry:
     def searched(self) -> bool:
         return self.foresee is not None
 
-    def method(self) -> RepairMethod:
+    def method(self) -> Callable[..., Any]:
         return imported(self.fit)
 
-    def foresight(self) -> ForesightMethod:
+    def foresight(self) -> Callable[..., Any]:
         return imported(self.foresee)
 
 

@@ -251,7 +251,7 @@ class Improver:
         gate = self._gating(other, dropped) if other is not None and self.quality.repair else None
         with evaluating(self.model):
             for name in self.quality.repair:
-                new = REPAIRS[name].method()(self.context(dropped, changes))
+                new: Changes = REPAIRS[name].method()(self.context(dropped, changes))
                 for line in reasons(new.unrepaired):
                     self.tell(f"{name}: {line}")
                 missed += [(f"{name}: {layer}", why) for layer, why in new.unrepaired]

@@ -13,6 +13,7 @@ from dropformer.prune.files.config_json import CONFIG, read_config
 from dropformer.prune.files.strict_json import read_object
 from dropformer.prune.loading.deci.families import DECI, FAMILIES, is_own_deci
 
+ZEROS = "nothing: dropped layers are zeros"
 RECORD, PRUNED, REMOTE = "dropformer.json", "dropformer", "dropformer_remote"
 
 
@@ -22,6 +23,7 @@ class CheckpointFacts:
 
     format: "dropformer", "deci", "gguf", "onnx", "executorch", "dense" (dropped layers are zeros) or "stock" (a plain
     model, packed ones too); family: transformers' model type of the dense model, of a GGUF file llama.cpp's.
+    stock_windows: a plain model some of whose attentions see a window, which few engines give by layer.
     skipped: the kinds that some block lacks ("attention", "mlp"); first: what the first block lacks.
     sinks: what windows see beside their last tokens: "", "first tokens" or "constants".
     saves: parameters and KV cache against the dense model, in words; "" where nothing says.
@@ -35,6 +37,7 @@ class CheckpointFacts:
     skipped: frozenset[str] = frozenset()
     first: frozenset[str] = frozenset()
     windows: bool = False
+    stock_windows: bool = False
     maps: bool = False
     agents: bool = False
     sinks: str = ""
@@ -88,7 +91,7 @@ def _hugging_face(folder: Path, record: Mapping[str, Any]) -> CheckpointFacts:
         skips = {str(i): frozenset(layer.get("skip", ())) for i, layer in layers.items()}
         return CheckpointFacts(
             folder, PRUNED, family, architecture, "", frozenset().union(*skips.values()), skips.get("0", frozenset()),
-            "window" in words, "linear" in words, "agents" in words, _sinks(forms), _saves(record), config,
+            "window" in words, False, "linear" in words, "agents" in words, _sinks(forms), _saves(record), config,
         )  # fmt: skip
     if kind == DECI and is_own_deci(config):
         blocks = [
@@ -101,8 +104,9 @@ def _hugging_face(folder: Path, record: Mapping[str, Any]) -> CheckpointFacts:
             folder, "deci", family, architecture, "", all_kinds, first, saves=_saves(record), config=config
         )
     form = "dense" if record.get("format") == "dense" else "stock"
-    saves = "nothing: dropped layers are zeros" if form == "dense" else _saves(record)
-    return CheckpointFacts(folder, form, family, architecture, saves=saves, config=config)
+    windows = bool(record.get("stock_windows"))
+    saves = ZEROS if form == "dense" else _saves(record)
+    return CheckpointFacts(folder, form, family, architecture, stock_windows=windows, saves=saves, config=config)
 
 
 def _sinks(forms: Mapping[str, Any]) -> str:
@@ -123,7 +127,8 @@ def _gguf(file: Path, record: Mapping[str, Any]) -> CheckpointFacts:
     from dropformer.prune.formats.gguf.header import read_gguf_header
 
     family = str(read_gguf_header(file).metadata.get("general.architecture", "?"))
-    return CheckpointFacts(file.parent, "gguf", family, file=file.name, saves=_saves(record))
+    saves = ZEROS if record.get("format") == "gguf-dense" else _saves(record)
+    return CheckpointFacts(file.parent, "gguf", family, file=file.name, saves=saves)
 
 
 def _saves(record: Mapping[str, Any]) -> str:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from dropformer.prune.engines.facts import CheckpointFacts
 from dropformer.prune.engines.registry import Answer
 
-ARCHITECTURES = ("llama", "mistral", "qwen2")  # whose .gguf files are cut in place
+ANY_LAYER = ("llama", "mistral", "qwen2")  # whose .gguf files lose any layer
+PACKED = (  # whose .gguf files are pruned where the plan packs, or hold zeros: transformers reads them
+    *("qwen2_moe", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3", "gpt2", "falcon", "bloom", "stablelm"),
+    *("starcoder2", "nemotron", "gpt_oss", "minimax_m2"),
+)
 CONVERT = "python convert_hf_to_gguf.py {folder}"
 
 
@@ -17,7 +21,10 @@ def answer(facts: CheckpointFacts) -> Answer:
     if facts.stock:
         command = CONVERT.format(folder=facts.path)
         return Answer(True, command, "then as any model, where its converter has the family", "", facts.saves)
+    cut = "prune --model DENSE.gguf --plan plan.json --format gguf"
     dense = "export with --format dense and convert that, which saves nothing"
-    if facts.family in ARCHITECTURES:
-        dense = f"prune --model DENSE.gguf --plan plan.json --format gguf; or {dense}"
+    if facts.family in ANY_LAYER:
+        dense = f"{cut}; or {dense}"
+    elif facts.family in PACKED:
+        dense = f"{cut} --dense, which saves nothing; or {dense}"
     return Answer(False, why="its converter does not know models with missing layers", instead=dense)

@@ -11,6 +11,7 @@ from dropformer.prune.engines.facts import CheckpointFacts, read_facts
 from dropformer.prune.registry import Registry, imported
 
 _HERE = "dropformer.prune.engines"
+TRANSFORMERS = "load it in transformers"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,17 @@ ENGINES: Registry[Engine] = Registry(
 )
 
 
+WINDOWED = {"transformers": None, "vllm": ("ministral",), "vllm-plugin": ("ministral",)}
+"""The engines that give windows to single layers of a plain model as its config says, and the families tried in them;
+others give them to all layers, to none, or by block number."""
+
+
+def _answer(name: str, engine: Engine, facts: CheckpointFacts) -> Answer:
+    if facts.stock_windows and (name not in WINDOWED or facts.family not in (WINDOWED[name] or (facts.family,))):
+        return Answer(False, why="does not give single layers the windows that config.json names", instead=TRANSFORMERS)
+    return imported(engine.answer)(facts)
+
+
 def engines(folder: Path) -> dict[str, Any]:
     """Which engines load a checkpoint, as JSON: the checkpoint, then an answer by engine.
 
@@ -59,7 +71,7 @@ def engines(folder: Path) -> dict[str, Any]:
     folder holds no checkpoint.
     """
     facts = read_facts(folder)
-    answers = {name: imported(engine.answer)(facts) for name, engine in ENGINES.items()}
+    answers = {name: _answer(name, engine, facts) for name, engine in ENGINES.items()}
     checkpoint = {"format": facts.format, "family": facts.family, "saves": facts.saves}
     return {
         "schema": 1,

@@ -49,6 +49,8 @@ def with_plugin(facts: CheckpointFacts) -> Answer:
         return Answer(False, why="agents are not carried over", instead="load it in transformers")
     if facts.maps:
         return Answer(False, why="linear maps are not carried over", instead="prune without --repair linear")
+    if moved := moved_windows(dict(facts.config), facts.family):
+        return Answer(False, why=moved, instead="drop an even number of blocks between any two that stay")
     if why := {**known["refused"], **known["wrong"]}.get(facts.family):
         return Answer(False, why=f"with {version}: {why}", instead=f"export with --format dense{_or_deci(facts)}")
     note = f"tried with {version}"
@@ -58,12 +60,18 @@ def with_plugin(facts: CheckpointFacts) -> Answer:
 
 
 def _plain(facts: CheckpointFacts) -> Answer:
-    if facts.family == "gpt_oss" and counted_wrongly(dict(facts.config), 2):
-        why = "it gives windows to every second block by its number, and the dropped blocks moved them"
-        return Answer(False, why=why, instead="drop an even number of blocks between any two that stay")
+    if moved := moved_windows(dict(facts.config), facts.family):
+        return Answer(False, why=moved, instead="drop an even number of blocks between any two that stay")
     if facts.stock:
         return Answer(True, f"vllm serve {facts.path}", "where it has the base model", "", facts.saves)
     return Answer(False, why=f"does not load {facts.format} files", instead="export with --format dropformer or deci")
+
+
+def moved_windows(config: dict[str, Any], family: str) -> str:
+    """Why vLLM would give windows to the wrong blocks of a pruned model; "" where it would not."""
+    if family != "gpt_oss" or not counted_wrongly(config, 2):
+        return ""
+    return "it gives windows to every second block by its number, and the dropped blocks moved them"
 
 
 def _or_deci(facts: CheckpointFacts) -> str:

@@ -23,7 +23,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.models.transformers.base import Base as TransformersBackend
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from dropformer.prune.engines.vllm import tried
+from dropformer.prune.engines.vllm import moved_windows, tried
 from dropformer.prune.engines.vllm_plugin import PREFIX
 from dropformer.prune.engines.vllm_windows import give_window
 from dropformer.prune.loading.skipped_modules import replacement
@@ -85,6 +85,8 @@ def twin(name: str) -> type[nn.Module]:
             config = vllm_config.model_config.hf_config
             if why := tried()["wrong"].get(config.model_type):
                 raise ValueError(f"vLLM does not give torch's results for pruned {config.model_type}: {why}")
+            if why := moved_windows(config.to_dict(), config.model_type):
+                raise ValueError(f"vLLM would not give torch's results for this {config.model_type}: {why}")
             ours, config.architectures = config.architectures, [name.removeprefix(PREFIX)]
             try:  # the transformers backend looks up by architecture how tensors were renamed
                 super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)

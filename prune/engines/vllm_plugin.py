@@ -10,6 +10,8 @@ from typing import Any, cast
 
 PREFIX = "Dropformer"
 MODELS = "dropformer.prune.engines.vllm_model"
+SPELLED = {"PhimoeForCausalLM": "PhiMoEForCausalLM"}
+"""transformers' names of architectures that vLLM spells otherwise."""
 OURS = ("base_model_type", "auto_map", "per_layer_config", "model_file")
 
 
@@ -59,3 +61,5 @@ def register() -> None:
         ModelRegistry.register_model(PREFIX + name, f"{MODELS}:{PREFIX}{name}")
         if name in MODELS_CONFIG_MAP:
             MODELS_CONFIG_MAP[PREFIX + name] = MODELS_CONFIG_MAP[name]
+    for name, known in SPELLED.items():
+        ModelRegistry.register_model(PREFIX + name, f"{MODELS}:{PREFIX}{known}")

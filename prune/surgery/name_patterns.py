@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NoReturn
 
 _REGEX = re.compile(r"^(re|[-+]):|[\\^$(|]|\.\+|\]\+")
 # Numbers that no list's name and dot precede: `layer_3`, `blk.3`, `.*\.3\.mlp`.
@@ -91,7 +92,7 @@ def number_part(text: str, at: int, escaped: bool) -> NumberPart | None:
     return part
 
 
-def _unreadable(text: str) -> None:
+def _unreadable(text: str) -> NoReturn:
     raise ValueError(f"`{text}` cannot be read")
 
 

@@ -12,13 +12,16 @@ import struct
 from collections.abc import Sequence
 
 from dropformer.prune.errors import CheckpointError, shown
-from dropformer.prune.formats.gguf.header import SCALARS
-from dropformer.prune.formats.gguf.keys import RECORD_KEY, Pair, Span, string, uint32
+from dropformer.prune.formats.gguf.keys import RECORD_KEY, Pair, string, uint32
 from dropformer.prune.formats.gguf.layout import GgufBlock, GgufPiece
 from dropformer.prune.formats.gguf.source import GgufSource
 
 PARTS = {"attn": ("attn_", "post_attention_norm."), "mlp": ("ffn_", "post_ffw_norm.", "exp_probs_b.")}
-BY_BLOCK = {"attn": ("attention.", "rope."), "mlp": ("feed_forward_length", "expert_")}
+BY_BLOCK = {
+    "attn": ("attention.head_count", "attention.head_count_kv", "attention.sliding_window_pattern"),
+    "mlp": ("feed_forward_length", "expert_feed_forward_length"),
+}
+"""Keys that may be a list with an entry for each block, by the branch that it is about."""
 PERIODS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2}
 """Every so-manieth block attends to everything, the others to a window."""
 SCALED_DEPTHS = {"gemma2": 46, "gemma3": 62}
@@ -95,27 +98,33 @@ def stock_pairs(source: GgufSource, blocks: Sequence[GgufBlock] | None, record: 
         if prefix == "split" or key == RECORD_KEY:
             continue
         pairs[key] = span
-        if prefix == source.architecture and blocks is not None:
-            if rest == "block_count":
-                pairs[key] = uint32(len(blocks))
-            elif key in source.header.arrays and source.header.metadata[key] == source.blocks:
-                pairs[key] = _sliced(source, rest, span, blocks)
+        if blocks is None or prefix in ("tokenizer", "general") or rest.endswith("dimension_sections"):
+            continue
+        if key == f"{source.architecture}.block_count":
+            pairs[key] = uint32(len(blocks))
+        elif key in source.header.arrays:
+            length = source.header.metadata[key]
+            if prefix == source.architecture or length == source.blocks:
+                pairs[key] = _sliced(source, key, blocks)
     return {**pairs, RECORD_KEY: string(record)} if record else pairs
 
 
-def _sliced(source: GgufSource, rest: str, span: Span, blocks: Sequence[GgufBlock]) -> Pair:
-    """A list with an entry for each block, of those that remain: its head, and where the old file has each entry."""
-    size, left = divmod(span[1] - span[0] - 16, source.blocks)
-    if rest.startswith(BY_BLOCK["attn"]):
+def _sliced(source: GgufSource, key: str, blocks: Sequence[GgufBlock]) -> Pair:
+    """A list with an entry for each block, of those that remain: its head, and where the old file has each entry.
+
+    Raises CheckpointError for a list that is not known to be one.
+    """
+    span, rest = source.header.pairs[key], key.removeprefix(f"{source.architecture}.")
+    numbers = []
+    if rest in BY_BLOCK["attn"]:
         numbers = [block.source for block in blocks]
-    elif rest.startswith(BY_BLOCK["mlp"]):
+    elif rest in BY_BLOCK["mlp"]:
         numbers = [block.source if block.mlp is None else block.mlp for block in blocks]
-    else:
-        numbers = []
-    if left or not numbers or size not in {struct.calcsize(form) for form in SCALARS.values()}:
+    size, left = divmod(span[1] - span[0] - 16, source.blocks)
+    if not numbers or left or source.header.metadata[key] != source.blocks:
         raise CheckpointError(
-            f"{source.name}: its key {source.architecture}.{rest} has an entry for each block, and dropformer does not "
-            "know how it follows a drop; choose another format"
+            f"{source.name}: its key {key} has an entry for each block or names some, and dropformer does not know how "
+            "it follows a drop; choose another format"
         )
     at = span[0] + 16
     return [

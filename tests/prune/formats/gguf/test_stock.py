@@ -72,10 +72,10 @@ def test_an_mlp_and_the_next_blocks_attention_leave_the_others_as_one_block(tmp_
 
 
 def test_a_list_by_block_follows_the_blocks(tmp_path):
-    values = [7, 8, 9, 10]
-    old, new = made(tmp_path, "qwen3", "block=1", describe=lambda w: w.add_array("qwen3.attention.some", values))
-    assert new.fields["qwen3.attention.some"].contents() == [7, 9, 10]
-    assert old.fields["qwen3.attention.some"].types == new.fields["qwen3.attention.some"].types
+    key, values = "qwen3.attention.sliding_window_pattern", [True, False, False, True]
+    old, new = made(tmp_path, "qwen3", "block=1", describe=lambda writer: writer.add_array(key, values))
+    assert new.fields[key].contents() == [True, False, True]
+    assert old.fields[key].types == new.fields[key].types
 
 
 def test_zeros_take_the_place_of_what_dropped_branches_end_in(tmp_path):
@@ -116,11 +116,12 @@ def test_keys_that_count_blocks_are_refused(tmp_path, key, words):
     refused(tmp_path, "qwen3", "block=1", words, describe=lambda writer: writer.add_uint32(f"qwen3.{key}", 1))
 
 
-def test_a_list_by_block_that_is_not_known_is_refused(tmp_path):
-    refused(
-        tmp_path, "qwen3", "block=1", "qwen3.novelty has an entry for each block",
-        describe=lambda writer: writer.add_array("qwen3.novelty", [1, 2, 3, 4]),
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("key", "value"), [("qwen3.novelty", [1, 2, 3, 4]), ("qwen3.full_layers", [1]), ("quantize.bits", [4, 4, 8, 8])]
+)
+def test_a_list_by_block_that_is_not_known_is_refused(tmp_path, key, value):
+    words = f"{key} has an entry for each block or names some"
+    refused(tmp_path, "qwen3", "block=1", words, describe=lambda writer: writer.add_array(key, value))
 
 
 def test_a_plan_for_another_depth_is_refused(tmp_path):
