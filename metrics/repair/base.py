@@ -14,7 +14,6 @@ from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import Changes, Variant, variant
 from dropformer.metrics.offload.keeper import Keeper
 from dropformer.metrics.offload.process_memory import shown
-from dropformer.metrics.repair.registry import Training
 from dropformer.metrics.repair.ridge import Group
 from dropformer.metrics.repair.slots import BranchOutput
 from dropformer.prune.architecture import Architecture, Layer
@@ -49,7 +48,7 @@ class RepairContext:
     before: Changes = field(default_factory=Changes)
     tell: Callable[[str], None] = lambda text: None
     memory: dict[str, Any] = field(default_factory=dict)  # fits of a search that the repair reuses
-    training: Training = field(default_factory=Training)
+    training: Mapping[str, int] = field(default_factory=dict)  # the settings of `registry.Training` that were given
 
     @property
     def model(self) -> nn.Module:

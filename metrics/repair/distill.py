@@ -59,7 +59,7 @@ def fit_blocks(context: RepairContext, how: Distilling | None = None) -> Changes
     passes.  Memory: four streams of all windows, which the keeper may move to files, 20 bytes per parameter of one
     block, and the activations of one batch.
     """
-    how = how or Distilling(context.training.epochs or Distilling.epochs)
+    how = how or Distilling(context.training.get("epochs", Distilling.epochs))
     context = context.in_steps(how.tokens)
     touched = [g.index for g in context.dropped]
     found = aims(context.architecture, context.runner.stack, context.branches, touched)

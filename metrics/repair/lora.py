@@ -59,7 +59,7 @@ def fit_adapters(context: RepairContext) -> Changes:
 
     Where a GPU's memory runs out it starts again, and blocks run again in the backward pass.
     """
-    found, how = context.variant(), replace(Healing(), **context.training.given)
+    found, how = context.variant(), replace(Healing(), **context.training)
     runner = context.in_steps(how.tokens).runner
     run = partial(heal, runner, found.modules(), first_changed(runner, found.paths), progress=_Tenths(context.tell))
     try:

@@ -169,7 +169,7 @@ class Improver:
         memory = self._memory.setdefault(self.fitted_on, {})
         return RepairContext(
             self.bench.runner, self.architecture, self.outline, self.groups, self.fitted_on, self.outputs, dropped,
-            before or Changes(), self.tell, memory, self.quality.training,
+            before or Changes(), self.tell, memory, self.quality.training.given,
         )  # fmt: skip
 
     def steps(self, chooses: bool = True, budget: bool = False) -> int:
