@@ -125,3 +125,17 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
                 yield from _numbers(item, key)
     elif type(value) is int:
         yield key, value
+
+
+def auto_class_name(architecture: str, autos: Iterable[str]) -> str:
+    """Which of some Auto classes loads an architecture with its head; AutoModel for one without.
+
+    ViTForImageClassification: AutoModelForImageClassification; BartForConditionalGeneration: AutoModelForSeq2SeqLM.
+    """
+    known, head = list(autos), architecture.rpartition("For")[2] if "For" in architecture else ""
+    wanted = [f"AutoModelFor{head}"]
+    if head == "ConditionalGeneration":
+        wanted += ["AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"]
+    if architecture.endswith("LMHeadModel"):
+        wanted += ["AutoModelForCausalLM"]
+    return next((name for name in wanted if name in known), "AutoModel")
