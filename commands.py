@@ -1,4 +1,4 @@
-"""The subcommands of `prune`: each parses, validates, calls and prints.  Heavy modules are imported when one runs."""
+"""The subcommands of `prune` that open models: each parses, validates, calls and prints.  Heavy imports come late."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import typer
 
 from dropformer import cli_options as options
-from dropformer import file_commands
 
 BATCH, CONTEXT = "1", "512"
 
@@ -249,16 +248,3 @@ def compare(
     )  # fmt: skip
     found = comparing.compare(request, console.Terminal(quiet))
     console.show_comparison(found, output.write(found, folder), as_json)
-
-
-COMMANDS = (
-    analyze,
-    plan,
-    file_commands.engines,
-    file_commands.push,
-    file_commands.recipes,
-    compare,
-    evaluate,
-    file_commands.estimate,
-    sweep,
-)

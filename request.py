@@ -181,7 +181,7 @@ class Request:
     def fits(self) -> bool:
         """Whether the spec or the plan has linear maps or folded sinks, which are fitted on text."""
         if self.selection.plan:
-            return Plan.read(self.selection.plan).fitted
+            return self.selection.plan.is_file() and Plan.read(self.selection.plan).fitted
         selectors = parse_spec(self.target.spec) if self.target.spec else ()
         return self.maps or any(map(folds, selectors))
 
@@ -189,7 +189,7 @@ class Request:
     def maps(self) -> bool:
         """Whether the spec, the plan or the rungs have linear maps."""
         if self.selection.plan:
-            return bool(Plan.read(self.selection.plan).maps)
+            return self.selection.plan.is_file() and bool(Plan.read(self.selection.plan).maps)
         selectors = parse_spec(self.target.spec) if self.target.spec else ()
         rungs = any(isinstance(rung, LinearMap) for rung in self.target.rungs)
         return rungs or any(selector.kind == "linear" for selector in selectors)

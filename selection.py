@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dropformer import api
-from dropformer.eval.cost.latency import layer_latency
+from dropformer.eval.cost.decoding import layer_latency
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.data import default_settings, text_windows
 from dropformer.metrics.calibration.settings import Calibration, check_length

@@ -1,11 +1,12 @@
 """Which families' pruned checkpoints vLLM runs as torch does, with dropformer installed beside it.
 
-    python benchmarks/engines.py --vllm PYTHON [--quick] [--full] [--ranks N] [--resume FILE] [--write] [FAMILY ...]
+    python benchmarks/engines.py --vllm PYTHON [--quick] [--full] [--drop SPEC] [--ranks N] [--resume FILE] [--write]
+        [FAMILY ...]
 
 For each family a tiny random model loses layers, is saved in the default format and run by vLLM on the CPU: the
 log-probabilities of three prompts (at most 1e-4 from torch), six greedy tokens, and the layers that own KV cache.
 One plan for each family takes the first block's attention, another block's MLP and a whole block; `--full` tries
-attention, MLP, both, a block and the first block's attention, each alone.  `--write` renews
+attention, MLP, both, a block and the first block's attention, each alone; `--drop` a spec of its own.  `--write` renews
 prune/engines/vllm_families.json, which `prune engines` reads, and the table in docs/engines.md.
 """
 
@@ -221,7 +222,8 @@ def found_for(family: str, options: argparse.Namespace, root: Path, site: Path) 
     """One family's row: the worst verdict of its drops, what there is to say, and vLLM's class."""
     try:
         one = {", ".join(ONE): SPECS[family]} if family in SPECS else ONE
-        every = list(cases(family, EACH if options.full else one, root))
+        drops = {options.drop: options.drop} if options.drop else EACH if options.full else one
+        every = list(cases(family, drops, root))
     except (DropformerError, ValueError, KeyError) as error:
         said = f"not built or pruned here: {str(error).splitlines()[0][:160]}"
         return {"family": family, "kind": "refused", "said": said, "class": ""}
@@ -260,10 +262,13 @@ def main() -> None:
     parser.add_argument("--vllm", default=os.environ.get("DROPFORMER_VLLM_PYTHON"), help="an interpreter with vLLM")
     parser.add_argument("--quick", action="store_true", help="one family")
     parser.add_argument("--full", action="store_true", help="each kind of drop alone")
+    parser.add_argument("--drop", help="this plan alone, such as attn=3,window=0,1@5")
     parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel size, in as many processes")
     parser.add_argument("--resume", type=Path, help="a file of rows, a line each; families in it are not run again")
     parser.add_argument("--write", action="store_true", help="renew the table that `prune engines` and the docs have")
     options = parser.parse_args()
+    if options.write and options.drop:
+        parser.error("--write renews the table of the usual plans; leave out --drop")
     if not options.vllm:
         parser.error("--vllm names no interpreter; `make build/vllm` builds an environment")
     logging.set_verbosity_error()

@@ -88,9 +88,8 @@ class Outline(FrozenRecord):
         known = ", ".join(f"`{stack.name}`" for stack in self.stacks)
         if len(self.stacks) == 1 and not self.stacks[0].name:
             raise PlanError(f"the model has one stack, and none named `{name}`; leave the name out, as in attn:3")
-        raise PlanError(
-            f"the model has no stack named `{name}`; write one of {known} before the kind, as in encoder.attn:3"
-        )
+        said = f"the model has no stack named `{name}`" if name else "the model has several stacks"
+        raise PlanError(f"{said}; write one of {known} before the kind, as in encoder.attn:3")
 
     def layers(self, kind: str, stack: str = "") -> list[Layer]:
         """Every layer of a kind in a stack, in order of depth."""

@@ -12,7 +12,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import dropformer
 from dropformer import api
-from dropformer.eval.cost.latency import layer_latency
+from dropformer.eval.cost.decoding import layer_latency
 from dropformer.eval.cost.speed import Setting, measure
 from dropformer.eval.cost.timing import Clock
 from dropformer.metrics.analysis import measure as measuring

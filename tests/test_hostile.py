@@ -102,3 +102,19 @@ def test_a_hostile_value_in_config_json_is_one_line_or_does_no_harm(honest, here
     config = folder / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
     outcome("analyze", folder, "--samples", 2, "--length", 16, "--out", here / "scores", capsys=capsys)
+
+
+MORE = [
+    ("config.json", {"id2label": {str(i): "x" for i in range(5000)}}), ("config.json", {"use_return_dict": False}),
+    ("config.json", {"attn_implementation": "flex_attention"}), ("tokenizer_config.json", {"model_max_length": "x"}),
+    ("config.json", {"quantization_config": {"quant_method": "gptq", "bits": 4}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, fields", MORE, ids=[next(iter(fields)) for _, fields in MORE])
+def test_a_value_that_a_library_chokes_on_is_one_line(honest, here, capsys, name, fields):
+    folder = here / "model"
+    shutil.copytree(honest, folder)
+    (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **fields}))
+    status, _ = outcome("analyze", folder, "--samples", 2, "--length", 16, "--out", here / "scores", capsys=capsys)
+    assert status == 2

@@ -28,7 +28,7 @@ from dropformer.prune.spec import named_layers
 from dropformer.prune.window import Window
 from dropformer.recipes.opening import LoadedModel
 
-PLACES = 8  # places in the second half of each window, near the context that was asked for
+PLACES = 4  # places in the second half of each window, near the context that was asked for
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class DraftEvaluation:
     @property
     def predicted(self) -> float:
         """From counted tokens per round: acceptance is correlated, so a round yields more than 1 + a + a^2 + ..."""
-        return self._speedup(self.acceptance.round_tokens(self.tokens))
+        return self._speedup(self.acceptance.rounds(self.tokens).tokens)
 
     @property
     def explained(self) -> float:
@@ -57,11 +57,11 @@ class DraftEvaluation:
         return {
             "drafted": self.tokens, "temperature": found.temperature, "equal": sum(run.equal),
             "prompts": len(run.equal),
-            "acceptance_predicted": found.judged(self.tokens), "acceptance_measured": run.acceptance,
+            "acceptance_predicted": found.rounds(self.tokens).acceptance, "acceptance_measured": run.acceptance,
             "greedy_agreement": float(found.agreement.mean()), "by_position": found.by_position,
             "by_domain": found.by_domain, "by_depth": found.by_depth, "cost": self.steps.cost,
             "verify_cost": self.steps.verify_cost, "speedup_predicted": self.predicted,
-            "speedup_explained": self.explained, "round_tokens_predicted": found.round_tokens(self.tokens),
+            "speedup_explained": self.explained, "round_tokens_predicted": found.rounds(self.tokens).tokens,
             "speedup_measured": run.speedup,
             "bound": self.bound, "tokens_per_second": run.tokens_per_second, "round_tokens": run.round_tokens,
             "dense_bytes": run.dense_bytes, "pair_bytes": run.pair_bytes, "kv_bytes": run.kv_bytes,
@@ -83,10 +83,11 @@ class DraftEvaluation:
     def lines(self) -> list[str]:
         """Lines for the terminal."""
         found, run = self.acceptance, self.run
+        predicted = found.rounds(self.tokens).acceptance
         without, with_draft = run.tokens_per_second
         return [
             f"text: {sum(run.equal)} of {len(run.equal)} equal to that of the dense model alone",
-            f"acceptance {found.judged(self.tokens):.3f} predicted, {run.acceptance:.3f} in the run; greedy agreement "
+            f"acceptance {predicted:.3f} predicted, {run.acceptance:.3f} in the run; greedy agreement "
             f"{float(found.agreement.mean()):.3f}",
             "by position: " + ", ".join(f"{place:,}: {a:.3f}" for place, a in found.by_position.items()),
             "by domain: " + ", ".join(f"{name}: {a:.3f}" for name, a in found.by_domain.items()),

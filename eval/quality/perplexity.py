@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from dropformer.eval.quality.head import SplitModel
 from dropformer.metrics.calibration.batching import Fitting, windows_at_once
 from dropformer.metrics.calibration.settings import Calibration
-from dropformer.metrics.calibration.windows import by_length, computed_tokens
+from dropformer.metrics.calibration.windows import alike, by_length, computed_tokens
 from dropformer.prune.errors import EvaluationError
 
 HELD_OUT = Calibration("heldout", samples=8, length=512, seed=1)
@@ -165,10 +165,11 @@ def _in_batches(
     scored: Tensor | None,
 ) -> list[Result]:
     """What `run` gives for every window, as many at once as all models' device takes, like lengths together."""
-    order = by_length(_lengths(windows, scored))
+    lengths = _lengths(windows, scored)
+    order = by_length(lengths)
     size = min(windows_at_once(model, windows.shape[1]) for model in models)
     fitting = Fitting(run)
-    parts = [part for i in range(0, len(order), size) for part in fitting(order[i : i + size])]
+    parts = [part for rows in alike([lengths[i] for i in order], size) for part in fitting(order[rows])]
     found = dict(zip(order, (each for part in parts for each in part), strict=True))
     return [found[i] for i in range(len(order))]
 

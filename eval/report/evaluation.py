@@ -11,7 +11,7 @@ from dropformer.eval.cost.memory import kv_bytes_per_token, parameter_bytes, par
 from dropformer.eval.cost.speed import measure, quick
 from dropformer.eval.cost.streaming import stream, streaming_speed
 from dropformer.eval.quality.cliff import trend
-from dropformer.eval.quality.perplexity import all_side_by_side, perplexity
+from dropformer.eval.quality.perplexity import all_side_by_side, perplexity, tokens_read
 from dropformer.eval.quality.probes import run_probes
 from dropformer.eval.report.at_length import at_length
 from dropformer.eval.report.prepare import Candidate, EvaluationOptions, Inputs, prepare
@@ -97,9 +97,10 @@ def _with_perplexity(
         return results
     (dense, *pruned), out = models, list(results)
     if not pruned:
-        with progress.stage(f"perplexity: {dense.name}"):
+        with progress.stage(f"perplexity: {dense.name}{tokens_read(dense.model, data.ids, data.partly_scored)}"):
             return [_update(out[0], perplexity=asdict(perplexity(dense.model, data.ids, data.partly_scored)))]
-    with progress.stage("perplexity and KL, all models on each window"):
+    read = tokens_read(dense.model, data.ids, data.partly_scored)
+    with progress.stage(f"perplexity and KL, all models on each window{read}"):
         found = all_side_by_side(dense.model, [candidate.model for candidate in pruned], data.ids, data.partly_scored)
     out[0] = _update(out[0], perplexity=asdict(found[0].dense))
     for i, (candidate, both) in enumerate(zip(pruned, found, strict=True), start=1):

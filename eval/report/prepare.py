@@ -23,6 +23,7 @@ from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.device import input_device
 from dropformer.prune.plan import Plan
+from dropformer.prune.samples.inputs import writes_text
 from dropformer.recipes.source import short_name
 
 LONG_TEXTS = 2  # texts in which perplexity by position is measured
@@ -117,6 +118,11 @@ def _shared_windows(models: Sequence[Candidate], text: Calibration) -> Windows:
 
 
 def _check(candidate: Candidate, dense: Candidate, options: EvaluationOptions) -> None:
+    if not writes_text(candidate.model) and not candidate.model.config.is_encoder_decoder:
+        raise EvaluationError(
+            f"{candidate.name} does not write text token by token, and an evaluation reads text; "
+            "`prune --model ... --drop ...` compares its outputs with the dense model's in report.json"
+        )
     if candidate.tokenizer is None and (candidate is dense or options.tasks or options.probes):
         raise EvaluationError(f"{candidate.name} has no tokenizer, so it cannot read text; put one beside its weights")
     if any(setting.batch == "max" for setting in options.speed) and input_device(candidate.model).type != "cuda":

@@ -15,6 +15,8 @@ from dropformer.metrics.calibration.settings import Calibration, CalibrationRef
 from dropformer.metrics.calibration.text import documents
 from dropformer.prune.errors import CalibrationError
 
+FREE_PADDING = 32  # tokens in a batch
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -45,9 +47,10 @@ class Windows:
 
         The sort is stable; there is no attention mask without padding.
         """
-        order = by_length(self.lengths())
-        for first in range(start, len(order), size):
-            yield self.batch(order[first : first + size])
+        lengths = self.lengths()
+        order = by_length(lengths)[start:]
+        for part in alike([lengths[i] for i in order], size):
+            yield self.batch(order[part])
 
     def batch(self, which: Sequence[int]) -> tuple[dict[str, Tensor], Tensor]:
         """(model inputs, scored positions) of these windows, without columns that are padding in all of them."""
@@ -71,14 +74,29 @@ def by_length(lengths: Sequence[int]) -> list[int]:
     return sorted(range(len(lengths)), key=lambda i: lengths[i])
 
 
+def alike(ordered: Sequence[int], size: int) -> Iterator[slice]:
+    """Cut rising lengths into batches of at most `size` windows, of which at most an eighth is padding.
+
+    A few tokens of padding are always allowed, as a forward pass costs more than they do.  For example 100, 110, 300
+    by threes: 100 and 110 run together, 300 alone.
+    """
+    first = 0
+    for i in range(1, len(ordered) + 1):
+        if i < len(ordered) and i - first < size:
+            needed, computed = sum(ordered[first : i + 1]), (i + 1 - first) * ordered[i]
+            if computed - needed <= max(FREE_PADDING, needed / 8):
+                continue
+        yield slice(first, i)
+        first = i
+
+
 def computed_tokens(lengths: Sequence[int], size: int) -> int:
-    """Tokens computed, padding included, for windows of these lengths, sorted, in batches of `size`.
+    """Tokens computed, padding included, for windows of these lengths, sorted, in batches of at most `size`.
 
     For example [2, 9, 3, 8] by twos: 2 and 3 run as 2 x 3, 8 and 9 as 2 x 9, 24 tokens for the 22 needed.
     """
     ordered = [lengths[i] for i in by_length(lengths)]
-    parts = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    return sum(len(part) * part[-1] for part in parts)
+    return sum(len(ordered[part]) * ordered[part][-1] for part in alike(ordered, size))
 
 
 def windows(calibration: Calibration, tokenizer: Any) -> Windows:

@@ -24,7 +24,25 @@ from dropformer.prune.draft.shared_cache import recording_cache, view_of
 from dropformer.prune.errors import CalibrationError
 from dropformer.prune.loading.device import input_device
 
-DEPTH = 5  # tokens read behind each place
+DEPTH = 16  # tokens that the dense model writes behind each place, the one there included
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Expected numbers of rounds, of accepted tokens, and of judged ones: accepted, or the first that is rejected."""
+
+    count: float
+    accepted: float
+    judged: float
+
+    @property
+    def acceptance(self) -> float:
+        return self.accepted / self.judged
+
+    @property
+    def tokens(self) -> float:
+        """Of a round; one is the dense model's own."""
+        return 1 + self.accepted / self.count
 
 
 @dataclass(frozen=True)
@@ -51,14 +69,29 @@ class Acceptance:
     def mean(self) -> float:
         return float(self.accepted.mean())
 
-    def judged(self, drafted: int) -> float:
-        """Accepted over judged tokens of rounds, as a run counts them: what comes after a rejection is not judged.
+    def rounds(self, drafted: int) -> Rounds:
+        """What rounds of `drafted` tokens over all that the dense model wrote are expected to give.
 
-        Example: acceptance 1, 0, 1 of three drafted tokens: two are judged and one is accepted, 0.5.
+        A round ends at the first rejection, and the next one begins behind it, where the text is hard: acceptance comes
+        in stretches.  Example, acceptance 1, 0, 1, 1, 1 and two drafted: a round accepts 1 of 2 judged, the next one
+        begins at the third token and accepts 2 of 2; the fifth token, the last, is the dense model's.
         """
-        alive = self.accepted[..., :drafted].cumprod(-1)
-        judged = alive.shape[0] * alive.shape[1] + float(alive[..., :-1].sum())
-        return float(alive.sum()) / judged
+        chances = self.accepted
+        last = chances.shape[-1] - 1  # nothing is drafted for the last token
+        begun = chances.new_zeros(*chances.shape[:2], last + drafted + 2)  # probability that a round begins here
+        begun[..., 0] = 1
+        found = torch.zeros(3, dtype=torch.float64)
+        for start in range(last):
+            alive = begun[..., start]
+            found[0] += alive.sum()
+            end = min(start + drafted, last)
+            for token in range(start, end):
+                found[2] += alive.sum()
+                begun[..., token + 1] += alive * (1 - chances[..., token])
+                alive = alive * chances[..., token]
+                found[1] += alive.sum()
+            begun[..., end + 1] += alive
+        return Rounds(*found.tolist())
 
     @property
     def by_domain(self) -> dict[str, float]:
@@ -72,10 +105,6 @@ class Acceptance:
     @property
     def by_depth(self) -> list[float]:
         return [float(column) for column in self.accepted.mean((0, 1))]
-
-    def round_tokens(self, drafted: int) -> float:
-        """Tokens of a round where acceptance comes in stretches: 1 + mean over places of the products over depth."""
-        return 1 + float(self.accepted[..., :drafted].cumprod(-1).mean((0, 1)).sum())
 
 
 class DenseText:
@@ -91,8 +120,8 @@ class DenseText:
         self.model, self.temperature, self.places = model, temperature, list(places)
         self.domains = tuple(windows.ref.name for windows in data for _ in range(len(windows)))
         self.rows = [row[None].to(input_device(model)) for windows in data for row in windows.ids]
-        if min(row.shape[1] for row in self.rows) < max(self.places) + DEPTH:
-            raise CalibrationError(f"windows of {self.rows[0].shape[1]} tokens end before {max(self.places) + DEPTH}")
+        if min(row.shape[1] for row in self.rows) <= max(self.places):
+            raise CalibrationError(f"windows of {self.rows[0].shape[1]} tokens end before {max(self.places) + 1}")
         self.dice = torch.Generator().manual_seed(0)
         with torch.inference_mode(), evaluating(model):
             self.kept = [self._read(row) for row in self.rows]
@@ -153,5 +182,5 @@ def shortened(cache: Cache, length: int) -> Cache:
 
 def spread(length: int, count: int, first: int) -> list[int]:
     """`count` places from `first` to the end of a window, evenly: 4 of 100 from 20 are 20, 44, 69, 94."""
-    last = length - DEPTH
+    last = max(first, length - DEPTH)
     return sorted({round(first + (last - first) * i / max(1, count - 1)) for i in range(count)})

@@ -22,8 +22,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from dropformer.prune.errors import CheckpointError
 from dropformer.prune.files import Checkpoint, TensorSpan
+from dropformer.prune.loading.described import renamed_on_load
 from dropformer.prune.loading.quiet import quiet_transformers
-from dropformer.prune.loading.tensor_names import renamed_on_load
 
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},

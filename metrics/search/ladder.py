@@ -16,6 +16,7 @@ from dropformer.metrics.search.budget import Budget
 from dropformer.prune.architecture import Layer
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
+from dropformer.prune.rungs.agent import ThroughAgents
 from dropformer.prune.rungs.linear import LinearMap
 from dropformer.prune.rungs.registry import Rung
 from dropformer.prune.rungs.window import Windowed
@@ -36,6 +37,11 @@ class Option:
 def check_rungs(rungs: Iterable[Rung], context: int) -> list[Window]:
     """The windows among the rungs.  Raises PlanError for rungs that a budget cannot choose among."""
     rungs = list(rungs)
+    if agents := next((rung for rung in rungs if isinstance(rung, ThroughAgents)), None):
+        raise PlanError(
+            f"--rungs takes no {agents}: agents are for encoders, and a budget chooses by text that a model writes; "
+            f"number them, as in --drop agent:4@{agents.agents}"
+        )
     windows = [rung.window for rung in rungs if isinstance(rung, Windowed)]
     if not windows:
         raise PlanError(

@@ -31,6 +31,12 @@ from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.samples.inputs import sample_inputs
 
 
+def _own_dtype(model: Any) -> str:
+    """Advice for quantized weights that are run in another dtype than the checkpoint's."""
+    stored = getattr(getattr(model, "config", None), "quantization_config", None) is not None
+    return "; quantized weights compute in the checkpoint's own dtype: --dtype auto" if stored else ""
+
+
 def discover(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Architecture:
     """The stacks, blocks and branches of `model`, read off one traced forward pass.
 
@@ -92,7 +98,7 @@ def _trace(model: nn.Module, inputs: Mapping[str, Any], settled: bool = False) -
             model(**inputs)
     except Exception as error:  # whatever the model's own code raises
         raise ArchitectureError(
-            f"{type(model).__name__} does not run on a tiny batch: {type(error).__name__}: {error}"
+            f"{type(model).__name__} does not run on a tiny batch: {type(error).__name__}: {error}{_own_dtype(model)}"
         ) from error
     for path, module in model.named_modules():
         if before.get(path) is not module:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from dropformer.prune.architecture import Architecture, Block, Branch, Stack, owns
 from dropformer.prune.discovery.positions import fixed_by_modality
 from dropformer.prune.discovery.replay import traceable
-from dropformer.prune.loading.tensor_names import auto_names, native_class
+from dropformer.prune.loading.described import auto_names, native_class
 from dropformer.prune.outline import BlockOutline, BranchOutline, Outline, StackOutline
 from dropformer.prune.samples.inputs import sample_inputs
 

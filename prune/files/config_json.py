@@ -59,6 +59,8 @@ def _check_redirects(config: Mapping[str, Any], where: str) -> None:
     for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
         if "/" in str(config.get(key)):
             raise CheckpointError(f"{where}: {key} names code on the Hub ({shown(config[key])}); remove the field")
+        if "flex" in str(config.get(key)):
+            raise CheckpointError(f"{where}: {key} is {shown(config[key])}, which cannot be traced; remove the field")
 
 
 def _check_dtype(config: Mapping[str, Any], where: str) -> None:
@@ -91,6 +93,12 @@ def check_counts(config: Mapping[str, Any], tensors: Iterable[TensorSpan], where
     for key in BLOCK_COUNTS[""]:
         if type(value := config.get(key)) is int and value <= 0 and key != "num_hidden_groups":
             raise CheckpointError(f"{where}: config.json says {key} is {shown(value)}; get the model's own config.json")
+    for key in ("id2label", "label2id"):
+        if isinstance(config.get(key), (Mapping, list)) and len(config[key]) > max(_ALWAYS_FINE, rows):
+            raise CheckpointError(
+                f"{where}: config.json has {len(config[key])} entries in {key}, but no tensor has as many rows; "
+                "get the model's own config.json"
+            )
     for key, value in _numbers(config):
         limit = None
         if _COUNTED.search(key) and not _FREE.search(key):
@@ -117,3 +125,17 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
                 yield from _numbers(item, key)
     elif type(value) is int:
         yield key, value
+
+
+def auto_class_name(architecture: str, autos: Iterable[str]) -> str:
+    """Which of some Auto classes loads an architecture with its head; AutoModel for one without.
+
+    ViTForImageClassification: AutoModelForImageClassification; BartForConditionalGeneration: AutoModelForSeq2SeqLM.
+    """
+    known, head = list(autos), architecture.rpartition("For")[2] if "For" in architecture else ""
+    wanted = [f"AutoModelFor{head}"]
+    if head == "ConditionalGeneration":
+        wanted += ["AutoModelForImageTextToText", "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq"]
+    if architecture.endswith("LMHeadModel"):
+        wanted += ["AutoModelForCausalLM"]
+    return next((name for name in wanted if name in known), "AutoModel")

@@ -20,8 +20,7 @@ from dropformer.prune.formats.record import licence_of, write_record
 from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.formats.verify import verify
 from dropformer.prune.formats.writing import ExportJob, ExportOptions, write_config
-from dropformer.prune.loading.described import config_from
-from dropformer.prune.loading.tensor_names import auto_names, meta_model, native_class, parameter_names
+from dropformer.prune.loading.described import auto_names, config_from, meta_model, native_class, parameter_names
 from dropformer.prune.plan import Plan
 from dropformer.prune.surgery.config import completed
 from dropformer.prune.surgery.side_files import follow_files

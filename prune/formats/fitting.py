@@ -53,7 +53,7 @@ def check_fits(plan: Plan, source: Checkpoint, trust_remote_code: bool = False) 
                     f"in {stack.path}; get the model's own config.json"
                 )
     if plan.model.config != config_digest(config):
-        _check_built(plan, source, bool(config.get("quantization_config")), trust_remote_code)
+        _check_built(plan, source, trust_remote_code)
 
 
 def _check_generation(folder: Path) -> None:
@@ -88,19 +88,13 @@ def _usual(key: str, value: Any) -> bool:
     return isinstance(value, bool) and key in ("do_sample", "use_cache", "_from_model_config", *OUTPUTS)
 
 
-def _check_built(plan: Plan, source: Checkpoint, quantized: bool, trust_remote_code: bool) -> None:
-    """Raises CheckpointError unless the config builds the plan's blocks, and just the tensors of the files.
-
-    Quantized files hold packed codes, whose names and shapes differ from the model's.
-    """
-    from dropformer.prune.loading.load import load, weightless
+def _check_built(plan: Plan, source: Checkpoint, trust_remote_code: bool) -> None:
+    """Raises CheckpointError unless the config builds the plan's blocks, and just the tensors of the files."""
+    from dropformer.prune.loading.load import load
 
     where = source.folder / "config.json"
     try:
-        if quantized:
-            model = weightless(source.folder, trust_remote_code)
-        else:
-            model = load(source.folder, device="meta", trust_remote_code=trust_remote_code)
+        model = load(source.folder, device="meta", trust_remote_code=trust_remote_code)
     except CheckpointError:
         raise
     except Exception as error:  # whatever a config makes go wrong as its model is built

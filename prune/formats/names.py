@@ -1,7 +1,7 @@
 """What each tensor of a dense checkpoint's files is called in the pruned one.
 
 Families rename tensors as they load (Mixtral's experts, a bare trunk without its prefix); `names` says which
-parameter each tensor is, as `loading_names.parameter_names` asks transformers.
+parameter each tensor is, as `described.parameter_names` asks transformers.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from dropformer.prune.artifact import without_paths
 from dropformer.prune.block_map import BlockMap, original_blocks, whole
 from dropformer.prune.errors import PlanError
 from dropformer.prune.files import CopyReport
-from dropformer.prune.files.config_json import read_config
+from dropformer.prune.files.config_json import CONFIG, auto_class_name, read_config
 from dropformer.prune.formats.card import model_card
 from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.formats.writing import MODEL_TYPE, REMOTE_TYPE
@@ -49,9 +49,12 @@ def write_record(
 ) -> dict[str, Any]:
     """dropformer.json, which is returned, and the model card; `results` are lines of measurements for the card."""
     record = provenance(plan, block_map, copied, format)
-    record["stock_windows"] = bool(plan.windows) and read_config(folder)["model_type"] not in PRUNED
+    config = read_config(folder) if (folder / CONFIG).exists() else {}
+    record["stock_windows"] = bool(plan.windows) and config["model_type"] not in PRUNED
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     loading = FORMATS[format].loading(block_map.packed, bool(record["notes"]), record["stock_windows"])
+    if architecture := (config.get("architectures") or [""])[0]:
+        loading = loading.replace("AutoModelForCausalLM", auto_class_name(architecture, plan.outline.autos))
     (folder / "README.md").write_text(model_card(plan, record, loading, results), encoding="utf-8")
     return record
 

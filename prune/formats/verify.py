@@ -27,11 +27,11 @@ from dropformer.prune.errors import CheckpointError, VerificationError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.formats.writing import MODEL_TYPE
+from dropformer.prune.loading.described import renamed_on_load, runs_own_code
 from dropformer.prune.loading.device import hooks_of, input_device
 from dropformer.prune.loading.load import build, load, read_model_config
 from dropformer.prune.loading.parts import evaluating, input_embeddings
 from dropformer.prune.loading.quiet import quiet_transformers
-from dropformer.prune.loading.tensor_names import renamed_on_load, runs_own_code
 from dropformer.prune.samples.modalities import sample_batches
 from dropformer.prune.surgery.views import equal_bits
 

@@ -67,4 +67,6 @@ def bound_tokens(tokenizer: Any, model: Any) -> None:
 
 def _open(path: Path, trust_remote_code: bool) -> Any:
     with quiet_transformers():
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer("a b")  # settings of a wrong type are noticed here, not by a caller
+        return tokenizer

@@ -194,12 +194,12 @@ def unfit_constants(module: nn.Module) -> str:
 def unfit(module: nn.Module) -> str:
     """Why a module cannot have a window; empty where it can."""
     name, names = type(module).__name__, inspect.unwrap(type(module).forward).__code__.co_names
+    if not getattr(module, "is_causal", True):
+        return f"{name} is not causal: a window of the last tokens fits only attention to what came before"
     if not isinstance(getattr(module, "layer_idx", None), int) or "ALL_ATTENTION_FUNCTIONS" not in names:
         return f"{name} does not compute attention through transformers' attention interface, so it takes no window"
     if getattr(module, "sliding_window", None) or "sliding" in str(getattr(module, "layer_type", _cached_as(module))):
         return f"{name} of layer {module.layer_idx} has a sliding window already"
-    if not getattr(module, "is_causal", True):
-        return f"{name} is not causal: a window of the last tokens fits only attention to what came before"
     return ""
 
 

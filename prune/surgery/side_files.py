@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 
 from dropformer.prune.block_map import BlockMap
-from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.errors import ArchitectureError, CheckpointError, shown
 from dropformer.prune.files.config_json import BLOCK_COUNTS
 from dropformer.prune.files.regular import opened
 from dropformer.prune.files.side_files import list_side_files
+from dropformer.prune.files.strict_json import MAX_DEPTH
 from dropformer.prune.outline import Outline
 from dropformer.prune.surgery.block_numbers import LEAVES, BlockNumbers
 
@@ -36,6 +37,7 @@ TOKENS = (
     "NOTICE",
 )
 LARGEST = 4 << 20  # bytes; settings are smaller
+MOST = 500_000  # values
 
 
 def followed_files(folder: Path, outline: Outline, block_map: BlockMap) -> dict[str, str]:
@@ -116,12 +118,25 @@ def _check_text(path: Path, numbers: BlockNumbers) -> None:
 
 
 def _read(path: Path) -> Any:
-    """The file's content; None where it is neither JSON nor YAML."""
+    """The file's content; None where it is neither JSON nor YAML.
+
+    Raises CheckpointError for one whose values, with YAML's aliases written out, are too many or too deep to follow.
+    """
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
+    values, layer = 0, [found]
+    for _ in range(MAX_DEPTH):
+        layer = [item for item in layer if isinstance(item, (dict, list))]
+        values += sum(map(len, layer))
+        if not layer or values > MOST:
+            break
+        layer = [inner for item in layer for inner in (item.values() if isinstance(item, dict) else item)]
+    if layer:
+        raise CheckpointError(f"{shown(path, 1000)}: more than {MOST:,} values or {MAX_DEPTH} levels; do not use it")
+    return found
 
 
 def _written(path: Path, fields: Any) -> str:

@@ -35,6 +35,12 @@ def test_the_default_format_loads_in_transformers_and_in_vllm_with_the_plugin_al
     assert not able & {"vllm", "sglang", "tensorrt-llm", "llama.cpp", "onnxruntime"}
 
 
+@pytest.mark.parametrize(("window", "able"), [("5", True), ("5+2", False)])
+def test_the_plugin_of_vllm_takes_windows_whose_first_tokens_are_not_kept(pruned, window, able):
+    found = engines(pruned("llama", f"attn=3,window=1@{window}"))["engines"]["vllm-plugin"]
+    assert found["loads"] is able and ("first tokens" in found["why"]) is not able
+
+
 def test_every_engine_that_does_not_load_it_has_a_reason_and_a_way_out(pruned):
     for entry in engines(pruned("qwen3", "attn=1"))["engines"].values():
         assert entry["command"] if entry["loads"] else entry["why"] and entry["instead"], entry

@@ -6,7 +6,7 @@ import pytest
 
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import map_blocks
-from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.errors import ArchitectureError, CheckpointError
 from dropformer.prune.outline import BranchOutline, Outline, StackOutline
 from dropformer.prune.surgery.block_numbers import BlockNumbers
 from dropformer.prune.surgery.config import pruned_config
@@ -230,3 +230,19 @@ def test_a_pattern_that_cannot_follow_is_refused_by_name(pattern):
     with pytest.raises(ArchitectureError, match="ignore"):
         numbers("block:1").follow({"ignore": [pattern]})
     assert numbers("attn:1").follow({"ignore": [pattern]}) == {"ignore": [pattern]}
+
+
+def aliases() -> str:
+    """Nine lines of YAML that stand for 10^9 values."""
+    pairs = zip("abcdefgh", "bcdefghi", strict=True)
+    return "a: &a [" + "x, " * 9 + "x]\n" + "".join(f"{y}: &{y} [{f'*{x}, ' * 9}*{x}]\n" for x, y in pairs)
+
+
+@pytest.mark.parametrize(
+    "text", [aliases(), "a: &a [*a]", "[" * 100 + "]" * 100], ids=["aliases of aliases", "a circle", "deep"]
+)
+def test_a_file_that_would_take_forever_to_follow_is_refused_by_name(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    found = numbers("block:1")
+    with pytest.raises(CheckpointError, match=r"recipe\.yaml: more than"):
+        followed_files(tmp_path, found.outline, found.block_map)

@@ -78,3 +78,9 @@ def test_a_block_with_two_cache_entries_leaves_both_empty():
     config = {"model_type": "x", "num_layers": 4, "num_hidden_layers": 8}
     new = pruned_config(config, found, map_blocks(found, [Layer("attn", 1)], shorten=False))
     assert new["dropformer_no_cache"] == [2, 3]
+
+
+def test_reformers_kinds_of_attention_follow_their_blocks():
+    config = {"num_hidden_layers": 4, "attn_layers": ["local", "lsh", "lsh", "local"]}
+    assert follow(config, [1]) == {"num_hidden_layers": 3, "attn_layers": ["local", "lsh", "local"]}
+    assert follow({"attn_layers": ["local", "lsh", "local", "lsh"]}, [0]) == {"attn_layers": ["lsh", "local", "lsh"]}

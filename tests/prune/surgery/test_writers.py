@@ -13,7 +13,7 @@ from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import PlanError
-from dropformer.prune.loading.tensor_names import meta_model
+from dropformer.prune.loading.described import meta_model
 from dropformer.prune.surgery.writers import writers
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))

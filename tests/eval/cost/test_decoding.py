@@ -5,7 +5,7 @@ import time
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dropformer.eval.cost.latency import layer_latency
+from dropformer.eval.cost.decoding import layer_latency
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
 
