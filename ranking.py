@@ -20,7 +20,7 @@ from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan
 from dropformer.prune.rungs.agent import Agents
 from dropformer.prune.samples.inputs import takes_pictures
-from dropformer.prune.spec import Selector, parse_spec
+from dropformer.prune.spec import Selector, folds, parse_spec
 from dropformer.prune.window import Window
 from dropformer.recipes.opening import LoadedModel
 from dropformer.request import CalibrationOptions, Request
@@ -73,8 +73,12 @@ def _agent_losses(
 
 
 def swept_plans(opened: LoadedModel, request: Request, specs: list[str], length: int, progress: Progress) -> list[Plan]:
-    """A plan for each spec.  Raises PlanError for windows that hold all of a text of this length."""
+    """A plan for each spec.  Raises PlanError for windows as long as a text of this length, and for what is fitted."""
     (most,) = parse_spec(specs[-1])
+    if most.kind == "linear" or folds(most):
+        raise PlanError(
+            f"a sweep fits nothing, and `{most}` is fitted on text; sweep attn:N or window:N@256+4, or prune"
+        )
     if not isinstance(most.rung, Window):
         scores = get_scores(opened, request, progress, specs)
         return [api.plan(scores, spec, request.target.keep) for spec in specs]

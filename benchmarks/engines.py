@@ -88,6 +88,13 @@ PINNED = {  # what vLLM asks of a family's sizes
     "falcon": {"ffn_hidden_size": 4 * 128},
     "deepseek_v3": {"topk_method": "noaux_tc"},
 }
+NOTES = {  # what to know of a family beside its figures
+    "cohere2": "vLLM's windows hold one token more than transformers', in the dense model too; compared with that",
+    "gpt_oss": "where the dropped blocks leave every second one a window; refused elsewhere",
+    "deepseek_v2": "vLLM's MLA attention on the CPU takes no heads as narrow as those tried",
+    "deepseek_v3": "vLLM's MLA attention on the CPU takes no heads as narrow as those tried",
+    "phimoe": "log-probabilities of the prompt are torch's, greedy tokens are not",
+}
 PROMPTS = [list(range(5, 17)), [40, 7, 7, 19], [63, 3]]
 STEPS, TOLERANCE = 6, 1e-4
 KINDS = ("right", "refused", "wrong")  # from best to worst
@@ -228,6 +235,9 @@ def found_for(family: str, options: argparse.Namespace, root: Path, site: Path) 
 
 def write(rows: list[dict[str, str]], version: str) -> None:
     """vllm_families.json, and the table of docs/engines.md."""
+    for row in rows:
+        if note := NOTES.get(row["family"]):
+            row["said"] = f"{row['said']} ({note})" if row["kind"] == "right" else note
     rows = sorted(rows, key=lambda row: (KINDS.index(row["kind"]), row["family"]))
     found = {kind: {row["family"]: row["said"] for row in rows if row["kind"] == kind} for kind in KINDS}
     TABLE.write_text(json.dumps({"version": version, **found}, indent=1) + "\n", encoding="utf-8")

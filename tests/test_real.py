@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 import dropformer
-from dropformer import api, job
+from dropformer import api, job, scoring
 from dropformer.eval.quality.perplexity import perplexity
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.windows import windows
@@ -88,7 +88,7 @@ def test_the_checkpoint_is_smaller_by_exactly_the_dropped_tensors(dense, scores,
 def test_the_report_compares_both_on_text_that_was_not_calibrated_on(dense, scores, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scores.write(tmp_path / "scores.json")
-    monkeypatch.setattr(job, "HELD_OUT", Calibration("heldout", samples=2, length=64))
+    monkeypatch.setattr(scoring, "HELD_OUT", Calibration("heldout", samples=2, length=128))
     request = Request(
         "smollm2-135m",
         Target("attn:4"),
@@ -98,6 +98,7 @@ def test_the_report_compares_both_on_text_that_was_not_calibrated_on(dense, scor
     outcome = job.run(request)
     assert outcome.out == Path("smollm2-135m-attn4")
     report = outcome.report
+    assert (report.text.windows, report.text.length) == (2, 128)
     assert report.pruned.perplexity > report.dense.perplexity > 1
     assert report.pruned.decode_tokens_per_s > 0
     assert Plan.read(outcome.out / "plan.json").layers == outcome.plan.layers

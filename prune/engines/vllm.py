@@ -56,6 +56,8 @@ def with_plugin(facts: CheckpointFacts) -> Answer:
     note = f"tried with {version}"
     if facts.family not in known["right"]:
         note = f"not tried with {version}: it loads where vLLM has the family; compare its first answers"
+    if facts.windows and facts.family != "llama":
+        note += "; windows were tried with Llama alone: compare its first answers"
     return Answer(True, f"vllm serve {facts.path}", note, "", facts.saves)
 
 
