@@ -39,6 +39,7 @@ MOST_FILES = 10_000
 JSON_BYTES = 128 << 20
 TOKENIZER_VALUES = 6_000_000  # Gemma 3's tokenizer.json has 2 million
 DEEPEST = 8
+LARGEST = 4 << 30  # bytes of a file that is no weights
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,10 @@ def list_side_files(folder: Path) -> SideFiles:
             )
     for name in names:
         path = file_behind(folder, name)
+        if path.stat().st_size > LARGEST and not _is_weight(name):
+            raise CheckpointError(
+                f"{shown(folder / name, 1000)}: more than {LARGEST >> 30} GiB, and no weights; move it elsewhere"
+            )
         if name.endswith(".json"):
             _check_json(path, shown(folder / name, 1000), TOKENIZER_VALUES if "token" in name else MAX_VALUES)
     return sort_side_files(names, _module_folders(folder))

@@ -105,3 +105,10 @@ def test_a_folder_of_everything_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("dropformer.prune.files.side_files.MOST_FILES", 3)
     with pytest.raises(CheckpointError, match="a folder of its own"):
         list_side_files(folder_of(tmp_path, *"abcd"))
+
+
+def test_a_file_without_end_is_refused_by_name(tmp_path: Path) -> None:
+    with (tmp_path / "chat_template.jinja").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: more than 4 GiB"):
+        list_side_files(tmp_path)
