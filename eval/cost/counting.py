@@ -118,7 +118,7 @@ def _counted(model: nn.Module, encoder: bool = False) -> ModelCost:
     head, lookup = _head_and_lookup(model)
     inside = sum(block.attention + block.mlp + block.shared for block in blocks)
     hidden = getattr(config, "hidden_size", 0) or 0
-    return ModelCost(blocks, head, lookup, outline.parameters - inside - head - lookup, outline, hidden)
+    return ModelCost(blocks, head, lookup, outline.parameters - inside - head - lookup, outline, hidden=hidden)
 
 
 def _block(config: Any, stack: StackOutline, index: int, experts: Experts | None, encoder: bool) -> BlockCost:
