@@ -104,7 +104,7 @@ def drop_modules(model: nn.Module, modules: dict[str, Any], vllm_config: VllmCon
     dropped: list[nn.Module] = []
     for path, form in modules.items():
         windowed = isinstance(form, dict) and "window" in form
-        if windowed and (why := unseen(*form["window"], fold=form.get("fold", False))):
+        if windowed and (why := unseen(form["window"][0], form["window"][1], "fold" in form)):
             raise ValueError(f"{path} attends to {why}; load the checkpoint in transformers")
         if isinstance(form, dict) and "agents" in form:
             raise ValueError(f"{path} attends through agents, which vLLM has no form for")
