@@ -67,7 +67,7 @@ def export(
         if kind.sides:
             copied = copied.noted(copy_side_files(source, folder).note)
         if kind.saves:
-            follow_files(folder, surgery.outline, surgery.block_map)
+            follow_files(folder, surgery.outline, surgery.block_map, kind.settings)
         results = finish(folder, copied) if finish else None
         record = write_record(folder, plan, surgery.block_map, copied, how.format, results)
         difference = verify(folder, model, surgery, not kind.saves) if kind.reloads else None

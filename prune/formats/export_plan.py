@@ -77,7 +77,7 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
         if kind.sides:
             copied = copied.noted(copy_side_files(source, folder).note)
         if kind.saves:
-            follow_files(folder, plan.outline, writing.block_map)
+            follow_files(folder, plan.outline, writing.block_map, kind.settings)
         record = write_record(folder, plan, writing.block_map, copied, how.format)
         plan.portable().write(folder / "plan.json")
     return Written(out, copied, record)

@@ -60,7 +60,8 @@ class Format:
     `reloads`: dropformer loads it, so its logits are compared with the model in memory; `packs`: a plan that packs
     gives a stock model; `saves`: dropped layers take no bytes; `sides`: the tokenizer and other files are copied too;
     `runs`: it needs the model in memory, not its files; `links`: unchanged shards can be hard links; `copies`: bytes
-    come from the source; `maps`, `rungs`: it can hold linear maps, windows and agents.
+    come from the source; `maps`, `rungs`: it can hold linear maps, windows and agents.  `settings`: files of
+    its own that count or name the pruned model's blocks.
     """
 
     write: str | Write
@@ -77,6 +78,7 @@ class Format:
     copies: bool = True
     maps: bool = True
     rungs: bool = False
+    settings: tuple[str, ...] = ()
     checked: str = "every tensor's bytes are the source's"
 
     def writer(self) -> Write:
@@ -192,6 +194,7 @@ FORMATS: Registry[Format] = Registry(
             links=False,
             copies=False,
             maps=False,
+            settings=("params.json",),
             checked="every tensor is the model's",
         ),
     },

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,14 +40,14 @@ LARGEST = 4 << 20  # bytes; settings are smaller
 MOST = 500_000  # values
 
 
-def followed_files(folder: Path, outline: Outline, block_map: BlockMap) -> dict[str, str]:
+def followed_files(folder: Path, outline: Outline, block_map: BlockMap, own: Collection[str] = ()) -> dict[str, str]:
     """The files in a folder whose settings change with the blocks' numbers, by name, as they are to be.
 
-    Raises ArchitectureError naming the file and the field for what cannot be followed.
+    `own`: files that were written for the pruned model and are right.  Raises ArchitectureError naming the file and the field for what cannot be followed.
     """
     numbers = BlockNumbers(outline, block_map)
     found = {}
-    for name in _names(folder):
+    for name in (name for name in _names(folder) if name not in own):
         path = folder / name
         try:
             if path.suffix not in SETTINGS:
@@ -62,9 +62,9 @@ def followed_files(folder: Path, outline: Outline, block_map: BlockMap) -> dict[
     return found
 
 
-def follow_files(folder: Path, outline: Outline, block_map: BlockMap) -> None:
-    """Rewrite the files in a pruned checkpoint's folder that name blocks by number."""
-    for name, text in followed_files(folder, outline, block_map).items():
+def follow_files(folder: Path, outline: Outline, block_map: BlockMap, own: Collection[str] = ()) -> None:
+    """Rewrite the files in a pruned checkpoint's folder that name blocks by number, its `own` left out."""
+    for name, text in followed_files(folder, outline, block_map, own).items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
