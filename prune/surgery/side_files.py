@@ -43,7 +43,8 @@ MOST = 500_000  # values
 def followed_files(folder: Path, outline: Outline, block_map: BlockMap, own: Collection[str] = ()) -> dict[str, str]:
     """The files in a folder whose settings change with the blocks' numbers, by name, as they are to be.
 
-    `own`: files that were written for the pruned model and are right.  Raises ArchitectureError naming the file and the field for what cannot be followed.
+    `own`: files that were written for the pruned model and are right.  Raises ArchitectureError naming the file and the
+    field for what cannot be followed.
     """
     numbers = BlockNumbers(outline, block_map)
     found = {}
