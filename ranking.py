@@ -19,7 +19,7 @@ from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan
 from dropformer.prune.rungs.agent import Agents
-from dropformer.prune.samples.inputs import takes_pictures
+from dropformer.prune.samples.inputs import takes_pictures, writes_text
 from dropformer.prune.spec import Selector, folds, parse_spec
 from dropformer.prune.window import Window
 from dropformer.recipes.opening import LoadedModel
@@ -48,6 +48,11 @@ def losses_by_rung(
             f"{counted.stack}.{counted.kind}=1,2@{counted.rung}"
         )
     if isinstance(counted.rung, Agents):
+        if writes_text(opened.model):
+            raise PlanError(
+                f"`{counted}`: agents are averages of all tokens, later ones too, and {opened.ref.name} is causal; "
+                "give window:N@256+4"
+            )
         return _agent_losses(opened, request, outline, counted, progress)
     assert counted.rung is not None
     if opened.tokenizer is None or takes_pictures(opened.model):

@@ -102,7 +102,8 @@ def improved(
     given = plan or (given_plan(opened, chosen.plan) if chosen.plan else None)
     given = given or plan_of_rungs(opened, request, progress, improver)
     total = improver.steps(chooses=given is None, budget=target.budget is not None)
-    stage = f"choosing and repairing by {wording(strategy)}" if chosen.strategy else "linear maps"
+    fitting = "linear maps" if given and given.mapped else "preparing"
+    stage = f"choosing and repairing by {wording(strategy)}" if chosen.strategy else fitting
     with progress.stage(stage, total) as tick:
         improver.work.progress = lambda done, tokens: tick(min(done, total), tokens)
         if given:
@@ -119,7 +120,8 @@ def improved(
             target = replace(target, latency=latency, published=published)
             plan, repair, _ = improved_plan(improver, opened.ref, target, other)
     repair = replace(with_folds(opened, request.calibration, plan, repair, progress), extra_bytes=memory.extra)
-    progress.say(repair.cost)
+    if repair.passes:
+        progress.say(repair.cost)
     return noted(plan, repair, opened.model), repair
 
 

@@ -66,3 +66,7 @@ def test_an_evaluation_by_perplexity_is_refused_for_what_writes_no_text(vit, her
 )
 def test_what_cannot_be_planned_is_refused_in_one_line(vit, here, capsys, spec, why):
     bad("--model", vit, "--drop", spec, "--out", "out", "--quiet", capsys=capsys, here=here, said=why)
+
+
+def test_agents_are_refused_for_a_causal_model_before_any_text_is_read(lettered, here, capsys):
+    bad("--model", lettered, "--drop", "agent:1@4", "--quiet", capsys=capsys, here=here, said="is causal; give window")

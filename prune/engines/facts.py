@@ -57,7 +57,12 @@ class CheckpointFacts:
     @property
     def fits_deci(self) -> bool:
         """Could `--format deci` carry it?  Not where the first block has no attention."""
-        return self.family in FAMILIES and "attention" not in self.first
+        return self.family in FAMILIES and "attention" not in self.first and self.lacks_alone
+
+    @property
+    def lacks_alone(self) -> bool:
+        """Does it lack layers and nothing more, so that zeros can take their place?"""
+        return not (self.windows or self.maps or self.agents)
 
 
 def read_facts(folder: Path) -> CheckpointFacts:

@@ -28,7 +28,8 @@ def tried() -> dict[str, Any]:
 def stock(facts: CheckpointFacts) -> Answer:
     """vLLM without dropformer."""
     if facts.format == "dropformer":
-        return Answer(False, why="the architecture is dropformer's own", instead=f"{INSTALL}{_or_deci(facts)}")
+        instead = f"{INSTALL}{_or_deci(facts)}" if with_plugin(facts).loads else "load it in transformers"
+        return Answer(False, why="the architecture is dropformer's own", instead=instead)
     if facts.format == "deci":
         return Answer(True, f"vllm serve {facts.path} --trust-remote-code", "", "", facts.saves)
     return _plain(facts)

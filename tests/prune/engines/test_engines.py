@@ -41,6 +41,11 @@ def test_the_plugin_of_vllm_takes_windows_whose_first_tokens_are_not_kept(pruned
     assert found["loads"] is able and ("first tokens" in found["why"]) is not able
 
 
+def test_formats_that_lack_layers_alone_are_no_way_out_for_windows(pruned):
+    for entry in engines(pruned("llama", "attn=3,window=1@5+2"))["engines"].values():
+        assert not any(word in entry["instead"] for word in ("deci", "dense", "gguf", "pip install")), entry
+
+
 def test_every_engine_that_does_not_load_it_has_a_reason_and_a_way_out(pruned):
     for entry in engines(pruned("qwen3", "attn=1"))["engines"].values():
         assert entry["command"] if entry["loads"] else entry["why"] and entry["instead"], entry
