@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from tiny_gguf import vocabulary, write_vocabulary
+from tiny_gguf import tiny_fields, write_vocabulary
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 ARCHITECTURES = {"gemma3_text": "gemma3", "qwen3_moe": "qwen3moe", "qwen2_moe": "qwen2moe"}  # else as transformers says
@@ -36,19 +36,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 def tiny_model(family: str, blocks: int) -> PreTrainedModel:
     """A random model of a family, the same every time; norms and biases are random too."""
     torch.manual_seed(0)
-    fields = {
-        "vocab_size": len(vocabulary()),
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-    }
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**fields, **CHANGES.get(family, {})}))
+    fields = {**tiny_fields(blocks), **CHANGES.get(family, {})}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2)

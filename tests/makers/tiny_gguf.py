@@ -33,10 +33,9 @@ def vocabulary() -> list[str]:
     return [*SPECIAL, *bytes_to_unicode().values(), *(merge.replace(" ", "") for merge in MERGES)]
 
 
-def tiny_model(family: str = "llama", tied: bool = True, blocks: int = 2, **changes: Any) -> PreTrainedModel:
-    """A random model of a family, the same every time."""
-    torch.manual_seed(0)
-    fields = {
+def tiny_fields(blocks: int) -> dict[str, int]:
+    """The sizes of every tiny model that becomes a GGUF file, and the tokens of its vocabulary."""
+    return {
         "vocab_size": len(vocabulary()),
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -44,13 +43,17 @@ def tiny_model(family: str = "llama", tied: bool = True, blocks: int = 2, **chan
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
-        "tie_word_embeddings": tied,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 2,
     }
+
+
+def tiny_model(family: str = "llama", tied: bool = True, blocks: int = 2, **changes: Any) -> PreTrainedModel:
+    """A random model of a family, the same every time."""
+    torch.manual_seed(0)
     config_class, model_class = FAMILIES[family]
-    model = model_class(config_class(**{**fields, **changes})).eval()
+    model = model_class(config_class(**{**tiny_fields(blocks), "tie_word_embeddings": tied, **changes})).eval()
     with torch.no_grad():  # norms of one, and biases of zero, would hide one that got lost
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3)

@@ -61,14 +61,6 @@ def by_formula(dense, ids, real, constants):
         return dense(ids, attention_mask=real.long(), use_cache=False).logits
 
 
-@pytest.fixture
-def batch():
-    ids = torch.randint(3, 64, (2, 23), generator=torch.Generator().manual_seed(3))
-    real = torch.ones(2, 23, dtype=torch.bool)
-    real[1, :9] = False
-    return ids, real
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("band", [2, 256])
 def test_a_folded_window_computes_its_formula_and_nothing_else_within_the_first_window(

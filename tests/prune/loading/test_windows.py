@@ -40,14 +40,6 @@ def by_hand(dense, ids, layers, real):
     return logits
 
 
-@pytest.fixture
-def batch():
-    ids = torch.randint(3, 64, (2, 23), generator=torch.Generator().manual_seed(3))
-    real = torch.ones(2, 23, dtype=torch.bool)
-    real[1, :9] = False
-    return ids, real
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("band", [2, 256])
 def test_a_window_is_the_mask_that_it_says_padded_rows_too(tiny, batch, monkeypatch, band, attention):
