@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +29,7 @@ from dropformer.eval.quality.long_context import ask, band, needle, read, text_t
 from dropformer.metrics.calibration.far_recall import far_recall
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.windows import windows
+from dropformer.metrics.offload.process_memory import peak
 from dropformer.metrics.search.far_text import tail_of
 from dropformer.metrics.search.rungs import read_texts, rung_plan
 from dropformer.metrics.search.strategy import Target
@@ -70,7 +70,8 @@ def plans(opened: Any, args: argparse.Namespace) -> Iterator[tuple[str, Plan]]:
     if kept and not kept.exists():
         kept.write_text(json.dumps(specs, indent=1) + "\n")
     outline = api.outline(opened.model)
-    for share, spec in specs.items():
+    for share in args.shares.split(","):
+        spec = specs[share]
         yield share, api.plan_unscored(opened.ref, outline, spec, (), None)
 
 
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--read", type=int, default=2, help="texts by whose ends rungs are chosen")
     parser.add_argument("--plans", help="keeps the chosen plans, or gives them where it exists")
     parser.add_argument("--shares", default="0.5,0.3333,0.25")
+    parser.add_argument("--choose", action="store_true", help="only choose and keep the plans of --plans")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--drops", action="store_true")
     args = parser.parse_args()
@@ -145,6 +147,9 @@ def main() -> None:
     for name, plan in plans(opened, args):
         print(f"{name}: {plan.kv_share(args.length):.1%} of the cache at {args.length:,} tokens")
         models[f"windows {float(name):g}"] = dropformer.drop(opened, plan)
+    if args.choose:
+        print(json.dumps({"benchmark": "ladder", "chosen": list(models)[1:], "peak_rss_mib": peak() >> 20}))
+        return
     for share in shares if args.drops else ():
         models[f"drops {share:g}"] = dropping(opened, share)
     found = rows(models, opened, args)
@@ -154,9 +159,8 @@ def main() -> None:
             ratio = row["perplexity"] / dense["perplexity"]
             kept = row["needle_tokens"] / dense["needle_tokens"] if dense["needle_tokens"] else float("nan")
             print(f"{share:.0%}: {ratio:.4f} times dense (goal {goal}), tokens told {kept:.0%} of dense (goal 95%)")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     settings = {key: getattr(args, key) for key in ("model", "text", "length", "texts", "rungs", "read")}
-    print(json.dumps({"benchmark": "ladder", **settings, "rows": found, "peak_rss_mib": round(peak)}))
+    print(json.dumps({"benchmark": "ladder", **settings, "rows": found, "peak_rss_mib": peak() >> 20}))
 
 
 if __name__ == "__main__":
