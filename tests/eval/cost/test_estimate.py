@@ -127,7 +127,7 @@ def test_the_published_speedup_stands_below_the_predictions():
 
 
 def test_a_gpu_waits_for_the_host_where_kernels_are_short_and_the_estimate_says_so():
-    """A model whose step takes microseconds is as fast as transformers launches it; a CUDA graph is not bound by that."""
+    """A model of microseconds a step is as fast as transformers launches it; a CUDA graph is not bound by that."""
     result = estimate(SMALL, "attn:1", GPU, Workload(64, 1))
     attention, mlp = GPU.launch * LAUNCHES["attention"], GPU.launch * LAUNCHES["mlp"]
     blocks = SMALL["num_hidden_layers"]
