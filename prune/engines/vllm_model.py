@@ -31,6 +31,9 @@ from dropformer.prune.loading.skipped_modules import replacement
 # What vLLM calls a member of a block where transformers has another name for it.
 ALIASES = {"mlp": ("block_sparse_moe", "feed_forward", "ffn", "moe"), "self_attn": ("attention", "attn")}
 
+# Classes that load a bias of the head and never add it (0.32), the dense model's too.
+HEAD_BIAS_LEFT_OUT = ("PhiMoEForCausalLM",)
+
 
 class Zeros(nn.Module):
     """In place of a dropped attention or MLP: zeros like the hidden states, in as many values as `values`.
@@ -101,9 +104,16 @@ def twin(name: str) -> type[nn.Module]:
                 stop_where_unfilled(self, loaded)
             return loaded
 
+    if native.__name__ in HEAD_BIAS_LEFT_OUT:
+        Pruned.compute_logits = with_head_bias
     Pruned.__name__ = Pruned.__qualname__ = name
     Pruned.__module__ = __name__
     return Pruned
+
+
+def with_head_bias(model: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Logits [N, V] of hidden states [N, D], the head's bias added."""
+    return model.logits_processor(model.lm_head, hidden_states, model.lm_head.bias)
 
 
 def stop_where_unfilled(model: nn.Module, loaded: set[str]) -> None:
