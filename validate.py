@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dropformer.eval.cost.hardware import HARDWARE
-from dropformer.eval.draft.options import parse_rungs
+from dropformer.eval.draft.options import check_options
 from dropformer.eval.tasks.backends import BACKENDS
 from dropformer.metrics.analysis.distributed import world
 from dropformer.metrics.analysis.scores import Scores
@@ -100,9 +99,10 @@ RULES = (
     Rule(lambda r: not r.measures, ("text", "seconds"), "with --no-measure"),
     Rule(lambda r: not r.draft, DRAFTING, "without --draft", "add --draft"),
     Rule(
-        lambda r: r.draft, (*STRATEGY, "gate", "scores", "memory", "length"),
-        "with --draft, which searches by acceptance at --context and shares the dense model's weights",
+        lambda r: r.draft, ("metric", "select", "refine", "scores", "memory", "length"), "with --draft, which searches "
+        "by acceptance at --context",
     ),
+    Rule(lambda r: r.draft and not r.repairs, ("quality",), "with --draft, for which it repairs nothing"),
 )  # fmt: skip
 
 
@@ -114,11 +114,9 @@ def validate(request: Request) -> None:
         )
     check_effects(request)
     if request.draft:
-        parse_rungs(request.draft.rungs)
-        if request.draft.hardware not in ("cpu", *HARDWARE):
-            raise EvaluationError(
-                f"hardware `{request.draft.hardware}` is unknown; expected cpu or {', '.join(HARDWARE)}"
-            )
+        check_options(request.draft)
+        if maps := [name for name in request.repairs if REPAIRS[name].maps]:
+            raise PlanError(f"--repair {maps[0]}: a draft drops layers or windows them; repair it by refit or distill")
     kinds = _kinds(request)
     _check_format(request, kinds)
     for text in (request.report.text, request.selection.gate):
