@@ -11,14 +11,17 @@ from transformers import PreTrainedModel
 
 from dropformer.eval.draft.cost import MeasuredSteps, measured_steps
 from dropformer.eval.draft.measure import DraftRun, run_draft
-from dropformer.metrics.calibration.windows import Windows
+from dropformer.metrics.calibration.settings import Calibration, check_length
+from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.metrics.draft.acceptance import Acceptance, DenseText, spread
 from dropformer.metrics.draft.formula import curve, speedup
 from dropformer.metrics.draft.search import draft_in_place, surgery_in_place
 from dropformer.metrics.repair.base import check_fitted
 from dropformer.prune.draft.generation import DRAFT_TOKENS, set_drafting
-from dropformer.prune.errors import CalibrationError
+from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.plan import Plan
+from dropformer.recipes.opening import open_model
+from dropformer.recipes.placement import Placement
 
 PLACES = 8
 
@@ -101,15 +104,23 @@ class DraftEvaluation:
         ]
 
 
-def evaluate_draft(
-    model: PreTrainedModel, plan: Plan, data: Sequence[Windows], new: int = 32, temperature: float | None = None
-) -> DraftEvaluation:
+def evaluate_pair(model: str, path: Path, text: Calibration, new: int, place: Placement) -> DraftEvaluation:
+    """Evaluate the draft of a plan.json with its model.  Raises PlanError for a plan of other weights."""
+    plan, opened = Plan.read(path), open_model(model, None, place)
+    if plan.model.fingerprint != opened.ref.fingerprint:
+        raise PlanError(f"{path} was made for other weights than {opened.ref.name}; plan this model")
+    if opened.tokenizer is None:
+        raise ModelError(f"{opened.ref.name} has no tokenizer, so acceptance cannot be measured on text")
+    check_length(opened.model.config, text.length, opened.ref.name)
+    return evaluate_draft(opened.model, plan, [windows(text, opened.tokenizer)], new)
+
+
+def evaluate_draft(model: PreTrainedModel, plan: Plan, data: Sequence[Windows], new: int = 32) -> DraftEvaluation:
     """Measure the draft of a plan on windows of one length, whose last `new` tokens are decoded anew.
 
     Time: a forward pass over the windows and the decoding.  Raises CalibrationError for windows too short.
     """
-    heat = plan.draft.temperature if plan.draft else 1.0
-    return evaluate_on(dense_text(model, data, heat if temperature is None else temperature), plan, new)
+    return evaluate_on(dense_text(model, data, plan.draft.temperature if plan.draft else 1.0), plan, new)
 
 
 def dense_text(model: PreTrainedModel, data: Sequence[Windows], temperature: float) -> DenseText:

@@ -35,9 +35,9 @@ class Pictures:
         """All images have the same size."""
         return [1] * len(self)
 
-    def batches(self, size: int, start: int = 0) -> Iterator[tuple[dict[str, Tensor], None]]:
+    def batches(self, size: int) -> Iterator[tuple[dict[str, Tensor], None]]:
         """(model inputs, None) for `size` images at a time."""
-        for first in range(start, len(self), size):
+        for first in range(0, len(self), size):
             yield self.batch(range(first, min(first + size, len(self))))
 
     def batch(self, which: Sequence[int]) -> tuple[dict[str, Tensor], None]:
