@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dropformer.metrics.blockwise.gate import Gate
 from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import Changes, Variant, variant
+from dropformer.metrics.calibration.batching import some_rows
 from dropformer.metrics.offload.keeper import Keeper
 from dropformer.metrics.offload.process_memory import shown
 from dropformer.metrics.repair.ridge import Group
@@ -75,7 +76,7 @@ class RepairContext:
             windows, length = inputs["input_ids"].shape
             for rows in torch.arange(windows).split(max(1, tokens // length)):
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
-                batches.append({name: _rows(value, part, windows) for name, value in inputs.items()})
+                batches.append(some_rows(inputs, part))
                 counted.append(None if counts is None else counts[part])
                 origin.append(n)
         if len(batches) == len(self.runner):
@@ -88,11 +89,6 @@ class RepairContext:
     def variant(self, changes: Changes | None = None) -> Variant:
         """The model without the dropped layers, with these changes (default: `before`)."""
         return variant(self.model, self.architecture, self.dropped, self.before if changes is None else changes)
-
-
-def _rows(value: Any, part: slice, windows: int) -> Any:
-    """Some windows of a forward argument; what is not one entry for each window, as a flag, stays."""
-    return value[part] if isinstance(value, Tensor) and value.ndim and len(value) == windows else value
 
 
 RepairMethod = Callable[[RepairContext], Changes]
