@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -99,6 +100,18 @@ Foresight = Callable[[Sequence[Layer], Changes], Changes]
 
 ForesightMethod = Callable[[RepairContext, Sequence[Layer], int], Foresight]
 """Fits a repair for any `count` of the candidates, in one pass over the model."""
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    """0 ... count - 1 in an order of its own for each seed: domains are mixed, so that none is learned last."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, warm_up: int) -> None:
+    """Each group's learning rate at a step, of its `most`: linear warm-up, then cosine decay."""
+    share = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    for group in optimizer.param_groups:
+        group["lr"] = share * group["most"]
 
 
 def check_fitted(plan: Plan, repair: Repair | None) -> None:
