@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from dropformer.eval.cost.encoder import ForwardEstimate, forward_pass, side_by_side, with_agents
 from dropformer.eval.cost.hardware import Hardware
 from dropformer.eval.cost.model_cost import ModelCost
-from dropformer.eval.cost.roofline import KERNELS, Side, Workload
+from dropformer.eval.cost.roofline import KERNELS, Side, Workload, launches, step_seconds
 from dropformer.prune.architecture import Layer
 from dropformer.prune.choosing import PublishedLists, choose_forms, choose_windows
 from dropformer.prune.errors import ModelError, PlanError
@@ -253,6 +253,12 @@ def estimate_lines(estimate: Estimate, published: float | None = None) -> list[s
         lines.append(
             f"  {KERNEL_TITLES[name]}: {speedup.generation:.2f}x in all "
             f"(prefill {speedup.prefill:.2f}x, decode {speedup.decode:.2f}x)"
+        )
+    host = launches(dense)
+    if place.queued and step_seconds(dense, KERNELS["sdpa"], load.prompt) <= host:
+        lines.append(
+            f"  transformers takes {1e3 * host:.3g} ms to launch a decode step, as long as its kernels run or longer; "
+            "CUDA graphs (torch.compile, vLLM) lift that"
         )
     if published is not None:
         lines.append(f"  published, measured: {published:.2f}x")

@@ -256,9 +256,19 @@ class Flow:
 
     @property
     def inplace(self) -> bool:
-        """True when the block writes into its stream or into what is added to it."""
+        """True when the block writes into its stream or into what is added to it, or the trunk into what the block
+        takes or gives."""
         scopes = {self.ops[step.op].scope for step in self.steps}
-        return any(op.name.endswith("_") and op.scope in scopes for op in self.ops.values())
+        return any(op.name.endswith("_") and op.scope in scopes for op in self.ops.values()) or self._written_outside()
+
+    def _written_outside(self) -> bool:
+        ends = {self.x, self.y}
+        for op in self.trace.ops:
+            if op.name.endswith("_") and (not ends.isdisjoint(op.inputs[:1]) or not ends.isdisjoint(op.outputs)):
+                return True
+            if op.name in CARRIES and not ends.isdisjoint(op.inputs[:1]):
+                ends.update(op.outputs)  # a view, as h[:, :4] is
+        return False
 
 
 def alike(one: torch.Size, other: torch.Size) -> bool:
