@@ -255,7 +255,7 @@ def estimate_lines(estimate: Estimate, published: float | None = None) -> list[s
             f"(prefill {speedup.prefill:.2f}x, decode {speedup.decode:.2f}x)"
         )
     host = launches(dense)
-    if place.queued and step_seconds(dense, KERNELS["sdpa"], load.prompt) <= host:
+    if dense.hardware.queued and step_seconds(dense, KERNELS["sdpa"], load.prompt) <= host:
         lines.append(
             f"  transformers takes {1e3 * host:.3g} ms to launch a decode step, as long as its kernels run or longer; "
             "CUDA graphs (torch.compile, vLLM) lift that"

@@ -79,7 +79,7 @@ def speed_against_bound(evaluation: Evaluation, path: Path) -> Path | None:
         medians = [ratio["median"] for ratio, _ in ratios]
         spread = [[r["median"] - r["low"] for r, _ in ratios], [r["high"] - r["median"] for r, _ in ratios]]
         axes.errorbar(medians, places, xerr=spread, fmt="o", color=color, capsize=3, label=f"{model.name}, measured")
-        style = {"color": color, "markersize": 16, "markeredgewidth": 2.5}
+        style: dict[str, Any] = {"color": color, "markersize": 16, "markeredgewidth": 2.5}
         axes.plot([bound for _, bound in ratios], places, "|", label=f"{model.name}, upper bound", **style)
     _relative_to_dense(axes, names, "times as fast as dense")
     _legend_below(figure, len(pruned))
