@@ -181,7 +181,7 @@ def evaluate(
 
     placement = Placement(dtype, device, device_map, trust_remote_code)
     if draft:
-        from dropformer.eval.draft.evaluate import evaluate_pair
+        from dropformer.eval.draft.run import evaluate_pair
 
         words = Calibration(text, samples, length, HELD_OUT.seed + seed)
         pair = evaluate_pair(models[0], draft, words, new_tokens, placement)

@@ -33,10 +33,10 @@ from dropformer.prune.loading.window_attention import CONSTANTS
 from dropformer.prune.plan import Plan, make_plan
 from dropformer.prune.samples.inputs import writes_text
 from dropformer.prune.spec import parse_spec
-from dropformer.ranking import batches_beyond, losses_by_rung
+from dropformer.ranking import batches_beyond, losses_by_rung, plan_of_rungs
 from dropformer.recipes.opening import LoadedModel, open_model
 from dropformer.request import GATE, CalibrationOptions, Request, recipe_calibration
-from dropformer.scoring import check_early, get_scores, plan_of_rungs, writer
+from dropformer.scoring import check_early, get_scores, writer
 
 if TYPE_CHECKING:
     from dropformer.metrics.blockwise.from_disk import BlockSource

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dropformer.eval.cost.hardware import HARDWARE
-from dropformer.eval.draft.options import parse_rungs
+from dropformer.eval.draft.options import check_options
 from dropformer.eval.report.arguments import idle_options, leave_out
 from dropformer.metrics.analysis.distributed import world
 from dropformer.metrics.analysis.scores import Scores
@@ -16,7 +15,7 @@ from dropformer.metrics.calibration.images import check_texts
 from dropformer.metrics.calibration.text import check_name
 from dropformer.metrics.repair.registry import REPAIRS
 from dropformer.metrics.search.registry import SELECTIONS
-from dropformer.prune.errors import DropformerError, EvaluationError, OutputError, PlanError
+from dropformer.prune.errors import DropformerError, OutputError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.files.output_paths import check_empty, check_out, check_place
 from dropformer.prune.formats.registry import FORMATS, ExportFacts
@@ -96,9 +95,10 @@ RULES = (
     Rule(lambda r: not r.measures, ("text", "seconds"), "with --no-measure"),
     Rule(lambda r: not r.draft, DRAFTING, "without --draft", "add --draft"),
     Rule(
-        lambda r: r.draft, (*STRATEGY, "gate", "scores", "memory", "length"),
-        "with --draft, which searches by acceptance at --context and shares the dense model's weights",
+        lambda r: r.draft, ("metric", "select", "refine", "scores", "memory", "length"), "with --draft, which searches "
+        "by acceptance at --context",
     ),
+    Rule(lambda r: r.draft and not r.repairs, ("quality",), "with --draft, for which it repairs nothing"),
 )  # fmt: skip
 
 
@@ -110,11 +110,9 @@ def validate(request: Request) -> None:
         )
     check_effects(request)
     if request.draft:
-        parse_rungs(request.draft.rungs)
-        if request.draft.hardware not in ("cpu", *HARDWARE):
-            raise EvaluationError(
-                f"hardware `{request.draft.hardware}` is unknown; expected cpu or {', '.join(HARDWARE)}"
-            )
+        check_options(request.draft)
+        if maps := [name for name in request.repairs if REPAIRS[name].maps]:
+            raise PlanError(f"--repair {maps[0]}: a draft drops layers or windows them; repair it by refit or distill")
     kinds = _kinds(request)
     _check_format(request, kinds)
     for text in (request.report.text, request.selection.gate):

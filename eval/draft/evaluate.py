@@ -11,17 +11,14 @@ from transformers import PreTrainedModel
 
 from dropformer.eval.draft.cost import MeasuredSteps, measured_steps
 from dropformer.eval.draft.measure import DraftRun, run_draft
-from dropformer.metrics.calibration.settings import Calibration, check_length
-from dropformer.metrics.calibration.windows import Windows, windows
+from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.draft.acceptance import Acceptance, DenseText, spread
 from dropformer.metrics.draft.formula import curve, speedup
 from dropformer.metrics.draft.search import draft_in_place, surgery_in_place
-from dropformer.metrics.repair.base import check_fitted
+from dropformer.metrics.repair.base import Repair, check_fitted
 from dropformer.prune.draft.generation import DRAFT_TOKENS, set_drafting
-from dropformer.prune.errors import CalibrationError, ModelError, PlanError
+from dropformer.prune.errors import CalibrationError
 from dropformer.prune.plan import Plan
-from dropformer.recipes.opening import open_model
-from dropformer.recipes.placement import Placement
 
 PLACES = 8
 
@@ -104,23 +101,14 @@ class DraftEvaluation:
         ]
 
 
-def evaluate_pair(model: str, path: Path, text: Calibration, new: int, place: Placement) -> DraftEvaluation:
-    """Evaluate the draft of a plan.json with its model.  Raises PlanError for a plan of other weights."""
-    plan, opened = Plan.read(path), open_model(model, None, place)
-    if plan.model.fingerprint != opened.ref.fingerprint:
-        raise PlanError(f"{path} was made for other weights than {opened.ref.name}; plan this model")
-    if opened.tokenizer is None:
-        raise ModelError(f"{opened.ref.name} has no tokenizer, so acceptance cannot be measured on text")
-    check_length(opened.model.config, text.length, opened.ref.name)
-    return evaluate_draft(opened.model, plan, [windows(text, opened.tokenizer)], new)
-
-
-def evaluate_draft(model: PreTrainedModel, plan: Plan, data: Sequence[Windows], new: int = 32) -> DraftEvaluation:
+def evaluate_draft(
+    model: PreTrainedModel, plan: Plan, data: Sequence[Windows], new: int = 32, repair: Repair | None = None
+) -> DraftEvaluation:
     """Measure the draft of a plan on windows of one length, whose last `new` tokens are decoded anew.
 
     Time: a forward pass over the windows and the decoding.  Raises CalibrationError for windows too short.
     """
-    return evaluate_on(dense_text(model, data, plan.draft.temperature if plan.draft else 1.0), plan, new)
+    return evaluate_on(dense_text(model, data, plan.draft.temperature if plan.draft else 1.0), plan, new, 1, repair)
 
 
 def dense_text(model: PreTrainedModel, data: Sequence[Windows], temperature: float) -> DenseText:
@@ -129,7 +117,9 @@ def dense_text(model: PreTrainedModel, data: Sequence[Windows], temperature: flo
     return DenseText(model, data, spread(length, PLACES, min(64, length // 4)), temperature)
 
 
-def evaluate_on(text: DenseText, plan: Plan, new: int = 32, prompts: int = 1) -> DraftEvaluation:
+def evaluate_on(
+    text: DenseText, plan: Plan, new: int = 32, prompts: int = 1, repair: Repair | None = None
+) -> DraftEvaluation:
     """Measure the draft of a plan on windows that the dense model has read.
 
     `prompts`: beginnings of each window to decode after, the longest `new` tokens short of it.  Raises
@@ -142,8 +132,8 @@ def evaluate_on(text: DenseText, plan: Plan, new: int = 32, prompts: int = 1) ->
             f"windows of {shortest} tokens are too short to decode {new} or draft {drafted} behind {text.places[0]}; "
             "give longer ones"
         )
-    check_fitted(plan, None)
-    draft, sources = draft_in_place(model, plan.outline, plan.layers, plan.windowed)
+    check_fitted(plan, repair)
+    draft, sources = draft_in_place(model, plan.outline, plan.layers, plan.windowed, repair)
     set_drafting(draft, drafted)
     found = text.acceptance(draft, sources)
     steps = measured_steps((model, draft, sources), text.rows[0], text.kept[0][0], drafted)

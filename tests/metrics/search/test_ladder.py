@@ -69,7 +69,6 @@ def test_rungs_that_cannot_be_read_are_refused(text):
     [
         ("linear,drop", "--repair linear"),
         ("drop,agent:4,window:8", "agents are for encoders"),
-        ("window:8+fold", "search with window:8"),
         ("drop", "without a window"),
         ("window:32", "larger --context"),
     ],
