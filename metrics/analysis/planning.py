@@ -24,10 +24,12 @@ def plan_from(
     keep: Sequence[int] = (),
     published: PublishedLists | None = None,
     packable: bool = False,
+    losses: Mapping[Layer, float] | None = None,
 ) -> Plan:
     """Which layers a drop spec takes, by these scores (or those in a scores.json).
 
-    `packable`: in pairs, so that the pruned model is a stock, shorter one.  Raises PlanError.
+    `packable`: in pairs, so that the pruned model is a stock, shorter one.  `losses`: what a window or agents take from
+    each attention layer (`window_loss`, `agent_loss`), by which they are given.  Raises PlanError.
     """
     found = scores if isinstance(scores, Scores) else Scores.read(scores)
     similarity = found.similarity()
@@ -37,7 +39,7 @@ def plan_from(
         layers, cost = choose_packable(found.outline, spec, similarity, keep)
     else:
         layers, maps = choose_forms(found.outline, drops, similarity, keep, published) if drops else ([], [])
-    windows = spec_windows(found.outline, spec, layers, None, keep)
+    windows = spec_windows(found.outline, spec, layers, losses, keep)
     calibration = found.calibration.model_dump() if found.calibration else None
     fields: dict[str, Any] = {
         "keep": list(keep),
