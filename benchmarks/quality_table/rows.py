@@ -22,6 +22,8 @@ METHODS: dict[str, Strategy] = {
     "refined": quality("best", repair="refit", refine=1),
     "best": quality("best"),
     "healed": quality("healed"),
+    "distill": quality(repair="distill"),
+    "best then distill": quality("best", repair="refit,refit-all,distill"),
     "greedy then linear": replace(quality("linear"), aware=False),
     "linear": quality("linear"),
     "linear then refit-all": quality("linear", repair="linear,refit,refit-all"),
