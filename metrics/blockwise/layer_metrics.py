@@ -36,6 +36,9 @@ class MetricContext:
     scored: list[Tensor | None]
     stride: int = 4  # positions between those at which log-probabilities are compared
 
+    def layers(self) -> list[Layer]:
+        return self.architecture.layers()
+
     def weight(self, batch: int) -> Tensor:
         """1 at scored positions, else 0, [B, T] float64."""
         start, scored = self.runner.start(batch), self.scored[batch]
@@ -94,7 +97,7 @@ def leave_one_out_perplexity(context: MetricContext) -> dict[Layer, float]:
 
 def leave_one_out(context: MetricContext) -> dict[Layer, Divergence]:
     """The divergence from the dense model with each layer dropped by itself."""
-    dense, layers = DenseReference(context.runner, context.stride, context.scored), context.architecture.layers()
+    dense, layers = DenseReference(context.runner, context.stride, context.scored), context.layers()
     variants = [variant(context.runner.model, context.architecture, [layer]) for layer in layers]
     return dict(zip(layers, dense.compare_each(variants), strict=True))
 
