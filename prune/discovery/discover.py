@@ -134,7 +134,7 @@ class _StackReader:
         for block in paths:
             hand_on_missing(self.replay, self.trace, block)
         blocks = tuple(self._block(index, block) for index, block in enumerate(paths))
-        return Stack(name, path, blocks, fixed_blocks(self.trace, paths))
+        return Stack(name, path, blocks, fixed_blocks(self.trace, self.model, paths))
 
     def _made_by(self, stacks: list[str], blocks: list[str]) -> set[int]:
         """Values that come from other stacks: what a decoder's cross-attention reads of its encoder."""
