@@ -11,6 +11,7 @@ from typing import Literal
 from dropformer.progress import Tell, silent
 from dropformer.prune.errors import CheckpointError, ModelError
 from dropformer.prune.files.config_json import read_config
+from dropformer.prune.files.side_files import check_no_adapter
 from dropformer.recipes.hub import fetch_config, fetch_snapshot, is_hub_id
 from dropformer.recipes.recipe import Recipe, close_names, recipe_of, recipes
 from dropformer.recipes.wheel import fetch_wheel
@@ -70,6 +71,7 @@ def open_config(name: str, revision: str | None = None, progress: Tell | None = 
     path = Path(name).expanduser()
     if path.is_dir():
         _no_revision(name, revision, "is a local path")
+        check_no_adapter([file.name for file in path.iterdir()], name)
         read_config(path, name)
         return Source(called(name), path, None, None, "folder")
     known = recipes().get(name)
@@ -162,11 +164,7 @@ def _unknown(name: str) -> ModelError:
 def check_folder(folder: Path, name: str) -> Path:
     """`folder`, if it has config.json and safetensors.  Raises CheckpointError otherwise."""
     files = sorted(path.name for path in folder.iterdir())
-    if "adapter_config.json" in files and "config.json" not in files:
-        raise CheckpointError(
-            f"{name} is an adapter, not a model; merge it into its model first (peft: merge_and_unload(), then "
-            "save_pretrained)"
-        )
+    check_no_adapter(files, name)
     if "config.json" not in files:
         raise CheckpointError(f"{name} has no config.json{_hint(folder)}")
     read_config(folder, name)

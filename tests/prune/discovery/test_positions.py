@@ -126,7 +126,7 @@ class Counted(Trunk):
         count = 0
         for layer in self.layers:
             x = layer(x) if images is None else layer(x) + images[count]
-            count += 1
+            count += 1  # noqa: SIM113
         return x
 
 
