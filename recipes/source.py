@@ -50,6 +50,7 @@ def open_source(name: str, revision: str | None = None, progress: Tell | None = 
     is a branch, tag or commit of a Hub model.  Raises ModelError, CheckpointError or OutputError.
     """
     tell = progress or silent
+    _check_named(name)
     path = Path(name).expanduser()
     if path.exists():
         _no_revision(name, revision, "is a local path")
@@ -90,6 +91,7 @@ def locate(name: str) -> Path | None:
 
     Raises the errors of `open_source` that show without network.
     """
+    _check_named(name)
     path = Path(name).expanduser()
     if path.is_dir():
         return check_folder(path, name)
@@ -153,6 +155,11 @@ def _split_revision(name: str, revision: str | None) -> tuple[str, str | None]:
     if not tail or (revision is not None and revision != tail):
         raise ModelError(f"{name}: give one revision, as org/name@revision or separately, not {revision!r} too")
     return model, tail
+
+
+def _check_named(name: str) -> None:
+    if not name.strip():  # as a path it would be the current folder
+        raise ModelError(f"the model's name is empty; expected {ACCEPTED}")
 
 
 def _unknown(name: str) -> ModelError:
