@@ -29,9 +29,10 @@ from dropformer.prune.errors import ModelError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.files.folder import new_files
 from dropformer.prune.files.output_paths import check_empty, check_place
-from dropformer.prune.formats.export import Exported, export
-from dropformer.prune.formats.export_plan import Written, plan_kept, write_by_plan
+from dropformer.prune.formats.export import export
+from dropformer.prune.formats.export_plan import plan_kept, write_by_plan
 from dropformer.prune.formats.registry import FORMATS
+from dropformer.prune.formats.writing import Exported
 from dropformer.prune.loading.load import usable_device
 from dropformer.prune.plan import Plan
 from dropformer.prune.samples.inputs import takes_pictures, writes_text
@@ -76,14 +77,23 @@ def draft(request: Request, progress: Progress | None = None) -> tuple[DraftFoun
     with progress.stage("opening the model"):
         opened = open_model(request.model, request.revision, request.placement, progress.say)
     data = scoring.draft_windows(opened, request.calibration, options, progress)
-    found = choose_draft(opened, options, data, request.target.keep, api.outline(opened.model), progress)
+    repaired = partial(_repaired, opened, request, progress) if request.repairs else None
+    found = choose_draft(opened, options, data, request.target.keep, progress, repaired)
     if request.dry_run or not (found.pays or options.anyway):
         return found, None
     with plan_kept(found.plan, request.folder, always=True):
         held_out = scoring.held_out_windows(opened, request, progress)
-        chosen = _Chosen(found.plan, None, None, partial(add_to_card, found))
+        chosen = _Chosen(found.plan, None, found.repair, partial(add_to_card, found))
         report, exported = _carried_out(opened, chosen, request.folder, held_out, request, progress)
     return found, Outcome(request.folder, found.plan, report, exported)
+
+
+def _repaired(opened: LoadedModel, request: Request, progress: Progress, plan: Plan) -> tuple[Plan, Repair]:
+    """A draft's plan repaired on as many tokens as drafts are measured on, if that number was asked for."""
+    said, options = request.calibration, request.draft
+    assert options is not None
+    samples = said.samples and max(2, said.samples * options.context // Calibration.length)
+    return improved(opened, replace(request, calibration=replace(said, samples=samples)), progress, plan=plan)
 
 
 def run(request: Request, progress: Progress | None = None) -> Outcome:
@@ -163,7 +173,7 @@ def _carried_out(
     return made[0], exported
 
 
-def run_from_disk(request: Request, progress: Progress | None = None) -> Written:
+def run_from_disk(request: Request, progress: Progress | None = None) -> Exported:
     """Select, repair and export with weights read from the files block by block, for a model that exceeds memory.
 
     The result is neither measured nor reloaded.  Raises a DropformerError.

@@ -1,9 +1,11 @@
-"""What windows and agents take from each attention layer, and the plans that a sweep makes of such rankings."""
+"""What windows and agents take from each attention layer, and the plans that sweeps and budgets make of that."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import cast
+from itertools import product
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -12,13 +14,26 @@ from dropformer.metrics.analysis.agent_loss import agent_losses
 from dropformer.metrics.analysis.window_loss import TIMES, window_losses
 from dropformer.metrics.calibration.batching import samples_at_once, windows_at_once
 from dropformer.metrics.calibration.data import text_windows
-from dropformer.metrics.calibration.settings import context_of
+from dropformer.metrics.calibration.far_recall import far_recall
+from dropformer.metrics.calibration.settings import check_length, context_of
+from dropformer.metrics.calibration.windows import named_texts
+from dropformer.metrics.search.far_text import Fitted, tail_of
+from dropformer.metrics.search.fold import Constants, fit_folds
+from dropformer.metrics.search.improve import Improver
+from dropformer.metrics.search.ladder import check_rungs
+from dropformer.metrics.search.rungs import mapped_modules, read_texts, rung_plan
 from dropformer.progress import Progress
 from dropformer.prune.architecture import Layer, of_images
-from dropformer.prune.errors import PlanError
+from dropformer.prune.block_map import attention_path
+from dropformer.prune.choosing import unprotected
+from dropformer.prune.discovery.proof import outline as proven_outline
+from dropformer.prune.errors import CalibrationError, ModelError, PlanError
+from dropformer.prune.files.config_json import read_config
+from dropformer.prune.loading.window_attention import unfit
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan
 from dropformer.prune.rungs.agent import Agents
+from dropformer.prune.rungs.linear import LinearMap
 from dropformer.prune.samples.inputs import takes_pictures, writes_text
 from dropformer.prune.spec import Selector, folds, parse_spec
 from dropformer.prune.window import Window
@@ -28,6 +43,8 @@ from dropformer.scoring import get_scores, material, writer
 
 WINDOW_TOKENS = 8192  # read to rank windows by: about two texts several windows long
 SINKS = 4  # real ones, by which folded windows are ranked
+RECALL = "recall"  # beside any calibration text where rungs are chosen
+TEXTS = 2  # of the context, by whose ends rungs are chosen
 RANKED = 16  # texts or images to rank agents by
 
 
@@ -111,3 +128,67 @@ def _read_for(window: Window, opened: LoadedModel, said: CalibrationOptions) -> 
     limit = context_of(opened.model.config) or several
     length = said.length or min(limit, max(said.of(opened.recipe).length, several))
     return length, said.samples or max(2, WINDOW_TOKENS // length)
+
+
+def plan_of_rungs(
+    opened: LoadedModel, request: Request, progress: Progress, improver: Improver | None = None
+) -> Plan | None:
+    """The plan that a budget makes of `--rungs`, None where no rungs are asked for.
+
+    `improver`: fits linear maps, where they are among the rungs.  Raises PlanError, CalibrationError,
+    ArchitectureError or ModelError.
+    """
+    target = request.target
+    if not target.rungs:
+        return None
+    if opened.tokenizer is None or not writes_text(opened.model):
+        raise ModelError(f"{opened.ref.name} reads no text token by token, so no rung can be told from another")
+    texts, named = _long_texts(opened, request, progress)
+    outline, maps = proven_outline(opened.model), None
+    free = unprotected(outline, ("attn",), "", target.keep)
+    if improver and any(isinstance(rung, LinearMap) for rung in target.rungs):
+        with progress.stage("fitting linear maps"):
+            maps = mapped_modules(improver, free)
+    constants = _constants(opened, request, outline, free, progress)
+    with progress.stage(f"KL of {', '.join(map(str, target.rungs))}"):
+        search = read_texts(opened.model, outline, target.rungs, texts, target.keep, Fitted(maps, constants))
+        plan = rung_plan(search, opened.ref, target, calibration=named)
+    tried = ", ".join(f"{kl:.4f}" for kl in search.history)
+    progress.say(f"KL of the plans at the end of the texts: {tried}; {search.passes:.1f} forward passes")
+    return plan
+
+
+def _constants(
+    opened: LoadedModel, request: Request, outline: Outline, free: Sequence[Layer], progress: Progress
+) -> Constants:
+    """The constants of each folded window among the rungs in each layer that takes one."""
+    folded = [w for w in check_rungs(request.target.rungs, request.target.context) if w.fold]
+    if not folded:
+        return {}
+    batches = batches_beyond(max(folded), opened, request.calibration, progress)
+    taking = [layer for layer in free if not unfit(opened.model.get_submodule(attention_path(outline, layer)))]
+    with progress.stage(f"constants in place of sinks in {len(taking)} layers"):
+        return fit_folds(opened.model, outline, product(taking, folded), batches)
+
+
+def _long_texts(opened: LoadedModel, request: Request, progress: Progress) -> tuple[list[Tensor], dict[str, Any]]:
+    """Texts of the context that ask at their end for what was said long before, and their record."""
+    said, target = request.calibration, request.target
+    settings = said.of(opened.recipe)
+    limit = context_of(opened.model.config) or target.context
+    length = said.length or min(limit, target.context)
+    check_length(read_config(opened.path), length, opened.ref.name)
+    widest = max(check_rungs(target.rungs, target.context))
+    if widest.width + widest.sinks + tail_of(length) > length:
+        raise CalibrationError(
+            f"what a window of {widest} costs does not show in texts of {length:,} tokens; leave out --length, or "
+            "give narrower windows"
+        )
+    names, write = settings.name.split(","), writer(opened, progress)
+    each = max(1, (said.samples or TEXTS) // len(names))
+    data = [text_windows(replace(settings, name=name, length=length, samples=each), write) for name in names]
+    rows = [row for part in data for row in part.ids]
+    texts = [far_recall(row, opened.tokenizer, tail_of(length), settings.seed + i) for i, row in enumerate(rows)]
+    progress.say(f"calibration: {settings.name} with recall, {len(texts)} texts of {length:,} tokens")
+    named = named_texts(data)
+    return texts, named | {"name": f"{named['name']},{RECALL}"}

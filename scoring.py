@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from dropformer.eval.draft.options import DraftOptions
 from dropformer.eval.quality.perplexity import HELD_OUT
@@ -18,32 +15,21 @@ from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.analysis.stability import check_spec
 from dropformer.metrics.calibration.batching import busy_tokens
 from dropformer.metrics.calibration.data import CalibrationData, calibration_data, default_settings, text_windows
-from dropformer.metrics.calibration.far_recall import far_recall
 from dropformer.metrics.calibration.generated import Writer
 from dropformer.metrics.calibration.images import PIXELS, Pictures
 from dropformer.metrics.calibration.settings import Calibration, check_length, context_of
-from dropformer.metrics.calibration.windows import Windows, computed_tokens, named_texts
+from dropformer.metrics.calibration.windows import Windows, computed_tokens
 from dropformer.metrics.offload.process_memory import parse_bytes
 from dropformer.metrics.search.budget import check_budget, parse_budget
-from dropformer.metrics.search.far_text import tail_of
-from dropformer.metrics.search.improve import Improver
-from dropformer.metrics.search.ladder import check_rungs
-from dropformer.metrics.search.rungs import mapped_modules, read_texts, rung_plan
 from dropformer.progress import Progress
-from dropformer.prune.choosing import check_possible, unprotected
-from dropformer.prune.discovery.proof import outline as proven_outline
+from dropformer.prune.choosing import check_possible
 from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import CalibrationError, ModelError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.loading.load import usable_device
-from dropformer.prune.plan import Plan
-from dropformer.prune.rungs.linear import LinearMap
 from dropformer.prune.samples.inputs import takes_pictures, writes_text
 from dropformer.recipes.opening import LoadedModel, open_model, torch_dtype
 from dropformer.request import CalibrationOptions, Request
-
-RECALL = "recall"  # beside any calibration text where windows are chosen
-TEXTS = 2  # of the context, by whose ends rungs are chosen
 
 
 def writer(opened: LoadedModel, progress: Progress) -> Writer:
@@ -195,55 +181,6 @@ def held_out_windows(opened: LoadedModel, request: Request, progress: Progress) 
         return text_windows(replace(HELD_OUT, name=request.report.text, length=length), writer(opened, progress))
     except CalibrationError as error:
         raise CalibrationError(f"--text: {error}") from None
-
-
-def plan_of_rungs(
-    opened: LoadedModel, request: Request, progress: Progress, improver: Improver | None = None
-) -> Plan | None:
-    """The plan that a budget makes of `--rungs`, None where no rungs are asked for.
-
-    `improver`: fits linear maps, where they are among the rungs.  Raises PlanError, CalibrationError,
-    ArchitectureError or ModelError.
-    """
-    target = request.target
-    if not target.rungs:
-        return None
-    if opened.tokenizer is None or not writes_text(opened.model):
-        raise ModelError(f"{opened.ref.name} reads no text token by token, so no rung can be told from another")
-    texts, named = _long_texts(opened, request, progress)
-    outline, maps = proven_outline(opened.model), None
-    if improver and any(isinstance(rung, LinearMap) for rung in target.rungs):
-        with progress.stage("fitting linear maps"):
-            maps = mapped_modules(improver, unprotected(outline, ("attn",), "", target.keep))
-    with progress.stage(f"KL of {', '.join(map(str, target.rungs))}"):
-        search = read_texts(opened.model, outline, target.rungs, texts, target.keep, maps)
-        plan = rung_plan(search, opened.ref, target, calibration=named)
-    tried = ", ".join(f"{kl:.4f}" for kl in search.history)
-    progress.say(f"KL of the plans at the end of the texts: {tried}; {search.passes:.1f} forward passes")
-    return plan
-
-
-def _long_texts(opened: LoadedModel, request: Request, progress: Progress) -> tuple[list[Tensor], dict[str, Any]]:
-    """Texts of the context that ask at their end for what was said long before, and their record."""
-    said, target = request.calibration, request.target
-    settings = said.of(opened.recipe)
-    limit = context_of(opened.model.config) or target.context
-    length = said.length or min(limit, target.context)
-    check_length(read_config(opened.path), length, opened.ref.name)
-    widest = max(check_rungs(target.rungs, target.context))
-    if widest.width + widest.sinks + tail_of(length) > length:
-        raise CalibrationError(
-            f"what a window of {widest} costs does not show in texts of {length:,} tokens; leave out --length, or "
-            "give narrower windows"
-        )
-    names, write = settings.name.split(","), writer(opened, progress)
-    each = max(1, (said.samples or TEXTS) // len(names))
-    data = [text_windows(replace(settings, name=name, length=length, samples=each), write) for name in names]
-    rows = [row for part in data for row in part.ids]
-    texts = [far_recall(row, opened.tokenizer, tail_of(length), settings.seed + i) for i, row in enumerate(rows)]
-    progress.say(f"calibration: {settings.name} with recall, {len(texts)} texts of {length:,} tokens")
-    named = named_texts(data)
-    return texts, named | {"name": f"{named['name']},{RECALL}"}
 
 
 def draft_windows(

@@ -1,16 +1,19 @@
 """A model's own draft: equality of text, and predicted against measured acceptance and speed-up.
 
     python benchmarks/draft.py [--quick] [--model FOLDER] [--context N] [--prompts N] [--windows N] [--drafts NAMES]
+        [--dropped 8] [--samples 16]
 
-Two drafts of the same model: windows on every attention layer, and the attention layers that similarity drops.  Each
-row says what the text and the clock predicted before anything was decoded, and what decoding gave.  Prompts are
-beginnings of a few windows of held-out text, each of which the dense model reads once.  The last line is JSON.
+Drafts of the same model: `windows` on every attention layer; and, at the same cost, as many attention layers dropped
+by `similarity`, by a greedy `search` on KL, and by that search with refits and distillation (`distilled`).  Each row
+says what the text and the clock predicted before anything was decoded, and what decoding gave.  Prompts are beginnings
+of a few windows of held-out text, each of which the dense model reads once.  The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +22,11 @@ from dropformer import api
 from dropformer.eval.draft.evaluate import dense_text, evaluate_on
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.windows import windows
+from dropformer.metrics.repair.base import Repair
+from dropformer.metrics.search.strategy import Strategy
 from dropformer.prune.plan import Plan
+from dropformer.prune.spec import named_layers
+from dropformer.selection import improve
 
 NEW = 16
 
@@ -32,23 +39,38 @@ def rows(given: argparse.Namespace, context: int, prompts: int, count: int) -> l
     )
     found = []
     for name in given.drafts.split(","):
-        plan = PLANS[name](opened, outline, context)
-        result = evaluate_on(text, plan, given.new, -(-prompts // count))
-        found.append({"draft": name, "spec": plan.spec, "context": context, **result.numbers()})
-        print(name, *result.lines(), sep="\n  ", flush=True)
+        plan, repair = PLANS[name](opened, outline, given, context)
+        result = evaluate_on(text, plan, given.new, -(-prompts // count), repair)
+        spec = named_layers(plan.layers, plan.windowed)
+        found.append({"draft": name, "spec": spec, "context": context, **result.numbers()})
+        print(name, spec, *result.lines(), sep="\n  ", flush=True)
     return found
 
 
-def windowed(opened: Any, outline: Any, context: int) -> Plan:
+Made = tuple[Plan, Repair | None]
+
+
+def windowed(opened: Any, outline: Any, given: argparse.Namespace, context: int) -> Made:
     every = ",".join(str(layer.index) for layer in outline.layers("attn"))
-    return api.plan_unscored(opened.ref, outline, f"window={every}@{min(256, context // 4)}+4", (), None)
+    spec = f"window={every}@{min(256, context // 4)}+4"
+    return api.plan_unscored(opened.ref, outline, spec, (), None), None
 
 
-def similar(opened: Any, outline: Any, context: int) -> Plan:
-    return api.plan(api.analyze(opened, calibration=Calibration("builtin", 4, 256)), "attn:8")
+def similar(opened: Any, outline: Any, given: argparse.Namespace, context: int) -> Made:
+    return api.plan(api.analyze(opened, calibration=Calibration("builtin", 4, 256)), f"attn:{given.dropped}"), None
 
 
-PLANS = {"windows": windowed, "similarity": similar}
+def searched(opened: Any, outline: Any, given: argparse.Namespace, context: int, repair: tuple[str, ...] = ()) -> Made:
+    texts = [Calibration("builtin", given.samples)]
+    return improve(opened, f"attn:{given.dropped}", Strategy(select="greedy", repair=repair), texts)
+
+
+PLANS = {
+    "windows": windowed,
+    "similarity": similar,
+    "search": searched,
+    "distilled": partial(searched, repair=("refit", "distill")),
+}
 
 
 def main() -> None:
@@ -60,9 +82,13 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=5, help="of held-out text, from which the prompts are")
     parser.add_argument("--new", type=int, default=NEW, help="tokens decoded after each prompt")
     parser.add_argument("--drafts", default=",".join(PLANS))
+    parser.add_argument("--dropped", type=int, default=8, help="attention layers of the drafts that drop some")
+    parser.add_argument("--samples", type=int, default=16, help="windows of 512 tokens to search and repair on")
     parser.add_argument("--temperature", type=float, default=0.0)
     given = parser.parse_args()
-    context, prompts, count = (256, 2, 1) if given.quick else (given.context, given.prompts, given.windows)
+    context, prompts, count = given.context, given.prompts, given.windows
+    if given.quick:
+        context, prompts, count, given.drafts = 256, 2, 1, "windows,similarity"
     found = rows(given, context, prompts, count)
     line = {"benchmark": "draft", "model": given.model, "threads": torch.get_num_threads(), "rows": found}
     print(json.dumps(line))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -35,68 +36,40 @@ from dropformer.prune.formats.export import reference
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = [
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "qwen2_moe",
-    "qwen3_moe",
-    "mixtral",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "phi",
-    "phi3",
-    "olmo",
-    "olmo2",
-    "olmo3",
-    "olmoe",
-    "granite",
-    "granitemoe",
-    "cohere",
-    "cohere2",
-    "starcoder2",
-    "falcon",
-    "gpt_neox",
-    "gpt2",
-    "gptj",
-    "opt",
-    "bloom",
-    "deepseek_v2",
-    "deepseek_v3",
-    "smollm3",
-    "glm",
-    "glm4",
-    "exaone4",
-    "ernie4_5",
-    "seed_oss",
-    "arcee",
-    "nemotron",
-    "phimoe",
-    "stablelm",
-    "gpt_oss",
-    "nemotron_h",
-]
+    "llama", "mistral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "mixtral", "gemma", "gemma2", "gemma3_text",
+    "phi", "phi3", "olmo", "olmo2", "olmo3", "olmoe", "granite", "granitemoe", "cohere", "cohere2", "starcoder2",
+    "falcon", "gpt_neox", "gpt2", "gptj", "opt", "bloom", "deepseek_v2", "deepseek_v3", "smollm3", "glm", "glm4",
+    "exaone4", "ernie4_5", "seed_oss", "arcee", "nemotron", "phimoe", "stablelm", "gpt_oss", "nemotron_h",
+]  # fmt: skip
 ONE = {"first attention, an MLP, a block": "attn=0,mlp=1,block=2"}
 EACH = {"attention": "attn=1,3", "MLP": "mlp=0,2", "both": "attn=1,mlp=2", "block": "block=1,attn=2", "first": "attn=0"}
 SPECS = {  # in place of ONE, for families whose blocks differ
     "gpt_oss": "attn=0,mlp=3,block=1,2",  # vLLM tells its windows by block number
     "nemotron_h": "attn=3,mlp=2",
 }
-PINNED = {  # what vLLM asks of a family's sizes
+# The one width of heads that vLLM's attention over latents has on the CPU: DeepSeek's own.
+MLA = {"kv_lora_rank": 512, "head_dim": 64, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
+PINNED: dict[str, dict[str, Any]] = {  # what vLLM asks of a family's sizes
     "bloom": {"n_layer": 4, "hidden_size": 128},
     "falcon": {"ffn_hidden_size": 4 * 128},
-    "deepseek_v3": {"topk_method": "noaux_tc"},
+    "deepseek_v2": {**MLA, "n_group": 1, "topk_group": 1},
+    "deepseek_v3": {**MLA, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},  # as the published ones
+    "phimoe": {"attention_bias": True, "lm_head_bias": True},  # as its class has
 }
+# vLLM's compiled rotary kernel for the CPU turns interleaved queries wrongly where heads are an axis of their own.
+PLAIN_ROTARY: dict[str, Any] = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
+SETTINGS = {"deepseek_v2": PLAIN_ROTARY, "deepseek_v3": PLAIN_ROTARY}  # vLLM's, in a process of the family's own
+DEEPSEEK = "without vLLM's compiled rotary kernel for the CPU, which is wrong for the dense model too by 1e-3"
 NOTES = {  # what to know of a family beside its figures
     "cohere2": "vLLM's windows hold one token more than transformers', in the dense model too; compared with that",
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": DEEPSEEK,
+    "phimoe": "with the head's bias, which vLLM's own class leaves out; refused where the config has no biases",
     "gpt_oss": "where the dropped blocks leave every second one a window; refused elsewhere",
-    "deepseek_v2": "vLLM's MLA attention on the CPU takes no heads as narrow as those tried",
-    "deepseek_v3": "vLLM's MLA attention on the CPU takes no heads as narrow as those tried",
-    "phimoe": "log-probabilities of the prompt are torch's, greedy tokens are not",
 }
 PROMPTS = [list(range(5, 17)), [40, 7, 7, 19], [63, 3]]
 STEPS, TOLERANCE = 6, 1e-4
+TOGETHER = 8  # families that share a process of vLLM
 KINDS = ("right", "refused", "wrong")  # from best to worst
 TABLE = ROOT / "prune/engines/vllm_families.json"
 BEGIN, END = "<!-- vllm matrix -->", "<!-- end of the vllm matrix -->"
@@ -115,9 +88,10 @@ class Case:
 
     @property
     def difference(self) -> float:
-        """The largest difference of a log-probability."""
+        """The largest difference of a log-probability; infinite where vLLM gave no number."""
         pairs = zip(self.expected, self.found["answers"], strict=True)  # type: ignore[index]
-        return max(abs(a - b) for want, got in pairs for a, b in zip(want["logprobs"], got["logprobs"], strict=True))
+        both = [(a, b) for want, got in pairs for a, b in zip(want["logprobs"], got["logprobs"], strict=True)]
+        return max(abs(a - b) if math.isfinite(b) else math.inf for a, b in both)
 
     def verdict(self) -> tuple[str, str]:
         """right, refused or wrong, and what there is to say."""
@@ -188,10 +162,27 @@ def installed(python: str, root: Path) -> Path:
 
 
 def in_vllm(python: str, site: Path, every: list[Case], ranks: int = 1) -> None:
-    """Run one family's cases in a process of vLLM, and in another from the next on where it dies.
+    """Run cases in one process of vLLM, since importing it is most of the work.
 
+    What fails there runs again with its family alone: vLLM's transformers backend refuses to follow its own classes.
     ranks: the tensor-parallel size; several are processes of their own.
     """
+    shared = len({case.family for case in every}) > 1
+    left = run_once(python, site, every, ranks)
+    while left and not shared:  # it died at the first of them
+        left = run_once(python, site, left[1:], ranks)
+    failed = [case for case in every if case.found is None or "error" in case.found] if shared else []
+    for family in dict.fromkeys(case.family for case in failed):
+        in_vllm(python, site, [case for case in failed if case.family == family], ranks)
+    for case in every:
+        if case not in failed:
+            print(f"{case.family:14}{case.drop:36}{'  '.join(case.verdict())}", flush=True)
+
+
+def run_once(python: str, site: Path, every: list[Case], ranks: int) -> list[Case]:
+    """Fill in what a process of vLLM found for cases; returns those that it did not come to."""
+    if not every:
+        return []
     env = dict(os.environ, PYTHONPATH=str(site), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", VLLM_NO_USAGE_STATS="1")
     several = {"tensor_parallel_size": ranks, "distributed_executor_backend": "mp"} if ranks > 1 else {}
     env |= {
@@ -200,37 +191,46 @@ def in_vllm(python: str, site: Path, every: list[Case], ranks: int = 1) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }
     left = {case.folder.name: case for case in every}
-    while left:
-        work = {"folders": [str(case.folder) for case in left.values()], "prompts": PROMPTS, "steps": STEPS}
-        work |= {"settings": several}
-        command = [python, str(ROOT / "benchmarks/families/vllm_run.py"), json.dumps(work)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
-        assert process.stdout
-        for line in process.stdout:
-            if line.startswith("FOUND "):
-                found = json.loads(line.removeprefix("FOUND "))
-                case = left.pop(found["name"])
-                case.found = found
-                print(f"{case.family:14}{case.drop:36}{'  '.join(case.verdict())}", flush=True)
-        process.wait()
-        if left:  # it died at the first of them
-            case = left.pop(next(iter(left)))
-            print(f"{case.family:14}{case.drop:36}{'  '.join(case.verdict())}", flush=True)
+    work: dict[str, Any] = {"folders": [str(case.folder) for case in every], "prompts": PROMPTS, "steps": STEPS}
+    work["settings"] = several | SETTINGS.get(every[0].family, {})
+    command = [python, str(ROOT / "benchmarks/families/vllm_run.py"), json.dumps(work)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env)
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("FOUND "):
+            found = json.loads(line.removeprefix("FOUND "))
+            left.pop(found["name"]).found = found
+    process.wait()
+    return list(left.values())
 
 
-def found_for(family: str, options: argparse.Namespace, root: Path, site: Path) -> dict[str, str]:
-    """One family's row: the worst verdict of its drops, what there is to say, and vLLM's class."""
-    try:
+def together(families: list[str]) -> list[list[str]]:
+    """Families that share a process of vLLM: TOGETHER of them, those with settings of their own alone."""
+    shared = [family for family in families if family not in SETTINGS]
+    batches = [shared[i : i + TOGETHER] for i in range(0, len(shared), TOGETHER)]
+    return batches + [[family] for family in families if family in SETTINGS]
+
+
+def rows_of(families: list[str], options: argparse.Namespace, root: Path, site: Path) -> list[dict[str, str]]:
+    """The rows of families that share a process of vLLM."""
+    refused, every = {}, {}
+    for family in families:
         one = {", ".join(ONE): SPECS[family]} if family in SPECS else ONE
         drops = {options.drop: options.drop} if options.drop else EACH if options.full else one
-        every = list(cases(family, drops, root))
-    except (DropformerError, ValueError, KeyError) as error:
-        said = f"not built or pruned here: {str(error).splitlines()[0][:160]}"
-        return {"family": family, "kind": "refused", "said": said, "class": ""}
-    in_vllm(options.vllm, site, every, options.ranks)
+        try:
+            every[family] = list(cases(family, drops, root))
+        except (DropformerError, ValueError, KeyError) as error:
+            refused[family] = f"not built or pruned here: {str(error).splitlines()[0][:160]}"
+    in_vllm(options.vllm, site, [case for some in every.values() for case in some], options.ranks)
+    rows = [{"family": family, "kind": "refused", "said": said, "class": ""} for family, said in refused.items()]
+    return rows + [row_of(some) for some in every.values()]
+
+
+def row_of(every: list[Case]) -> dict[str, str]:
+    """One family's row: the worst verdict of its drops, what there is to say, and vLLM's class."""
     kind, said = max((case.verdict() for case in every), key=lambda verdict: KINDS.index(verdict[0]))
     names = [case.found["class"] for case in every if case.found and "class" in case.found]
-    return {"family": family, "kind": kind, "said": said, "class": (names or [""])[0]}
+    return {"family": every[0].family, "kind": kind, "said": said, "class": (names or [""])[0]}
 
 
 def write(rows: list[dict[str, str]], version: str) -> None:
@@ -280,11 +280,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="engines-") as name:
         root = Path(name)
         site = installed(options.vllm, root)
-        for family in [family for family in families if family not in rows]:
-            rows[family] = found_for(family, options, root, site)
-            if options.resume:
-                with options.resume.open("a") as file:
-                    file.write(json.dumps(rows[family]) + "\n")
+        for some in together([family for family in families if family not in rows]):
+            for row in rows_of(some, options, root, site):
+                rows[row["family"]] = row
+                if options.resume:
+                    with options.resume.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
     version = vllm_version(options.vllm)
     missing = [family for family in FAMILIES if family not in rows]
     if options.write and missing:

@@ -1,12 +1,13 @@
-"""What each way of choosing and repairing keeps of a model: perplexity relative to dense, on three domains.
+"""Perplexity relative to dense after each way of choosing and repairing, on three domains.
 
     python benchmarks/quality.py [--quick] [--wikitext FILE] [--drops attn:8,block:4] [--methods refit,best]
-        [--model M] [--device cuda] [--samples 64] [--self 64] [--epochs 4] [--rank 64]
+        [--model M] [--device cuda] [--samples 64] [--self 64] [--epochs 4] [--rank 64] [--rows FILE]
+    python benchmarks/quality.py --page ROWS... > TABLE.md
 
-Calibrated half on wikitext, half on the builtin topics; judged on parts of both that were not calibrated on, and
-on a kind that was not calibrated on at all: source code of Python's standard library.  Repairs are gated on a
-fourth kind, docstrings of torch.  Without a wikitext file everything but that half is done.  `--self`: windows that
-the model writes itself, calibrated on beside the others.
+Calibration: half wikitext, half the builtin topics.  Validation: other parts of both, and a domain that is not in
+the calibration at all, source code of Python's standard library.  Repairs are gated on a fourth domain, docstrings
+of torch.  Without a wikitext file that half is left out.  `--self`: calibration windows that the model itself
+generates, beside the others.  `--page`: a Markdown page of rows that earlier runs wrote to `--rows`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ import argparse
 import json
 import math
 import sys
-import sysconfig
-import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import torch
+from quality_table.page import page
+from quality_table.rows import DROPS, METHODS, Row, rows_in
+from quality_table.texts import texts
 
 from dropformer import api
 from dropformer.metrics.blockwise.divergence import DenseReference, Divergence
@@ -31,118 +32,16 @@ from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import Variant
 from dropformer.metrics.calibration.generated import Writer, written_windows
 from dropformer.metrics.calibration.settings import Calibration
-from dropformer.metrics.calibration.windows import Windows, windows
+from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.offload.keeper import Keeper
 from dropformer.metrics.offload.process_memory import peak
 from dropformer.metrics.repair.registry import Training
 from dropformer.metrics.search.improve import Improver, improve
-from dropformer.metrics.search.strategy import Strategy, Target, quality
+from dropformer.metrics.search.strategy import Target
 from dropformer.prune.artifact import ModelRef
 from dropformer.recipes.placement import Placement
 
 WIKITEXT = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "wikitext-2" / "valid.txt"
-SOURCES = (
-    *("argparse", "ast", "csv", "difflib", "fractions", "heapq", "inspect"),
-    *("json/decoder", "pathlib", "statistics", "tarfile", "textwrap", "zipfile"),
-)
-DROPS = (
-    *("attn:12", "attn:8", "attn:6", "attn:4", "attn:2", "block:7", "block:4", "block:2"),
-    *("mlp:4", "mlp:2", "joint:12", "joint:8"),
-)
-METHODS: dict[str, Strategy] = {
-    "similarity": quality("paper"),
-    "iterative": quality(select="iterative"),
-    "greedy": quality(select="greedy"),
-    "refit": quality(repair="refit"),
-    "greedy then refit": replace(quality("best", repair="refit"), aware=False),
-    "greedy with refit": quality("best", repair="refit"),
-    "refined": quality("best", repair="refit", refine=1),
-    "best": quality("best"),
-    "healed": quality("healed"),
-    "greedy then linear": replace(quality("linear"), aware=False),
-    "linear": quality("linear"),
-    "linear then refit-all": quality("linear", repair="linear,refit,refit-all"),
-    "linear+lora": quality("linear", repair="linear,refit,lora"),
-    "angular": quality(metric="angular"),
-    "relative-magnitude": quality(metric="relative-magnitude"),
-    "loo-kl": quality(metric="loo-kl"),
-    "loo-perplexity": quality(metric="loo-perplexity"),
-    "refit-all": quality(repair="refit-all"),
-    "lora": quality(repair="lora"),
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method on one drop.  Ratios are perplexity over dense perplexity; stderr that of the geometric mean.
-
-    Seconds are of CPU time, passes forward passes over the calibration, those of choosing and repairing that an
-    earlier row of the same run has not spent.  Peak: the most memory of the process so far, weights and judging too.
-    """
-
-    method: str
-    drop: str
-    layers: list[str]
-    ratios: dict[str, float]
-    mean: float
-    stderr: float
-    kl: float
-    seconds: float
-    gates: list[str]
-    passes: float = 0.0
-    peak_gib: float = 0.0
-
-
-def rows_in(file: Path | None) -> list[Row]:
-    """Rows that an earlier run wrote, one JSON object a line."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file and file.is_file() else []
-    return [Row(**json.loads(line)) for line in lines]
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Windows to calibrate on, one entry a kind; to judge on, by name; and to gate repairs on."""
-
-    calibration: list[Windows]
-    judged: dict[str, Windows]
-    gate: Windows
-
-
-def texts(tokenizer: object, wikitext: Path, samples: int, judged: int, length: int) -> Texts:
-    """Cut all texts.  Wikitext: the first 60 % to calibrate on, the rest to judge on."""
-
-    def cut(name: str | Path, count: int) -> Windows:
-        return windows(Calibration(str(name), samples=count, length=length, seed=1), tokenizer)
-
-    with tempfile.TemporaryDirectory() as folder:
-        half, files = max(1, samples // 2), {}
-        parts = {"code": _code(), "docstrings": _docstrings()}
-        if wikitext.is_file():
-            text = wikitext.read_text(encoding="utf-8")
-            middle = text.index("\n", int(len(text) * 0.6))
-            parts |= {"calibration": text[:middle], "wikitext": text[middle:]}
-        else:
-            print(f"no {wikitext}: calibrated and judged without wikitext", file=sys.stderr)
-        for name, text in parts.items():
-            files[name] = Path(folder) / f"{name}.txt"
-            files[name].write_text(text, encoding="utf-8")
-        calibration = [cut(files["calibration"], half)] if "calibration" in files else []
-        kinds = {"wikitext": files.get("wikitext"), "builtin": "heldout", "code": files["code"]}
-        return Texts(
-            [*calibration, cut("builtin", half)],
-            {name: cut(where, judged) for name, where in kinds.items() if where},
-            cut(files["docstrings"], max(2, judged // 2)),
-        )
-
-
-def _code() -> str:
-    root = Path(sysconfig.get_path("stdlib"))
-    return "\n\n".join((root / f"{name}.py").read_text(encoding="utf-8") for name in SOURCES)
-
-
-def _docstrings() -> str:
-    found = {name: getattr(torch, name).__doc__ for name in sorted(dir(torch)) if name.islower()}
-    return "\n\n".join(text for text in found.values() if isinstance(text, str) and len(text) > 400)
 
 
 class Judge:
@@ -158,12 +57,12 @@ class Judge:
             self.dense[name] = DenseReference(runner)
 
     def __call__(self, variant: Variant) -> dict[str, Divergence]:
-        gone: frozenset[str] = frozenset() if variant.tensors else frozenset(variant.dropped)
-        if gone in self.judged:
-            return self.judged[gone]
+        dropped: frozenset[str] = frozenset() if variant.tensors else frozenset(variant.dropped)
+        if dropped in self.judged:
+            return self.judged[dropped]
         found = {name: dense.compare_each([variant])[0] for name, dense in self.dense.items()}
-        if gone:
-            self.judged[gone] = found
+        if dropped:
+            self.judged[dropped] = found
         return found
 
 
@@ -236,9 +135,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, help="passes of trained repairs over the calibration")
     parser.add_argument("--rank", type=int, help="rank of adapters")
     parser.add_argument("--rows", type=Path, help="a file of rows, one JSON object a line: added to, not repeated")
+    parser.add_argument("--page", type=Path, nargs="+", metavar="ROWS", help="write a Markdown page of these rows")
     parser.add_argument("--drops", help="comma-separated (default: the whole table)")
     parser.add_argument("--methods", help=f"comma-separated, of {', '.join(METHODS)}")
     said = parser.parse_args(arguments)
+    if said.page:
+        print(page(row for file in said.page for row in rows_in(file)))
+        return
     samples, judged, length = (2, 1, 128) if said.quick else (32, 8, 512)
     samples, judged, length = said.samples or samples, said.judged or judged, said.length or length
     drops = drops_in(said.drops) if said.drops else (["attn:4"] if said.quick else list(DROPS))

@@ -415,14 +415,18 @@ def test_reused_scores_bear_the_name_of_the_model_at_hand(model, here, capsys):
         assert Path(json.loads((here / "copy-attn1" / f"{file}.json").read_text())["model"]["name"]).name == "copy"
 
 
-def test_a_budget_over_rungs_windows_layers_and_states_the_cache_at_the_context(model, here, capsys):
-    options = ("--budget", "kv:-50%", "--rungs", "drop,window:4+1", "--context", "64", "--out", "out", *SMALL)
+@pytest.mark.parametrize("rungs", ["drop,window:4+1", "drop,window:4+fold"])
+def test_a_budget_over_rungs_windows_layers_and_states_the_cache_at_the_context(model, here, capsys, rungs):
+    options = ("--budget", "kv:-50%", "--rungs", rungs, "--context", "64", "--out", "out", *SMALL)
     status, out, err = run("--model", model, *options, capsys=capsys)
     assert (status, err) == (0, "") and "KV cache at 8,192 tokens" in out
     plan = json.loads((here / "out" / "plan.json").read_text())
-    assert plan["windows"] and plan["spec"] == "kv:-50%" and "recall" in plan["calibration"]["name"]
+    assert plan["windows"] and plan["spec"] == "kv:-50%"
+    assert "fold" in rungs or "recall" in plan["calibration"]["name"]  # constants are fitted on plain text
     report = json.loads((here / "out" / "report.json").read_text())
     assert report["pruned"]["kv_bytes"] <= 0.5 * report["dense"]["kv_bytes"]
+    named = dict(dropformer.load(here / "out").named_parameters())
+    assert any("sink_values" in name for name in named) == ("fold" in rungs)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from fake_gpus import fake_gpus, gpu, spread
 from dropformer import api
 from dropformer.eval.quality.perplexity import all_side_by_side, token_losses
 from dropformer.eval.tasks.scorer import Scorer, ScoreRequest
-from dropformer.metrics.analysis.analyze import analyze_model
+from dropformer.metrics.analysis.analyze import analyze_model, measuring, proven
 from dropformer.metrics.analysis.window_loss import window_losses
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.windows import scored_windows
@@ -57,7 +57,7 @@ def windows(dense):
 
 
 def leave_one_out(dense):
-    return list(Improver(dense, [data()], Strategy(metric="loo-kl")).choose(Target("attn:1"))[1].values())
+    return list(Improver(dense, [data()], Strategy(metric="loo-kl")).choose_forms(Target("attn:1"))[2].values())
 
 
 def repaired(*names):
@@ -71,7 +71,7 @@ def repaired(*names):
 
 def searched(dense):
     improver = Improver(dense, [data()], Strategy(select="greedy", repair=("refit",)))
-    layers, _ = improver.choose(Target("attn:1"))
+    layers, *_ = improver.choose_forms(Target("attn:1"))
     found, _ = improver.repair(layers, data(IDS[:4]))
     return [layers[0].index, len(improver.fitted_on) < len(improver.parts), *(gate.after for gate in found.gates)]
 
@@ -108,6 +108,24 @@ def test_over_two_gpus_the_figures_are_those_of_a_cpu(measured, tiny, monkeypatc
 def test_a_tensor_on_another_gpu_is_an_error_here_too():
     with fake_gpus(), pytest.raises(RuntimeError, match="one device"):
         torch.ones(3, device=gpu(0)) + torch.ones(3, device=gpu(1))
+
+
+def test_on_a_gpu_the_states_of_a_short_text_share_their_kernels(tiny):
+    """What similarity launches beside a bare pass does not grow with the number of layers."""
+    launched = []
+    for blocks in (2, 6):
+        with fake_gpus() as gpus:
+            dense = tiny("llama", num_hidden_layers=blocks).to(gpu(0))
+            architecture = proven(dense)
+            with measuring(dense, architecture) as run:
+                gpus.operations = 0
+                run(IDS[:1].to(gpu(0)), None)
+                seen = gpus.operations
+            gpus.operations = 0
+            with torch.inference_mode():
+                dense.model(IDS[:1].to(gpu(0)), use_cache=False)
+            launched.append(seen - gpus.operations)
+    assert launched[0] == launched[1]
 
 
 def test_perplexity_waits_for_the_gpu_once_a_batch_and_not_once_a_window(tiny):

@@ -1,6 +1,7 @@
 """Roofline times of prefill and decoding (Williams et al. 2009), by attention implementation.
 
-Linear layers and attention run in sequence; each takes max(FLOPs / peak, bytes / bandwidth).  How the attention
+Linear layers and attention run in sequence; each takes max(FLOPs / peak, bytes / bandwidth).  Without CUDA graphs a GPU
+waits where the host takes longer to launch the kernels than they run.  How the attention
 implementation handles the KV cache decides most of what dropping attention saves:
 
 fused   the cache is written in place and read once by a fused kernel (FlashAttention, vLLM)
@@ -147,9 +148,9 @@ def _times(side: Side, kernels: Kernels) -> Times:
     return Times(_prefill(side, kernels), workload.new * sum(steps) / len(steps))
 
 
-def _samples(workload: Workload, count: int = 8) -> list[int]:
-    """`count` context lengths, evenly spread over the new tokens."""
-    return [workload.prompt + int(workload.new * (part + 0.5) / count) for part in range(count)]
+def _samples(workload: Workload) -> list[int]:
+    """Eight context lengths, evenly spread over the new tokens."""
+    return [workload.prompt + int(workload.new * (part + 0.5) / 8) for part in range(8)]
 
 
 def _prefill(side: Side, kernels: Kernels) -> float:
@@ -161,7 +162,7 @@ def _prefill(side: Side, kernels: Kernels) -> float:
     scores = sum(block.heads * tokens * block.seen(tokens) for block in cost.blocks) * batch
     elements = kept + (_SCORE_PASSES * scores if kernels.writes_scores else 0)
     pairs = cost.prefill_flops(batch, tokens) - linear_flops
-    return linear + side.hardware.seconds(pairs, elements * side.workload.size) + _launches(side)
+    return _with_launches(side, kernels, linear + side.hardware.seconds(pairs, elements * side.workload.size))
 
 
 # 16-bit passes over the scores of eager attention: write (1), mask (2), softmax in 32 bits (1 + 2), cast back (2 + 1),
@@ -178,7 +179,7 @@ def step_seconds(side: Side, kernels: Kernels, context: int, tokens: int = 1) ->
     elements = sum(block.kv * block.seen(context) * _reads(block, kernels) for block in cost.blocks)
     attention = side.hardware.seconds(tokens * pairs, batch * elements * size)
     copied = 2 * batch * cost.kv(context) * size if kernels.concatenates else 0
-    return linear + attention + side.hardware.copy_seconds(copied) + _launches(side)
+    return _with_launches(side, kernels, linear + attention + side.hardware.copy_seconds(copied))
 
 
 def _reads(block: BlockCost, kernels: Kernels) -> int:
@@ -186,10 +187,21 @@ def _reads(block: BlockCost, kernels: Kernels) -> int:
     return 2 * block.groups + 1 if kernels.repeats and block.groups > 1 else 1
 
 
-def _launches(side: Side) -> float:
+def launches(side: Side) -> float:
+    """Seconds that the host takes to launch one forward pass of transformers' eager mode."""
     attention = sum(block.attention > 0 for block in side.cost.blocks)
     mlp = sum(block.mlp > 0 for block in side.cost.blocks)
     return side.hardware.launch * (attention * LAUNCHES["attention"] + mlp * LAUNCHES["mlp"])
+
+
+def _with_launches(side: Side, kernels: Kernels, device: float) -> float:
+    """Seconds of a forward pass whose kernels take `device` seconds.
+
+    A GPU computes while the host launches; engines with fused kernels record a CUDA graph and launch once.
+    """
+    if not side.hardware.queued:
+        return device + launches(side)
+    return max(device, launches(side)) if kernels.concatenates else device
 
 
 def _without_pairs(block: BlockCost) -> BlockCost:

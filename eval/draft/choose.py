@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +15,13 @@ from dropformer.metrics.analysis.analyze import analyze_model
 from dropformer.metrics.analysis.window_loss import TIMES, window_losses
 from dropformer.metrics.calibration.windows import Windows, named_texts
 from dropformer.metrics.draft.acceptance import DenseText, spread
-from dropformer.metrics.draft.formula import MOST, PAYS, Verify, best, curve
+from dropformer.metrics.draft.formula import PAYS, Verify, best, curve
 from dropformer.metrics.draft.search import Candidate, DraftSearch, Rung, draft_in_place
+from dropformer.metrics.repair.base import Repair
 from dropformer.progress import Progress
 from dropformer.prune.architecture import Layer
 from dropformer.prune.choosing import unprotected
+from dropformer.prune.discovery.proof import outline as proven_outline
 from dropformer.prune.errors import ModelError
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import DraftRef, Plan, make_plan
@@ -27,6 +29,9 @@ from dropformer.prune.samples.inputs import writes_text
 from dropformer.prune.spec import named_layers
 from dropformer.prune.window import Window
 from dropformer.recipes.opening import LoadedModel
+
+Repaired = Callable[[Plan], tuple[Plan, Repair]]
+"""Repairs what a plan drops, and notes that in it."""
 
 PLACES = 4  # places in the second half of each window, near the context that was asked for
 
@@ -36,7 +41,8 @@ class DraftFound:
     """The best draft of a search.
 
     steps: timed on this machine (hardware cpu, batch 1 only); verify: estimated cost of a verifying pass in dense
-    steps; tried: number of drafts measured; curve: expected speed-up by number of drafted tokens.
+    steps; tried: number of drafts measured; curve: expected speed-up by number of drafted tokens; repair: of the
+    draft, None if there is none or it did not help; repaired: the draft before and after one.
     """
 
     plan: Plan
@@ -46,6 +52,8 @@ class DraftFound:
     steps: MeasuredSteps | None
     tried: int
     curve: dict[int, float]
+    repair: Repair | None = None
+    repaired: tuple[Candidate, Candidate] | None = None
 
     @property
     def pays(self) -> bool:
@@ -57,17 +65,18 @@ def choose_draft(
     options: DraftOptions,
     data: Sequence[Windows],
     keep: Sequence[int],
-    outline: Outline,
     progress: Progress,
+    repaired: Repaired | None = None,
 ) -> DraftFound:
     """The plan and the number of drafted tokens with the most tokens per second.
 
+    `repaired`: repairs the draft that is found, if it drops layers; the repair is kept if the draft is then faster.
     Time: two forward passes for rankings, one over the windows, and a few passes of DEPTH tokens per draft.  Raises
     ModelError, PlanError, CalibrationError or EvaluationError.
     """
+    length, outline = data[0].ids.shape[1], proven_outline(opened.model)
     if not writes_text(opened.model) or len(outline.stacks) != 1:
         raise ModelError(f"{opened.ref.name} is no decoder of one stack, and only such a model drafts for itself")
-    length = data[0].ids.shape[1]
     device = hardware(options.hardware)
     dtype = str(opened.model.dtype).removeprefix("torch.")
     workload = Workload(options.context, options.batch, 1, dtype)
@@ -80,11 +89,16 @@ def choose_draft(
     search = DraftSearch(text, outline, steps.draft, steps.verify, options.most)
     with progress.stage("measuring drafts") as tick:
         found = search(rungs, tick)
-    timed = None
+    plan, repair, pair, timed = _plan(opened, outline, options, found, data, keep), None, None, None
+    if repaired and found.layers:
+        fitted, new = repaired(plan)
+        pair = found, search.measured(found.layers, found.windows, new)
+        if pair[1].speedup > found.speedup:
+            plan, repair, found = fitted, new, pair[1]
     if options.hardware == "cpu" and options.batch == 1 and length >= options.context:
         with progress.stage("timing the draft"):
-            pair = (opened.model, *draft_in_place(opened.model, outline, found.layers, found.windows))
-            timed = measured_steps(pair, text.rows[0], text.kept[0][0], found.tokens)
+            models = (opened.model, *draft_in_place(opened.model, outline, found.layers, found.windows, repair))
+            timed = measured_steps(models, text.rows[0], text.kept[0][0], found.tokens)
     scale = timed.verify_cost / steps.verify(found.tokens + 1) if timed else 1.0
 
     def verify(tokens: int) -> float:
@@ -92,14 +106,15 @@ def choose_draft(
         return scale * steps.verify(tokens)
 
     final = found if timed is None else _at_cost(found, timed.cost, verify)
-    plan = _plan(opened, outline, options, final, data, keep)
+    plan = plan.model_copy(update={"draft": _ref(options, final)})
     expected = curve(final.acceptance, final.cost, verify)
-    return DraftFound(plan, final, found, steps.verify(found.tokens + 1), timed, len(search.tried), expected)
+    verified = steps.verify(found.tokens + 1)
+    return DraftFound(plan, final, found, verified, timed, len(search.tried), expected, repair, pair)
 
 
 def _at_cost(found: Candidate, cost: float, verify: Verify) -> Candidate:
     """The candidate at this cost of a step, with its best number of drafted tokens."""
-    tokens, gives = best(found.acceptance, cost, verify, MOST)
+    tokens, gives = best(found.acceptance, cost, verify)
     return replace(found, cost=cost, tokens=tokens, speedup=gives)
 
 
@@ -127,6 +142,13 @@ def rankings(
     return found
 
 
+def _ref(options: DraftOptions, found: Candidate) -> DraftRef:
+    return DraftRef(
+        tokens=found.tokens, acceptance=found.acceptance, cost=found.cost, speedup=found.speedup,
+        temperature=options.temperature, context=options.context, batch=options.batch,
+    )  # fmt: skip
+
+
 def _plan(
     opened: LoadedModel,
     outline: Outline,
@@ -135,12 +157,7 @@ def _plan(
     data: Sequence[Windows],
     keep: Sequence[int],
 ) -> Plan:
-    a = found.acceptance
-    ref = DraftRef(
-        tokens=found.tokens, acceptance=a, cost=found.cost, speedup=found.speedup, temperature=options.temperature,
-        context=options.context, batch=options.batch,
-    )  # fmt: skip
-    fields: dict[str, Any] = {"keep": list(keep), "metric": "draft", "calibration": named_texts(data), "draft": ref}
+    fields: dict[str, Any] = {"keep": list(keep), "metric": "draft", "calibration": named_texts(data)}
     return make_plan(
         outline,
         opened.ref,

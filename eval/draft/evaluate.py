@@ -15,7 +15,7 @@ from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.draft.acceptance import Acceptance, DenseText, spread
 from dropformer.metrics.draft.formula import curve, speedup
 from dropformer.metrics.draft.search import draft_in_place, surgery_in_place
-from dropformer.metrics.repair.base import check_fitted
+from dropformer.metrics.repair.base import Repair, check_fitted
 from dropformer.prune.draft.generation import DRAFT_TOKENS, set_drafting
 from dropformer.prune.errors import CalibrationError
 from dropformer.prune.files.folder import new_files
@@ -103,14 +103,13 @@ class DraftEvaluation:
 
 
 def evaluate_draft(
-    model: PreTrainedModel, plan: Plan, data: Sequence[Windows], new: int = 32, temperature: float | None = None
+    model: PreTrainedModel, plan: Plan, data: Sequence[Windows], new: int = 32, repair: Repair | None = None
 ) -> DraftEvaluation:
     """Measure the draft of a plan on windows of one length, whose last `new` tokens are decoded anew.
 
     Time: a forward pass over the windows and the decoding.  Raises CalibrationError for windows too short.
     """
-    heat = plan.draft.temperature if plan.draft else 1.0
-    return evaluate_on(dense_text(model, data, heat if temperature is None else temperature), plan, new)
+    return evaluate_on(dense_text(model, data, plan.draft.temperature if plan.draft else 1.0), plan, new, 1, repair)
 
 
 def dense_text(model: PreTrainedModel, data: Sequence[Windows], temperature: float) -> DenseText:
@@ -119,7 +118,9 @@ def dense_text(model: PreTrainedModel, data: Sequence[Windows], temperature: flo
     return DenseText(model, data, spread(length, PLACES, min(64, length // 4)), temperature)
 
 
-def evaluate_on(text: DenseText, plan: Plan, new: int = 32, prompts: int = 1) -> DraftEvaluation:
+def evaluate_on(
+    text: DenseText, plan: Plan, new: int = 32, prompts: int = 1, repair: Repair | None = None
+) -> DraftEvaluation:
     """Measure the draft of a plan on windows that the dense model has read.
 
     `prompts`: beginnings of each window to decode after, the longest `new` tokens short of it.  Raises
@@ -132,8 +133,8 @@ def evaluate_on(text: DenseText, plan: Plan, new: int = 32, prompts: int = 1) ->
             f"windows of {shortest} tokens are too short to decode {new} or draft {drafted} behind {text.places[0]}; "
             "give longer ones"
         )
-    check_fitted(plan, None)
-    draft, sources = draft_in_place(model, plan.outline, plan.layers, plan.windowed)
+    check_fitted(plan, repair)
+    draft, sources = draft_in_place(model, plan.outline, plan.layers, plan.windowed, repair)
     set_drafting(draft, drafted)
     found = text.acceptance(draft, sources)
     steps = measured_steps((model, draft, sources), text.rows[0], text.kept[0][0], drafted)

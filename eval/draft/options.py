@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dropformer.prune.errors import PlanError
+from dropformer.eval.cost.hardware import HARDWARE
+from dropformer.prune.errors import EvaluationError, PlanError
 from dropformer.prune.rungs.drop import Dropped
 from dropformer.prune.rungs.registry import parse_rung
 from dropformer.prune.rungs.window import Windowed
@@ -48,3 +49,10 @@ def parse_rungs(text: str) -> list[str | Window]:
     if not found:
         raise PlanError(f"--rungs names none; expected for example {RUNGS}")
     return sorted(dict.fromkeys(found), key=lambda r: len(KINDS) if isinstance(r, Window) else KINDS.index(r))
+
+
+def check_options(options: DraftOptions) -> None:
+    """Raises PlanError for rungs that make no draft, EvaluationError for unknown hardware."""
+    parse_rungs(options.rungs)
+    if options.hardware not in ("cpu", *HARDWARE):
+        raise EvaluationError(f"hardware `{options.hardware}` is unknown; expected cpu or {', '.join(HARDWARE)}")

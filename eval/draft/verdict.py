@@ -31,6 +31,12 @@ def verdict(found: DraftFound, options: DraftOptions) -> list[str]:
         + (f" (by the estimate {found.estimated.cost:.3f})" if found.steps else " (estimated)"),
         f"{one.tokens} drafted at a time: expected {one.speedup:.3f} times the dense model's tokens per second",
     ]
+    if found.repaired:
+        before, after = found.repaired
+        lines.append(
+            f"repaired: acceptance {before.acceptance:.3f} to {after.acceptance:.3f}, by the estimate "
+            f"{before.speedup:.3f} to {after.speedup:.3f} times" + ("" if found.repair else "; left unrepaired")
+        )
     if not found.pays:
         need = needed_cost(one.acceptance)
         lines.append(
@@ -61,6 +67,7 @@ def as_numbers(found: DraftFound, written: str | None) -> dict[str, Any]:
         "tried": found.tried,
         "steps": asdict(found.steps) if found.steps else None,
         "expected": found.curve,
+        "repaired": [one.acceptance for one in found.repaired] if found.repaired else None,
         "written": written,
     }
 

@@ -76,6 +76,7 @@ def proven(model: nn.Module, batch: Batch | None = None, told: Architecture | No
 def measuring(model: nn.Module, architecture: Architecture) -> Iterator[Callable[[Batch, Tensor | None], WindowScores]]:
     """Inside the `with`, a function that runs one batch through the trunk and returns its rows."""
     part = trunk(model)
+    switches = [module for module in part.modules() if hasattr(module, "set_attention_type")]
     with torch.inference_mode(), evaluating(model), capturing(model, architecture) as capture:
 
         def run(batch: Batch, scored: Tensor | None) -> WindowScores:
@@ -83,7 +84,7 @@ def measuring(model: nn.Module, architecture: Architecture) -> Iterator[Callable
             capture.clear()
             capture.scored = scored
             capture.batch = batch_size(inputs)
-            with _same_attention(part):
+            with _same_attention(switches):
                 part(**inputs)
             return capture.take()
 
@@ -91,9 +92,8 @@ def measuring(model: nn.Module, architecture: Architecture) -> Iterator[Callable
 
 
 @contextmanager
-def _same_attention(model: nn.Module) -> Iterator[None]:
+def _same_attention(switches: Sequence[Any]) -> Iterator[None]:
     """After the `with`, BigBird's attention is sparse again, which a short text makes a full one."""
-    switches: list[Any] = [module for module in model.modules() if hasattr(module, "set_attention_type")]
     before = [(module, module.attention_type) for module in switches]
     yield
     for module, kind in before:

@@ -1,14 +1,15 @@
 """Score every layer during a forward pass: hooks read the residual stream, sums are all that is kept.
 
-What a layer costs: one difference and its norm where it ends, and one norm for each new state of the stream (the end
-of a block is the beginning of the next, so its norm is taken once).  Cosines are taken of all layers together after
-the pass: on a GPU a kernel that is not launched is the cheapest one.  A stream is held from where a layer begins to
-where its block ends, no longer, and is never copied to float32.
+What a layer costs: one difference and its norm, and one norm for each new state of the stream (the end of a block is
+the beginning of the next, so its norm is taken once).  Hooks note which states belong together; the numbers are taken
+at the end of a block, on a GPU once 64 MiB of states wait: a short text is bound by launches there, and states that
+wait together share theirs.  Eight blocks of 512 tokens and 4,096 dimensions need 6 kernels where layer by layer they
+need 64.  Cosines are taken of all layers together after the pass.  No state is copied to float32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,28 +17,30 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dropformer.metrics.analysis.similarity import cosine, distance, norm
+from dropformer.metrics.analysis.similarity import alike, cosine, distance, distances, norm, norms
 from dropformer.prune.architecture import Architecture, Block, Branch, Layer, Tap
 from dropformer.prune.discovery.proof import on_tap
 
+WAITING = 64 << 20  # bytes of states that may wait on a GPU
 
-@dataclass(frozen=True)
-class Stream:
-    """The residual stream at one tap, [..., D] in the model's type, and its norm per token, [...] float32."""
+
+class Stream(NamedTuple):
+    """The residual stream at one tap, [..., D] in the model's type, and the number of its norm."""
 
     values: Tensor
-    norm: Tensor
-
-    def to(self, device: torch.device) -> Stream:
-        return self if self.values.device == device else Stream(self.values.to(device), self.norm.to(device))
+    number: int
 
 
-class Change(NamedTuple):
-    """What a layer did to every token: |after - before|, |before| and |after|.  [B, T] float32 each."""
+@dataclass
+class Change:
+    """What a layer did to every token: the numbers of |before| and |after|, and |after - before| once it is taken.
 
-    distance: Tensor
-    before: Tensor
-    after: Tensor
+    The distance is [B, T] in float32, as the norms are.
+    """
+
+    before: int
+    after: int
+    distance: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -67,39 +70,57 @@ class Capture:
         self.batch: int | None = None
         self.listening = True  # False: forward passes are not looked at
         self._column = {layer: i for i, layer in enumerate(self.layers)}
-        self._found: dict[int, list[Change]] = {}  # column -> a part for each segment, until `take`
-        self._held: dict[Tap, Stream] = {}
-        self._last: Stream | None = None
+        self.clear()
 
     def clear(self) -> None:
         """Forget what a pass that failed has left."""
-        self._found, self._held, self._last = {}, {}, None
+        self._found: dict[int, list[Change]] = {}  # column -> a part for each segment, until `take`
+        self._norms: list[Tensor | None] = []
+        self._held: dict[Tap, Stream] = {}
+        self._last: Stream | None = None
+        self._forget_waiting()
+
+    def _forget_waiting(self) -> None:
+        self._states: list[Stream] = []  # whose norms are not taken yet
+        self._pairs: list[tuple[Change, Tensor, Tensor]] = []  # whose distance is not taken yet
+        self._bytes, self._here = 0, False  # of these states, and is one of them in the host's memory
 
     def take(self) -> WindowScores:
         """Sums over the scored tokens since the last call, and how many those were.
 
         The sum is NaN where a layer did not run.
         """
+        self._settle()
         found = {column: self._whole(parts) for column, parts in self._found.items()}
-        batch = next(iter(found.values())).distance.shape[0] if found else 0
+        columns, batch = list(found), len(next(iter(found.values()))[0]) if found else 0
         sums = torch.full((batch, len(self.layers)), torch.nan, dtype=torch.float64)
         tokens = torch.zeros((batch, len(self.layers)), dtype=torch.int64)
-        for columns in _alike(found):
-            total, counted = self._sum(cosine(*map(torch.stack, zip(*(found[i] for i in columns), strict=True))))
-            sums[:, columns], tokens[:, columns] = total.T.cpu(), counted[:, None].cpu()
+        for numbers in alike([parts[0] for parts in found.values()]):
+            group = [columns[number] for number in numbers]
+            total, counted = self._sum(cosine(*map(torch.stack, zip(*(found[i] for i in group), strict=True))))
+            sums[:, group], tokens[:, group] = total.T.cpu(), counted[:, None].cpu()
         self.clear()
         return WindowScores(sums, tokens)
 
     def hold(self, tap: Tap, stream: Tensor, inplace: bool = False) -> None:
         """Keep the stream at a tap until its block has ended; a copy if the block writes into it."""
         if self.listening:
-            self._held[tap] = self._stream(stream.clone() if inplace else stream, inplace)
+            self._held[tap] = self._stream(stream.clone() if inplace else stream)
 
     def score(self, layer: Layer, before: Tap, stream: Tensor, inplace: bool = False) -> None:
         """Add the similarity of a layer: the stream held at `before` against `stream` after it."""
-        if self.listening:
-            x, y = self._held[before].to(stream.device), self._stream(stream, inplace)
-            self._add(layer, Change(distance(x.values, y.values), x.norm, y.norm))
+        if not self.listening:
+            return
+        x = self._held[before]
+        if x.values.device != stream.device:
+            x = self._stream(x.values.to(stream.device))
+        if inplace:  # its next branch writes into this tensor
+            self._add(layer, Change(x.number, self._norm(norm(stream)), distance(x.values, stream)))
+            return
+        y = self._stream(stream)
+        change = Change(x.number, y.number)
+        self._pairs.append((change, x.values, y.values))
+        self._add(layer, change)
 
     def score_delta(self, layer: Layer, before: Tap, delta: list[Tensor]) -> None:
         """The same for a parallel branch: after = before + its output."""
@@ -108,28 +129,51 @@ class Capture:
         x = self._held[before]
         parts = [d.reshape(x.values.shape).to(x.values.device).float() for d in delta]
         whole = sum(parts[1:], parts[0])
-        self._add(layer, Change(norm(whole), x.norm, norm(x.values + whole)))
+        self._add(layer, Change(x.number, self._norm(norm(x.values + whole)), norm(whole)))
 
     def release(self, taps: list[Tap]) -> None:
-        """Let go of what is held at these taps."""
-        if self.listening:
-            for tap in taps:
-                self._held.pop(tap, None)
+        """Let go of what is held at these taps, at the end of a block."""
+        if not self.listening:
+            return
+        for tap in taps:
+            self._held.pop(tap, None)
+        if self._here or self._bytes >= WAITING:
+            self._settle()
 
-    def _stream(self, tensor: Tensor, inplace: bool) -> Stream:
-        """The tensor with its norm, which is taken once for a tensor that one module hands to the next."""
-        if inplace or self._last is None or self._last.values is not tensor:
-            self._last = Stream(tensor, norm(tensor))
+    def _stream(self, tensor: Tensor) -> Stream:
+        """The tensor with the number of its norm, which is taken once for what one module hands to the next."""
+        if self._last is None or self._last.values is not tensor:
+            self._last = Stream(tensor, self._norm(None))
+            self._states.append(self._last)
+            self._bytes += tensor.nbytes
+            self._here |= tensor.device.type == "cpu"
         return self._last
+
+    def _norm(self, values: Tensor | None) -> int:
+        """The number under which a norm is kept; None: once it is taken."""
+        self._norms.append(values)
+        return len(self._norms) - 1
+
+    def _settle(self) -> None:
+        """Take the norms and distances that wait, and let go of their states."""
+        for stream, found in zip(self._states, norms([stream.values for stream in self._states]), strict=True):
+            self._norms[stream.number] = found
+        _, before, after = zip(*self._pairs, strict=True) if self._pairs else ((), (), ())
+        for (change, *_), found in zip(self._pairs, distances(before, after), strict=True):
+            change.distance = found
+        self._forget_waiting()
 
     def _add(self, layer: Layer, change: Change) -> None:
         self._found.setdefault(self._column[layer], []).append(change)
 
-    def _whole(self, parts: list[Change]) -> Change:
-        """The segments of a text, in the order in which the model read them, as one.  [B, T]"""
-        if len(parts) == 1:
-            return Change(*map(self._batch_first, parts[0]))
-        return Change(*(torch.cat([self._batch_first(p) for p in part], dim=1) for part in zip(*parts, strict=True)))
+    def _whole(self, changes: list[Change]) -> list[Tensor]:
+        """|after - before|, |before| and |after| of a text, of its segments in the order in which the model read them.
+
+        [B, T] each.
+        """
+        segments = [(c.distance, self._norms[c.before], self._norms[c.after]) for c in changes]
+        parts = [[self._batch_first(part) for part in segment if part is not None] for segment in segments]
+        return parts[0] if len(parts) == 1 else [torch.cat(part, dim=1) for part in zip(*parts, strict=True)]
 
     def _batch_first(self, part: Tensor) -> Tensor:
         """[B, T] of a stream that runs with its tokens first (XLNet, FSMT) too; others as they are."""
@@ -145,14 +189,6 @@ class Capture:
         scored = self.scored.to(flat.device).reshape(flat.shape[1:])
         kept = torch.where(scored, flat, 0.0)  # not a product: what padding gives may be NaN
         return kept.sum(2, dtype=torch.float64), scored.sum(1)
-
-
-def _alike(found: Mapping[int, Change]) -> list[list[int]]:
-    """Columns whose changes can be stacked: of one shape, on one device."""
-    groups: dict[tuple[torch.device, torch.Size], list[int]] = {}
-    for column, change in found.items():
-        groups.setdefault((change.distance.device, change.distance.shape), []).append(column)
-    return list(groups.values())
 
 
 @contextmanager

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+
+STACKED = 8 << 20  # bytes of a tensor up to which copying it costs a GPU less than one more launch
 
 
 def norm(x: Tensor) -> Tensor:
@@ -12,6 +16,16 @@ def norm(x: Tensor) -> Tensor:
     The tensor is read once, without a copy of it in float32.
     """
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def norms(states: Sequence[Tensor]) -> list[Tensor]:
+    """`norm` of each state."""
+    return _together(norm, states)
+
+
+def distances(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[Tensor]:
+    """`distance` of each state before from that after, row by row."""
+    return _together(distance, before, after)
 
 
 def distance(x: Tensor, y: Tensor) -> Tensor:
@@ -35,3 +49,28 @@ def cosine(distance: Tensor, x_norm: Tensor, y_norm: Tensor) -> Tensor:
     apart = distance.square() - (x_norm - y_norm).square()
     found = 1 - apart / (2 * product).clamp_min(torch.finfo(product.dtype).tiny)
     return torch.where(product > 0, found, 0.0 * apart).clamp(-1, 1)  # not 0.0 alone: NaN stays NaN
+
+
+def alike(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The numbers of those that can be stacked: of one shape and type, on one device."""
+    groups: dict[tuple[torch.device, torch.dtype, torch.Size], list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append(number)
+    return list(groups.values())
+
+
+def _together(function: Callable[..., Tensor], *columns: Sequence[Tensor]) -> list[Tensor]:
+    """function(*row) of each row of the columns, which is over the last dimension alone.
+
+    On a GPU small rows are stacked, so that all share the kernels of one: the host needs longer to launch the norm of
+    512 tokens than the device to take it.
+    """
+    found: dict[int, Tensor] = {}
+    for rows in alike(columns[0]):
+        first = columns[0][rows[0]]
+        if first.device.type == "cpu" or first.nbytes > STACKED or len(rows) == 1:
+            found |= {row: function(*(column[row] for column in columns)) for row in rows}
+        else:
+            whole = function(*(torch.stack([column[row] for row in rows]) for column in columns))
+            found |= dict(zip(rows, whole.unbind(), strict=True))
+    return [found[row] for row in range(len(found))]

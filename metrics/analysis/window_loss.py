@@ -16,7 +16,7 @@ from dropformer.prune.errors import CalibrationError
 from dropformer.prune.loading import window_cache
 from dropformer.prune.loading.parts import twin_of
 from dropformer.prune.loading.skipped_modules import hidden_states
-from dropformer.prune.loading.window_attention import unfit, window_attention
+from dropformer.prune.loading.window_attention import CONSTANTS, unfit, window_attention
 from dropformer.prune.outline import Outline
 from dropformer.prune.window import Window
 
@@ -92,10 +92,15 @@ def _comparing(
         yield
 
 
-def windowed_twin(module: nn.Module, window: Window) -> nn.Module:
-    """The same attention module with a window, real sinks if any: its own settings and hooks, the same weights."""
+def windowed_twin(module: nn.Module, window: Window, constants: tuple[Tensor, Tensor] | None = None) -> nn.Module:
+    """The same attention module with a window: its own settings and hooks, the same weights.
+
+    `constants`: those of a folded window (`metrics.search.fold`); without them its sinks are real, if it has any.
+    """
     twin = twin_of(module)
-    window_attention(twin, window_cache.Window(window.width, window.sinks))
+    window_attention(twin, window_cache.Window(window.width, window.sinks), fold=constants is not None)
+    for name, tensor in zip(CONSTANTS, constants or (), strict=False):
+        getattr(twin, name).data.copy_(tensor)
     return twin
 
 

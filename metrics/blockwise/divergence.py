@@ -58,15 +58,7 @@ class DenseReference:
             self._log_probs = [
                 keep(self._log_probabilities(batch, streams[-1]).half()) for batch, streams in enumerate(self.streams)
             ]
-            self.divergence = self._summary(self._log_probs)
-
-    def compare(self, first: int = 0) -> Divergence:
-        """The divergence of the model as it is now, whose blocks before `first` are unchanged."""
-        with torch.inference_mode():
-            streams = [self.streams[batch][first] for batch in range(len(self.runner))]
-            for block in self.runner.walk(first):
-                streams = [self.runner.step(block, batch, stream) for batch, stream in enumerate(streams)]
-            return self._summary(self._log_probabilities(batch, stream) for batch, stream in enumerate(streams))
+            self.divergence = self._joined([self._rows(b, log_probs) for b, log_probs in enumerate(self._log_probs)])
 
     def compare_each(self, variants: Sequence[Variant], batches: Sequence[int] | None = None) -> list[Divergence]:
         """The divergence of each variant, on some of the batches (None: all).
@@ -131,9 +123,6 @@ class DenseReference:
 
     def _log_probabilities(self, batch: int, stream: Tensor) -> Tensor:
         return torch.log_softmax(self.runner.logits(batch, stream, self._positions(batch)).float(), -1)
-
-    def _summary(self, found: Iterable[Tensor]) -> Divergence:
-        return self._joined([self._rows(batch, log_probs) for batch, log_probs in enumerate(found)])
 
     def _joined(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Divergence:
         kl, nll = (torch.cat([part[i].cpu() for part in parts]) for i in (0, 1))

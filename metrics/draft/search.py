@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel
 
 from dropformer.metrics.draft.acceptance import Acceptance, DenseText
 from dropformer.metrics.draft.formula import Verify, best
+from dropformer.metrics.repair.base import Repair
 from dropformer.progress import Tick
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import Surgery, map_blocks
@@ -104,9 +105,11 @@ class DraftSearch:
             self.tried[key] = self.measured(layers, windows)
         return self.tried[key]
 
-    def measured(self, layers: Sequence[Layer], windows: Mapping[Layer, Window]) -> Candidate:
+    def measured(
+        self, layers: Sequence[Layer], windows: Mapping[Layer, Window], repair: Repair | None = None
+    ) -> Candidate:
         """Measure one draft: acceptance on the text, cost, and the best number of drafted tokens."""
-        draft, sources = draft_in_place(self.text.model, self.outline, layers, windows)
+        draft, sources = draft_in_place(self.text.model, self.outline, layers, windows, repair)
         found: Acceptance = self.text.acceptance(draft, sources)
         cost = self.cost(layers, windows)
         tokens, gives = best(found.mean, cost, self.verify)
@@ -136,13 +139,24 @@ def _taken(rungs: Sequence[Rung], counts: Sequence[int]) -> tuple[list[Layer], d
 
 
 def draft_in_place(
-    model: PreTrainedModel, outline: Outline, layers: Sequence[Layer], windows: Mapping[Layer, Window]
+    model: PreTrainedModel,
+    outline: Outline,
+    layers: Sequence[Layer],
+    windows: Mapping[Layer, Window],
+    repair: Repair | None = None,
 ) -> tuple[PreTrainedModel, list[int]]:
-    """The draft, with shared weights and unchanged block numbers, and the source block of each attention layer."""
-    surgery = surgery_in_place(outline, layers, windows)
-    return apply_surgery(sharing_copy(model), surgery), sources_of(surgery)  # type: ignore[return-value]
+    """The draft, with unchanged block numbers, and the source block of each attention layer.
+
+    It shares the weights that `repair` does not change.
+    """
+    surgery = surgery_in_place(outline, layers, windows, repair)
+    rounded = {name: tensor.to(model.dtype) for name, tensor in surgery.tensors.items()}
+    return apply_surgery(sharing_copy(model), replace(surgery, tensors=rounded)), sources_of(surgery)  # type: ignore[return-value]
 
 
-def surgery_in_place(outline: Outline, layers: Sequence[Layer], windows: Mapping[Layer, Window]) -> Surgery:
-    """The surgery that drops and windows these layers while every block keeps its number."""
-    return Surgery(outline, tuple(layers), map_blocks(outline, layers, False, rungs=windows))
+def surgery_in_place(
+    outline: Outline, layers: Sequence[Layer], windows: Mapping[Layer, Window], repair: Repair | None = None
+) -> Surgery:
+    """The surgery that drops, windows and repairs while every block keeps its number."""
+    block_map = map_blocks(outline, layers, False, rungs=windows)
+    return Surgery(outline, tuple(layers), block_map, tensors=repair.named(outline, block_map) if repair else {})

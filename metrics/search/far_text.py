@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 
 from dropformer.metrics.analysis.window_loss import first_output, noting, windowed_twin
 from dropformer.metrics.blockwise.divergence import kl_divergence
+from dropformer.metrics.search.fold import Constants
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import attention_module, map_blocks, skipped_modules
 from dropformer.prune.loading.device import input_device
@@ -35,6 +37,18 @@ Action = Window | LinearMap | None
 
 Maps = Callable[[Layer], Mapping[str, nn.Module]]
 """The modules of the model that change where an attention layer becomes a linear map, by path."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What actions need beside the model's weights: linear maps, and the constants of folded windows."""
+
+    maps: Maps | None = None
+    constants: Constants = field(default_factory=dict)
+
+    def twin(self, module: nn.Module, layer: Layer, window: Window) -> nn.Module:
+        """The attention module of the layer with the window."""
+        return windowed_twin(module, window, self.constants[layer, window] if window.fold else None)
 
 
 def tail_of(tokens: int) -> int:
@@ -57,14 +71,18 @@ class FarText:
     """The dense model on one long text [T]: its cache, and the outputs of its blocks and head on the tail.
 
     `damages`: per layer and action, maps apart, on the dense stream of the tail, the mean of |A'(x) - A(x)|^2 / |x|^2.
-    `maps`: gives the linear maps, if some action is one.
     Time: a forward pass.  Memory: the KV cache of the text, and log-probabilities [tail, V] in float32.
     """
 
     def __init__(
-        self, model: PreTrainedModel, outline: Outline, ids: Tensor, actions: Sequence[Action], maps: Maps | None = None
+        self,
+        model: PreTrainedModel,
+        outline: Outline,
+        ids: Tensor,
+        actions: Sequence[Action],
+        fitted: Fitted | None = None,
     ) -> None:
-        self.model, self.outline, self.maps = model, outline, maps
+        self.model, self.outline, self.fitted = model, outline, fitted or Fitted()
         self.stack = outline.stacks[0]
         self.blocks = [f"{self.stack.path}.{i}" for i in range(self.stack.blocks)]
         self.outputs: list[Any] = []
@@ -99,11 +117,11 @@ class FarText:
 
     def _changed(self, layer: Layer, action: Action) -> Mapping[str, nn.Module]:
         if isinstance(action, LinearMap):
-            assert self.maps is not None
-            return self.maps(layer)
+            assert self.fitted.maps is not None
+            return self.fitted.maps(layer)
         if action is not None:
             path = f"{self.blocks[layer.index]}.{attention_module(self.outline, layer)}"
-            return {path: windowed_twin(self.model.get_submodule(path), action)}
+            return {path: self.fitted.twin(self.model.get_submodule(path), layer, action)}
         forms = skipped_modules(self.outline, map_blocks(self.outline, [layer], False))
         return {path: replacement(form).keep(self.model.get_submodule(path)) for path, form in forms.items()}
 
@@ -141,7 +159,7 @@ class FarText:
                 lost = full
                 if action is not None:
                     own = {**kwargs, "past_key_values": continued(self.cache)}
-                    lost = first_output(windowed_twin(module, action)(*args, **own)).float() - full
+                    lost = first_output(self.fitted.twin(module, layer, action)(*args, **own)).float() - full
                 found[action] = float((lost.square().sum(-1) / size).mean())
 
         return hook

@@ -48,11 +48,6 @@ def check_rungs(rungs: Iterable[Rung], context: int) -> list[Window]:
             "--rungs without a window is what --budget does alone (with --repair linear for linear maps); add one, as "
             "in --rungs drop,linear,window:512+4"
         )
-    if folded := next((window for window in windows if window.fold), None):
-        raise PlanError(
-            f"--rungs takes no window:{folded}: its constants are fitted once layers are chosen; search with "
-            f"window:{folded.width}+4, then write the windows that it finds as @{folded.width}+fold"
-        )
     for window in windows:
         if window.width + window.sinks >= context:
             raise PlanError(f"a window of {window} saves nothing at {context:,} tokens; give a larger --context")

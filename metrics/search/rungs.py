@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from dropformer.metrics.blockwise.variant import variant
 from dropformer.metrics.search.budget import parse_budget
-from dropformer.metrics.search.far_text import Action, FarText, Maps
+from dropformer.metrics.search.far_text import Action, FarText, Fitted, Maps
 from dropformer.metrics.search.improve import Improver
 from dropformer.metrics.search.ladder import Option, check_rungs, climb, saved_share
 from dropformer.metrics.search.strategy import Target
@@ -108,15 +108,15 @@ def read_texts(
     rungs: Sequence[Rung],
     texts: Sequence[Tensor],
     keep: Sequence[int] = (),
-    maps: Maps | None = None,
+    fitted: Fitted | None = None,
 ) -> RungSearch:
     """The dense model on these long texts, token ids [T], for a search among rungs.
 
-    `maps`: gives the linear maps (`mapped_modules`), if `linear` is a rung.  Time: a forward pass.  Memory: the texts'
-    KV cache.  Raises ArchitectureError if no attention layer takes a window.
+    `fitted`: linear maps (`mapped_modules`) and constants of folded windows (`fit_folds`), if these are rungs.  Time: a
+    forward pass.  Memory: the texts' KV cache.  Raises ArchitectureError if no attention layer takes a window.
     """
     actions = [_action(rung) for rung in rungs]
-    read = [FarText(model, outline, ids, actions, maps) for ids in texts]
+    read = [FarText(model, outline, ids, actions, fitted) for ids in texts]
     if not read[0].damages:
         raise ArchitectureError(f"no attention layer of {type(model).__name__} takes a window; give --budget alone")
     free = sorted(set(unprotected(outline, ("attn",), "", keep)).intersection(read[0].damages))

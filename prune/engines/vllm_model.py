@@ -2,8 +2,8 @@
 
 `DropformerQwen3ForCausalLM` and every other twin is made when it is first asked for (PEP 562): a subclass of vLLM's
 class that builds the dense model, then replaces each dropped module by `Zeros` or `PassNorm` and takes its entries
-out of vLLM's forward context, so that no KV cache is allocated for it.  Weights load as in the base class; vLLM
-stops by itself where a parameter is in no file.  While it builds, the dense model is in memory once.
+out of vLLM's forward context, so that no KV cache is allocated for it.  Weights load as in the base class, and a
+parameter that is in no file stops it.  While it builds, the dense model is in memory once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -30,6 +30,9 @@ from dropformer.prune.loading.skipped_modules import replacement
 
 # What vLLM calls a member of a block where transformers has another name for it.
 ALIASES = {"mlp": ("block_sparse_moe", "feed_forward", "ffn", "moe"), "self_attn": ("attention", "attn")}
+
+# Classes that load a bias of the head and never add it (0.32), the dense model's too.
+HEAD_BIAS_LEFT_OUT = ("PhiMoEForCausalLM",)
 
 
 class Zeros(nn.Module):
@@ -93,10 +96,34 @@ def twin(name: str) -> type[nn.Module]:
             finally:
                 config.architectures = ours
             drop_modules(self, getattr(config, "dropformer_modules", {}), vllm_config)
+            self.quantized = vllm_config.model_config.quantization is not None
 
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *args: Any, **kwargs: Any) -> Any:
+            loaded = super().load_weights(weights, *args, **kwargs)
+            if loaded is not None and not self.quantized:
+                stop_where_unfilled(self, loaded)
+            return loaded
+
+    if native.__name__ in HEAD_BIAS_LEFT_OUT:
+        Pruned.compute_logits = with_head_bias
     Pruned.__name__ = Pruned.__qualname__ = name
     Pruned.__module__ = __name__
     return Pruned
+
+
+def with_head_bias(model: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Logits [N, V] of hidden states [N, D], the head's bias added."""
+    return model.logits_processor(model.lm_head, hidden_states, model.lm_head.bias)
+
+
+def stop_where_unfilled(model: nn.Module, loaded: set[str]) -> None:
+    """Raise ValueError where the checkpoint filled none of a parameter: vLLM checks that of norms and embeddings alone.
+
+    The linear layers of an unquantized model are exempt there, and compute with whatever their memory held.
+    """
+    if unfilled := sorted({name for name, _ in model.named_parameters()} - loaded):
+        names = ", ".join(unfilled[:3]) + (f" and {len(unfilled) - 3} more" if len(unfilled) > 3 else "")
+        raise ValueError(f"the checkpoint has no numbers for {names}, which vLLM's class of the family wants")
 
 
 def drop_modules(model: nn.Module, modules: dict[str, Any], vllm_config: VllmConfig) -> None:

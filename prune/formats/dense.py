@@ -66,6 +66,7 @@ def _replaced(writing: ExportJob, silent: Mapping[str, str]) -> Iterator[tuple[s
     most = max((span.nbytes for span in writing.source.tensors.values()), default=0) or 1
     fills: dict[int, mmap.mmap] = {}
     written = set()
+    yield from writing.repaired_parts.items()
     for tensor, span in writing.source.tensors.items():
         for parameter in writing.parameters(tensor):
             if writer := next((name for name in silent if _part_of(parameter, name)), None):

@@ -4,45 +4,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.block_map import Surgery
+from dropformer.prune.block_map import Surgery, new_name
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
 from dropformer.prune.files.config_json import read_config
-from dropformer.prune.files.side_files import copy_side_files
 from dropformer.prune.formats.fitting import config_digest
 from dropformer.prune.formats.record import licence_of, write_record
 from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.formats.verify import verify
-from dropformer.prune.formats.writing import ExportJob, ExportOptions, write_config
-from dropformer.prune.loading.described import auto_names, config_from, meta_model, native_class, parameter_names
+from dropformer.prune.formats.writing import Exported, ExportJob, ExportOptions, write_config
+from dropformer.prune.loading.described import (
+    auto_names,
+    config_from,
+    meta_model,
+    native_class,
+    parameter_names,
+    renamed_on_load,
+)
 from dropformer.prune.plan import Plan
 from dropformer.prune.surgery.config import completed
-from dropformer.prune.surgery.side_files import follow_files
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A finished checkpoint: where it is, what was copied, its record, how far its logits are from the model's.
-
-    `record` is dropformer.json; `max_difference` is None where nothing here can run the format, or no memory was
-    left to run it; its bytes were compared all the same.
-    """
-
-    path: Path
-    copied: CopyReport
-    record: dict[str, Any]
-    max_difference: float | None
-
-    @property
-    def packed(self) -> bool:
-        return self.record["packed"]
-
 
 Finish = Callable[[Path, CopyReport], list[str]]
 
@@ -63,11 +49,7 @@ def export(
     kind.check_rungs(how.format, surgery.block_map)
     writing = replace(writing_of(native_class(type(model)), surgery, open_checkpoint(source), how), model=model)
     with new_folder(out) as folder:
-        copied = kind.writer()(writing, folder)
-        if kind.sides:
-            copied = copied.noted(copy_side_files(source, folder).note)
-        if kind.saves:
-            follow_files(folder, surgery.outline, surgery.block_map, kind.settings)
+        copied = kind.fill(folder, writing)
         results = finish(folder, copied) if finish else None
         record = write_record(folder, plan, surgery.block_map, copied, how.format, results)
         difference = verify(folder, model, surgery, not kind.saves) if kind.reloads else None
@@ -80,10 +62,25 @@ def writing_of(native: type[PreTrainedModel], surgery: Surgery, source: Checkpoi
     known = config_from(config)
     if not surgery.block_map.in_place(surgery.outline):
         config = completed(config, known.to_dict(), surgery.outline)
-    return ExportJob(
-        source, config, surgery, parameter_names(meta_model(native, known), source.tensors), native.base_model_prefix,
-        auto_names(native), how,
-    )  # fmt: skip
+    model = meta_model(native, known)
+    names = parameter_names(model, source.tensors)
+    writing = ExportJob(source, config, surgery, names, native.base_model_prefix, auto_names(native), how)
+    return replace(writing, parts=_parts(writing, model)) if surgery.tensors else writing
+
+
+def _parts(writing: ExportJob, model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """`ExportJob.parts`.  Raises CheckpointError where transformers cannot split a repaired parameter."""
+    from dropformer.prune.surgery.stored_tensors import split_parameter
+
+    rename, changed = renamed_on_load(model), writing.surgery.tensors
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    for tensor in (name for name in writing.names if rename(name)[1] is not None):
+        for candidate in writing.parameters(tensor):
+            new = new_name(writing.outline, writing.block_map, candidate)
+            if new is not None and new in changed:
+                shapes = found.setdefault(new, (writing.names[tensor], {}))[1]
+                shapes[tensor] = writing.source.tensors[tensor].shape
+    return {new: split_parameter(model, name, changed[new], shapes) for new, (name, shapes) in found.items()}
 
 
 def reference(

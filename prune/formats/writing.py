@@ -1,6 +1,6 @@
 """Write the files of a pruned checkpoint from those of the dense one: headers, names, byte ranges; no model.
 
-A `Writing` says what is to be written; each format (`prune.formats`) is a function of it and a folder.
+An `ExportJob` says what is to be written; each format (`prune.formats`) is a function of it and a folder.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class ExportJob:
 
     `config` is the dense config.json, with what transformers derives by position written out where blocks move;
     `names` maps the source's tensors to parameters of the dense model, whose trunk is at `prefix`; `autos` are the
-    Auto classes that load it; `model` is the pruned model in memory, for formats that need it.
+    Auto classes that load it; `model` is the pruned model in memory, for formats that need it.  `parts`: repaired
+    parameters, by the pruned model's names, that the files hold in several tensors -> those by name.
     """
 
     source: Checkpoint
@@ -65,6 +66,7 @@ class ExportJob:
     autos: Sequence[str]
     how: ExportOptions = field(default_factory=ExportOptions)
     model: Any = None
+    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def outline(self) -> Outline:
@@ -81,12 +83,13 @@ class ExportJob:
 
     @cached_property
     def repaired(self) -> dict[str, NewTensor]:
-        """Parameters of the pruned model, by its names, that are not the dense model's."""
-        if not self.surgery.tensors:
-            return {}
-        from dropformer.prune.surgery.stored_tensors import new_tensor  # imports torch: only where there is a tensor
+        """Parameters of the pruned model, by its names, that are not the dense model's; without those of `parts`."""
+        return _stored({name: tensor for name, tensor in self.surgery.tensors.items() if name not in self.parts})
 
-        return {name: new_tensor(tensor) for name, tensor in self.surgery.tensors.items()}
+    @cached_property
+    def repaired_parts(self) -> dict[str, NewTensor]:
+        """New values of the source's tensors from which transformers merges a repaired parameter."""
+        return _stored({name: tensor for parts in self.parts.values() for name, tensor in parts.items()})
 
     def copy(self, folder: Path, rename: Callable[[str], str | None], replace: Mapping[str, NewTensor]) -> CopyReport:
         """Copy the source's tensors under new names; raises as `copy_checkpoint`."""
@@ -104,6 +107,32 @@ class ExportJob:
         """What the parameter that a tensor is may be called: as in a bare trunk, and as in a model with a head."""
         name = self.names[tensor]
         return name, f"{self.prefix}.{name}"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished checkpoint: where it is, what was copied, its record, how far its logits are from the model's.
+
+    `record` is dropformer.json; `max_difference` is None where nothing here can run the format, or no memory was
+    left to run it; its bytes were compared all the same.
+    """
+
+    path: Path
+    copied: CopyReport
+    record: dict[str, Any]
+    max_difference: float | None
+
+    @property
+    def packed(self) -> bool:
+        return self.record["packed"]
+
+
+def _stored(tensors: Mapping[str, Any]) -> dict[str, NewTensor]:
+    if not tensors:
+        return {}
+    from dropformer.prune.surgery.stored_tensors import new_tensor  # imports torch: only where there is a tensor
+
+    return {name: new_tensor(tensor) for name, tensor in tensors.items()}
 
 
 def write_pruned(writing: ExportJob, folder: Path) -> CopyReport:
@@ -141,14 +170,16 @@ def write_config(folder: Path, fields: dict[str, Any], autos: Sequence[str]) -> 
 def replacements(writing: ExportJob, rename: Callable[[str], str | None]) -> dict[str, NewTensor]:
     """What is to be written in place of the source's tensors, by the name that `rename` gives the new one.
 
-    Raises CheckpointError where a repaired parameter is not one tensor of the files (merged experts).
+    Raises CheckpointError where the files hold a repaired parameter in no tensor.
     """
-    left, found = dict(writing.repaired), {}
+    left, found = dict(writing.repaired), dict[str, NewTensor]()
     bare = True  # the files leave out the prefix that the model with its head puts before the trunk's names
     for tensor in writing.names:
         new_file = rename(tensor)
         if new_file is None:
             continue
+        if tensor in writing.repaired_parts:
+            found[new_file] = writing.repaired_parts[tensor]
         for candidate in writing.parameters(tensor):
             new = new_name(writing.outline, writing.block_map, candidate)
             bare = bare and not tensor.startswith(f"{writing.prefix}.")
@@ -157,9 +188,7 @@ def replacements(writing: ExportJob, rename: Callable[[str], str | None]) -> dic
     maps = mapped_modules(writing)
     for parameter, value in left.items():
         if parameter.rpartition(".")[0] not in maps:
-            raise CheckpointError(
-                f"{parameter} was repaired, but the files hold it in several tensors; leave out --repair"
-            )
+            raise CheckpointError(f"{parameter} was repaired, but the files do not hold it; leave out --repair")
         found[parameter.removeprefix(f"{writing.prefix}.") if bare else parameter] = value
     return found
 

@@ -26,7 +26,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .window_cache import Slots, StaticWindowLayer, Window, WindowLayer, sink_slots, tokens_at, window_entry
+from .window_cache import Slots, StaticWindowLayer, Window, WindowLayer, ring_slots, sink_slots, tokens_at, window_entry
 
 ATTENTION = f"windows of {__name__}"  # a copy beside a checkpoint has a name of its own
 CONSTANTS = ("sink_logits", "sink_values")  # parameters of a folded window's module: [H] and [H', D]
@@ -59,10 +59,14 @@ def windowed_attention(
     window, entry = module.window, module.entry
     run = _implementation(module)
     first = first_real(attention_mask)
-    if isinstance(entry, StaticWindowLayer):
-        last = entry.cumulative_length
-        q_slots = last - query.shape[2] + torch.arange(query.shape[2], device=query.device)
-        mask = _allowed(q_slots, entry.slots, first, window, attention_mask, query.dtype)
+    if isinstance(entry, StaticWindowLayer) or (isinstance(entry, WindowLayer) and entry.ring is not None):
+        q_slots = entry.cumulative_length - query.shape[2] + torch.arange(query.shape[2], device=query.device)
+        mask = None
+        if isinstance(entry, StaticWindowLayer):
+            mask = _allowed(q_slots, entry.slots, first, window, attention_mask, query.dtype)
+        elif attention_mask is not None or entry.cumulative_length < window.width + window.sinks:
+            held = ring_slots(entry.cumulative_length, window, first, key)
+            mask = _allowed(q_slots, held, first, window, attention_mask, query.dtype)
         if has_constants(module):
             key, value, mask = _with_constants(module, key, value, mask, beyond(q_slots, first, window))
         return run(module, query, key, value, mask, **kwargs)

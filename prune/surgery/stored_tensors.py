@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from dropformer.prune.errors import CheckpointError
 from dropformer.prune.files import NewTensor, open_checkpoint
@@ -31,3 +35,25 @@ def new_tensor(tensor: Tensor) -> NewTensor:
     dtype = next(name for name, known in DTYPES.items() if known == tensor.dtype)
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return NewTensor(dtype, tuple(tensor.shape), flat.view(torch.uint8).numpy())
+
+
+def split_parameter(
+    model: PreTrainedModel, parameter: str, value: Tensor, tensors: Mapping[str, Sequence[int]]
+) -> dict[str, Tensor]:
+    """Tensor name in the files -> its part of a parameter that transformers merges from them as it loads.
+
+    `model`: of the dense class, on the meta device; `tensors`: their shapes in the files.  Raises CheckpointError
+    where transformers does not split it into just these.
+    Example: experts.gate_up_proj [E, 2 F, D] -> experts.0.w1.weight [F, D], experts.0.w3.weight [F, D], ...
+    """
+    made = cast(dict[str, Tensor], revert_weight_conversion(model, {parameter: value}))
+    found = {}
+    for name, shape in tensors.items():
+        same = [part for other, part in made.items() if f".{name}".endswith(f".{other}") or other.endswith(f".{name}")]
+        if len(same) != 1 or tuple(same[0].shape) != tuple(shape):
+            raise CheckpointError(
+                f"{parameter} was repaired, and transformers does not split it into what the files hold ({name}); "
+                "leave out --repair distill"
+            )
+        found[name] = same[0]
+    return found

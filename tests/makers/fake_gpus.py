@@ -49,9 +49,13 @@ class Placed(Tensor):
 
 @dataclass
 class Gpus(TorchDispatchMode):
-    """What runs on fake GPUs; `waits`: how often the host waited for one, and by which operation."""
+    """What runs on fake GPUs; `waits`: how often the host waited for one, and by which operation.
+
+    `operations`: how many have run on one.
+    """
 
     waits: list[str] = field(default_factory=list)
+    operations: int = 0
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -67,6 +71,7 @@ class Gpus(TorchDispatchMode):
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:  # inference mode hands over what is made of other operations
                 return func.decompose(*args, **kwargs)
+        self.operations += here is not None
         target = wanted or here
         if here is not None and (func in READS or (func in CROSSES and target.type == "cpu")):
             self.waits.append(str(func))

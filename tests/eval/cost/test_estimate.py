@@ -12,7 +12,7 @@ from dropformer.eval.cost.counting import cost_of_config
 from dropformer.eval.cost.estimate import cost_of_name, estimate, estimate_lines, published_speedup, shipped_cost
 from dropformer.eval.cost.hardware import HARDWARE, hardware, measure_cpu
 from dropformer.eval.cost.memory import kv_bytes, parameter_bytes
-from dropformer.eval.cost.roofline import KERNELS, Workload
+from dropformer.eval.cost.roofline import KERNELS, LAUNCHES, Workload
 from dropformer.prune.errors import ArchitectureError, EvaluationError, ModelError, PlanError
 from dropformer.recipes import recipe, recipes
 
@@ -124,6 +124,19 @@ def test_the_published_speedup_stands_below_the_predictions():
     assert any("7.242 G" in line and "6.906 G" in line for line in lines)
     assert any("eager" in line and "1.23x" in line for line in lines)
     assert not any(line.startswith("active") for line in lines)
+
+
+def test_a_gpu_waits_for_the_host_where_kernels_are_short_and_the_estimate_says_so():
+    """A model of microseconds a step is as fast as transformers launches it; a CUDA graph is not bound by that."""
+    result = estimate(SMALL, "attn:1", GPU, Workload(64, 1))
+    attention, mlp = GPU.launch * LAUNCHES["attention"], GPU.launch * LAUNCHES["mlp"]
+    blocks = SMALL["num_hidden_layers"]
+    assert result.dense.times["sdpa"].decode == pytest.approx(32 * blocks * (attention + mlp))
+    assert result.speedup("sdpa").decode == pytest.approx(1 / (1 - attention / blocks / (attention + mlp)))
+    assert result.dense.times["fused"].decode < result.dense.times["sdpa"].decode / 10
+    assert any("to launch a decode step" in line for line in estimate_lines(result))
+    large = estimate(cost("llama-2-13b"), "attn:8", GPU, Workload(4096, 8))
+    assert not any("to launch" in line for line in estimate_lines(large))
 
 
 def test_active_parameters_are_shown_for_a_mixture_only():

@@ -7,9 +7,12 @@ import pytest
 
 from dropformer.cli import app
 from dropformer.eval.draft.options import parse_rungs
-from dropformer.prune.errors import PlanError
+from dropformer.eval.draft.run import evaluate_pair
+from dropformer.metrics.calibration.settings import Calibration
+from dropformer.prune.errors import DropformerError, PlanError
 from dropformer.prune.plan import Plan
 from dropformer.prune.window import Window
+from dropformer.recipes.placement import Placement
 
 RUN = ["--draft", "--context", "96", "--rungs", "mlp,window:16+2", "--calibration", "builtin", "-q"]
 
@@ -38,6 +41,34 @@ def test_a_draft_is_written_anyway_with_a_plan_that_says_what_it_gives(lettered,
     assert (here / "draft" / "draft.png").stat().st_size > 1000
     assert len(found["expected"]) == 12
     assert max(found["expected"].values()) == pytest.approx(found["speedup"])
+
+
+def test_a_repaired_draft_is_measured_again_and_kept_where_it_is_faster(lettered, here, capsys):
+    """Distilled, a tiny model's neighbours follow the dense stream a little better, or the draft stays as it was."""
+    more = ("--max-drop", "1", "--repair", "refit,distill", "--samples", "2", "--seconds", "0")
+    prune(lettered, *more, "--write-anyway", "--out", "draft", "--json")
+    found = json.loads(capsys.readouterr().out)
+    before, after = found["repaired"]
+    plan = Plan.read(here / "draft" / "plan.json")
+    assert plan.layers and plan.draft.acceptance == pytest.approx(max(before, after))
+    assert bool(plan.repairs) == (after > before)
+    words = ["evaluate", str(lettered), "--draft", "draft/plan.json", "--text", "builtin", "--samples", "1"]
+    app([*words, "--length", "96", "--new-tokens", "4", "--json"], standalone_mode=False)
+    result = json.loads(capsys.readouterr().out)
+    assert result["equal"] == 1 and (result["pair_bytes"] > result["dense_bytes"]) == bool(plan.repairs)
+    if plan.repairs:
+        (here / "plan.json").write_text((here / "draft" / "plan.json").read_text())
+        with pytest.raises(PlanError, match="whose weights lie in its checkpoint"):
+            evaluate_pair(str(lettered), here / "plan.json", Calibration("builtin", 1, 96), 4, Placement())
+
+
+def test_repairs_that_a_draft_cannot_have_are_refused(lettered, here):
+    for more, said in (
+        (("--quality", "linear"), "repair it by refit or distill"),
+        (("--quality", "paper"), "--quality has no effect"),
+    ):
+        with pytest.raises(DropformerError, match=said):
+            prune(lettered, *more)
 
 
 @pytest.mark.parametrize("text", ["depth", "window", "", "window:0"])

@@ -9,7 +9,7 @@ import dropformer
 from dropformer import api
 from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.metrics.calibration.windows import Windows
-from dropformer.metrics.search.far_text import FarText
+from dropformer.metrics.search.far_text import FarText, Fitted
 from dropformer.metrics.search.improve import Improver
 from dropformer.metrics.search.rungs import mapped_modules, read_texts, rung_plan
 from dropformer.metrics.search.strategy import Strategy, Target
@@ -39,7 +39,11 @@ def search(tiny):
     rungs = parse_rungs("drop,linear,window:6+2")
     layers = api.outline(model).layers("attn")
     texts = [text_ids()]
-    return improver, read_texts(model, improver.outline, rungs, texts, (), mapped_modules(improver, layers)), rungs
+    return (
+        improver,
+        read_texts(model, improver.outline, rungs, texts, (), Fitted(mapped_modules(improver, layers))),
+        rungs,
+    )
 
 
 def test_a_spec_names_maps_beside_drops_and_the_most_redundant_layers_belong_to_its_first_item(tiny):
@@ -59,7 +63,7 @@ def test_a_search_measures_the_very_map_that_the_repair_writes(search):
     repair, variant = improver.repair([layer], None, [layer])
     assert list(repair.mapped) == [layer]
     measured = text.kl({layer: LinearMap()})
-    again = FarText(improver.model, improver.outline, text_ids(), [], lambda _: variant.modules())
+    again = FarText(improver.model, improver.outline, text_ids(), [], Fitted(lambda _: variant.modules()))
     assert measured == pytest.approx(again.kl({layer: LinearMap()}), rel=1e-5) and measured > 1e-4
 
 

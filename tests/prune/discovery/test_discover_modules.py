@@ -127,6 +127,17 @@ def test_a_block_that_writes_into_its_stream_says_so(batch):
     assert not proven(Encoder(Strided), batch).stacks[0].blocks[0].inplace
 
 
+@pytest.mark.parametrize("write", [lambda x: x.add_(1), lambda x: x[:, :2].mul_(2), lambda x: x.__setitem__(0, 1.0)])
+def test_a_trunk_that_writes_into_what_a_block_gives_or_takes_says_so(batch, write):
+    class Writing(Encoder):
+        def forward(self, x):
+            x = self.stages[1](self.stages[0](self.inp(x)))
+            write(x)
+            return self.head(self.stages[2](x))
+
+    assert [block.inplace for block in proven(Writing(Strided), batch).stacks[0].blocks] == [False, True, True]
+
+
 def test_without_weights_the_operations_tell_the_kind(batch):
     with torch.device("meta"):
         model = Encoder(nn.Identity)

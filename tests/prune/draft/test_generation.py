@@ -85,7 +85,7 @@ def test_a_view_of_the_cache_holds_a_windows_tokens_and_leaves_the_dense_models_
         kept = [entry.keys.clone() for entry in cache.layers]
         view = view_of(cache, draft, range(4))
         draft(some_ids(1), past_key_values=view)
-    assert view.layers[0].keys.shape[2] == 5 and view.layers[0].sink_keys.shape[2] == 2
+    assert view.layers[0].keys.shape[2] == 6 and view.layers[0].sink_keys.shape[2] == 2
     assert view.layers[3].keys.shape[2] == 41
     assert all(torch.equal(entry.keys, old) for entry, old in zip(cache.layers, kept, strict=True))
 

@@ -74,6 +74,28 @@ def test_repaired_weights_are_in_the_dense_format_too(opened, tmp_path, ids):
     assert torch.equal(stock.get_parameter(name), repair.tensors[name])
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+@pytest.mark.parametrize("kind", ["dropformer", "dense"])
+@pytest.mark.parametrize(("family", "fields"), [("mixtral", {}), ("qwen3_moe", EXPERTS)])
+def test_repaired_experts_are_written_as_the_files_hold_them(opened, tmp_path, ids, family, fields, kind):
+    dense = opened(family, **fields)
+    experts = "model.layers.3.mlp.experts"
+    names = [f"{experts}.gate_up_proj", f"{experts}.down_proj", "model.layers.3.mlp.gate.weight"]
+    repair = Repair({name: dense.model.get_parameter(name).detach() * 0.5 for name in names})
+    pruned = pruned_of(dense, "attn=2" if kind == "dense" else "attn=2,block=1", repair)
+    moved = names if kind == "dense" else [name.replace("layers.3", "layers.2") for name in names]
+    done = dropformer.save(pruned, tmp_path / "out", kind)
+    assert done.max_difference < 1e-5
+    before, after = (load_file(folder / "model.safetensors") for folder in (dense.path, tmp_path / "out"))
+    assert all(name in before for name in after) and not any("gate_up" in name for name in after)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    torch.testing.assert_close(read(ids).logits, pruned(ids).logits)
+    for old, name in zip(names, moved, strict=True):
+        assert torch.equal(read.get_parameter(name), repair.tensors[old])
+
+
 def test_what_zeros_cannot_say_is_refused(opened, tmp_path):
     dense = opened("llama")
     forms = {"self_attn": {"linear": [32, 32], "of": ["zeros", None]}}

@@ -9,12 +9,15 @@ from transformers import AttentionInterface, DynamicCache, StaticCache
 
 import dropformer
 from dropformer import api
+from dropformer.metrics.blockwise.divergence import kl_divergence
 from dropformer.metrics.repair.base import Repair
+from dropformer.metrics.search.far_text import FarText, Fitted
 from dropformer.metrics.search.fold import SINKS, fit_folds, named_constants
 from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.errors import PlanError
 from dropformer.prune.loading import window_attention
+from dropformer.prune.loading.parts import continued
 from dropformer.prune.loading.window_attention import constant_shapes
 from dropformer.prune.window import Window
 
@@ -123,6 +126,18 @@ def test_what_constants_stand_for_is_what_the_first_tokens_give_on_average(tiny,
     (found,) = fit_folds(dense, api.outline(dense), PLACES[:1], [{"input_ids": ids}]).values()
     torch.testing.assert_close(found[0], logits[:, :, WIDTH:, :SINKS].logsumexp(-1).mean((0, 2)), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found[1], values, atol=1e-5, rtol=1e-4)
+
+
+def test_a_search_measures_a_folded_window_as_the_model_that_is_written_attends(tiny):
+    dense = tiny("llama", initializer_range=0.3, max_position_embeddings=200)
+    outline, constants = api.outline(dense), random_constants(dense)
+    text = FarText(dense, outline, torch.arange(200) % 61 + 3, [PLACES[0][1]], Fitted(constants=dict.fromkeys(
+        ((layer, PLACES[0][1]) for layer in outline.layers("attn")), constants[PLACES[0]])))  # fmt: skip
+    model = folded(dense, constants | {PLACES[1]: constants[PLACES[0]]})
+    with torch.inference_mode():
+        logits = model(input_ids=text.tail, past_key_values=continued(text.cache), use_cache=True).logits[0]
+    expected = float(kl_divergence(text.dense, logits.log_softmax(-1)).mean())
+    assert text.kl(dict(PLACES)) == pytest.approx(expected, rel=1e-4) and expected > 1e-4
 
 
 def test_a_model_with_folded_windows_is_written_and_loads_as_it_was(lettered, here):

@@ -75,6 +75,25 @@ def test_chunks_and_single_tokens_through_a_cache_give_what_no_cache_gives(tiny,
     assert max(held) <= WIDTH + SINKS < cache.layers[1].keys.shape[2]
 
 
+@pytest.mark.parametrize("spec", [f"window=0,2@{WIDTH}+{SINKS}", f"window=0,2@{WIDTH}", "window=0@1,window=2@1+2"])
+def test_single_tokens_beyond_the_window_are_written_in_place_and_copies_of_the_cache_part_ways(tiny, spec):
+    model, ids = windowed(tiny("llama", initializer_range=0.3), spec), torch.arange(3, 33)[None]
+    with torch.inference_mode():
+        want, cache = model(ids, use_cache=False).logits, empty_cache(model)
+        model(ids[:, :12], past_key_values=cache)
+        found = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(12, 18)]
+        places = [layer.keys.untyped_storage().data_ptr() for layer in (cache.layers[0], cache.layers[2])]
+        found += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(18, 24)]
+        assert places == [layer.keys.untyped_storage().data_ptr() for layer in (cache.layers[0], cache.layers[2])]
+        copied = continued(cache)
+        model(ids[:, :1], past_key_values=copied)
+        model(ids[:, 4:5], past_key_values=copied)
+        found += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(24, 27)]
+    with torch.no_grad():  # tensors of inference mode are not written outside of it
+        found += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(27, 30)]
+    torch.testing.assert_close(torch.cat(found, 1), want[:, 12:], atol=5e-5, rtol=1e-3)
+
+
 def test_every_way_of_generating_gives_what_no_cache_gives(tiny):
     dense, other = tiny("llama", initializer_range=0.3), tiny("llama", initializer_range=0.2)
     model = windowed(dense, f"attn=1,window=0,2@{WIDTH}+{SINKS}")

@@ -1,17 +1,10 @@
-"""The page about quality, from the rows that `benchmarks/quality.py --rows FILE` wrote.
-
-    python benchmarks/quality_page.py ROWS... > TABLE.md
-
-First a table of means, one row per method and one column per number of drops; then a table for each number of drops.
-"""
+"""The page that `quality.py --page` writes: means by method and drop, then a table per drop."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
-from quality import DROPS, METHODS, Row, rows_in
+from quality_table.rows import DROPS, METHODS, Row
 
 COLUMNS = ("method", "wikitext", "builtin", "code", "mean", "KL", "CPU s", "passes", "GiB", "layers")
 
@@ -51,12 +44,8 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def line(row: Row) -> str:
-    ratios = [f"{row.ratios[name]:.3f}" for name in COLUMNS[1:4]]
+    ratios = [f"{row.ratios[name]:.3f}" if name in row.ratios else "" for name in COLUMNS[1:4]]
     layers = " ".join(layer if row.drop.startswith("joint") else layer.split(":")[1] for layer in row.layers)
     cells = [row.method, *ratios, f"{row.mean:.3f} ± {row.stderr:.3f}", f"{row.kl:.3f}", f"{row.seconds:.0f}"]
     cells += [f"{value:.1f}" if value else "" for value in (row.passes, row.peak_gib)] + [layers]
     return "| " + " | ".join(cells) + " |"
-
-
-if __name__ == "__main__":
-    print(page(row for file in sys.argv[1:] for row in rows_in(Path(file))))
