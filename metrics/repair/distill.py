@@ -45,7 +45,7 @@ class Distilling:
 
     epochs: int = 3
     rank: int = 16
-    narrow: float = 3e-3
+    narrow: float = 5e-3
     tokens: int = 512
     rate: float = 5e-3
     warm_up: int = 8
