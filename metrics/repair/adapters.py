@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -99,17 +99,6 @@ def adapters(model: nn.Module, blocks: Sequence[str], rank: int) -> dict[str, Ad
             found[path] = Adapter(module, rank, generator)
         elif _is_norm(module):
             found[path] = Shift(module)
-    return found
-
-
-def narrow(block: nn.Module, weights: Iterable[str], rank: int) -> dict[str, Adapter]:
-    """Module path -> an adapter, for those of a block's weights that are linear modules of more than four ranks."""
-    generator, found = torch.Generator().manual_seed(0), dict[str, Adapter]()
-    for name in weights:
-        path, _, leaf = name.rpartition(".")
-        module = block.get_submodule(path)
-        if leaf == "weight" and isinstance(module, (nn.Linear, Conv1D)) and min(module.weight.shape) > 4 * rank:
-            found[path] = Adapter(module, rank, generator)
     return found
 
 

@@ -3,7 +3,8 @@
 The dense and the pruned model run side by side, block by block, on the same windows.  A block that lost a branch, or
 precedes a gap, is trained to map its pruned input stream to the dense stream where the next kept branch reads it, so
 errors of earlier blocks do not compound.  Gradients stay within one block and reach what closed-form refits do not:
-experts, norms after a projection, and everything before it.  Puzzle (arXiv 2411.19146) does so on the dense stream.
+experts, norms after a projection, and everything before the projection.  Puzzle (arXiv 2411.19146) also distils
+replaced layers one by one, on the dense stream.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from torch.utils._pytree import tree_map
 
 from dropformer.metrics.blockwise.divergence import first_changed
 from dropformer.metrics.blockwise.runner import BlockRunner
-from dropformer.metrics.repair.adapters import Adapter, narrow
 from dropformer.metrics.repair.base import Changes, RepairContext
 from dropformer.metrics.repair.ridge import token_weights
 from dropformer.metrics.repair.sequential import DenseStreams, StreamSite, sites, target
@@ -38,18 +38,20 @@ class Distilling:
     """Training settings.
 
     `rate`: the largest step of a weight, relative to its tensor's root mean square, which is taken as at least
-    `floor`.  `epochs`: passes over the windows to fit on.  `tokens`: of a step, a window at least.  Linear modules
-    change by adapters of `rank`, whose largest step is `narrow`: on 6,000 to 30,000 tokens they carry over to other
-    text better than whole matrices do (LOG.md).  Experts, norms and small matrices change as a whole.
+    `floor`.  `epochs`: passes over the windows to fit on (None: three, or as many as make `steps` steps).  `tokens`:
+    of a step, a window at least.
     """
 
-    epochs: int = 3
-    rank: int = 16
-    narrow: float = 5e-3
+    epochs: int | None = None
+    steps: int = 96
     tokens: int = 512
     rate: float = 5e-3
     warm_up: int = 8
     floor: float = 1e-2
+
+    def passes(self, batches: int) -> int:
+        """Passes over so many batches, one batch per step."""
+        return self.epochs or max(3, -(-self.steps // max(1, batches)))
 
     def factor(self, step: int, steps: int) -> float:
         """The learning-rate factor at a step: linear warm-up, then cosine decay."""
@@ -61,9 +63,9 @@ def fit_blocks(context: RepairContext, how: Distilling | None = None) -> Changes
 
     Time: a dense and a pruned pass from the first of them on, and per trained block and epoch three of its forward
     passes.  Memory: four streams of all windows, which the keeper may move to files, 20 bytes per parameter of one
-    block (8 where adapters stand for its weights), and the activations of one batch.
+    block, and the activations of one batch.
     """
-    how = how or Distilling(context.training.get("epochs", Distilling.epochs))
+    how = how or Distilling(context.training.get("epochs"))
     context = context.in_steps(how.tokens)
     touched = [g.index for g in context.dropped]
     found = aims(context.architecture, context.runner.stack, context.branches, touched)
@@ -138,13 +140,16 @@ class BlockDistillation:
         if not learned:
             self.missed["block", block] = "none of its parameters are its own floating-point numbers"
             return {}
-        before = lesson.error(validation)
-        small = narrow(module, learned, self.how.rank)
-        with replaced(module, small):
-            best = self._best(lesson, scaled_adam(learned, small, self.how), fit_on, validation, before)
+        best = before = lesson.error(validation)
+        kept = {name: p.detach().clone() for name, p in learned.items()}
+        for _ in lesson.epochs(learned, fit_on, self.how):
+            if (now := lesson.error(validation)) < best:
+                best = now
+                for name, p in learned.items():
+                    kept[name].copy_(p.detach())
         with torch.no_grad():
-            for place, adapter in small.items():
-                learned[f"{place}.weight"].copy_(adapter.merged()["weight"])
+            for name, p in learned.items():
+                p.copy_(kept[name])
         self.errors[block] = before, best
         self.context.tell(f"distill: block {block}, error {before:.4f} -> {best:.4f} on validation windows")
         if best >= before:
@@ -152,25 +157,6 @@ class BlockDistillation:
         keep = self.context.runner.keeper.keep
         dtype = {name: self._dtype(f"{path}.{name}", p) for name, p in learned.items()}
         return {f"{path}.{name}": keep(p.detach().to(dtype[name]).clone()) for name, p in learned.items()}
-
-    def _best(
-        self,
-        lesson: Lesson,
-        optimizer: torch.optim.Optimizer,
-        fit_on: Sequence[int],
-        validation: Sequence[int],
-        best: float,
-    ) -> float:
-        """Train, and keep the state of the epoch with the least error on validation windows; gives that error."""
-        kept = [(p, p.detach().clone()) for p in parameters_of(optimizer)]
-        for _ in lesson.epochs(optimizer, fit_on, self.how):
-            if (now := lesson.error(validation)) < best:
-                best = now
-                for p, copied in kept:
-                    copied.copy_(p.detach())
-        for p, copied in kept:
-            p.data = copied
-        return best
 
     def _dtype(self, name: str, default: Tensor) -> torch.dtype:
         try:
@@ -199,39 +185,31 @@ class Lesson:
         with torch.no_grad():
             return sum(float(self.loss(batch)) for batch in batches) / len(batches)
 
-    def epochs(self, optimizer: torch.optim.Optimizer, batches: Sequence[int], how: Distilling) -> Iterator[int]:
+    def epochs(self, learned: Mapping[str, nn.Parameter], batches: Sequence[int], how: Distilling) -> Iterator[int]:
         """Train, one batch per step, domains shuffled; yields after each epoch."""
-        learned, steps = parameters_of(optimizer), how.epochs * len(batches)
-        for epoch in range(how.epochs):
+        optimizer = scaled_adam(learned.values(), how.rate, how.floor)
+        epochs = how.passes(len(batches))
+        steps = epochs * len(batches)
+        for epoch in range(epochs):
             order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(epoch)).tolist()
             for n, k in enumerate(order):
                 for group in optimizer.param_groups:
                     group["lr"] = group["most"] * how.factor(epoch * len(batches) + n, steps)
                 with torch.enable_grad():
                     self.loss(batches[k]).backward()
-                nn.utils.clip_grad_norm_(learned, 1.0)
+                nn.utils.clip_grad_norm_(learned.values(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
             yield epoch
 
 
-def scaled_adam(
-    learned: Mapping[str, nn.Parameter], small: Mapping[str, Adapter], how: Distilling
-) -> torch.optim.Optimizer:
-    """Adam on a block's parameters by name, with steps relative to each tensor's root mean square, and on the adapters
-    `small` in place of their modules' weights."""
-    groups = [group for adapter in small.values() for group in adapter.learned(how.narrow, 0.0)]
-    for name, p in learned.items():
-        if name.removesuffix(".weight") in small:
-            p.requires_grad_(False)
-        else:
-            most = how.rate * max(float(p.detach().float().square().mean().sqrt()), how.floor)
-            groups.append({"params": [p], "most": most})
+def scaled_adam(parameters: Iterable[nn.Parameter], rate: float, floor: float) -> torch.optim.Optimizer:
+    """Adam whose steps are relative to each tensor's root mean square."""
+    groups = []
+    for p in parameters:
+        most = rate * max(float(p.detach().float().square().mean().sqrt()), floor)
+        groups.append({"params": [p], "lr": most, "most": most})
     return torch.optim.Adam(groups, betas=(0.9, 0.95))
-
-
-def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def relative_error(given: Tensor, goal: Tensor, real: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
@@ -288,8 +266,7 @@ def trainable(block: nn.Module, model: nn.Module, path: str) -> dict[str, nn.Par
     experts = {len(p) for p in block.parameters() if p.ndim == 3 and min(p.shape[1:]) > 1}  # not convolutions
     experts |= {len(m) for m in block.modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
     inside = {id(p) for p in model.get_submodule(path).parameters()}
-    everywhere = model.named_parameters(remove_duplicate=False)
-    shared = {id(p) for name, p in everywhere if not name.startswith(f"{path}.")} & inside
+    shared = {id(p) for name, p in _everywhere(model) if not name.startswith(f"{path}.")} & inside
     own = {name for name, p in model.get_submodule(path).named_parameters() if id(p) in shared}
     found: dict[str, nn.Parameter] = {}
     for name, p in block.named_parameters():
@@ -298,3 +275,7 @@ def trainable(block: nn.Module, model: nn.Module, path: str) -> dict[str, nn.Par
             p.requires_grad_(True)
             found[name] = p
     return found
+
+
+def _everywhere(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return model.named_parameters(remove_duplicate=False)

@@ -79,6 +79,7 @@ REPAIRS: Registry[RepairEntry] = Registry(
         "distill": RepairEntry(
             "blocks around each gap trained one by one to give the dense stream, in whatever form they have",
             f"{_HERE}.distill:fit_blocks",
+            passes=3.5,
             trains=("epochs",),
         ),
         "lora": RepairEntry(
