@@ -27,9 +27,9 @@ from dropformer.prune.discovery.proof import outline as outline
 from dropformer.prune.draft.generation import DRAFT_TOKENS, set_drafting, speculation
 from dropformer.prune.errors import ModelError, OutputError, PlanError
 from dropformer.prune.files.config_json import read_config
-from dropformer.prune.formats.export import Exported, export, save_in_memory
+from dropformer.prune.formats.export import export, save_in_memory
 from dropformer.prune.formats.record import need_dense
-from dropformer.prune.formats.writing import ExportOptions
+from dropformer.prune.formats.writing import Exported, ExportOptions
 from dropformer.prune.loading.load import load
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, make_plan

@@ -161,8 +161,8 @@ def evaluate(
 ) -> None:
     """What a drop cost and what it saved: tasks, perplexity, probes, speed, memory, side by side."""
     os.environ["TQDM_DISABLE"] = "1"  # before tqdm is there: lm-eval shows a bar for each of MMLU's 57 subjects
+    from dropformer.eval.report.arguments import EvaluationFacts, validate_evaluation
     from dropformer.request import parse_numbers
-    from dropformer.validate import EvaluationFacts, validate_evaluation
 
     names = tuple(name for name in tasks.replace(" ", "").split(",") if name)
     facts = EvaluationFacts(models, names, text, backend, mmlu_data, cache, sweep, out, given(context))

@@ -10,7 +10,10 @@ from typing import Literal
 
 from dropformer.progress import Tell, silent
 from dropformer.prune.errors import CheckpointError, ModelError
+from dropformer.prune.files import open_checkpoint
 from dropformer.prune.files.config_json import read_config
+from dropformer.prune.formats.record import need_dense
+from dropformer.prune.spec import check_drop, check_stacks, parse_spec
 from dropformer.recipes.hub import fetch_config, fetch_snapshot, is_hub_id
 from dropformer.recipes.recipe import Recipe, close_names, recipe_of, recipes
 from dropformer.recipes.wheel import fetch_wheel
@@ -200,3 +203,21 @@ def _hint(folder: Path) -> str:
     if files:
         return f"; it has {files[0]}: give that file's path"
     return "; expected a Hugging Face folder (config.json, *.safetensors, tokenizer files)"
+
+
+def check_model(model: str, drop: str | None = None, dense: bool = False) -> Path | None:
+    """Raise the errors of a model and a drop spec that files alone can show; returns the model's folder.
+
+    `dense`: a pruned checkpoint is an error.  The folder is None for a model to be downloaded or converted first.
+    """
+    if drop is not None:
+        parse_spec(drop)
+    folder = locate(model)
+    if folder:
+        tensors = open_checkpoint(folder).tensors
+        config = read_config(folder)
+        if dense:
+            need_dense(config, model)
+        check_stacks(drop, tensors, model)
+        check_drop(drop, config, model)
+    return folder

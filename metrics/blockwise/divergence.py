@@ -64,15 +64,6 @@ class DenseReference:
             known = ((batch, len(self._parts(batch)[0])) for batch in range(len(runner)))
             self.divergence = self._joined([self._rows(b, self._log_probs[b].split(size, 1)) for b, size in known])
 
-    def compare(self, first: int = 0) -> Divergence:
-        """The divergence of the model as it is now, whose blocks before `first` are unchanged."""
-        with torch.inference_mode():
-            streams = [self.streams[batch][first] for batch in range(len(self.runner))]
-            for block in self.runner.walk(first):
-                streams = [self.runner.step(block, batch, stream) for batch, stream in enumerate(streams)]
-            ends = enumerate(streams)
-            return self._joined([self._rows(batch, self._log_probabilities(batch, end)) for batch, end in ends])
-
     def compare_each(self, variants: Sequence[Variant], batches: Sequence[int] | None = None) -> list[Divergence]:
         """The divergence of each variant, on some of the batches (None: all).
 

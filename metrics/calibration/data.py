@@ -31,7 +31,7 @@ class CalibrationData(Protocol):
     def lengths(self) -> list[int]:
         """Length of each sample without padding."""
 
-    def batches(self, size: int, start: int = 0) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
+    def batches(self, size: int) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
         """(model inputs, scored positions [B, T] bool or None for all) for `size` samples at a time, in order."""
 
     def batch(self, which: Sequence[int]) -> tuple[dict[str, Tensor], Tensor | None]:

@@ -10,7 +10,6 @@ replaced layers one by one, on the dense stream.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from dropformer.metrics.blockwise.divergence import first_changed
 from dropformer.metrics.blockwise.runner import BlockRunner
-from dropformer.metrics.repair.base import Changes, RepairContext
+from dropformer.metrics.repair.base import Changes, RepairContext, set_rate, shuffled
 from dropformer.metrics.repair.ridge import token_weights
 from dropformer.metrics.repair.sequential import DenseStreams, StreamSite, sites, target
 from dropformer.prune.architecture import Architecture, Layer, Stack
@@ -52,10 +51,6 @@ class Distilling:
     def passes(self, batches: int) -> int:
         """Passes over so many batches, one batch per step."""
         return self.epochs or max(3, -(-self.steps // max(1, batches)))
-
-    def factor(self, step: int, steps: int) -> float:
-        """The learning-rate factor at a step: linear warm-up, then cosine decay."""
-        return min(1.0, (step + 1) / self.warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def fit_blocks(context: RepairContext, how: Distilling | None = None) -> Changes:
@@ -189,12 +184,9 @@ class Lesson:
         """Train, one batch per step, domains shuffled; yields after each epoch."""
         optimizer = scaled_adam(learned.values(), how.rate, how.floor)
         epochs = how.passes(len(batches))
-        steps = epochs * len(batches)
         for epoch in range(epochs):
-            order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(epoch)).tolist()
-            for n, k in enumerate(order):
-                for group in optimizer.param_groups:
-                    group["lr"] = group["most"] * how.factor(epoch * len(batches) + n, steps)
+            for n, k in enumerate(shuffled(len(batches), epoch)):
+                set_rate(optimizer, epoch * len(batches) + n, epochs * len(batches), how.warm_up)
                 with torch.enable_grad():
                     self.loss(batches[k]).backward()
                 nn.utils.clip_grad_norm_(learned.values(), 1.0)

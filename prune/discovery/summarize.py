@@ -53,36 +53,29 @@ def _stack(model: nn.Module, stack: Stack, kv: dict[int, int], fixed: int) -> St
         blocks=len(stack.blocks),
         parallel=parallel,
         caches=caches,
-        alike=_alike(model, stack),
+        alike=all_alike(model.get_submodule(block.path) for block in stack.blocks),
         fixed=max(stack.fixed, fixed),
         branches=branches,
         rest=_rest(model, stack),
     )
 
 
-def _alike(model: nn.Module, stack: Stack) -> bool:
+def all_alike(blocks: Iterable[nn.Module]) -> bool:
     """Are all blocks made of the same modules, with the same settings?"""
-    first, *others = (signature(model.get_submodule(block.path)) for block in stack.blocks)
+    first, *others = map(signature, blocks)
     return all(other == first for other in others)
 
 
 def _caches(model: nn.Module, stack: Stack) -> int:
     """How many cache entries each block has, by the numbers that its modules carry (LongCat: two attentions)."""
-    attention = [(b.index, _owned(model, b, branch)) for b in stack.blocks if (branch := b.branch("attn"))]
-    found = [
-        (
-            i,
-            {
-                m.layer_idx
-                for owned in modules
-                for m in owned.modules()
-                if isinstance(getattr(m, "layer_idx", None), int)
-            },
-        )
-        for i, modules in attention
-    ]
-    count = max((len(numbers) for _, numbers in found), default=1)
-    regular = all(numbers == set(range(i * count, (i + 1) * count)) for i, numbers in found)
+    found: dict[int, set[int]] = {}
+    for block in stack.blocks:
+        if branch := block.branch("attn"):
+            owned = (model.get_submodule(f"{block.path}.{name}") for name in branch.modules)
+            numbers = {getattr(inner, "layer_idx", None) for module in owned for inner in module.modules()}
+            found[block.index] = {number for number in numbers if isinstance(number, int)}
+    count = max(map(len, found.values()), default=1)
+    regular = all(numbers == set(range(i * count, (i + 1) * count)) for i, numbers in found.items())
     return count if regular and count else 1
 
 
@@ -106,10 +99,6 @@ def _rest(model: nn.Module, stack: Stack) -> list[BlockOutline]:
 def branch_parameters(model: nn.Module, block: Block, branch: Branch) -> int:
     """Parameters that go with a branch; each shared one counts once."""
     return _counted(_parameters(model, block, branch))
-
-
-def _owned(model: nn.Module, block: Block, *branches: Branch) -> list[nn.Module]:
-    return [model.get_submodule(f"{block.path}.{name}") for branch in branches for name in branch.modules]
 
 
 def _parameters(model: nn.Module, block: Block, *branches: Branch) -> Iterator[nn.Parameter]:

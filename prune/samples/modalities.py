@@ -36,10 +36,10 @@ def sample_batches(model: nn.Module) -> list[Inputs]:
     return [sample_inputs(model), *(batch for batch in extra if batch)]
 
 
-def with_images(model: Any, batch: int = 2) -> Inputs:
+def with_images(model: Any) -> Inputs:
     """A sample batch of a vision-language model, each text with an image.  Raises ArchitectureError where none of the
     forms of input that are known here fits."""
-    found = with_modality(model, "image", batch)
+    found = with_modality(model, "image", 2)
     if found is None:
         raise ArchitectureError(
             f"no sample image fits {type(model).__name__}, so its vision tower cannot be read here; use "
