@@ -27,9 +27,9 @@ from dropformer.prune.discovery.proof import outline as outline
 from dropformer.prune.draft.generation import DRAFT_TOKENS, set_drafting, speculation
 from dropformer.prune.errors import ModelError, OutputError, PlanError
 from dropformer.prune.files.config_json import read_config
-from dropformer.prune.formats.export import Exported, export, save_in_memory
+from dropformer.prune.formats.export import export, save_in_memory
 from dropformer.prune.formats.record import need_dense
-from dropformer.prune.formats.writing import ExportOptions
+from dropformer.prune.formats.writing import Exported, ExportOptions
 from dropformer.prune.loading.load import load
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, make_plan
@@ -122,8 +122,7 @@ def drop(model: str | Path | LoadedModel | nn.Module, plan: Plan, repair: Repair
     mapped, folder = repair.mapped if repair else None, opened.path if opened else None
     surgery = plan_surgery(plan.outline, plan.layers, dense, mapped, plan.rungs, folder)
     surgery = proven(dense, surgery)
-    if repair:
-        named = repair.named(plan.outline, surgery.block_map)
+    if repair and (named := repair.named(plan.outline, surgery.block_map)):
         dtype = stored_dtype(opened.path) if opened else next(dense.parameters()).dtype
         surgery = replace(surgery, tensors={name: tensor.to(dtype) for name, tensor in named.items()})
     apply_surgery(pruned, surgery)

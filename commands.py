@@ -118,10 +118,12 @@ def sweep(
     check_out(folder, "sweep.json")
     from dropformer import console, job
     from dropformer.eval.quality.sweep import draw
+    from dropformer.prune.files.folder import new_files
 
     found = job.sweep(request, spec, counts, (samples, length), console.Terminal(quiet), speed)
-    found.write(folder / "sweep.json")
-    draw(found, folder / "sweep.png")
+    with new_files(folder) as made:
+        found.write(made / "sweep.json")
+        draw(found, made / "sweep.png")
     console.show_sweep(found, folder, as_json)
 
 
@@ -161,8 +163,8 @@ def evaluate(
 ) -> None:
     """What a drop cost and what it saved: tasks, perplexity, probes, speed, memory, side by side."""
     os.environ["TQDM_DISABLE"] = "1"  # before tqdm is there: lm-eval shows a bar for each of MMLU's 57 subjects
+    from dropformer.eval.report.arguments import EvaluationFacts, validate_evaluation
     from dropformer.request import parse_numbers
-    from dropformer.validate import EvaluationFacts, validate_evaluation
 
     names = tuple(name for name in tasks.replace(" ", "").split(",") if name)
     facts = EvaluationFacts(models, names, text, backend, mmlu_data, cache, sweep, out, given(context))

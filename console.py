@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from dropformer.eval.report.evaluation import Evaluation
     from dropformer.job import Outcome
     from dropformer.metrics.analysis.scores import Scores
-    from dropformer.prune.formats.export_plan import Written
+    from dropformer.prune.formats.writing import Exported
     from dropformer.prune.plan import Plan
     from dropformer.recipes import Recipe
 
@@ -48,13 +48,13 @@ err = Console(stderr=True, **_PLAIN)
 
 
 class Terminal:
-    """Progress on stderr: lines, and bars for long stages; nothing if quiet."""
+    """Progress on stderr: lines, and bars for long stages; warnings alone if quiet."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
 
     def say(self, text: str) -> None:
-        if not self.quiet:
+        if not self.quiet or text.startswith("warning: "):
             err.print(text)
 
     @contextmanager
@@ -89,7 +89,7 @@ def show_outcome(outcome: Outcome, as_json: bool) -> None:
     show(report.to_json() if as_json else None, report_table(report), *notes)
 
 
-def show_export(written: Written, model: str, as_json: bool) -> None:
+def show_export(written: Exported, model: str, as_json: bool) -> None:
     """The checkpoint written by following a plan on the files."""
     notes = [done(written.path, written.record, ran=False)]
     if FORMATS[written.record["format"]].reloads:

@@ -29,9 +29,10 @@ from dropformer.prune.errors import ModelError
 from dropformer.prune.files import CopyReport
 from dropformer.prune.files.folder import new_files
 from dropformer.prune.files.output_paths import check_empty, check_place
-from dropformer.prune.formats.export import Exported, export
-from dropformer.prune.formats.export_plan import Written, plan_kept, write_by_plan
+from dropformer.prune.formats.export import export
+from dropformer.prune.formats.export_plan import plan_kept, write_by_plan
 from dropformer.prune.formats.registry import FORMATS
+from dropformer.prune.formats.writing import Exported
 from dropformer.prune.loading.load import usable_device
 from dropformer.prune.plan import Plan
 from dropformer.prune.samples.inputs import takes_pictures, writes_text
@@ -172,7 +173,7 @@ def _carried_out(
     return made[0], exported
 
 
-def run_from_disk(request: Request, progress: Progress | None = None) -> Written:
+def run_from_disk(request: Request, progress: Progress | None = None) -> Exported:
     """Select, repair and export with weights read from the files block by block, for a model that exceeds memory.
 
     The result is neither measured nor reloaded.  Raises a DropformerError.

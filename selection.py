@@ -14,7 +14,7 @@ from dropformer.eval.cost.decoding import layer_latency
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.data import default_settings, text_windows
 from dropformer.metrics.calibration.settings import Calibration, check_length
-from dropformer.metrics.calibration.windows import Windows
+from dropformer.metrics.calibration.windows import Windows, named_texts
 from dropformer.metrics.offload.process_memory import PeakMemory
 from dropformer.metrics.repair.base import Repair, reasons
 from dropformer.metrics.search.budget import Latency
@@ -112,7 +112,7 @@ def improved(
             plan = refined(given.unrepaired(), improver)
             repair, _ = improver.repair(plan.layers, other, plan.mapped)
             if strategy.repair or plan.fitted:  # record the data of the fit, not of the plan's scores
-                plan = plan.model_copy(update={"calibration": improver.calibration})
+                plan = plan.model_copy(update={"calibration": named_texts(improver.data)})
         else:
             timed = (target.budget or "").startswith("measured")
             latency = measured(opened.model, improver, progress) if timed else None
@@ -244,7 +244,7 @@ def fit(
     plan = plan.unrepaired()
     found, _ = improver.repair(plan.layers, gate_windows(opened, Silent()) if repair else None, plan.mapped)
     found = with_folds(opened, CalibrationOptions(), plan, found, Silent())
-    return noted(plan.model_copy(update={"calibration": improver.calibration}), found, opened.model), found
+    return noted(plan.model_copy(update={"calibration": named_texts(improver.data)}), found, opened.model), found
 
 
 def one_shot_plan(opened: LoadedModel, request: Request, progress: Progress) -> tuple[Plan, Scores | None]:

@@ -8,30 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from dropformer.eval.draft.options import check_options
-from dropformer.eval.tasks.backends import BACKENDS
+from dropformer.eval.report.arguments import idle_options, leave_out
 from dropformer.metrics.analysis.distributed import world
 from dropformer.metrics.analysis.scores import Scores
-from dropformer.metrics.calibration.images import PIXELS, image_files
+from dropformer.metrics.calibration.images import check_texts
 from dropformer.metrics.calibration.text import check_name
 from dropformer.metrics.repair.registry import REPAIRS
 from dropformer.metrics.search.registry import SELECTIONS
-from dropformer.prune.errors import DropformerError, EvaluationError, OutputError, PlanError
-from dropformer.prune.files import open_checkpoint
+from dropformer.prune.errors import DropformerError, OutputError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.files.output_paths import check_empty, check_out, check_place
-from dropformer.prune.formats.record import need_dense
 from dropformer.prune.formats.registry import FORMATS, ExportFacts
 from dropformer.prune.plan import Plan
-from dropformer.prune.spec import check_drop, check_keep, check_stacks, parse_spec
-from dropformer.recipes.source import is_gguf, locate
+from dropformer.prune.spec import check_keep, parse_spec
+from dropformer.recipes.source import check_model, is_gguf
 from dropformer.request import Request
 
 PLACE = ("device", "dtype", "device_map")
 STRATEGY = ("quality", "metric", "select", "refine", "repair", "epochs", "rank")
 DRAFTING = ("batch", "max_drop", "temperature", "hardware", "write_anyway")
 DRAWN = ("samples", "seed", "skip_first")  # options that select windows
-# parameters whose option has another name
-SPOKEN = {"as_json": "json", "include": "include_path", "prompt": "context", "context_tokens": "context"}
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,8 @@ def validate(request: Request) -> None:
     elif not request.dry_run:
         check_empty(request.folder)
     spec = request.target.spec or request.scoring.until_stable
-    folder = check_model(request.model, spec, request.calibration.texts, dense=request.drops)
+    check_texts(request.calibration.texts)
+    folder = check_model(request.model, spec, dense=request.drops)
     config = read_config(folder) if folder else None
     if config:
         check_keep(request.target.keep, request.target.spec, config)
@@ -146,80 +143,20 @@ def validate_comparison(drop: str | None, texts: Sequence[str], out: Path) -> No
     check_out(out, "compare.json")
 
 
-@dataclass(frozen=True)
-class EvaluationFacts:
-    """The arguments of `prune evaluate` that can be checked early; `given` as in a Request."""
-
-    models: Sequence[str]
-    tasks: Sequence[str]
-    text: str
-    backend: str
-    mmlu_data: Path | None
-    cache: Path | None
-    sweep: Path | None
-    out: Path | None
-    given: frozenset[str] = frozenset()
-
-
-NEEDED = (  # options of `prune evaluate` that need another one: (needed, dependent options, advice)
-    ("tasks", ("shots", "limit", "mmlu_data", "include", "cache"), "name some, as in --tasks mmlu"),
-    ("speed", ("batch", "prompt", "repeats", "compile"), "add it"),
-    ("stream", ("window",), "give the number of tokens to stream, as in --stream 65536"),
-    ("out", ("sweep",), "name a folder for the page"),
-)
-WITH_DRAFT = (  # all that `prune evaluate --draft` heeds
-    *("models", "draft", "text", "samples", "length", "seed", "new_tokens", "dtype", "device", "device_map"),
-    *("trust_remote_code", "out", "as_json", "quiet"),
-)
-
-
-def check_draft(facts: EvaluationFacts) -> None:
-    """Raises EvaluationError for options that --draft would ignore, and for those that need it."""
-    if "draft" not in facts.given:
-        if "new_tokens" in facts.given and "speed" not in facts.given:
-            raise EvaluationError("--new-tokens has no effect without --speed or --draft; leave it out, or add one")
-        return
-    if idle := [option for option in sorted(facts.given) if option not in WITH_DRAFT]:
-        raise EvaluationError(f"{_idle(idle)} beside --draft, which measures a draft alone; {_leave(idle)}")
-    if len(facts.models) != 1:
-        raise EvaluationError("--draft measures a model with its own draft; name one model")
-
-
-def validate_evaluation(facts: EvaluationFacts) -> None:
-    """Raise the errors of an evaluation that its arguments and files alone can show."""
-    check_draft(facts)
-    for model in facts.models:
-        check_model(model)
-    if facts.text:
-        check_name(facts.text)
-    if facts.out:
-        check_out(facts.out, "report.html")
-    BACKENDS.in_order([facts.backend])
-    for option, others, advice in NEEDED:
-        idle = [other for other in others if other in facts.given]
-        if idle and option not in facts.given:
-            raise EvaluationError(f"{_idle(idle)} without --{option}; {_leave(idle)}, or {advice}")
-    if facts.mmlu_data and not any(name.startswith("mmlu") for name in facts.tasks):
-        raise EvaluationError("--mmlu-data serves the tasks mmlu and mmlu_SUBJECT; name one in --tasks")
-    if facts.cache and facts.cache.exists() and not facts.cache.is_dir():
-        raise EvaluationError(f"--cache {facts.cache} is a file; give a folder for the answers")
-    if facts.sweep and not facts.sweep.is_file():
-        raise EvaluationError(f"{facts.sweep} does not exist; expected a sweep.json that `prune sweep` wrote")
-
-
 def check_effects(request: Request) -> None:
     """Raises DropformerError for a given option that would be ignored."""
     for rule in RULES:
         idle = [option for option in rule.options if option in request.given]
         if idle and rule.where(request):
-            why = rule.why.format(format=request.export.format)
-            raise DropformerError(f"{_idle(idle)} {why}; {_leave(idle)}{f' or {rule.advice}' * bool(rule.advice)}")
+            why, advice = rule.why.format(format=request.export.format), rule.advice and f" or {rule.advice}"
+            raise DropformerError(f"{idle_options(idle)} {why}; {leave_out(idle)}{advice}")
 
 
 def check_subcommand(given: Collection[str], subcommand: str) -> None:
     """Raises DropformerError for options before a subcommand, which would be ignored."""
-    if options := sorted(given):
-        raise DropformerError(f"{_idle(options)} before {subcommand}; put options behind {subcommand}")
+    if given:
+        options = sorted(given)
+        raise DropformerError(f"{idle_options(options)} before {subcommand}; put options behind {subcommand}")
 
 
 def check_target(given: Collection[str]) -> None:
@@ -232,29 +169,6 @@ def check_target(given: Collection[str]) -> None:
             "prune needs --model and one of --drop, --plan, --budget or --draft; "
             "for example: prune --model smollm2-135m --drop attn:4"
         )
-
-
-def check_model(model: str, drop: str | None = None, texts: Sequence[str] = (), dense: bool = False) -> Path | None:
-    """Raise the errors that arguments and files alone can show; returns the model's folder.
-
-    `dense`: a pruned checkpoint is an error.  The folder is None for a model to be downloaded or converted first.
-    """
-    if drop is not None:
-        parse_spec(drop)
-    for name in texts:
-        if Path(name).is_dir():
-            image_files(name)
-        elif name != PIXELS:
-            check_name(name)
-    folder = locate(model)
-    if folder:
-        tensors = open_checkpoint(folder).tensors
-        config = read_config(folder)
-        if dense:
-            need_dense(config, model)
-        check_stacks(drop, tensors, model)
-        check_drop(drop, config, model)
-    return folder
 
 
 def _kinds(request: Request) -> set[str] | None:
@@ -288,13 +202,3 @@ def _check_format(request: Request, kinds: set[str] | None) -> None:
             f"--format {name} has no place for linear maps; repair another way than --repair {mapping[0]}, or leave "
             "out --format"
         )
-
-
-def _idle(options: list[str]) -> str:
-    flags = ["--" + SPOKEN.get(option, option).replace("_", "-") for option in options]
-    listed = " and ".join(filter(None, [", ".join(flags[:-1]), flags[-1]]))
-    return f"{listed} {'has' if len(flags) == 1 else 'have'} no effect"
-
-
-def _leave(options: list[str]) -> str:
-    return "leave it out" if len(options) == 1 else "leave them out"

@@ -40,6 +40,25 @@ def norm_of(form: Any) -> str:
     return form.get("norm", "") if isinstance(form, dict) else ""
 
 
+def form_members(form: Any) -> Iterator[tuple[int | str | None, Any]]:
+    """(key, word) of each member of an output form: ["zeros", None] has (0, "zeros") and (1, None)."""
+    if isinstance(form, dict) and "of" in form:
+        form = form["of"]
+    if isinstance(form, dict):
+        form = form.get("list") or form.get("fields")
+    if isinstance(form, list):
+        yield from enumerate(form)
+    elif isinstance(form, dict):
+        yield from form.items()
+    else:
+        yield None, form
+
+
+def has_zeros(form: Any) -> bool:
+    """Does a form end its branch with zeros, rather than feed the branch's end?"""
+    return any(str(word).startswith("zeros") for _, word in form_members(form))
+
+
 def within(path: str, root: str) -> bool:
     """Is a module path `root` or below it?"""
     return path == root or path.startswith(root + ".")

@@ -20,15 +20,10 @@ Pick = Callable[[Sequence[Layer], int, Sequence[Layer]], Sequence[Layer]]
 
 
 def choose(
-    outline: Outline,
-    spec: str,
-    similarity: Mapping[Layer, float] | None = None,
-    keep: Sequence[int] = (),
-    published: PublishedLists | None = None,
-    pick: Pick | None = None,
+    outline: Outline, spec: str, similarity: Mapping[Layer, float] | None = None, keep: Sequence[int] = ()
 ) -> list[Layer]:
-    """The layers that a spec drops or maps, most redundant first, without saying which are maps: `choose_forms`."""
-    return choose_forms(outline, spec, similarity, keep, published, pick)[0]
+    """The layers that a spec drops or maps by one ranking, most redundant first.  Raises as `choose_forms`."""
+    return choose_forms(outline, spec, similarity, keep)[0]
 
 
 def choose_forms(
@@ -75,7 +70,7 @@ def check_possible(
     selectors = parse_spec(spec)
     named = [selector for selector in selectors if selector.indices is not None or selector.published]
     drops, windows = ([str(s) for s in named if bool(s.rung) == stays] for stays in (False, True))
-    gone = choose(outline, ",".join(drops), None, keep, published) if drops else []
+    gone = choose_forms(outline, ",".join(drops), None, keep, published)[0] if drops else []
     if windows:
         choose_windows(outline, ",".join(windows), gone, None, keep)
     asked: dict[tuple[str, tuple[str, ...]], int] = {}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dropformer.progress import Progress, Silent, Tick
 from dropformer.prune.errors import PlanError
-from dropformer.prune.formats.export_plan import Written, write_by_plan
-from dropformer.prune.formats.writing import ExportOptions
+from dropformer.prune.formats.export_plan import write_by_plan
+from dropformer.prune.formats.writing import Exported, ExportOptions
 from dropformer.prune.plan import Plan
 from dropformer.recipes.source import open_source
 
@@ -20,7 +20,7 @@ def follow_plan(
     how: ExportOptions,
     revision: str | None = None,
     progress: Progress | None = None,
-) -> Written:
+) -> Exported:
     """Apply a plan by copying byte ranges, without a model in memory.  Raises as `write_by_plan`."""
     progress = progress or Silent()
     if path is None:

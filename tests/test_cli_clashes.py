@@ -11,6 +11,7 @@ from tiny_gguf import tiny_llama, write_gguf
 import dropformer
 from dropformer import validate
 from dropformer.prune.formats.writing import ExportOptions
+from dropformer.recipes.source import check_model
 from dropformer.request import Request, Target
 
 
@@ -159,7 +160,7 @@ def test_what_is_pruned_already_is_not_pruned_or_swept_again_but_may_be_analyzed
     bad("--model", "once", *DROP, "-q", capsys=capsys, here=here, said=said)
     bad("--model", "once", "--drop", "attn:4", "--out", "once", capsys=capsys, here=here, said="once ")
     bad("sweep", "once", "--drop", "attn:0..2", "-q", capsys=capsys, here=here, said=said)
-    validate.check_model("once")
+    check_model("once")
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def windows(dense):
 
 
 def leave_one_out(dense):
-    return list(Improver(dense, [data()], Strategy(metric="loo-kl")).choose(Target("attn:1"))[1].values())
+    return list(Improver(dense, [data()], Strategy(metric="loo-kl")).choose_forms(Target("attn:1"))[2].values())
 
 
 def repaired(*names):
@@ -71,7 +71,7 @@ def repaired(*names):
 
 def searched(dense):
     improver = Improver(dense, [data()], Strategy(select="greedy", repair=("refit",)))
-    layers, _ = improver.choose(Target("attn:1"))
+    layers, *_ = improver.choose_forms(Target("attn:1"))
     found, _ = improver.repair(layers, data(IDS[:4]))
     return [layers[0].index, len(improver.fitted_on) < len(improver.parts), *(gate.after for gate in found.gates)]
 

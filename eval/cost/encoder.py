@@ -85,25 +85,29 @@ class ForwardEstimate:
 
     def lines(self) -> list[str]:
         """Lines for the terminal."""
-        one, two = self.dense, self.pruned
+        sides = one, two = self.dense, self.pruned
         rows = [
-            ("parameters", *(f"{side.cost.parameters / 1e6:.1f} M" for side in (one, two))),
-            ("forward pass", *(f"{side.flops / 1e9:.4g} GFLOP" for side in (one, two))),
-            ("of it pairs", *(f"{side.pair_flops / side.flops:.1%}" for side in (one, two))),
-            ("time, fused", *(f"{side.seconds * 1e3:.3g} ms" for side in (one, two))),
+            ("parameters", *(f"{side.cost.parameters / 1e6:.1f} M" for side in sides)),
+            ("forward pass", *(f"{side.flops / 1e9:.4g} GFLOP" for side in sides)),
+            ("of it pairs", *(f"{side.pair_flops / side.flops:.1%}" for side in sides)),
+            ("time, fused", *(f"{side.seconds * 1e3:.3g} ms" for side in sides)),
         ]
-        place = one.hardware
         lines = [
-            f"{place.name}: {place.flops / 1e12:.4g} TFLOP/s, {place.bandwidth / 1e9:.4g} GB/s ({place.source})",
+            str(one.hardware),
             f"an encoder: one forward pass, batch {one.batch}, {one.tokens:,} tokens, {one.dtype}",
-            f"{'':<16}{'dense':>24}{'pruned':>24}",
-            *(f"{name:<16}{dense:>24}{pruned:>24}" for name, dense, pruned in rows),
+            side_by_side("", "dense", "pruned"),
+            *(side_by_side(*row) for row in rows),
             f"  {self.speedup:.2f}x by roofline, without launches, which bind small models on short inputs",
         ]
         most = max((block.agents or 0 for block in two.cost.blocks), default=0)
         if 2 * most >= one.tokens:
             lines.append(f"  {most} agents cost more than they save up to {2 * most:,} tokens; give fewer")
         return lines
+
+
+def side_by_side(name: str, *sides: str) -> str:
+    """A row of an estimate: a figure's name, dense, pruned."""
+    return f"{name:<16}" + "".join(f"{side:>24}" for side in sides)
 
 
 def check_encoder(name: str, draft: bool, new_tokens: int | None) -> None:

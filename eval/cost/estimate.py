@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from dropformer.eval.cost.encoder import ForwardEstimate, forward_pass, with_agents
+from dropformer.eval.cost.encoder import ForwardEstimate, forward_pass, side_by_side, with_agents
 from dropformer.eval.cost.hardware import Hardware
 from dropformer.eval.cost.model_cost import ModelCost
 from dropformer.eval.cost.roofline import KERNELS, Side, Workload, launches, step_seconds
@@ -98,11 +98,9 @@ def estimate(
         raise ModelError(
             "an encoder is no causal language model: it has no prefill and no decoding; use forward_estimate"
         )
-    drops = without_windows(spec) if spec else ""
-    layers, maps = choose_forms(config.outline, drops, published=published, pick=_deepest) if drops else ([], [])
-    windows = decoder_windows(choose_windows(config.outline, spec, layers, _depths(config.outline)) if spec else {})
+    layers, maps, rungs = _chosen(config.outline, spec, published)
     workload = workload or Workload()
-    pruned = config.windowed(windows).without(layers, maps)
+    pruned = config.windowed(decoder_windows(rungs)).without(layers, maps)
     return Estimate(Side(config, workload, hardware), Side(pruned, workload, hardware))
 
 
@@ -120,13 +118,20 @@ def forward_estimate(
 
     A count selects as `estimate` does.  Raises PlanError and EvaluationError.
     """
-    drops = without_windows(spec) if spec else ""
-    layers, maps = choose_forms(cost.outline, drops, pick=_deepest) if drops else ([], [])
+    layers, maps, rungs = _chosen(cost.outline, spec)
     if maps:
         raise PlanError(f"{maps[0]}: linear maps are fitted to causal language models alone; drop the layer instead")
-    rungs = choose_windows(cost.outline, spec, layers, _depths(cost.outline)) if spec else {}
     pruned = with_agents(cost, rungs).without(layers)
     return ForwardEstimate(*(forward_pass(each, tokens, batch, dtype, hardware) for each in (cost, pruned)))
+
+
+def _chosen(
+    outline: Outline, spec: str, published: PublishedLists | None = None
+) -> tuple[list[Layer], list[Layer], dict[Layer, Any]]:
+    """The layers that a spec drops, those of them that become linear maps, and the rungs of those that stay."""
+    drops = without_windows(spec) if spec else ""
+    layers, maps = choose_forms(outline, drops, published=published, pick=_deepest) if drops else ([], [])
+    return layers, maps, choose_windows(outline, spec, layers, _depths(outline)) if spec else {}
 
 
 def _depths(outline: Outline) -> dict[Layer, float]:
@@ -141,38 +146,38 @@ def _deepest(free: Sequence[Layer], count: int, _: Sequence[Layer]) -> list[Laye
     return sorted(free, key=lambda layer: (layer.index == last, -layer.index, layer.kind))[:count]
 
 
-def cost_of_name(name: str, revision: str | None = None) -> ModelCost:
+def cost_of_name(name: str) -> ModelCost:
     """The cost of a model by recipe name, folder or Hub id; a recipe that holds a config needs no network.
 
     Costs of recipes come with the package (`make costs`), others are kept in the cache folder: a second estimate of
     the same config imports neither torch nor transformers.  Raises ModelError if the model cannot be found.
     """
     known = recipes().get(name)
-    if known is not None and known.config and revision is None:
+    if known is not None and known.config:
         if cost := shipped_cost(name, known.config):
             return cost
         return _kept(json.dumps(dict(known.config), sort_keys=True), partial(_count, dict(known.config)))
-    path = open_config(name, revision).path
+    path = open_config(name).path
     return _kept((path / "config.json").read_text(encoding="utf-8"), partial(_count, path))
 
 
-def shipped_cost(name: str, config: Mapping[str, Any], folder: Path = SHIPPED) -> ModelCost | None:
+def shipped_cost(name: str, config: Mapping[str, Any]) -> ModelCost | None:
     """The cost of a recipe's config shipped with the package; None if there is none of exactly this config."""
     try:
-        kept = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        kept = json.loads((SHIPPED / f"{name}.json").read_text(encoding="utf-8"))
     except OSError:
         return None
     return TypeAdapter(ModelCost).validate_python(kept["cost"]) if kept["config"] == _digest(config) else None
 
 
-def write_costs(folder: Path = SHIPPED) -> None:
+def write_costs() -> None:
     """Recount every recipe with a config, for the package (`make costs`)."""
-    folder.mkdir(exist_ok=True)
+    SHIPPED.mkdir(exist_ok=True)
     for name, recipe in recipes().items():
         if recipe.config:
             cost = TypeAdapter(ModelCost).dump_python(_count(dict(recipe.config)), mode="json")
             kept = json.dumps({"config": _digest(recipe.config), "cost": cost}, separators=(",", ":"))
-            (folder / f"{name}.json").write_text(kept + "\n", encoding="utf-8")
+            (SHIPPED / f"{name}.json").write_text(kept + "\n", encoding="utf-8")
 
 
 def _digest(config: Mapping[str, Any]) -> str:
@@ -226,31 +231,31 @@ KERNEL_TITLES = {
 def estimate_lines(estimate: Estimate, published: float | None = None) -> list[str]:
     """Lines for the terminal.  published: the measured speed-up of the same drop, if known."""
     dense, pruned = estimate.dense, estimate.pruned
-    place, load = dense.hardware, dense.workload
+    sides, load = (dense, pruned), dense.workload
     lines = [
-        f"{place.name}: {place.flops / 1e12:.4g} TFLOP/s, {place.bandwidth / 1e9:.4g} GB/s ({place.source})",
+        str(dense.hardware),
         f"batch {load.batch}, {load.prompt} + {load.new} tokens, {load.dtype}",
-        _row("", "dense", "pruned"),
-        _row("parameters", *(f"{side.parameters / 1e9:.3f} G" for side in (dense, pruned))),
+        side_by_side("", "dense", "pruned"),
+        side_by_side("parameters", *(f"{side.parameters / 1e9:.3f} G" for side in sides)),
     ]
     if dense.active_parameters != dense.parameters:
-        lines.append(_row("active", *(f"{side.active_parameters / 1e9:.3f} G" for side in (dense, pruned))))
+        lines.append(side_by_side("active", *(f"{side.active_parameters / 1e9:.3f} G" for side in sides)))
     lines += [
-        _row("checkpoint", *(_bytes(side.checkpoint_bytes) for side in (dense, pruned))),
-        _row("KV cache", *(_bytes(side.kv_bytes) for side in (dense, pruned))),
-        _row("devices needed", str(dense.devices), str(pruned.devices)),
-        _row("prefill", *(f"{side.prefill_flops / 1e12:.4g} TFLOP" for side in (dense, pruned))),
-        _row("decode step", *(f"{side.decode_flops / 1e12:.4g} TFLOP" for side in (dense, pruned))),
+        side_by_side("checkpoint", *(_bytes(side.checkpoint_bytes) for side in sides)),
+        side_by_side("KV cache", *(_bytes(side.kv_bytes) for side in sides)),
+        side_by_side("devices needed", str(dense.devices), str(pruned.devices)),
+        side_by_side("prefill", *(f"{side.prefill_flops / 1e12:.4g} TFLOP" for side in sides)),
+        side_by_side("decode step", *(f"{side.decode_flops / 1e12:.4g} TFLOP" for side in sides)),
     ]
     for name in KERNELS:
         speedup = estimate.speedup(name)
-        lines.append(_row(f"time, {name}", *(_seconds(side, name) for side in (dense, pruned))))
+        lines.append(side_by_side(f"time, {name}", *(_seconds(side, name) for side in sides)))
         lines.append(
             f"  {KERNEL_TITLES[name]}: {speedup.generation:.2f}x in all "
             f"(prefill {speedup.prefill:.2f}x, decode {speedup.decode:.2f}x)"
         )
     host = launches(dense)
-    if place.queued and step_seconds(dense, KERNELS["sdpa"], load.prompt) <= host:
+    if dense.hardware.queued and step_seconds(dense, KERNELS["sdpa"], load.prompt) <= host:
         lines.append(
             f"  transformers takes {1e3 * host:.3g} ms to launch a decode step, as long as its kernels run or longer; "
             "CUDA graphs (torch.compile, vLLM) lift that"
@@ -258,10 +263,6 @@ def estimate_lines(estimate: Estimate, published: float | None = None) -> list[s
     if published is not None:
         lines.append(f"  published, measured: {published:.2f}x")
     return lines
-
-
-def _row(name: str, dense: str, pruned: str) -> str:
-    return f"{name:<16}{dense:>24}{pruned:>24}".rstrip()
 
 
 def _seconds(side: Side, kernels: str) -> str:

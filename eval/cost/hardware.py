@@ -40,6 +40,9 @@ class Hardware:
     compute_share: float = 0.6
     memory_share: float = 0.8
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.flops / 1e12:.4g} TFLOP/s, {self.bandwidth / 1e9:.4g} GB/s ({self.source})"
+
     def seconds(self, flops: float, nbytes: float) -> float:
         """Roofline: the larger of compute time and memory time."""
         return max(flops / (self.flops * self.compute_share), nbytes / (self.bandwidth * self.memory_share))

@@ -148,9 +148,9 @@ def _times(side: Side, kernels: Kernels) -> Times:
     return Times(_prefill(side, kernels), workload.new * sum(steps) / len(steps))
 
 
-def _samples(workload: Workload, count: int = 8) -> list[int]:
-    """`count` context lengths, evenly spread over the new tokens."""
-    return [workload.prompt + int(workload.new * (part + 0.5) / count) for part in range(count)]
+def _samples(workload: Workload) -> list[int]:
+    """Eight context lengths, evenly spread over the new tokens."""
+    return [workload.prompt + int(workload.new * (part + 0.5) / 8) for part in range(8)]
 
 
 def _prefill(side: Side, kernels: Kernels) -> float:

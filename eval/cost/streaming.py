@@ -21,7 +21,7 @@ from dropformer.progress import Tick
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.device import gpus_of, input_device
 
-_Reader = Callable[[int, int], Tensor]  # logits [end - start, V] of the tokens from start to end
+SEGMENTS = 16  # parts of a text whose perplexity is told
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,36 @@ class StreamSpeed:
         return self.recompute / self.streaming
 
 
-def stream(
-    model: nn.Module, ids: Tensor, shape: Sinks, *, segments: int = 16, progress: Tick | None = None
-) -> StreamResult:
-    """Read token ids [T] with attention sinks, `shape.chunk` tokens at a time.
+@torch.inference_mode()
+def stream(model: nn.Module, ids: Tensor, shape: Sinks, progress: Tick | None = None) -> StreamResult:
+    """Score every token of ids [T] but the first, with attention sinks, `shape.chunk` tokens at a time.
 
     Raises ArchitectureError for a model without rotary positions, EvaluationError for under 2 tokens.
     """
-    return _read(_Text(ids, segments), model, shape, progress)
+    if ids.dim() != 1 or len(ids) < 2:
+        raise EvaluationError(f"cannot stream token ids of shape {list(ids.shape)}; expected [T], T > 1")
+    cache, nll, largest = sink_cache(model, shape), [], 0
+    reader = _cached(model, ids, cache)
+    start = time.perf_counter()
+    for begin in range(0, len(ids) - 1, shape.chunk):  # the last token is only a target
+        end = min(begin + shape.chunk, len(ids) - 1)
+        logits = reader(begin, end)
+        targets = ids[begin + 1 : end + 1].to(logits.device)
+        nll.append(F.cross_entropy(logits.float(), targets, reduction="none").double().cpu())
+        largest = max(largest, kv_bytes(cache) + state_bytes(cache))
+        if progress is not None:
+            progress(end, end)
+    seconds = time.perf_counter() - start
+    losses = torch.cat(nll)
+    parts = torch.tensor_split(losses, min(SEGMENTS, len(losses)))
+    return StreamResult(
+        mode=f"sinks ({shape})",
+        tokens=len(losses),
+        nll=float(losses.mean()),
+        segments=tuple(math.exp(float(part.mean())) for part in parts),
+        seconds=seconds,
+        cache_bytes=largest,
+    )
 
 
 @torch.inference_mode()
@@ -100,45 +122,9 @@ def streaming_speed(model: nn.Module, ids: Tensor, shape: Sinks, tokens: int = 8
     return StreamSpeed(statistics.median(streaming[1:]), statistics.median(recomputed[1:]))
 
 
-@dataclass(frozen=True)
-class _Text:
-    ids: Tensor  # [T]
-    segments: int
+def _cached(model: nn.Module, ids: Tensor, cache: Cache) -> Callable[[int, int], Tensor]:
+    """Logits [end - start, V] of the tokens from start to end, continuing the cache."""
 
-    def __post_init__(self) -> None:
-        if self.ids.dim() != 1 or len(self.ids) < 2:
-            raise EvaluationError(f"cannot stream token ids of shape {list(self.ids.shape)}; expected [T], T > 1")
-
-
-@torch.inference_mode()
-def _read(text: _Text, model: nn.Module, shape: Sinks, progress: Tick | None) -> StreamResult:
-    """Score every token except the first, in chunks; the last token is only a target."""
-    ids, nll, largest = text.ids, [], 0
-    cache = sink_cache(model, shape)
-    reader = _cached(model, ids, cache)
-    start = time.perf_counter()
-    for begin in range(0, len(ids) - 1, shape.chunk):
-        end = min(begin + shape.chunk, len(ids) - 1)
-        logits = reader(begin, end)
-        targets = ids[begin + 1 : end + 1].to(logits.device)
-        nll.append(F.cross_entropy(logits.float(), targets, reduction="none").double().cpu())
-        largest = max(largest, kv_bytes(cache) + state_bytes(cache))
-        if progress is not None:
-            progress(end, end)
-    seconds = time.perf_counter() - start
-    losses = torch.cat(nll)
-    parts = torch.tensor_split(losses, min(text.segments, len(losses)))
-    return StreamResult(
-        mode=f"sinks ({shape})",
-        tokens=len(losses),
-        nll=float(losses.mean()),
-        segments=tuple(math.exp(float(part.mean())) for part in parts),
-        seconds=seconds,
-        cache_bytes=largest,
-    )
-
-
-def _cached(model: nn.Module, ids: Tensor, cache: Cache) -> _Reader:
     def read(start: int, end: int) -> Tensor:
         part = ids[None, start:end].to(input_device(model))
         return model(input_ids=part, past_key_values=cache, use_cache=True).logits[0]

@@ -117,9 +117,9 @@ def time_run(model: nn.Module, setting: Setting, step: Step | None = None, cache
     return Run(prefill_took, decode_took, kv_bytes(past))
 
 
-def last_logits(model: nn.Module, tokens: int = 1) -> dict[str, int]:
-    """The argument that limits logits to the last `tokens` positions, if the model takes it."""
-    return {"logits_to_keep": tokens} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+def last_logits(model: nn.Module) -> dict[str, int]:
+    """The argument that limits logits to the last position, if the model takes it."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def fits_in_memory(model: nn.Module, setting: Setting, ballast: int) -> bool:

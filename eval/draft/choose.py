@@ -15,7 +15,7 @@ from dropformer.metrics.analysis.analyze import analyze_model
 from dropformer.metrics.analysis.window_loss import TIMES, window_losses
 from dropformer.metrics.calibration.windows import Windows, named_texts
 from dropformer.metrics.draft.acceptance import DenseText, spread
-from dropformer.metrics.draft.formula import MOST, PAYS, Verify, best, curve
+from dropformer.metrics.draft.formula import PAYS, Verify, best, curve
 from dropformer.metrics.draft.search import Candidate, DraftSearch, Rung, draft_in_place
 from dropformer.metrics.repair.base import Repair
 from dropformer.progress import Progress
@@ -114,7 +114,7 @@ def choose_draft(
 
 def _at_cost(found: Candidate, cost: float, verify: Verify) -> Candidate:
     """The candidate at this cost of a step, with its best number of drafted tokens."""
-    tokens, gives = best(found.acceptance, cost, verify, MOST)
+    tokens, gives = best(found.acceptance, cost, verify)
     return replace(found, cost=cost, tokens=tokens, speedup=gives)
 
 

@@ -21,6 +21,8 @@ from dropformer.prune.draft.shared_cache import view_of
 from dropformer.prune.loading.device import gpus_of
 from dropformer.prune.window import Window
 
+REPEATS = 7  # of timed steps
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -71,11 +73,7 @@ class MeasuredSteps:
 
 @torch.inference_mode()
 def measured_steps(
-    models: tuple[PreTrainedModel, PreTrainedModel, Sequence[int]],
-    ids: Tensor,
-    cache: Cache,
-    drafted: int,
-    repeats: int = 7,
+    models: tuple[PreTrainedModel, PreTrainedModel, Sequence[int]], ids: Tensor, cache: Cache, drafted: int
 ) -> MeasuredSteps:
     """Time the steps after the dense model's cache of `ids` [1, T], interleaved, after one warm-up.
 
@@ -84,7 +82,7 @@ def measured_steps(
     dense, draft, sources = models
     length, clock = ids.shape[1] - drafted - 1, Clock(gpus_of(dense))
     took: dict[str, list[float]] = {"dense": [], "draft": [], "verify": [], "view": []}
-    for turn in range(repeats + 1):
+    for turn in range(REPEATS + 1):
         behind = shortened(cache, length)
         view, making = clock.timed(partial(view_of, behind, draft, sources))
         calls: dict[str, Callable] = {}

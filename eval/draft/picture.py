@@ -28,4 +28,5 @@ def draw_speedup(
         axes.plot([measured[0]], [measured[1]], "s", color="#d95f02", markersize=8, label="measured")
     axes.axhline(1, color="black", linewidth=0.8)
     over_counts(axes, "drafted tokens", "tokens per second over dense")
+    axes.legend(frameon=False)
     return save(figure, path)

@@ -25,26 +25,34 @@ WINDOWS, EVERY = 4, 4  # a trend is measured on so many windows, on every fourth
 Damage = float | Sequence[float]
 
 
-def cliff(points: Iterable[tuple[int, Damage]], *, steeper: float = STEEPER, at_least: float = AT_LEAST) -> int | None:
+def cliff(points: Iterable[tuple[int, Damage]]) -> int | None:
     """The first number of drops that lies beyond a cliff, or None.
 
-    points: (layers dropped, damage), in any order; damage grows as quality falls: log-perplexity or KL in nats (or an
-    error rate, with its own `at_least`), one figure, or one for each window, the same windows at every point.  A point
-    lies beyond a cliff when the rise from the point before it is at least `at_least`, and exceeds `steeper` times the
-    median slope of all earlier steps by more than two standard errors of the rise, window by window.  Slopes are
-    per layer, so unequal steps compare; a fall counts as no slope.  The first step has no trend to leave: it is
-    never a cliff, and neither is a rise that one window shows, whose error is not known.
+    points: (layers dropped, damage), in any order; damage grows as quality falls: log-perplexity or KL in nats, one
+    figure, or one for each window, the same windows at every point.  A point lies beyond a cliff when the rise from
+    the point before it is at least `AT_LEAST`, and exceeds `STEEPER` times the median slope of all earlier steps by
+    more than two standard errors of the rise, window by window.  Slopes are per layer, so unequal steps compare; a
+    fall counts as no slope.  The first step has no trend to leave: it is never a cliff, and neither is a rise that one
+    window shows, whose error is not known.
     """
     ordered = [(drops, _each(damage)) for drops, damage in sorted(points, key=lambda point: point[0])]
     slopes: list[float] = []
     for (drops_before, before), (drops, damage) in pairwise(ordered):
         rises = [after - earlier for earlier, after in zip(before, damage, strict=True)]
         rise, step = statistics.fmean(rises), max(1, drops - drops_before)
-        allowed = steeper * statistics.median(slopes) * step if slopes else math.inf
-        if rise >= at_least and rise - allowed > CLEAR * _stderr(rises):
+        allowed = STEEPER * statistics.median(slopes) * step if slopes else math.inf
+        if rise >= AT_LEAST and rise - allowed > CLEAR * _stderr(rises):
             return drops
         slopes.append(max(0.0, rise) / step)
     return None
+
+
+def mark_cliff(axes: Any, drops: int | None, color: str = "#555555") -> None:
+    """A dotted line at a cliff, if there is one."""
+    if drops is not None:
+        axes.axvline(drops, color=color, linestyle=":", linewidth=1.5)
+        place = {"xycoords": ("data", "axes fraction"), "ha": "right", "va": "top", "rotation": 90, "fontsize": 8}
+        axes.annotate(f"beyond a cliff at {drops}", (drops, 0.97), color=color, **place)
 
 
 def _each(damage: Damage) -> list[float]:

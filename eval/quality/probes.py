@@ -92,13 +92,16 @@ _FILLER = (
 )
 
 
-def copying(seed: int = 0, count: int = 32, length: int = 12) -> Probe:
-    """Lists of `length` different words, repeated up to a word from the second half; 4 wrong words of the list."""
+LISTED, WORKED = 12, 6  # words of a list, worked examples
+
+
+def copying(seed: int = 0, count: int = 32) -> Probe:
+    """Lists of `LISTED` different words, repeated up to a word from the second half; 4 wrong words of the list."""
     draw = random.Random(seed)
 
     def question() -> Question:
-        words = draw.sample(_WORDS, length)
-        at = draw.randrange(length // 2, length)
+        words = draw.sample(_WORDS, LISTED)
+        at = draw.randrange(LISTED // 2, LISTED)
         wrong = draw.sample([word for word in words if word not in (words[at], words[at - 1])], 4)
         text = f"{' '.join(words)}\n{' '.join(words[:at])}"
         return Question(text, tuple(f" {word}" for word in (words[at], *wrong)))
@@ -106,8 +109,8 @@ def copying(seed: int = 0, count: int = 32, length: int = 12) -> Probe:
     return Probe("copy", "", tuple(question() for _ in range(count)))
 
 
-def addition(seed: int = 0, count: int = 32, examples: int = 6) -> Probe:
-    """Sums of two two-digit numbers behind `examples` worked ones; 4 near misses, equally long."""
+def addition(seed: int = 0, count: int = 32) -> Probe:
+    """Sums of two two-digit numbers behind `WORKED` worked ones; 4 near misses, equally long."""
     draw = random.Random(seed)
 
     def pair() -> tuple[int, int]:
@@ -120,7 +123,7 @@ def addition(seed: int = 0, count: int = 32, examples: int = 6) -> Probe:
         wrong = draw.sample(near, 4)
         return Question(f"{first} + {second} =", tuple(f" {n}" for n in (right, *wrong)))
 
-    worked = "".join(f"{a} + {b} = {a + b}\n" for a, b in (pair() for _ in range(examples)))
+    worked = "".join(f"{a} + {b} = {a + b}\n" for a, b in (pair() for _ in range(WORKED)))
     return Probe("addition", worked, tuple(question() for _ in range(count)))
 
 
@@ -148,14 +151,12 @@ PROBES: Registry[Callable[[int], Probe]] = Registry(
 )
 
 
-def run_probes(
-    model: nn.Module, tokenizer: Any, seed: int = 0, names: Sequence[str] | None = None
-) -> list[ProbeResult]:
+def run_probes(model: nn.Module, tokenizer: Any, names: Sequence[str] | None = None) -> list[ProbeResult]:
     """Run the probes (all, or those named) on a causal language model, less those longer than its context.
 
     Raises EvaluationError for an unknown name.
     """
-    probes = [PROBES[name](seed) for name in (PROBES if names is None else names)]
+    probes = [PROBES[name](0) for name in (PROBES if names is None else names)]
     room = context_of(model.config) or math.inf
     return [score(model, tokenizer, probe) for probe in probes if probe.tokens(tokenizer) <= room]
 

@@ -10,15 +10,16 @@ from typing import Any, ClassVar
 from dropformer.eval.cost.counting import cost_of
 from dropformer.eval.cost.speed import Speed, bounds, measure
 from dropformer.eval.cost.timing import Setting
-from dropformer.eval.quality.cliff import cliff
+from dropformer.eval.quality.cliff import cliff, mark_cliff
 from dropformer.eval.quality.perplexity import side_by_side
-from dropformer.metrics.analysis.plots import save
+from dropformer.metrics.analysis.plots import over_counts, save
 from dropformer.prune.architecture import KIND_NAMES
 from dropformer.prune.artifact import Artifact, FrozenRecord, ModelRef
 
 AT = Setting(prompt=2048, new=1)
 """Where the bound is counted if nothing is measured."""
 
+REPEATS = 3  # of measured speed
 RED, BLUE = "#b2182b", "#2166ac"
 
 
@@ -71,10 +72,10 @@ def point(dense: Any, pruned: Any, layers: Sequence[Any], ids: Any, setting: Set
     )
 
 
-def with_speed(points: Sequence[Point], models: Sequence[Any], setting: Setting, repeats: int = 3) -> list[Point]:
+def with_speed(points: Sequence[Point], models: Sequence[Any], setting: Setting) -> list[Point]:
     """The points with measured speeds, all models interleaved in one run; the first is the dense one."""
     named = {str(at.drops): model for at, model in zip(points, models, strict=True)}
-    table = measure(named, [setting], repeats)
+    table = measure(named, [setting], REPEATS)
     return [at.model_copy(update=_ratios(table.row(str(at.drops)))) for at in points]
 
 
@@ -102,32 +103,22 @@ def find_cliff(points: Sequence[Point]) -> int | None:
 def draw(sweep: Sweep, path: Path) -> Path:
     """Perplexity over dense and the speed-up of decoding, by number of drops; the cliff marked."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.5, 4), layout="constrained")
     left = figure.add_subplot()
     drops, base = [p.drops for p in sweep.points], sweep.points[0].perplexity
-    lines = left.plot(
-        drops, [p.perplexity / base for p in sweep.points], "o-", color=RED, label="perplexity over dense"
-    )
+    ratios = [p.perplexity / base for p in sweep.points]
+    lines = left.plot(drops, ratios, "o-", color=RED, label="perplexity over dense")
     kind, _, window = sweep.of.partition("@")
-    left.set_xlabel(
-        f"attention layers with a window of {window}" if window else f"dropped {KIND_NAMES.get(kind, kind)} layers"
-    )
-    left.set_ylabel("perplexity over dense", color=RED)
-    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    counted = f"dropped {KIND_NAMES.get(kind, kind)} layers"
+    over_counts(left, f"attention layers with a window of {window}" if window else counted, "perplexity over dense")
+    left.yaxis.label.set_color(RED)
     right = left.twinx()
     lines += right.plot(drops, [p.decode_bound for p in sweep.points], "--", color=BLUE, label="decode, as work allows")
     lines += _measured(right, sweep)
     right.set_ylabel("decode, times as fast as dense", color=BLUE)
-    if sweep.cliff is not None:
-        left.axvline(sweep.cliff, color="#555555", linestyle=":", linewidth=1.5)
-        left.annotate(
-            f"beyond a cliff at {sweep.cliff}", (sweep.cliff, 0.97), xycoords=("data", "axes fraction"), ha="right",
-            va="top", rotation=90, fontsize=9,
-        )  # fmt: skip
+    mark_cliff(left, sweep.cliff)
     left.set_title(f"{sweep.model.name}: what each further drop costs and saves")
-    left.grid(alpha=0.25)
     labels = [str(line.get_label()) for line in lines]
     figure.legend(lines, labels, frameon=False, loc="outside lower center", ncols=len(lines), fontsize=8)
     return save(figure, path)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
+from dropformer.eval.quality.cliff import Trend, mark_cliff
 from dropformer.eval.report.evaluation import Evaluation, ModelResult
 from dropformer.eval.report.tables import setting_name
 from dropformer.metrics.analysis.plots import over_counts, save
@@ -31,19 +32,15 @@ def quality_by_drop(evaluation: Evaluation, path: Path) -> Path | None:
     axes = figure.add_subplot()
     for model, color in zip(known, cycle(COLORS), strict=False):
         if model.trend:
-            drops, ratios = zip(*_over_dense(model), strict=True)
+            drops, ratios = zip(*_over_dense(model.trend), strict=True)
             axes.plot(drops, ratios, "o--", color=color, markersize=4, linewidth=1.2, alpha=0.8)
+            mark_cliff(axes, model.trend.cliff, CLIFF)
         assert model.perplexity
         ratio = model.perplexity["value"] / dense.perplexity["value"]
         axes.plot([len(model.drops)], [ratio], "D", color=color, markersize=8, label=model.name)
-        if model.trend and model.trend.cliff is not None:
-            axes.axvline(model.trend.cliff, color=CLIFF, linestyle=":", linewidth=1.5)
-            axes.annotate(
-                f"beyond a cliff at {model.trend.cliff}", (model.trend.cliff, 0.97), rotation=90, ha="right", va="top",
-                xycoords=("data", "axes fraction"), color=CLIFF, fontsize=8,
-            )  # fmt: skip
     axes.plot([0], [1], "s", color="black", markersize=6, label=dense.name)
     over_counts(axes, "layers dropped", "perplexity over dense")
+    axes.legend(frameon=False)
     return save(figure, path)
 
 
@@ -61,12 +58,8 @@ def kept_by_test(evaluation: Evaluation, path: Path) -> Path | None:
         places = [names.index(name) + shift for name in kept]
         values, errors = zip(*kept.values(), strict=True) if kept else ((), ())
         axes.errorbar(values, places, xerr=errors, fmt="o", color=color, capsize=3, label=model)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(left=0)
-    axes.set_xlabel("share of the dense model's score that is kept, ± one standard error")
-    axes.grid(alpha=0.25, axis="x")
+    _relative_to_dense(axes, names, "share of the dense model's score that is kept, ± one standard error")
     _legend_below(figure, len(rows))
     return save(figure, path)
 
@@ -86,28 +79,24 @@ def speed_against_bound(evaluation: Evaluation, path: Path) -> Path | None:
         medians = [ratio["median"] for ratio, _ in ratios]
         spread = [[r["median"] - r["low"] for r, _ in ratios], [r["high"] - r["median"] for r, _ in ratios]]
         axes.errorbar(medians, places, xerr=spread, fmt="o", color=color, capsize=3, label=f"{model.name}, measured")
-        allowed = [bound for _, bound in ratios]
-        axes.plot(
-            allowed,
-            places,
-            "|",
-            color=color,
-            markersize=16,
-            markeredgewidth=2.5,
-            label=f"{model.name}, what its work allows",
-        )
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlabel("times as fast as dense")
-    axes.grid(alpha=0.25, axis="x")
+        style: dict[str, Any] = {"color": color, "markersize": 16, "markeredgewidth": 2.5}
+        axes.plot([bound for _, bound in ratios], places, "|", label=f"{model.name}, upper bound", **style)
+    _relative_to_dense(axes, names, "times as fast as dense")
     _legend_below(figure, len(pruned))
     return save(figure, path)
 
 
-def _over_dense(model: ModelResult) -> list[tuple[int, float]]:
-    points = model.trend.points if model.trend else []
-    return [(drops, math.exp(nll - points[0][1])) for drops, nll in points]
+def _relative_to_dense(axes: Any, names: Sequence[str], label: str) -> None:
+    """One row per name, from the top, along an axis on which 1 is the dense model."""
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel(label)
+    axes.grid(alpha=0.25, axis="x")
+
+
+def _over_dense(trend: Trend) -> list[tuple[int, float]]:
+    return [(drops, math.exp(nll - trend.points[0][1])) for drops, nll in trend.points]
 
 
 def _kept(dense: ModelResult, model: ModelResult) -> Iterator[tuple[str, tuple[float, float]]]:

@@ -121,7 +121,8 @@ def _check(candidate: Candidate, dense: Candidate, options: EvaluationOptions) -
     if not writes_text(candidate.model) and not candidate.model.config.is_encoder_decoder:
         raise EvaluationError(
             f"{candidate.name} does not write text token by token, and an evaluation reads text; "
-            "`prune --model ... --drop ...` compares its outputs with the dense model's in report.json"
+            "`prune --model ... --drop ...` compares its outputs with the dense model's in report.json, and "
+            "`prune estimate` says what it costs"
         )
     if candidate.tokenizer is None and (candidate is dense or options.tasks or options.probes):
         raise EvaluationError(f"{candidate.name} has no tokenizer, so it cannot read text; put one beside its weights")

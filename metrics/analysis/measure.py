@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dropformer.metrics.analysis import distributed
 from dropformer.metrics.analysis.analyze import calibrated, joined, measuring, proven, scores_of
@@ -149,13 +149,9 @@ def exchanged(windows: Sequence[int], rows: WindowScores | None, size: int, laye
     """Every process's rows of this round, by window, in every process."""
     table = torch.full((size, 1 + 2 * layers), -1, dtype=torch.float64)
     if rows is not None:
-        table[: len(rows)] = torch.cat([_column(windows), rows.sums, rows.tokens.double()], dim=1)
+        table[: len(rows)] = torch.cat([torch.tensor(windows)[:, None].double(), rows.sums, rows.tokens.double()], 1)
     found = [row for row in distributed.gather(table) if row[0] >= 0]
     return {int(row[0]): WindowScores(row[None, 1 : 1 + layers], row[None, 1 + layers :].long()) for row in found}
-
-
-def _column(windows: Sequence[int]) -> Tensor:
-    return torch.tensor(windows, dtype=torch.float64)[:, None]
 
 
 def _in_order(done: Mapping[int, WindowScores]) -> WindowScores:

@@ -42,18 +42,18 @@ def similarity_by_depth(scores: Scores, path: Path, dropped: Collection[Layer] =
     axes.set_yscale("log")
     axes.set_title(f"{scores.model.name}: the lower, the more redundant")
     over_counts(axes, "block", "1 - cosine similarity of the residual stream\nbefore and after the layer")
+    axes.legend(frameon=False)
     return save(figure, path)
 
 
 def over_counts(axes: Any, counted: str, value: str) -> None:
-    """Label the axes of lines over whole numbers, with a grid and a legend."""
+    """Label the axes of lines over whole numbers, with a grid."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlabel(counted)
     axes.set_ylabel(value)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
 
 
 def save(figure: Any, path: Path) -> Path:

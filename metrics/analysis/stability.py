@@ -104,13 +104,13 @@ def first(rows: WindowScores, n: int) -> WindowScores:
     return WindowScores(rows.sums[:n], rows.tokens[:n])
 
 
-def resampled(rows: WindowScores, times: int, seed: int = 0) -> Tensor:
+def resampled(rows: WindowScores, times: int) -> Tensor:
     """Similarity from windows drawn with replacement, [times, layers] float64.
 
     Deviations from the mean are widened by sqrt(n / (n - 1)), by which the bootstrap is too narrow.
     """
     n = len(rows)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     draws = torch.randint(n, (times, n), generator=generator)
     counts = torch.zeros(times, n, dtype=torch.float64).scatter_add_(
         1, draws, torch.ones(times, n, dtype=torch.float64)

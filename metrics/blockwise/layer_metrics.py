@@ -12,14 +12,14 @@ x and y are the residual stream before and after the layer, at scored tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dropformer.metrics.analysis.similarity import cosine, distance, norm
-from dropformer.metrics.blockwise.divergence import DenseReference, dropped_modules
+from dropformer.metrics.blockwise.divergence import DenseReference, Divergence, dropped_modules
 from dropformer.metrics.blockwise.residuals import residual_pairs
 from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import variant
@@ -87,22 +87,19 @@ def leave_one_out_kl(context: MetricContext) -> dict[Layer, float]:
 
     Time: on average half a forward pass per layer, as the dense stream before it is reused.  Memory: `DenseReference`.
     """
-    return {layer: -kl for layer, (kl, _) in leave_one_out(context, context.layers()).items()}
+    return {layer: -found.mean_kl for layer, found in leave_one_out(context).items()}
 
 
 def leave_one_out_perplexity(context: MetricContext) -> dict[Layer, float]:
     """-log perplexity without the layer, per layer.  Time and memory: as `leave_one_out_kl`."""
-    return {layer: -nll for layer, (_, nll) in leave_one_out(context, context.layers()).items()}
+    return {layer: -float(found.nll.mean()) for layer, found in leave_one_out(context).items()}
 
 
-def leave_one_out(
-    context: MetricContext, layers: Iterable[Layer], dense: DenseReference | None = None
-) -> dict[Layer, tuple[float, float]]:
-    """(KL, negative log-likelihood) with each of these layers dropped by itself."""
-    dense = dense or DenseReference(context.runner, context.stride, context.scored)
-    wanted = list(layers)
-    divergences = dense.compare_each([variant(context.runner.model, context.architecture, [layer]) for layer in wanted])
-    return {layer: (d.mean_kl, float(d.nll.mean())) for layer, d in zip(wanted, divergences, strict=True)}
+def leave_one_out(context: MetricContext) -> dict[Layer, Divergence]:
+    """The divergence from the dense model with each layer dropped by itself."""
+    dense, layers = DenseReference(context.runner, context.stride, context.scored), context.layers()
+    variants = [variant(context.runner.model, context.architecture, [layer]) for layer in layers]
+    return dict(zip(layers, dense.compare_each(variants), strict=True))
 
 
 mean_similarity = mean_over_tokens(similarity)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dropformer.metrics.calibration.data import CalibrationData
 from dropformer.metrics.calibration.images import Pictures
@@ -41,6 +41,13 @@ def samples_at_once(model: nn.Module, data: CalibrationData) -> int:
     """`windows_at_once` for calibration data; an image counts as its number of patches."""
     length = data.ref.length
     return windows_at_once(model, max(1, length // PATCH) ** 2 if isinstance(data, Pictures) else length)
+
+
+def some_rows(inputs: Mapping[str, Any], part: slice) -> dict[str, Any]:
+    """Some samples of forward arguments; what is not one entry per sample, such as a flag, stays."""
+    count = len(inputs["input_ids"])
+    per_sample = [n for n, value in inputs.items() if isinstance(value, Tensor) and value.shape[:1] == (count,)]
+    return {name: value[part] if name in per_sample else value for name, value in inputs.items()}
 
 
 def activation_bytes(model: nn.Module, length: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dropformer.metrics.calibration.generated import Writer, written_windows
 from dropformer.metrics.calibration.images import PIXELS, pictures
-from dropformer.metrics.calibration.settings import Calibration, CalibrationRef
+from dropformer.metrics.calibration.settings import Calibration, CalibrationRef, context_of
 from dropformer.metrics.calibration.text import writes_itself
 from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.prune.errors import CalibrationError, ModelError
@@ -31,7 +31,7 @@ class CalibrationData(Protocol):
     def lengths(self) -> list[int]:
         """Length of each sample without padding."""
 
-    def batches(self, size: int, start: int = 0) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
+    def batches(self, size: int) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
         """(model inputs, scored positions [B, T] bool or None for all) for `size` samples at a time, in order."""
 
     def batch(self, which: Sequence[int]) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -42,8 +42,13 @@ def default_settings(model: Any, default: Calibration) -> Calibration:
     """Default calibration settings, clamped to the model's maximum length; random pixels for an image model."""
     if takes_pictures(model):
         return replace(default, name=PIXELS)
-    limit = longest_text(model) if model is not None else None
-    return replace(default, length=min(default.length, limit or default.length))
+    limits = (longest_text(model), _context(model)) if model is not None else ()
+    return replace(default, length=min([default.length, *filter(None, limits)]))
+
+
+def _context(model: Any) -> int | None:
+    config = getattr(model, "config", None)
+    return context_of(config) if hasattr(config, "to_dict") else None
 
 
 def text_windows(calibration: Calibration, writer: Writer) -> Windows:

@@ -6,12 +6,13 @@ Checking names does not import torch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dropformer.metrics.calibration.settings import Calibration, CalibrationRef
+from dropformer.metrics.calibration.text import check_name
 from dropformer.prune.errors import CalibrationError, reason
 
 if TYPE_CHECKING:
@@ -35,9 +36,9 @@ class Pictures:
         """All images have the same size."""
         return [1] * len(self)
 
-    def batches(self, size: int, start: int = 0) -> Iterator[tuple[dict[str, Tensor], None]]:
+    def batches(self, size: int) -> Iterator[tuple[dict[str, Tensor], None]]:
         """(model inputs, None) for `size` images at a time."""
-        for first in range(start, len(self), size):
+        for first in range(0, len(self), size):
             yield self.batch(range(first, min(first + size, len(self))))
 
     def batch(self, which: Sequence[int]) -> tuple[dict[str, Tensor], None]:
@@ -54,6 +55,15 @@ def image_files(name: str) -> list[Path]:
             f"or `{PIXELS}` for random ones"
         )
     return found
+
+
+def check_texts(names: Iterable[str]) -> None:
+    """Raises CalibrationError for a name that is neither a text nor images."""
+    for name in names:
+        if Path(name).is_dir():
+            image_files(name)
+        elif name != PIXELS:
+            check_name(name)
 
 
 def pictures(calibration: Calibration, config: Any, folder: Path) -> Pictures:

@@ -42,13 +42,13 @@ class Windows:
         """`scored`, or None if every position is scored."""
         return None if self.scored.all() else self.scored
 
-    def batches(self, size: int, start: int = 0) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    def batches(self, size: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         """(model inputs, scored positions) for `size` windows at a time, sorted by length to reduce padding.
 
         The sort is stable; there is no attention mask without padding.
         """
         lengths = self.lengths()
-        order = by_length(lengths)[start:]
+        order = by_length(lengths)
         for part in alike([lengths[i] for i in order], size):
             yield self.batch(order[part])
 

@@ -35,14 +35,14 @@ def curve(acceptance: float, cost: float, verify: Verify = one_step) -> dict[int
     return {g: speedup(acceptance, g, cost, verify) for g in range(1, MOST + 1)}
 
 
-def best(acceptance: float, cost: float, verify: Verify = one_step, most: int = MOST) -> tuple[int, float]:
-    """The number of drafted tokens (1 to `most`) with the greatest speed-up, and that speed-up."""
-    return max(((g, speedup(acceptance, g, cost, verify)) for g in range(1, most + 1)), key=lambda found: found[1])
+def best(acceptance: float, cost: float, verify: Verify = one_step) -> tuple[int, float]:
+    """The number of drafted tokens (1 to MOST) with the greatest speed-up, and that speed-up."""
+    return max(curve(acceptance, cost, verify).items(), key=lambda found: found[1])
 
 
-def needed_cost(acceptance: float, target: float = PAYS, verify: Verify = one_step) -> float:
-    """The greatest c at which this acceptance reaches the target; below 0 if none does."""
-    return max((round_tokens(acceptance, g) / target - verify(g + 1)) / g for g in range(1, MOST + 1))
+def needed_cost(acceptance: float, target: float = PAYS) -> float:
+    """The greatest c at which this acceptance reaches the target, if verifying costs a step; below 0 if none does."""
+    return max((round_tokens(acceptance, g) / target - 1) / g for g in range(1, MOST + 1))
 
 
 def needed_acceptance(cost: float, target: float = PAYS, verify: Verify = one_step) -> float | None:

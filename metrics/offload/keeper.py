@@ -20,12 +20,13 @@ class Keeper:
     """Keeps tensors within an allowance of memory each for the device and the host, the rest in unnamed files.
 
     A kept tensor is an ordinary tensor: on its own device, on the CPU, or mapped from a file that vanishes with
-    the last reference to it.  `host`: bytes of host memory, None for no limit; `device`: bytes on a GPU, None for
-    a quarter of what is free there when the first tensor comes.
+    the last reference to it.  `host`: bytes of host memory, None for no limit.  On a GPU, a quarter of
+    what is free there when the first tensor comes.
     """
 
-    def __init__(self, host: int | None = None, device: int | None = None, folder: Path | None = None) -> None:
-        self.host, self.device, self.folder = host, device, folder
+    def __init__(self, host: int | None = None, folder: Path | None = None) -> None:
+        self.host, self.folder = host, folder
+        self.device: int | None = None
         self.held = {"device": 0, "host": 0, "disk": 0}
         self.peak = dict(self.held)
         self._files: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()

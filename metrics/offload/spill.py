@@ -23,8 +23,8 @@ SMALLEST = 16 << 10  # bytes; a smaller storage is not worth a write
 class Spill:
     """Keeps up to `allowance` bytes of waiting passes in memory and the rest in files in `folder`."""
 
-    def __init__(self, folder: Path, allowance: int = 0) -> None:
-        self.folder, self.allowance = folder, allowance
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.allowance = folder, 0
         self.resident = 0
         self._out: dict[int, list[tuple[torch.UntypedStorage, int]]] = {}
         self._in: dict[int, int] = {}

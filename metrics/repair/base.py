@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from dropformer.metrics.blockwise.gate import Gate
 from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import Changes, Variant, variant
+from dropformer.metrics.calibration.batching import some_rows
 from dropformer.metrics.offload.keeper import Keeper
 from dropformer.metrics.offload.process_memory import shown
 from dropformer.metrics.repair.ridge import Group
@@ -75,7 +77,7 @@ class RepairContext:
             windows, length = inputs["input_ids"].shape
             for rows in torch.arange(windows).split(max(1, tokens // length)):
                 part = slice(int(rows[0]), int(rows[-1]) + 1)
-                batches.append({name: _rows(value, part, windows) for name, value in inputs.items()})
+                batches.append(some_rows(inputs, part))
                 counted.append(None if counts is None else counts[part])
                 origin.append(n)
         if len(batches) == len(self.runner):
@@ -90,11 +92,6 @@ class RepairContext:
         return variant(self.model, self.architecture, self.dropped, self.before if changes is None else changes)
 
 
-def _rows(value: Any, part: slice, windows: int) -> Any:
-    """Some windows of a forward argument; what is not one entry for each window, as a flag, stays."""
-    return value[part] if isinstance(value, Tensor) and value.ndim and len(value) == windows else value
-
-
 RepairMethod = Callable[[RepairContext], Changes]
 """Fits one repair.  Its changes are added to those in `before` if they pass the gate."""
 
@@ -103,6 +100,18 @@ Foresight = Callable[[Sequence[Layer], Changes], Changes]
 
 ForesightMethod = Callable[[RepairContext, Sequence[Layer], int], Foresight]
 """Fits a repair for any `count` of the candidates, in one pass over the model."""
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    """0 ... count - 1 in an order of its own for each seed: domains are mixed, so that none is learned last."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, warm_up: int) -> None:
+    """Each group's learning rate at a step, of its `most`: linear warm-up, then cosine decay."""
+    share = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    for group in optimizer.param_groups:
+        group["lr"] = share * group["most"]
 
 
 def check_fitted(plan: Plan, repair: Repair | None) -> None:

@@ -10,7 +10,6 @@ replaced layers one by one, on the dense stream.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from dropformer.metrics.blockwise.divergence import first_changed
 from dropformer.metrics.blockwise.runner import BlockRunner
-from dropformer.metrics.repair.base import Changes, RepairContext
+from dropformer.metrics.repair.base import Changes, RepairContext, set_rate, shuffled
 from dropformer.metrics.repair.ridge import token_weights
 from dropformer.metrics.repair.sequential import DenseStreams, StreamSite, sites, target
 from dropformer.prune.architecture import Architecture, Layer, Stack
@@ -38,18 +37,20 @@ class Distilling:
     """Training settings.
 
     `rate`: the largest step of a weight, relative to its tensor's root mean square, which is taken as at least
-    `floor`.  `epochs`: passes over the windows to fit on.  `tokens`: of a step, a window at least.
+    `floor`.  `epochs`: passes over the windows to fit on (None: three, or as many as make `steps` steps).  `tokens`:
+    of a step, a window at least.
     """
 
-    epochs: int = 3
+    epochs: int | None = None
+    steps: int = 96
     tokens: int = 512
     rate: float = 5e-3
     warm_up: int = 8
     floor: float = 1e-2
 
-    def factor(self, step: int, steps: int) -> float:
-        """The learning-rate factor at a step: linear warm-up, then cosine decay."""
-        return min(1.0, (step + 1) / self.warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    def passes(self, batches: int) -> int:
+        """Passes over so many batches, one batch per step."""
+        return self.epochs or max(3, -(-self.steps // max(1, batches)))
 
 
 def fit_blocks(context: RepairContext, how: Distilling | None = None) -> Changes:
@@ -59,7 +60,7 @@ def fit_blocks(context: RepairContext, how: Distilling | None = None) -> Changes
     passes.  Memory: four streams of all windows, which the keeper may move to files, 20 bytes per parameter of one
     block, and the activations of one batch.
     """
-    how = how or Distilling(context.training.get("epochs", Distilling.epochs))
+    how = how or Distilling(context.training.get("epochs"))
     context = context.in_steps(how.tokens)
     touched = [g.index for g in context.dropped]
     found = aims(context.architecture, context.runner.stack, context.branches, touched)
@@ -182,12 +183,10 @@ class Lesson:
     def epochs(self, learned: Mapping[str, nn.Parameter], batches: Sequence[int], how: Distilling) -> Iterator[int]:
         """Train, one batch per step, domains shuffled; yields after each epoch."""
         optimizer = scaled_adam(learned.values(), how.rate, how.floor)
-        steps = how.epochs * len(batches)
-        for epoch in range(how.epochs):
-            order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(epoch)).tolist()
-            for n, k in enumerate(order):
-                for group in optimizer.param_groups:
-                    group["lr"] = group["most"] * how.factor(epoch * len(batches) + n, steps)
+        epochs = how.passes(len(batches))
+        for epoch in range(epochs):
+            for n, k in enumerate(shuffled(len(batches), epoch)):
+                set_rate(optimizer, epoch * len(batches) + n, epochs * len(batches), how.warm_up)
                 with torch.enable_grad():
                     self.loss(batches[k]).backward()
                 nn.utils.clip_grad_norm_(learned.values(), 1.0)

@@ -16,7 +16,7 @@ from dropformer.metrics.repair.base import Changes, Foresight, RepairContext
 from dropformer.metrics.repair.independent import RefitTarget
 from dropformer.metrics.repair.refit import Fits, fitted
 from dropformer.metrics.repair.slots import OutputProjection
-from dropformer.prune.architecture import Architecture, Layer
+from dropformer.prune.architecture import Architecture, Layer, has_zeros
 from dropformer.prune.loading.skipped_modules import replacement
 
 
@@ -27,7 +27,7 @@ def linear_forms(model: nn.Module, architecture: Architecture, layer: Layer, wid
     the branch's other modules return their input.
     """
     path, modules = architecture.block(layer).path, architecture.branches(layer)[0].modules
-    writer = [name for name, form in modules.items() if _writes(form)][-1]
+    writer = [name for name, form in modules.items() if has_zeros(form)][-1]
     forms: dict[str, Any] = {f"{path}.{writer}": {"linear": [width, width], "of": modules[writer]}}
     for name, form in modules.items():
         if name != writer and not _is_norm(model.get_submodule(f"{path}.{name}"), form):
@@ -42,14 +42,6 @@ def _identity(form: Any) -> Any:
     if isinstance(form, list):
         return [_identity(part) for part in form]
     return {key: _identity(part) for key, part in form.items()} if isinstance(form, dict) else form
-
-
-def _writes(form: Any) -> bool:
-    """Whether the module's output is added to the stream: zeros once it is dropped."""
-    if isinstance(form, str):
-        return form.startswith("zeros")
-    parts = form.get("list") or form.get("fields", {}).values() if isinstance(form, dict) else form or ()
-    return any(_writes(part) for part in parts)
 
 
 def _is_norm(module: nn.Module, form: Any) -> bool:

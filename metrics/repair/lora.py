@@ -8,7 +8,6 @@ learned as they are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from dropformer.metrics.blockwise.divergence import first_changed
 from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.repair.adapters import Adapter, Shift, adapters
-from dropformer.metrics.repair.base import Changes, RepairContext
+from dropformer.metrics.repair.base import Changes, RepairContext, set_rate, shuffled
 from dropformer.prune.loading.parts import output_embeddings, replaced
 from dropformer.prune.surgery.views import sharing_copy
 
@@ -48,10 +47,6 @@ class Healing:
     warm_up: int = 8
     room: int = 2 << 30
     logits: int = 64 << 20
-
-    def factor(self, step: int, steps: int) -> float:
-        """The share of the learning rate at a step: up within `warm_up` steps, then down along a cosine."""
-        return min(1.0, (step + 1) / self.warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def fit_adapters(context: RepairContext) -> Changes:
@@ -121,11 +116,6 @@ def activations(learned: Mapping[str, Adapter | Shift], runner: BlockRunner) -> 
     widths = sum(sum(m.module.get_parameter("weight").shape) for m in learned.values() if isinstance(m, Adapter))
     most = max(inputs["input_ids"].numel() for inputs in runner.batches)
     return 3 * widths * most * runner.start(0).element_size()
-
-
-def shuffled(count: int, seed: int) -> list[int]:
-    """0 ... count - 1 in an order of its own for each seed: domains are mixed, so that none is learned last."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 class Lesson:
@@ -209,8 +199,7 @@ def train(lesson: Lesson, learned: Mapping[str, Adapter | Shift], progress: Prog
     optimizer = torch.optim.AdamW(groups, lr=how.rate, betas=(0.9, 0.95), weight_decay=0.0)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for step, batch in enumerate(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = group["most"] * how.factor(step, len(steps))
+        set_rate(optimizer, step, len(steps), how.warm_up)
         count = lesson.step(batch, step)
         for p in parameters:
             p.grad = None if p.grad is None else p.grad.div_(count)

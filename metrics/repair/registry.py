@@ -28,9 +28,10 @@ class RepairEntry:
     """One repair.
 
     `fit` is a `base.RepairMethod`, `foresee` a `base.ForesightMethod`, or "module:name" of one; without `foresee` a
-    search measures unrepaired candidates.  `passes`: approximate forward passes, for the progress bar.  `whole`: it
-    trains through the whole model, so weights cannot be loaded block by block.  `maps`: it replaces attention layers
-    by linear maps, which not every export format can hold.  `trains`: the fields of `Training` that it takes.
+    search measures unrepaired candidates.  `passes`: approximate forward passes, for the progress bar, and `per_epoch`
+    those of each of its `epochs`.  `whole`: it trains through the whole model, so weights cannot be loaded block by
+    block.  `maps`: it replaces attention layers by linear maps, which not every export format can hold.  `trains`: the
+    fields of `Training` that it takes.
     """
 
     summary: str
@@ -39,12 +40,13 @@ class RepairEntry:
     whole: bool = False
     maps: bool = False
     passes: float = 1.0
+    per_epoch: float = 0.0
+    epochs: int = 0
     trains: tuple[str, ...] = ()
 
     def passes_of(self, training: Training) -> float:
-        """`passes`, of which all but one are those of the epochs."""
-        usual, epochs = self.passes - 1, training.epochs if "epochs" in self.trains else None
-        return self.passes if epochs is None else 1 + max(usual, 1.0) * epochs / 2
+        """Forward passes with these settings."""
+        return self.passes + self.per_epoch * (self.epochs if training.epochs is None else training.epochs)
 
     @property
     def searched(self) -> bool:
@@ -79,13 +81,16 @@ REPAIRS: Registry[RepairEntry] = Registry(
         "distill": RepairEntry(
             "blocks around each gap trained one by one to give the dense stream, in whatever form they have",
             f"{_HERE}.distill:fit_blocks",
+            per_epoch=0.9,
+            epochs=3,
             trains=("epochs",),
         ),
         "lora": RepairEntry(
             "adapters distilled from the dense model and merged",
             f"{_HERE}.lora:fit_adapters",
             whole=True,
-            passes=5.0,
+            per_epoch=2.0,
+            epochs=2,
             trains=("epochs", "rank"),
         ),
     },

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dropformer.prune.architecture import Architecture, Block, Branch, Layer, Tap
-from dropformer.prune.discovery.dataflow import ADDS, KEEPS_PLACE, SCALES, Flow, Term
+from dropformer.prune.discovery.dataflow import ADDS, KEEPS_PLACE, SCALES, Flow, Term, alike
 from dropformer.prune.discovery.replay import traceable
 from dropformer.prune.discovery.trace import Call, Op, Trace, tracing
 from dropformer.prune.samples.inputs import sample_inputs
@@ -164,16 +164,13 @@ class _Reader:
         if op is None:
             return []
         from_stream = [v for v in op.inputs if v in self.flow.reach]
-        if op.name in KEEPS_PLACE and len(from_stream) == 1 and self._same_rows(value, from_stream[0]):
+        shapes = [self.flow.trace.values[v].shape for v in (value, *from_stream)]
+        if op.name in KEEPS_PLACE and len(from_stream) == 1 and alike(*shapes):
             return [(from_stream[0], scale)]
         if op.name in ADDS and len(from_stream) == 2 and not op.numbers:
             return [(v, scale) for v in from_stream]
         times = _multiplier(op) if op.name in SCALES and len(from_stream) == 1 else None
         return [] if times is None else [(from_stream[0], scale * times)]
-
-    def _same_rows(self, one: int, other: int) -> bool:
-        a, b = (self.flow.trace.values[v].shape for v in (one, other))
-        return bool(a) and bool(b) and a[-1] == b[-1] and a.numel() == b.numel()
 
     def _makers(self, terms: list[Term]) -> str:
         """The class of the module that computes a branch's output."""

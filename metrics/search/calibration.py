@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dropformer.metrics.calibration.batching import BUSY_GPU
+from dropformer.metrics.calibration.batching import BUSY_GPU, some_rows
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.repair.ridge import Group, group_of
 
@@ -81,7 +81,8 @@ def search_size(tokens: int, length: int, domains: int, evaluations: float, pass
 
 def shortened(batch: Batch, windows: int, length: int) -> tuple[dict[str, Tensor], Tensor | None]:
     """The first windows of a batch cut to `length` tokens: inputs and scored positions."""
-    inputs = {k: v[:windows, :length] if v.ndim == 2 else v[:windows] for k, v in batch.inputs.items()}
+    inputs = some_rows(batch.inputs, slice(windows))
+    inputs = {name: value[:, :length] if value.ndim == 2 else value for name, value in inputs.items()}
     scored = None if batch.scored is None else batch.scored[:windows, :length]
     short = scored is not None and not scored[:, 1:].any()
     return (batch.inputs, batch.scored) if short else (inputs, scored)

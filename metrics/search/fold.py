@@ -1,14 +1,9 @@
 """Constants in place of attention sinks: what the first tokens give a windowed layer, on average.
 
-Far behind the first tokens their keys change little: all that a query takes from them is close to one logit s per query
-head and one value c per key-value head.  Both by least squares on the head's output, over queries whose window the
-first tokens have left, on the dense model's own stream.  With softmax weight w on the sinks, their mean value u, the
-attention o to the window alone and r the log-sum-exp of its logits
-
-    with sinks      (1 - w) o + w u
-    with constants  (1 - v) o + v c      v = sigmoid(s - r)
-
-so that c is linear for a given s: s is tried at a few distances from the mean logit of the sinks.
+Far behind the first tokens their keys change little: all that a query takes from them is close to one logit and one
+value per head.  Fitted in closed form on the dense model's own stream, over queries whose window the first tokens have
+left: the logit s of a query head is the mean log-sum-exp of its logits for the first S tokens, the value c of a
+key-value head the mean of what these gave, weighted by how much of the softmax of sinks and window they took.
 """
 
 from __future__ import annotations
@@ -31,8 +26,6 @@ from dropformer.prune.outline import Outline
 from dropformer.prune.window import Window
 
 SINKS = 4  # first tokens that the constants stand for
-DISTANCES = [step / 4 for step in range(-12, 13)]  # of the logits that are tried, in nats
-ROUNDS = 8  # of logits and values in turn
 SUMS = f"sums of {__name__}"  # the attention implementation that adds up instead of attending
 
 Constants = dict[tuple[Layer, Window], tuple[Tensor, Tensor]]
@@ -40,19 +33,18 @@ Constants = dict[tuple[Layer, Window], tuple[Tensor, Tensor]]
 
 
 class SinkSums:
-    """The sums of the least squares in one layer beyond one window, over queries, in float64.
+    """What the sinks gave in one layer beyond one window, summed over queries in float64.
 
-    For each of the J logits that are tried: squares [J, H], of v; products [J, H, D], of v with t = w u + (v - w) o,
-    which v c is to equal; targets [J, H], of |t|^2.
+    logits: [H], sums of log-sum-exp; weights: [H'], sums of softmax weight; values: [H', D], of weighted values.
     """
 
     def __init__(self, module: nn.Module, width: int) -> None:
-        (heads,), (self.kv_heads, size) = constant_shapes(module)
+        (heads,), (kv_heads, size) = constant_shapes(module)
         device = next(module.parameters()).device
         self.width, self.queries = width, 0
-        self.tried: Tensor | None = None  # [J, H]
-        zeros = torch.zeros(len(DISTANCES), heads, size + 2, dtype=torch.float64, device=device)
-        self.products, self.squares, self.targets = zeros[..., 2:], zeros[..., 0], zeros[..., 1]
+        self.logits = torch.zeros(heads, dtype=torch.float64, device=device)
+        self.weights = torch.zeros(kv_heads, dtype=torch.float64, device=device)
+        self.values = torch.zeros(kv_heads, size, dtype=torch.float64, device=device)
 
     def add(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         """Add all queries beyond the window: [B, H, T, D], [B, H', T, D].  Memory: a band of Q x (W + Q) logits."""
@@ -64,49 +56,21 @@ class SinkSums:
             slots = torch.arange(start, stop, device=q.device)[:, None]
             near = torch.arange(low, stop, device=q.device)[None]
             seen = (near <= slots) & (near > slots - self.width)
-            logits = (q @ (key[:, :, None, low:stop].float() * scale).transpose(-1, -2)).masked_fill(~seen, -torch.inf)
-            rest, far = logits.logsumexp(-1), q @ sinks.transpose(-1, -2)  # [B, H', G, Q], [B, H', G, Q, S]
+            logits = q @ (key[:, :, None, low:stop].float() * scale).transpose(-1, -2)
+            rest = logits.masked_fill(~seen, -torch.inf).logsumexp(-1)
+            far = q @ sinks.transpose(-1, -2)  # [B, H', G, Q, S]
             mass = far.logsumexp(-1)
-            within = logits.softmax(-1).nan_to_num() @ value[:, :, None, low:stop].float()
             weights = (far - torch.logaddexp(mass, rest)[..., None]).exp()
-            given = weights @ value[:, :, None, :SINKS].float()
-            self._sum(*(t.flatten(1, 2) for t in (mass, rest, weights.sum(-1), within, given)))
+            given = (weights @ value[:, :, None, :SINKS].float()).sum((0, 2, 3))
+            self.logits += mass.sum((0, 3)).flatten().double()
+            self.weights += weights.sum((0, 2, 3, 4)).double()
+            self.values += given.double()
             self.queries += len(query) * (stop - start)
 
-    def _sum(self, mass: Tensor, rest: Tensor, weight: Tensor, within: Tensor, given: Tensor) -> None:
-        """[B, H, Q] each, within and given [B, H, Q, D]: o and w u."""
-        if self.tried is None:
-            self.tried = mass.mean((0, 2)) + mass.new_tensor(DISTANCES)[:, None]
-        found = torch.sigmoid(self.tried[:, None, :, None] - rest)  # v, [J, B, H, Q]
-        more = found - weight
-        self.squares += found.square().sum((1, 3)).double()
-        self.products += _over(found, given).double() + _over(found * more, within).double()
-        apart = (given * within).sum(-1), within.square().sum(-1)
-        targets = given.square().sum(-1) + 2 * more * apart[0] + more.square() * apart[1]
-        self.targets += targets.sum((1, 3)).double()
-
     def constants(self) -> tuple[Tensor, Tensor]:
-        """[H] and [H', D], in float32: logits and values in turn, from each head's best value alone."""
-        assert self.tried is not None
-        least = self.squares.clamp_min(1e-30)
-        errors = self.targets - self.products.square().sum(-1) / least
-        for _ in range(ROUNDS):
-            best = errors.argmin(0)
-            squares, products = (_picked(t, best).unflatten(0, (self.kv_heads, -1)) for t in (least, self.products))
-            values = products.sum(1) / squares.sum(1)[:, None]  # [H', D]
-            c = values.repeat_interleave(len(best) // self.kv_heads, 0)
-            errors = self.targets - 2 * (self.products * c).sum(-1) + least * c.square().sum(-1)
-        return _picked(self.tried, best).float(), values.float()
-
-
-def _over(weights: Tensor, states: Tensor) -> Tensor:
-    """Sums over queries: [J, B, H, Q], [B, H, Q, D] -> [J, H, D]"""
-    return torch.einsum("jbhq,bhqd->jhd", weights, states)
-
-
-def _picked(sums: Tensor, best: Tensor) -> Tensor:
-    """Those of each head's own logit: [J, H, ...], [H] -> [H, ...]"""
-    return sums[best, torch.arange(len(best), device=best.device)]
+        """[H] and [H', D], in float32."""
+        values = self.values / self.weights.clamp_min(1e-30)[:, None]
+        return (self.logits / self.queries).float(), values.float()
 
 
 def fit_folds(

@@ -137,11 +137,8 @@ class Improver:
         """KL to the dense model without repairs, on half of the search's windows."""
         if "bare" not in self._costs:
             half = range(max(1, min(len(self.dense.runner), max(len(self.data), len(self.dense.runner) // 2))))
-            self._costs["bare"] = KL(self.dense, self._unrepaired, half)
+            self._costs["bare"] = KL(self.dense, partial(variant, self.model, self.architecture), half)
         return self._costs["bare"]
-
-    def _unrepaired(self, dropped: Sequence[Layer]) -> Variant:
-        return variant(self.model, self.architecture, dropped)
 
     def foreseen(self, dropped: Sequence[Layer]) -> Variant:
         """The model without some layers, with the repairs that were fitted for a search."""
@@ -187,13 +184,11 @@ class Improver:
                 self._foreseen[name] = REPAIRS[name].foresight()(self.context(), candidates, count)
         self._costs = {key: cost for key, cost in self._costs.items() if key == "bare" or not key}
 
-    def choose(self, request: Target) -> tuple[list[Layer], dict[Layer, float]]:
-        """The layers to drop, and the score per layer by which they were ranked (empty for a search)."""
-        layers, _, scores = self.choose_forms(request)
-        return layers, scores
-
     def choose_forms(self, request: Target) -> tuple[list[Layer], list[Layer], dict[Layer, float]]:
-        """As `choose`, and in the middle the layers that the spec replaces by linear maps.  Raises PlanError."""
+        """The layers to drop, those of them that become linear maps, and the scores that ranked them (none: a search).
+
+        Raises PlanError.
+        """
         self.quality = self.quality.under(request.budget)
         with evaluating(self.model):
             if request.budget:
@@ -275,11 +270,6 @@ class Improver:
             dense = DenseReference(runner, self.quality.stride, scored)
         return Gating(dense, lambda changes: variant(self.model, self.architecture, dropped, changes))
 
-    @property
-    def calibration(self) -> dict[str, Any]:
-        """The calibration texts as artifacts record them."""
-        return named_texts(self.data)
-
 
 def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
@@ -294,7 +284,7 @@ def improve(
     """
     layers, maps, scores = improver.choose_forms(request)
     repair, variant = improver.repair(layers, other, maps)
-    fields: dict[str, Any] = {"metric": improver.quality.wording, "calibration": improver.calibration}
+    fields: dict[str, Any] = {"metric": improver.quality.wording, "calibration": named_texts(improver.data)}
     spec = request.spec or str(parse_budget(request.budget or ""))
     fields |= {"keep": list(request.keep), "maps": [str(layer) for layer in maps]}
     return make_plan(improver.outline, ref, spec, layers, scores, **fields), repair, variant

@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from dropformer.prune.architecture import BranchKind, Tap, within
-from dropformer.prune.discovery.dataflow import Flow, Term
+from dropformer.prune.architecture import BranchKind, Tap, has_zeros, within
+from dropformer.prune.discovery.dataflow import Flow, Term, alike
 from dropformer.prune.discovery.norms import is_inside, norm_after_sum, replaced_paths
 from dropformer.prune.discovery.trace import Call
 
@@ -103,7 +101,7 @@ class BranchReader:
                 yield {}, str(error)
                 continue
             yield forms, ""
-            if not allowed and (last := {name: form for name, form in forms.items() if _silences(form)}):
+            if not allowed and (last := {name: form for name, form in forms.items() if has_zeros(form)}):
                 yield last, ""
 
     def _cut(self, modules: Forms, mine: list[Term], parallel: bool) -> BranchRemoval:
@@ -216,9 +214,9 @@ class BranchReader:
         shape = self.flow.trace.values[value].shape
         shapes: dict[int | str, Any] = {key: self.flow.trace.values[v].shape for key, v in call.inputs.items()}
         hidden = "hidden_states" if "hidden_states" in shapes else next(iter(shapes), None)
-        if hidden is not None and _alike(shapes[hidden], shape):
+        if hidden is not None and alike(shapes[hidden], shape):
             return word
-        like = next((key for key, s in shapes.items() if _alike(s, shape)), None)
+        like = next((key for key, s in shapes.items() if alike(s, shape)), None)
         if like is not None:
             return f"{word}:{like}"
         if hidden is not None and shapes[hidden][:-1] == shape[:-1]:
@@ -269,16 +267,3 @@ def form_of(call: Call, members: Mapping[int | str | None, str | None]) -> Any:
     if call.shape in ("list", "fields"):
         return {call.shape: list(members.values()) if call.shape == "list" else members}
     raise ValueError(f"{call.path} returns neither a tensor nor a tuple of tensors")
-
-
-def _alike(given: torch.Size, wanted: torch.Size) -> bool:
-    """The same numbers per token, though tokens may be flattened into rows: [B, T, D] for [B * T, D]."""
-    return given == wanted or (bool(given) and given.numel() == wanted.numel() and given[-1] == wanted[-1])
-
-
-def _silences(form: Any) -> bool:
-    """Does a form end the branch (zeros, or the stream as given), rather than feed its end?"""
-    if isinstance(form, dict):
-        (form,) = form.values()
-    members = form.values() if isinstance(form, dict) else form if isinstance(form, list) else [form]
-    return any(isinstance(m, str) and m.startswith("zeros") for m in members)

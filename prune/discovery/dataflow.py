@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
+
 from dropformer.prune.architecture import within
 from dropformer.prune.discovery.trace import Call, Trace
 
@@ -212,15 +214,15 @@ class Flow:
         for v in seen:
             for i in self.users.get(v, []):
                 op = self.ops[i]
-                seen += [o for o in op.outputs if op.name in KEEPS_PLACE and o not in seen and self._alike(v, o)]
+                seen += self._like(v, op.outputs if op.name in KEEPS_PLACE else (), seen)
             made = self.ops.get(self.made.get(v, -1))
             if made and made.name in KEEPS_PLACE:
-                seen += [i for i in made.inputs if i not in seen and self._alike(v, i)]
+                seen += self._like(v, made.inputs, seen)
         return seen
 
-    def _alike(self, a: int, b: int) -> bool:
-        one, other = self.trace.values[a].shape, self.trace.values[b].shape
-        return one.numel() == other.numel() and bool(one) and bool(other) and one[-1] == other[-1]
+    def _like(self, value: int, others: Iterable[int], seen: Sequence[int]) -> list[int]:
+        values = self.trace.values
+        return [v for v in others if v not in seen and alike(values[value].shape, values[v].shape)]
 
     def reaches(self, value: int, goals: set[int]) -> bool:
         """Does `value` become one of `goals` by operations, outside the module that made it, that keep zero zero?"""
@@ -267,6 +269,12 @@ class Flow:
             if op.name in CARRIES and not ends.isdisjoint(op.inputs[:1]):
                 ends.update(op.outputs)  # a view, as h[:, :4] is
         return False
+
+
+def alike(one: torch.Size, other: torch.Size) -> bool:
+    """The same numbers per token, though tokens may be flattened into rows: [B, T, D] and [B * T, D]."""
+    same = one.numel() == other.numel()
+    return one == other or (same and bool(one) and bool(other) and one[-1] == other[-1])
 
 
 Ends = tuple[int | str, int, int | str | None, int]  # input key, value, output key, value

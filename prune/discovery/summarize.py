@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from dropformer.prune.architecture import Architecture, Block, Branch, Stack, owns
 from dropformer.prune.discovery.positions import fixed_by_modality
 from dropformer.prune.discovery.replay import traceable
+from dropformer.prune.discovery.stacks import signature
 from dropformer.prune.loading.described import auto_names, native_class
 from dropformer.prune.outline import BlockOutline, BranchOutline, Outline, StackOutline
 from dropformer.prune.samples.inputs import sample_inputs
@@ -53,36 +54,29 @@ def _stack(model: nn.Module, stack: Stack, kv: dict[int, int], fixed: int) -> St
         blocks=len(stack.blocks),
         parallel=parallel,
         caches=caches,
-        alike=_alike(model, stack),
+        alike=all_alike(model.get_submodule(block.path) for block in stack.blocks),
         fixed=max(stack.fixed, fixed),
         branches=branches,
         rest=_rest(model, stack),
     )
 
 
-def _alike(model: nn.Module, stack: Stack) -> bool:
+def all_alike(blocks: Iterable[nn.Module]) -> bool:
     """Are all blocks made of the same modules, with the same settings?"""
-    first, *others = (signature(model.get_submodule(block.path)) for block in stack.blocks)
+    first, *others = map(signature, blocks)
     return all(other == first for other in others)
 
 
 def _caches(model: nn.Module, stack: Stack) -> int:
     """How many cache entries each block has, by the numbers that its modules carry (LongCat: two attentions)."""
-    attention = [(b.index, _owned(model, b, branch)) for b in stack.blocks if (branch := b.branch("attn"))]
-    found = [
-        (
-            i,
-            {
-                m.layer_idx
-                for owned in modules
-                for m in owned.modules()
-                if isinstance(getattr(m, "layer_idx", None), int)
-            },
-        )
-        for i, modules in attention
-    ]
-    count = max((len(numbers) for _, numbers in found), default=1)
-    regular = all(numbers == set(range(i * count, (i + 1) * count)) for i, numbers in found)
+    found: dict[int, set[int]] = {}
+    for block in stack.blocks:
+        if branch := block.branch("attn"):
+            owned = (model.get_submodule(f"{block.path}.{name}") for name in branch.modules)
+            numbers = {getattr(inner, "layer_idx", None) for module in owned for inner in module.modules()}
+            found[block.index] = {number for number in numbers if isinstance(number, int)}
+    count = max(map(len, found.values()), default=1)
+    regular = all(numbers == set(range(i * count, (i + 1) * count)) for i, numbers in found.items())
     return count if regular and count else 1
 
 
@@ -106,10 +100,6 @@ def _rest(model: nn.Module, stack: Stack) -> list[BlockOutline]:
 def branch_parameters(model: nn.Module, block: Block, branch: Branch) -> int:
     """Parameters that go with a branch; each shared one counts once."""
     return _counted(_parameters(model, block, branch))
-
-
-def _owned(model: nn.Module, block: Block, *branches: Branch) -> list[nn.Module]:
-    return [model.get_submodule(f"{block.path}.{name}") for branch in branches for name in branch.modules]
 
 
 def _parameters(model: nn.Module, block: Block, *branches: Branch) -> Iterator[nn.Parameter]:
@@ -140,28 +130,3 @@ def _cache_elements(model: nn.Module, architecture: Architecture) -> dict[int, i
         held = [getattr(layer, name, None) for name in ("keys", "values")]
         elements[index] = sum(t.numel() for t in held if isinstance(t, torch.Tensor)) // tokens
     return elements
-
-
-def signature(block: nn.Module) -> dict[str, Any]:
-    """For each module of a block, by its path, what `settings` says."""
-    return {name: settings(module) for name, module in block.named_modules()}
-
-
-def settings(module: nn.Module) -> Any:
-    """A module's class, its plain settings (its number apart) and its own parameters' shapes."""
-    plain = {
-        key: value
-        for key, value in vars(module).items()
-        if key not in ("layer_idx", "training") and not key.startswith("_") and _plain(value)
-    }
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
-    return type(module).__name__, plain, shapes
-
-
-def _plain(value: Any) -> bool:
-    """Is a setting a value, or a collection of values, such as Zamba 2's table of positions?"""
-    if isinstance(value, dict):
-        return bool(value) and all(_plain(v) for v in (*value, *value.values()))
-    if isinstance(value, (list, tuple)):
-        return bool(value) and all(map(_plain, value))
-    return isinstance(value, (int, float, str, bool))

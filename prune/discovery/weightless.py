@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.summarize import signature, summarize
+from dropformer.prune.discovery.stacks import signature
+from dropformer.prune.discovery.summarize import all_alike, summarize
 from dropformer.prune.files.config_json import BLOCK_COUNTS
 from dropformer.prune.loading.parts import text_config
 from dropformer.prune.outline import BlockOutline, BranchOutline, Outline, StackOutline
@@ -37,7 +38,7 @@ def outline_without_weights(model: nn.Module) -> Outline:
         stack = next(stack for stack in short.stacks if model.get_submodule(stack.path) is blocks)
     except Exception:  # whatever the model's own code raises without its last blocks
         return summarize(model, discover(model))
-    whole = _expanded(stack, like, alike=_all_alike(blocks))
+    whole = _expanded(stack, like, alike=all_alike(blocks))
     stacks = [whole if s is stack else s for s in short.stacks]
     return short.model_copy(update={"stacks": stacks, "parameters": parameters})
 
@@ -81,11 +82,6 @@ def _shortened(model: Any, blocks: nn.ModuleList, count: int) -> Iterator[None]:
         blocks.extend(tail)
         for name, value in changed.items():
             setattr(config, name, value)
-
-
-def _all_alike(blocks: nn.ModuleList) -> bool:
-    first, *others = (signature(block) for block in blocks)
-    return all(other == first for other in others)
 
 
 def _expanded(stack: StackOutline, like: Sequence[int], alike: bool) -> StackOutline:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,11 @@ from dropformer.prune.artifact import ModelRef
 from dropformer.prune.block_map import Surgery, new_name
 from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
 from dropformer.prune.files.config_json import read_config
-from dropformer.prune.files.side_files import copy_side_files
 from dropformer.prune.formats.fitting import config_digest
 from dropformer.prune.formats.record import licence_of, write_record
 from dropformer.prune.formats.registry import FORMATS
 from dropformer.prune.formats.verify import verify
-from dropformer.prune.formats.writing import ExportJob, ExportOptions, write_config
+from dropformer.prune.formats.writing import Exported, ExportJob, ExportOptions, write_config
 from dropformer.prune.loading.described import (
     auto_names,
     config_from,
@@ -30,26 +29,6 @@ from dropformer.prune.loading.described import (
 )
 from dropformer.prune.plan import Plan
 from dropformer.prune.surgery.config import completed
-from dropformer.prune.surgery.side_files import follow_files
-
-
-@dataclass(frozen=True)
-class Exported:
-    """A finished checkpoint: where it is, what was copied, its record, how far its logits are from the model's.
-
-    `record` is dropformer.json; `max_difference` is None where nothing here can run the format, or no memory was
-    left to run it; its bytes were compared all the same.
-    """
-
-    path: Path
-    copied: CopyReport
-    record: dict[str, Any]
-    max_difference: float | None
-
-    @property
-    def packed(self) -> bool:
-        return self.record["packed"]
-
 
 Finish = Callable[[Path, CopyReport], list[str]]
 
@@ -70,11 +49,7 @@ def export(
     kind.check_rungs(how.format, surgery.block_map)
     writing = replace(writing_of(native_class(type(model)), surgery, open_checkpoint(source), how), model=model)
     with new_folder(out) as folder:
-        copied = kind.writer()(writing, folder)
-        if kind.sides:
-            copied = copied.noted(copy_side_files(source, folder).note)
-        if kind.saves:
-            follow_files(folder, surgery.outline, surgery.block_map, kind.settings)
+        copied = kind.fill(folder, writing)
         results = finish(folder, copied) if finish else None
         record = write_record(folder, plan, surgery.block_map, copied, how.format, results)
         difference = verify(folder, model, surgery, not kind.saves) if kind.reloads else None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +24,20 @@ from dropformer.prune.errors import (
     PlanError,
     VerificationError,
 )
-from dropformer.prune.files import Checkpoint, CopyReport, new_folder, open_checkpoint
+from dropformer.prune.files import Checkpoint, new_folder, open_checkpoint
 from dropformer.prune.files.config_json import read_config
-from dropformer.prune.files.side_files import copy_side_files
 from dropformer.prune.formats.fitting import check_fits
 from dropformer.prune.formats.record import need_dense, write_record
 from dropformer.prune.formats.registry import FORMATS
-from dropformer.prune.formats.writing import ExportJob, ExportOptions
+from dropformer.prune.formats.writing import Exported, ExportJob, ExportOptions
 from dropformer.prune.plan import Plan
 from dropformer.prune.surgery.config import pruned_config
-from dropformer.prune.surgery.side_files import follow_files, followed_files
+from dropformer.prune.surgery.side_files import followed_files
 
 
-@dataclass(frozen=True)
-class Written:
-    """A finished checkpoint: where it is, what was copied, and its record (dropformer.json)."""
-
-    path: Path
-    copied: CopyReport
-    record: dict[str, Any]
-
-
-def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None = None, repair: Any = None) -> Written:
+def write_by_plan(
+    plan: Plan, source: Path, out: Path, how: ExportOptions | None = None, repair: Any = None
+) -> Exported:
     """Write the checkpoint that a plan makes of the one in `source`.
 
     Every tensor's bytes are compared with the source; nothing is run.  Memory: a copy's buffer, whatever the size.
@@ -73,14 +65,10 @@ def write_by_plan(plan: Plan, source: Path, out: Path, how: ExportOptions | None
     writing = plain or asked_writing(plan, checkpoint, how, repair)
     kind.check_rungs(how.format, writing.block_map)
     with new_folder(out) as folder:
-        copied = kind.writer()(writing, folder)
-        if kind.sides:
-            copied = copied.noted(copy_side_files(source, folder).note)
-        if kind.saves:
-            follow_files(folder, plan.outline, writing.block_map, kind.settings)
+        copied = kind.fill(folder, writing)
         record = write_record(folder, plan, writing.block_map, copied, how.format)
         plan.portable().write(folder / "plan.json")
-    return Written(out, copied, record)
+    return Exported(out, copied, record, None)
 
 
 def plain_writing(plan: Plan, source: Checkpoint, how: ExportOptions) -> ExportJob | None:
@@ -117,10 +105,10 @@ def asked_writing(plan: Plan, source: Checkpoint, how: ExportOptions, repair: An
     model = weightless(source.folder, how.trust_remote_code)
     mapped = repair.mapped if repair else None
     surgery = plan_surgery(plan.outline, plan.layers, model, mapped, plan.rungs, source.folder)
-    if repair:
+    if repair and (named := repair.named(plan.outline, surgery.block_map)):
         from dropformer.prune.surgery.stored_tensors import stored_dtype
 
-        named, dtype = repair.named(plan.outline, surgery.block_map), stored_dtype(source.folder)
+        dtype = stored_dtype(source.folder)
         surgery = replace(surgery, tensors={name: tensor.to(dtype) for name, tensor in named.items()})
     return writing_of(type(model), surgery, source, how)
 

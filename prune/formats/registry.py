@@ -85,8 +85,17 @@ class Format:
     settings: tuple[str, ...] = ()
     checked: str = "every tensor's bytes are the source's"
 
-    def writer(self) -> Write:
-        return imported(self.write)
+    def fill(self, folder: Path, job: ExportJob) -> CopyReport:
+        """Write a checkpoint's files but for its record: the model's, those beside it, settings that number blocks."""
+        from dropformer.prune.files.side_files import copy_side_files
+        from dropformer.prune.surgery.side_files import follow_files
+
+        copied = imported(self.write)(job, folder)
+        if self.sides:
+            copied = copied.noted(copy_side_files(job.source.folder, folder).note)
+        if self.saves:
+            follow_files(folder, job.outline, job.block_map, self.settings)
+        return copied
 
     def checker(self) -> Check:
         return imported(self.check)

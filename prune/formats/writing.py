@@ -1,6 +1,6 @@
 """Write the files of a pruned checkpoint from those of the dense one: headers, names, byte ranges; no model.
 
-A `Writing` says what is to be written; each format (`prune.formats`) is a function of it and a folder.
+An `ExportJob` says what is to be written; each format (`prune.formats`) is a function of it and a folder.
 """
 
 from __future__ import annotations
@@ -107,6 +107,24 @@ class ExportJob:
         """What the parameter that a tensor is may be called: as in a bare trunk, and as in a model with a head."""
         name = self.names[tensor]
         return name, f"{self.prefix}.{name}"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished checkpoint: where it is, what was copied, its record, how far its logits are from the model's.
+
+    `record` is dropformer.json; `max_difference` is None where nothing here can run the format, or no memory was
+    left to run it; its bytes were compared all the same.
+    """
+
+    path: Path
+    copied: CopyReport
+    record: dict[str, Any]
+    max_difference: float | None
+
+    @property
+    def packed(self) -> bool:
+        return self.record["packed"]
 
 
 def _stored(tensors: Mapping[str, Any]) -> dict[str, NewTensor]:

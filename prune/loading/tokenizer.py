@@ -23,12 +23,12 @@ def open_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
         return None
 
 
-def why_no_tokenizer(path: Path, trust_remote_code: bool = False) -> str:
+def why_no_tokenizer(path: Path) -> str:
     """Why `open_tokenizer` gave None for a folder, in a few words."""
     if not any((path / name).exists() for name in FILES) and not any(path.glob("*.model")):
         return "has no tokenizer"
     try:
-        _open(path, trust_remote_code)
+        _open(path, False)
     except Exception as error:
         if "trust_remote_code" in str(error):
             return "has a tokenizer with code of its own, which runs only with --trust-remote-code"

@@ -16,14 +16,14 @@ from dropformer.prune.loading.parts import text_config
 POSITIONS = re.compile(r"^(?!.*(rel|dist|vision|visual|image|patch)).*(position|\bwpe\b)", re.I)
 
 
-def sample_inputs(model: nn.Module, batch: int = 2, length: int = 8) -> dict[str, Any]:
+def sample_inputs(model: nn.Module, batch: int = 2) -> dict[str, Any]:
     """Keyword arguments for one small forward pass of a transformers model, on its device.
 
     Token ids [batch, length] for text, random pixels for images, both sides for an encoder-decoder.  Texts are longer
     where a shorter one would change the model.
     """
     config: Any = getattr(model, "config", None)
-    length = max(length, _sparse_length(config))
+    length = max(8, _sparse_length(config))
     device = input_device(model)
     name = getattr(model, "main_input_name", "input_ids")
     if name == "pixel_values":

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dropformer.prune.architecture import Layer, norm_of, owns
+from dropformer.prune.architecture import Layer, form_members, has_zeros, norm_of, owns
 from dropformer.prune.discovery.dataflow import ADDS, CARRIES, PRODUCTS, SCALES
 from dropformer.prune.discovery.replay import traceable
 from dropformer.prune.discovery.trace import Call, Op, Trace, tracing
@@ -126,7 +126,7 @@ class _Silencer:
                     if new is None:
                         return None
                     found, some = found | new, True
-                if not _zeroed(form) and (added := self._added(call, norm)) is not None:
+                if not has_zeros(form) and (added := self._added(call, norm)) is not None:
                     new = self.zero(added)
                     if new is None:
                         return None
@@ -230,26 +230,8 @@ def _keeps_zero(op: Op) -> bool:
     return True
 
 
-def _members(form: Any) -> Iterator[tuple[Any, Any]]:
-    """(key, word) of each member of an output form."""
-    if isinstance(form, dict) and "of" in form:
-        form = form["of"]
-    if isinstance(form, dict):
-        form = form.get("list") or form.get("fields")
-    if isinstance(form, list):
-        yield from enumerate(form)
-    elif isinstance(form, dict):
-        yield from form.items()
-    else:
-        yield None, form
-
-
 def _silent(call: Call, form: Any) -> Iterator[int]:
     """The outputs of a call that are zeros once its module is dropped."""
-    for key, word in _members(form):
+    for key, word in form_members(form):
         if str(word).startswith("zeros") and key in call.outputs:
             yield call.outputs[key]
-
-
-def _zeroed(form: Any) -> bool:
-    return any(str(word).startswith("zeros") for _, word in _members(form))

@@ -4,7 +4,7 @@ import pytest
 
 from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.choosing import choose
+from dropformer.prune.choosing import choose, choose_forms
 from dropformer.prune.errors import DropformerError, PlanError
 from dropformer.prune.outline import BranchOutline, Outline, StackOutline
 from dropformer.prune.plan import Plan, make_plan
@@ -61,7 +61,7 @@ def test_blocks_are_chosen_first_and_their_layers_are_not_dropped_twice():
 
 
 def test_a_published_list_is_taken_in_its_order():
-    chosen = choose(outline(), "published:attn:2", None, (), lambda kind, count: [4, 1, 0][:count])
+    chosen, _ = choose_forms(outline(), "published:attn:2", None, (), lambda kind, count: [4, 1, 0][:count])
     assert [str(layer) for layer in chosen] == ["attn:4", "attn:1"]
 
 

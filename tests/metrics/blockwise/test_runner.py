@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from dropformer.metrics.blockwise import divergence
 from dropformer.metrics.blockwise.divergence import DenseReference, dropped_modules
 from dropformer.metrics.blockwise.runner import BlockRunner
+from dropformer.metrics.blockwise.variant import variant
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.errors import ArchitectureError
@@ -32,22 +34,37 @@ def test_blocks_called_one_by_one_give_the_models_logits(tiny, ids, family):
 def test_the_model_is_as_it_was_after_a_replacement(tiny, ids):
     model, architecture, runner = stepper_of(tiny, "llama", ids)
     before = [id(m) for m in model.modules()]
-    dense = DenseReference(runner)
-    with replaced(model, dropped_modules(model, architecture, [Layer("attn", 1)])):
-        dense.compare(1)
+    DenseReference(runner).compare_each([variant(model, architecture, [Layer("attn", 1)])])
     assert [id(m) for m in model.modules()] == before
 
 
 def test_resuming_at_the_first_changed_block_gives_the_whole_passs_damage(tiny, ids):
     model, architecture, runner = stepper_of(tiny, "llama", ids)
     dense = DenseReference(runner)
-    with replaced(model, dropped_modules(model, architecture, [Layer("mlp", 2)])):
-        resumed, whole = dense.compare(2), dense.compare(0)
-        with torch.no_grad():
-            nll = torch.nn.functional.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-    torch.testing.assert_close(resumed.kl, whole.kl)
-    assert float(resumed.nll.mean()) == pytest.approx(float(nll), rel=1e-5)
-    assert resumed.mean_kl > 10 * abs(dense.compare(0).mean_kl)  # and the model is whole again
+    (again,) = dense.compare_each([variant(model, architecture, [])])
+    before = runner.work.spent
+    (resumed,) = dense.compare_each([variant(model, architecture, [Layer("mlp", 2)])])
+    assert runner.work.spent - before < ids.numel()  # what is left of the last of three blocks
+    with replaced(model, dropped_modules(model, architecture, [Layer("mlp", 2)])), torch.no_grad():
+        losses = torch.nn.functional.cross_entropy(
+            model(ids).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
+        )
+    torch.testing.assert_close(resumed.nll, losses.double().mean(1), rtol=1e-5, atol=1e-5)
+    assert resumed.mean_kl > 10 * abs(again.mean_kl)  # and the model is whole again
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_a_few_logits_at_a_time_give_what_all_at_once_give(tiny, ids, monkeypatch, stride):
+    model, architecture, runner = stepper_of(tiny, "llama", ids)
+    found = []
+    for limit in (1 << 20, 4 * 64 * 2):  # of 64 words: all positions, or two at a time
+        monkeypatch.setattr(divergence, "LOGITS", limit)
+        dense = DenseReference(runner, stride)
+        assert (len(dense._parts(0)) == 1) == (limit == 1 << 20)
+        found += [(dense.divergence, *dense.compare_each([variant(model, architecture, [Layer("attn", 1)])]))]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close((one.kl, one.nll), (other.kl, other.nll))
+    assert float(found[0][1].kl.min()) > 0
 
 
 def test_padding_changes_nothing(tiny, ids):

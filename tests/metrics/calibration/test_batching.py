@@ -157,6 +157,5 @@ def test_few_documents_of_very_different_lengths_run_with_little_padding():
     assert needed <= sum(read) == computed_tokens(data.lengths(), 8) < 1.13 * needed
     fixed = sorted(data.lengths())
     assert sum(8 * max(fixed[i : i + 8]) for i in range(0, 32, 8)) > 1.15 * needed
-    assert sum(inputs["input_ids"].shape[0] for inputs, _ in data.batches(8, start=5)) == 27
     assert [s.stop - s.start for s in alike([100, 110, 300], 3)] == [2, 1]
     assert [s.stop - s.start for s in alike([64] * 20, 8)] == [8, 8, 4]

@@ -134,7 +134,7 @@ def test_searches_repairs_and_the_gate_do_not_hear_what_prompts_end_in(tmp_path,
         rows = [{"messages": [*talk["messages"], {"role": "user", "content": tail}]} for talk in TALKS]
         data = windows(Calibration(write(tmp_path / "t.jsonl", rows), samples=8, length=200), Chat())
         improver = Improver(tiny("llama", eos_token_id=None), [data], Strategy(select="greedy", repair=("refit",)))
-        layers, _ = improver.choose(Target("attn:1"))
+        layers, *_ = improver.choose_forms(Target("attn:1"))
         return layers, improver.repair(layers, data)[0]
 
     (one, mended), (other, again) = improved("abcdefg"), improved("tuvwxyz")

@@ -1,5 +1,7 @@
 """Acceptance on what the dense model writes, against the draft and the dense model run by hand."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from dropformer import api
 from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.draft.acceptance import DEPTH, Acceptance, DenseText, Rounds, shortened, spread
+from dropformer.metrics.draft.formula import one_step
 from dropformer.metrics.draft.search import DraftSearch, Rung, draft_in_place, surgery_in_place
 from dropformer.prune.architecture import Layer
 from dropformer.prune.draft.generation import set_drafting, speculation
@@ -126,3 +129,23 @@ def test_the_search_finds_the_best_of_all_counts(dense):
     assert found.speedup >= max(others) and len(search.tried) > 5
     with pytest.raises(PlanError, match="no layer"):
         DraftSearch(read, outline, search.cost, search.verify, most=0)([rungs[0]])
+
+
+def test_acceptance_in_bfloat16_is_that_of_float32_for_every_draft_that_a_search_tries(dense):
+    halved = copy.deepcopy(dense).bfloat16()
+    outline, tried = api.outline(dense), []
+    for model in (copy.deepcopy(halved).float(), halved):
+        search = DraftSearch(
+            DenseText(model, [text(1)], PLACES[:2]), outline, lambda gone, _: 1 - 0.1 * len(gone), one_step
+        )
+        search(
+            [
+                Rung("mlp", tuple(reversed(outline.layers("mlp")))),
+                Rung("w", tuple(outline.layers("attn")), Window(8, 2)),
+            ]
+        )
+        tried.append({key: (one.acceptance, one.speedup) for key, one in search.tried.items()})
+    shared = tried[0].keys() & tried[1].keys()
+    assert len(shared) > 4
+    for key in shared:
+        assert tried[1][key] == pytest.approx(tried[0][key], abs=0.03)

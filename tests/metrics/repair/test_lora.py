@@ -6,7 +6,8 @@ import torch
 from dropformer.metrics.blockwise.divergence import DenseReference, dropped_modules
 from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import Changes, variant
-from dropformer.metrics.repair.lora import Healing, heal, shuffled
+from dropformer.metrics.repair.base import shuffled
+from dropformer.metrics.repair.lora import Healing, heal
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
 

@@ -35,7 +35,7 @@ def improver(tiny):
 
 
 def chosen(found: Improver, spec: str, **more):
-    return found.choose(Target(spec, **more))[0]
+    return found.choose_forms(Target(spec, **more))[0]
 
 
 @pytest.mark.parametrize("select", ["iterative", "greedy"])
@@ -77,19 +77,19 @@ def test_iterative_ranks_by_the_metric_that_is_asked_for(improver):
 @pytest.mark.parametrize("budget", ["kv:-75%", "kv:-60%"])
 def test_a_budget_leaves_an_attention_layer(improver, budget):
     found = improver(Strategy(stride=1))
-    layers = found.choose(Target(budget=budget))[0]
+    layers = found.choose_forms(Target(budget=budget))[0]
     assert {layer.kind for layer in layers} == {"attn"} and len(layers) == 3
 
 
 @pytest.mark.parametrize("budget", ["kv:-80%", "decode:9x"])
 def test_a_budget_that_needs_every_attention_layer_is_refused(improver, budget):
     with pytest.raises(PlanError, match="cannot be reached"):
-        improver(Strategy(stride=1)).choose(Target(budget=budget))
+        improver(Strategy(stride=1)).choose_forms(Target(budget=budget))
 
 
 def test_blocks_to_keep_must_be_there_for_a_budget_too(improver):
     with pytest.raises(PlanError, match="--keep names block 99"):
-        improver(Strategy(stride=1)).choose(Target(budget="kv:-25%", keep=[99]))
+        improver(Strategy(stride=1)).choose_forms(Target(budget="kv:-25%", keep=[99]))
 
 
 @pytest.mark.parametrize("repair", ["refit-all,lora", "refit,refit-all,lora", "linear,refit-all,lora"])

@@ -1,5 +1,7 @@
 """Rungs under a budget: what each saves, and which layer gets which."""
 
+import copy
+
 import pytest
 import torch
 
@@ -98,6 +100,21 @@ def test_a_plan_of_rungs_meets_its_budget_and_keeps_an_attention(tiny):
     assert several.kv_share(CONTEXT) <= 0.5 and not several.layers
     with pytest.raises(PlanError, match="ask for less"):
         made("kv:-97%")
+
+
+@pytest.mark.parametrize("rungs", ["drop,window:6+2,window:40+2", "window:6+2,window:40+2"])
+def test_a_budget_makes_the_same_choice_in_bfloat16(tiny, rungs):
+    model = tiny("llama", initializer_range=0.3, max_position_embeddings=200)
+    ids = torch.randint(3, 64, (200,), generator=torch.Generator().manual_seed(1))
+    halved = copy.deepcopy(model).bfloat16()
+    plans = []
+    for one in (copy.deepcopy(halved).float(), halved):
+        search = read_texts(one, api.outline(one), parse_rungs(rungs), [ids])
+        target = Target(budget="kv:-60%", context=128, rungs=parse_rungs(rungs))
+        plans.append((rung_plan(search, ModelRef(name="tiny"), target), search.kl))
+    (plan, kl), (other, other_kl) = plans
+    assert set(plan.layers) == set(other.layers) and plan.windows == other.windows
+    assert other_kl == pytest.approx(kl, rel=0.1) and kl > 0.01
 
 
 def test_a_round_puts_each_layer_back_and_keeps_the_better_plan():

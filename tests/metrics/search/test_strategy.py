@@ -2,6 +2,8 @@
 
 import pytest
 
+from dropformer.metrics.repair.distill import Distilling
+from dropformer.metrics.repair.lora import Healing
 from dropformer.metrics.repair.registry import REPAIRS, Training
 from dropformer.metrics.search.strategy import QUALITIES, Strategy, quality
 from dropformer.prune.errors import PlanError
@@ -34,3 +36,4 @@ def test_a_bar_expects_the_passes_of_the_epochs():
     assert REPAIRS["lora"].passes_of(Training()) == REPAIRS["lora"].passes_of(Training(epochs=2)) == 5
     assert REPAIRS["lora"].passes_of(Training(epochs=4)) == 9
     assert REPAIRS["refit"].passes_of(Training(epochs=4)) == REPAIRS["refit"].passes
+    assert (REPAIRS["lora"].epochs, REPAIRS["distill"].epochs) == (Healing().epochs, Distilling().passes(999))

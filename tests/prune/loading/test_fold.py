@@ -100,7 +100,7 @@ def test_chunks_and_single_tokens_through_a_cache_of_the_window_alone_give_what_
     assert max(cache.layers[i].keys.shape[2] for i in (0, 2)) <= WIDTH < cache.layers[1].keys.shape[2]
 
 
-def test_the_constants_are_those_of_least_squared_error_of_each_heads_output(tiny, ids):
+def test_what_constants_stand_for_is_what_the_first_tokens_give_on_average(tiny, ids):
     """Against the sums written out with the whole matrix of logits."""
     dense = tiny("llama", initializer_range=0.3)
     ids = torch.randint(3, 64, (2, 40), generator=torch.Generator().manual_seed(5))
@@ -120,33 +120,12 @@ def test_the_constants_are_those_of_least_squared_error_of_each_heads_output(tin
     groups = q.shape[1] // k.shape[1]
     logits = q @ k.repeat_interleave(groups, 1).mT * scaling
     row, col = torch.arange(40)[:, None], torch.arange(40)[None]
-    window, first = (col <= row) & (row - col < WIDTH) & (col >= SINKS), (col < SINKS) & (col <= row)
-
-    def attended(seen):
-        """Unnormalised output and sum of weights of the queries beyond the window."""
-        weights = logits.masked_fill(~seen, -1e30).exp()[:, :, WIDTH:]
-        return weights @ v.repeat_interleave(groups, 1), weights.sum(-1, keepdim=True)
-
-    (near, mass), (far, sinks) = attended(window), attended(first)
-
-    def error(logit, value):
-        """Of each head."""
-        s, c = logit.exp()[None, :, None, None], value.repeat_interleave(groups, 0)[None, :, None]
-        lost = (near + s * c) / (mass + s) - (near + far) / (mass + sinks)
-        return lost.square().sum((0, 2, 3))
-
+    weights = logits.masked_fill(~((col <= row) & ((row - col < WIDTH) | (col < SINKS))), -1e30).softmax(-1)
+    weights = weights[:, :, WIDTH:, :SINKS].unflatten(1, (-1, groups))
+    values = (weights @ v[:, :, None, :SINKS]).sum((0, 2, 3)) / weights.sum((0, 2, 3, 4))[:, None]
     (found,) = fit_folds(dense, api.outline(dense), PLACES[:1], [{"input_ids": ids}]).values()
-    least = error(*found)
-    for step in (-0.25, 0.25):
-        assert (error(found[0] + step, found[1]) > least - 1e-6).all()
-        for i in range(found[1].shape[1]):
-            moved = found[1].clone()
-            moved[:, i] += step
-            assert error(found[0], moved).sum() > least.sum()
-    by_mean = logits[:, :, WIDTH:, :SINKS].logsumexp(-1).mean((0, 2))
-    values = ((far / (mass + sinks)).unflatten(1, (-1, groups)).sum((0, 2, 3))
-              / (sinks / (mass + sinks)).unflatten(1, (-1, groups)).sum((0, 2, 3)))  # fmt: skip
-    assert least.sum() < error(by_mean, values).sum()
+    torch.testing.assert_close(found[0], logits[:, :, WIDTH:, :SINKS].logsumexp(-1).mean((0, 2)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[1], values, atol=1e-5, rtol=1e-4)
 
 
 def test_a_search_measures_a_folded_window_as_the_model_that_is_written_attends(tiny):
