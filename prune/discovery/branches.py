@@ -122,9 +122,9 @@ class BranchReader:
 
     def _leaving(self, value: int, modules: Forms) -> int:
         """`value`, or the stream where it leaves the replaced module that made it."""
-        gone = set(replaced_paths(self.path, modules))
+        removed = set(replaced_paths(self.path, modules))
         for call in self.flow.calls:
-            if call.path in gone and call.first <= self.flow.made[value] < call.last:
+            if call.path in removed and call.first <= self.flow.made[value] < call.last:
                 return next((v for v in call.outputs.values() if v in self.flow.stream), value)
         return value
 
@@ -238,7 +238,7 @@ class BranchReader:
         return any(c.keywords & CACHES and any(within(c.path, p) for p in paths) for c in self.flow.calls)
 
     def _tap(self, value: int, modules: Forms) -> Tap | None:
-        """Where a hook sees this value: at the outermost module, outside of those that are gone."""
+        """Where a hook sees this value: at the outermost module, outside of those that are removed."""
         found: list[tuple[int, int, Tap]] = []
         for v in self.flow.sights(value):
             for call in [self.flow.call, *self.flow.calls]:

@@ -1,4 +1,4 @@
-"""Pruned models in vLLM: its own class of the family, less the modules that the checkpoint's config drops.
+"""Pruned models in vLLM: its own class of the family, without the modules that the checkpoint's config drops.
 
 `DropformerQwen3ForCausalLM` and every other twin is made when it is first asked for (PEP 562): a subclass of vLLM's
 class that builds the dense model, then replaces each dropped module by `Zeros` or `PassNorm` and takes its entries

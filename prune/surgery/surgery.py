@@ -1,4 +1,4 @@
-"""Take layers out of a live model: the dropped branches cost nothing and hold no KV cache."""
+"""Removal of layers from a live model: dropped branches cost nothing and hold no KV cache."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def plan_surgery(
     rungs: Mapping[Layer, Window | Agents] | None = None,
     folder: Path | None = None,
 ) -> Surgery:
-    """Decide how `layers` leave: the shortest form whose blocks come out as they are now.
+    """How `layers` are removed: by the shortest model that reproduces the remaining blocks.
 
     A shortened model is used only if a model built from its config has the same modules and settings
-    in every block; else blocks stay, empty, where they are, as they do in any module that is not a
+    in every block; else emptied blocks keep their places, as they do in any module that is not a
     transformers model.  `model` may be on the meta device.  `mapped`: those of the layers that leave a linear
     map behind (`BlockMap.mapped`); `rungs`: attention layers that stay and attend to less.  `folder`: where
     the model's files lie, whose settings must follow as well.  Raises PlanError for a rung on a module that takes
@@ -62,7 +62,7 @@ def plan_surgery(
 
 
 def _held(outline: Outline, block_map: BlockMap) -> str:
-    """Why blocks that lost everything stay among the first, where they do."""
+    """Why empty blocks among the first cannot be removed; "" where there are none."""
     for stack in outline.stacks:
         if stack.fixed and any(block.empty for block in block_map.stacks[stack.name][: stack.fixed]):
             return f"the model acts on the residual stream between the first {stack.fixed} blocks of {stack.path}"
@@ -70,7 +70,7 @@ def _held(outline: Outline, block_map: BlockMap) -> str:
 
 
 def apply_surgery(model: nn.Module, surgery: Surgery) -> nn.Module:
-    """Perform a surgery on the model itself, which is changed and returned.
+    """Apply a surgery to the model in place, and return it.
 
     A transformers model becomes a subclass of its native class (or stays what it is when it packs) and
     its config follows; any other module only has the dropped branches' modules replaced.

@@ -77,7 +77,7 @@ def without(model: nn.Module, outline: Outline, layers: Sequence[Layer]) -> Any:
 
 
 def proven(model: nn.Module, surgery: Surgery) -> Surgery:
-    """The surgery, or one that leaves every block at its place where blocks at their new places give other outputs.
+    """The surgery; or, where renumbered blocks give other outputs, one that keeps every block at its place.
 
     Both are run on a tiny batch of each modality that the model takes.  Time: two forward passes a batch; memory:
     none for weights.
