@@ -164,10 +164,10 @@ def find(model: nn.Module, path: str) -> tuple[nn.Module, str] | None:
     """
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     mapped = mapper.map_name(path + ".weight").removesuffix(".weight") if mapper else path
-    owner: nn.Module = model
+    owner: Any = model
     *parents, last = mapped.split(".")
     for part in parents:
-        owner = getattr(owner, part, None)  # type: ignore[assignment]
+        owner = getattr(owner, part, None)
         if isinstance(owner, PPMissingLayer):
             return None
     names = [name for name in (last, *ALIASES.get(last, ())) if isinstance(getattr(owner, name, None), nn.Module)]

@@ -6,7 +6,7 @@ import copy
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from dropformer.prune.surgery.config import pruned_config
 from dropformer.prune.surgery.rungs import check_rungs
 from dropformer.prune.surgery.side_files import followed_files
 from dropformer.prune.window import Window
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def plan_surgery(
@@ -69,16 +71,21 @@ def _held(outline: Outline, block_map: BlockMap) -> str:
     return ""
 
 
-def apply_surgery(model: nn.Module, surgery: Surgery) -> nn.Module:
+def apply_surgery(model: M, surgery: Surgery) -> M:
     """Apply a surgery to the model in place, and return it.
 
     A transformers model becomes a subclass of its native class (or stays what it is when it packs) and
     its config follows; any other module only has the dropped branches' modules replaced.
     """
-    if not isinstance(model, PreTrainedModel):
+    if isinstance(model, PreTrainedModel):
+        _restructure(model, surgery)
+    else:
         skip_modules(model, skipped_modules(surgery.outline, surgery.block_map))
-        _install(model, surgery.tensors)
-        return model
+    _install(model, surgery.tensors)
+    return model
+
+
+def _restructure(model: PreTrainedModel, surgery: Surgery) -> None:
     fields = pruned_config(model.config.to_dict(), surgery.outline, surgery.block_map)
     generation = followed_generation(model, surgery.outline, surgery.block_map)
     for stack in surgery.outline.stacks:
@@ -91,8 +98,6 @@ def apply_surgery(model: nn.Module, surgery: Surgery) -> nn.Module:
         model.__class__ = pruned_model_class(type(model), type(model.config))
         empty_cache_entries(model.config)
         number_attentions(model)
-    _install(model, surgery.tensors)
-    return model
 
 
 def followed_generation(model: PreTrainedModel, outline: Outline, block_map: BlockMap) -> GenerationConfig | None:
