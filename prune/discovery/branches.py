@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dropformer.prune.architecture import BranchKind, Tap, has_zeros, within
-from dropformer.prune.discovery.dataflow import Flow, Term, alike
+from dropformer.prune.discovery.dataflow import Flow, Term, same_per_token
 from dropformer.prune.discovery.norms import is_inside, norm_after_sum, replaced_paths
 from dropformer.prune.discovery.trace import Call
 
@@ -214,9 +214,9 @@ class BranchReader:
         shape = self.flow.trace.values[value].shape
         shapes: dict[int | str, Any] = {key: self.flow.trace.values[v].shape for key, v in call.inputs.items()}
         hidden = "hidden_states" if "hidden_states" in shapes else next(iter(shapes), None)
-        if hidden is not None and alike(shapes[hidden], shape):
+        if hidden is not None and same_per_token(shapes[hidden], shape):
             return word
-        like = next((key for key, s in shapes.items() if alike(s, shape)), None)
+        like = next((key for key, s in shapes.items() if same_per_token(s, shape)), None)
         if like is not None:
             return f"{word}:{like}"
         if hidden is not None and shapes[hidden][:-1] == shape[:-1]:
