@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,15 @@ def _why(path: Path, error: Exception) -> str:
             f"{path}: transformers {transformers.__version__} has no model of type {kind}, and config.json names no "
             "code (auto_map) that would build it"
         )
-    if isinstance(error, KeyError) and (fields := [k for k, v in read_config(path).items() if v == error.args[0]]):
+    if isinstance(error, KeyError) and (fields := _holding(read_config(path), error.args[0])):
         said = f"{shown(error.args[0])} is no value of `{fields[0]}` in config.json"
     return f"{path} cannot be loaded: {type(error).__name__}: {said}"
+
+
+def _holding(config: Mapping[str, Any], value: object) -> list[str]:
+    """The fields of a config, at any depth, that have a value."""
+    inner = [_holding(section, value) for section in config.values() if isinstance(section, dict)]
+    return [*(key for key, held in config.items() if held == value), *chain(*inner)]
 
 
 def check_size(path: Path, fields: Mapping[str, Any], config: PreTrainedConfig, trust_remote_code: bool) -> None:

@@ -36,7 +36,7 @@ LEADING = {"assistant_early_exit"}  # how many leading blocks run
 STATES = {"dola_layers"}  # numbers of hidden states: 0 is the embeddings', i that after block i - 1
 # Nested lists, and dictionaries keyed by numbers, that name no block.
 NOT_BLOCKS = re.compile(
-    r"token|label|_ids$|_sizes?$|pinpoints|resolution|section|kernel|stride|shape|bins|scales?$|factor|dims?$|ratio"
+    r"token|label|(?<!layer)(?<!block)_ids$|_sizes?$|pinpoints|resolution|section|kernel|stride|shape|bins|scales?$|factor|dims?$|ratio"
     r"|axial|padding|thresholds?|limit|mean|std|pooling|depths|heads$|channels"
 )
 
@@ -165,7 +165,7 @@ class BlockNumbers:
             kept = [sum(b.source < i for b in self._writer_blocks()) for i in value]
             return sorted(set(kept))
         if self.moved:
-            self.check_unknown(key, value)
+            self.check_settings(value, "", key)
         return value
 
     def _blocks(self, stack: StackOutline) -> tuple[MappedBlock, ...]:
@@ -212,7 +212,7 @@ class BlockNumbers:
         Raises ArchitectureError for a list of what may be block numbers, and for a number that a field named after
         layers holds.
         """
-        named = f"{place}.{key}" if key else place
+        named = ".".join(filter(None, (place, key)))
         if isinstance(value, Mapping):
             self.check_unknown(key, value, place)
             for inner, item in value.items():

@@ -104,6 +104,8 @@ def _check_numbers(section: dict[str, Any], stack: StackOutline, numbers: BlockN
             numbers.check_settings(value, key)
         elif key not in KEYED and not (isinstance(value, dict) and (key.endswith("_config") or OTHERS.search(key))):
             numbers.check_unknown(key, value)
+            if value is True and "layer_idx" in key:
+                raise ArchitectureError(f"blocks stay where they are: {key} makes them act by their numbers")
             if type(value) is int and ONE_BLOCK.search(key) and not OTHERS.search(key) and key not in LAST:
                 _check_one(key, value, stack, numbers)
 

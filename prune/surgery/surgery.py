@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import BlockMap, Surgery, map_blocks, skipped_modules
-from dropformer.prune.discovery.summarize import settings
+from dropformer.prune.discovery.stacks import settings
 from dropformer.prune.errors import ArchitectureError, reason
 from dropformer.prune.loading.described import config_from
 from dropformer.prune.loading.device import hooks_of
