@@ -98,7 +98,7 @@ def _rest(model: nn.Module, stack: Stack) -> list[BlockOutline]:
 
 
 def branch_parameters(model: nn.Module, block: Block, branch: Branch) -> int:
-    """Parameters that go with a branch; each shared one counts once."""
+    """Parameters that are removed with a branch; each shared one counts once."""
     return _counted(_parameters(model, block, branch))
 
 

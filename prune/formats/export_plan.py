@@ -92,8 +92,8 @@ def plain_writing(plan: Plan, source: Checkpoint, how: ExportOptions) -> ExportJ
     names = {name: name for name in source.tensors}
     prefix = outline.stacks[0].path.partition(".")[0]
     writing = ExportJob(source, read_config(source.folder), surgery, names, prefix, outline.autos, how)
-    gone = sum(math.prod(span.shape) for name, span in source.tensors.items() if writing.rename(name) is None)
-    return writing if gone == outline.dropped_parameters(plan.layers) else None
+    removed = sum(math.prod(span.shape) for name, span in source.tensors.items() if writing.rename(name) is None)
+    return writing if removed == outline.dropped_parameters(plan.layers) else None
 
 
 def asked_writing(plan: Plan, source: Checkpoint, how: ExportOptions, repair: Any = None) -> ExportJob:

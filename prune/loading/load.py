@@ -81,7 +81,7 @@ def load(
 
 
 def default_dtype(fields: Mapping[str, Any], on_cpu: bool) -> torch.dtype | str:
-    """What a model computes in where nobody said: float32 on a CPU, the checkpoint's own dtype elsewhere.
+    """The dtype of a model where none is given: float32 on a CPU, the checkpoint's own dtype elsewhere.
 
     Quantized weights are computed with in the checkpoint's own dtype on a CPU too: their layers do not cast.
     """
@@ -94,7 +94,7 @@ def default_dtype(fields: Mapping[str, Any], on_cpu: bool) -> torch.dtype | str:
 
 @contextmanager
 def one_line_errors(path: Path) -> Iterator[None]:
-    """What transformers, or a config's values, make go wrong inside the `with` becomes a CheckpointError."""
+    """Errors of transformers inside the `with`, or from a config's values, become CheckpointErrors of one line."""
     try:
         yield
     except DropformerError:
@@ -197,7 +197,7 @@ def read_model_config(path: Path, trust_remote_code: bool = False) -> PreTrained
 
 
 def _learn(path: Path, fields: dict[str, Any], trust_remote_code: bool) -> None:
-    """Have transformers know a type by the code beside the checkpoint.  Raises CheckpointError where it is not
+    """Register a model type from the code beside the checkpoint.  Raises CheckpointError where it is not
     trusted."""
     if not trust_remote_code:
         raise CheckpointError(f"{path} {OWN_CODE}")
@@ -205,7 +205,7 @@ def _learn(path: Path, fields: dict[str, Any], trust_remote_code: bool) -> None:
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """What loads a config's model with the head it was saved with: an Auto class, else the named class itself."""
+    """The class that loads a config's model with the head it was saved with: an Auto class, or the named class."""
     base = modeling.base_config_class(config)
     pruned = modeling.pruned_config_class(base)  # registers with every Auto class
     architecture = (getattr(config, "architectures", None) or [""])[0].removeprefix("Dropformer")
