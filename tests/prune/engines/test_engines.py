@@ -56,6 +56,12 @@ def test_vllm_takes_a_stock_qwen_with_windows_in_every_layer_or_none(pruned, fam
     assert able or "in every layer or in none" in found["vllm"]["why"]
 
 
+def test_a_gguf_file_that_was_converted_into_a_checkpoints_folder_does_not_hide_the_checkpoint(pruned):
+    folder = pruned("llama", "attn=1")
+    (folder / "converted.gguf").write_bytes(b"GGUF")
+    assert engines(folder)["format"] == "dropformer"
+
+
 def test_formats_that_lack_layers_alone_are_no_way_out_for_windows(pruned):
     for entry in engines(pruned("llama", "attn=3,window=1@5+2"))["engines"].values():
         assert not any(word in entry["instead"] for word in ("deci", "dense", "gguf", "pip install")), entry
