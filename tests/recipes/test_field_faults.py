@@ -7,7 +7,6 @@ import signal
 from contextlib import contextmanager
 
 import pytest
-import torch
 from command import bad, run
 from safetensors.torch import load_file, save_file
 
@@ -106,14 +105,3 @@ def test_an_unknown_value_deep_in_a_config_is_told_with_its_field(llama_folder, 
     path = llama_folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rope_parameters": {"rope_type": "none"}}))
     bad("--model", llama_folder, *FIRST, "--out", tmp_path / "out", capsys=capsys, here=tmp_path, said="`rope_type`")
-
-
-def test_weights_of_two_types_are_told_which_dtype_computes(tiny):
-    from dropformer.prune.discovery.discover import discover
-    from dropformer.prune.errors import ArchitectureError
-
-    model = tiny("llama")
-    model.model.layers[0].mlp.to(torch.bfloat16)
-    with pytest.raises(ArchitectureError, match="--dtype auto"):
-        discover(model)
-    model.float()
