@@ -34,7 +34,7 @@ def _answer(facts: CheckpointFacts, command: str, bias: str | None) -> Answer:
 
 
 def _unable(facts: CheckpointFacts, bias: str | None) -> str | None:
-    """What of this DeciLM the engine would refuse or get wrong."""
+    """What in this DeciLM the engine would refuse or compute wrongly."""
     config = facts.config
     if any("ffn_mult" not in block["ffn"] for block in config["block_configs"]):
         return f"takes MLPs whose width is a multiple of 256, not {config['intermediate_size']}"
