@@ -46,6 +46,8 @@ def stock_windows(config: Mapping[str, Any], outline: Outline, block_map: BlockM
         return _ministral(full, config, fields)
     if "use_sliding_window" in full:
         fields["use_sliding_window"] = True
+    if "max_window_layers" in full:  # engines that know nothing of layer_types; vLLM stops where it is below the count
+        fields["max_window_layers"] = types.index(SLIDING)
     return {**config, **fields}
 
 
