@@ -99,7 +99,8 @@ class _Reader:
             return BranchOutput(seen, None, "a norm of the residual stream itself follows it in its block")
         if not slots:
             maker = self._makers(terms)
-            return BranchOutput(seen, None, f"its output comes from {maker}, not from a linear module or a norm")
+            why = f"its output comes from {maker}, not from a linear module or a norm; --repair distill trains it"
+            return BranchOutput(seen, None, why)
         return BranchOutput(seen, max(slots, key=lambda slot: slot.kind == "linear"))
 
     def _owner(self, term: Term) -> Branch | None:
