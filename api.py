@@ -122,8 +122,7 @@ def drop(model: str | Path | LoadedModel | nn.Module, plan: Plan, repair: Repair
     mapped, folder = repair.mapped if repair else None, opened.path if opened else None
     surgery = plan_surgery(plan.outline, plan.layers, dense, mapped, plan.rungs, folder)
     surgery = proven(dense, surgery)
-    if repair:
-        named = repair.named(plan.outline, surgery.block_map)
+    if repair and (named := repair.named(plan.outline, surgery.block_map)):
         dtype = stored_dtype(opened.path) if opened else next(dense.parameters()).dtype
         surgery = replace(surgery, tensors={name: tensor.to(dtype) for name, tensor in named.items()})
     apply_surgery(pruned, surgery)

@@ -13,6 +13,7 @@ from dropformer import cli_options as options
 from dropformer import commands
 from dropformer.eval.draft.options import RUNGS, DraftOptions
 from dropformer.prune.errors import DropformerError, EvaluationError
+from dropformer.prune.files.folder import FULL
 
 if TYPE_CHECKING:
     from dropformer.request import Request
@@ -233,7 +234,7 @@ def main() -> None:
     except DropformerError as error:
         _fail(" ".join(str(error).split()))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if error.errno not in (*FULL, errno.EACCES):
             raise
         _fail(f"cannot write: {error.strerror} ({error.filename or 'output'})")
     except (KeyboardInterrupt, typer.Abort):

@@ -14,6 +14,7 @@ from dropformer.metrics.search.registry import METRICS, SELECTIONS
 from dropformer.metrics.search.strategy import QUALITIES
 from dropformer.prune.errors import OutputError
 from dropformer.prune.formats.registry import FORMATS
+from dropformer.prune.rungs.registry import RUNGS
 from dropformer.prune.version import __version__
 
 Text = str | None
@@ -95,12 +96,15 @@ Budget = Annotated[
     ),
 ]
 Rungs = Annotated[
-    Text, _choice(help="What a --budget may make of attention layers, or --draft of any: drop,window:512+4.")
+    Text,
+    _choice(
+        help=f"What a --budget makes of attention layers ({', '.join(RUNGS)}), or --draft of any: drop,window:512+4."
+    ),
 ]
 _AT = "Tokens at which a --budget counts the KV cache (8192 with --rungs, else 2048), or behind which to draft."
 BudgetContext = Annotated[int | None, _choice("--context", min=64, help=_AT)]
 RepairMethods = Annotated[Text, _choice("--repair", help=f"By commas: {', '.join(REPAIRS)}.")]
-Epochs = Annotated[int | None, _choice(min=1, help="Passes that lora (2) and distill (3) train for.")]
+Epochs = Annotated[int | None, _choice(min=1, help="Passes that lora (2) and distill (3 or more) train for.")]
 Rank = Annotated[int | None, _choice(min=1, help="Rank of lora's adapters; 16.")]
 Gate = Annotated[str, _choice(help="Validation text: a repair that does not help on it is rejected.")]
 Packable = Annotated[

@@ -118,10 +118,12 @@ def sweep(
     check_out(folder, "sweep.json")
     from dropformer import console, job
     from dropformer.eval.quality.sweep import draw
+    from dropformer.prune.files.folder import new_files
 
     found = job.sweep(request, spec, counts, (samples, length), console.Terminal(quiet), speed)
-    found.write(folder / "sweep.json")
-    draw(found, folder / "sweep.png")
+    with new_files(folder) as made:
+        found.write(made / "sweep.json")
+        draw(found, made / "sweep.png")
     console.show_sweep(found, folder, as_json)
 
 

@@ -48,13 +48,13 @@ err = Console(stderr=True, **_PLAIN)
 
 
 class Terminal:
-    """Progress on stderr: lines, and bars for long stages; nothing if quiet."""
+    """Progress on stderr: lines, and bars for long stages; warnings alone if quiet."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet
 
     def say(self, text: str) -> None:
-        if not self.quiet:
+        if not self.quiet or text.startswith("warning: "):
             err.print(text)
 
     @contextmanager

@@ -14,6 +14,7 @@ from dropformer.metrics.search.budget import parse_budget
 from dropformer.metrics.search.ladder import check_rungs
 from dropformer.metrics.search.strategy import Strategy, Target
 from dropformer.metrics.search.strategy import quality as named_strategy
+from dropformer.prune.architecture import Layer
 from dropformer.prune.errors import CalibrationError, EvaluationError, OutputError, PlanError
 from dropformer.prune.formats.writing import ExportOptions
 from dropformer.prune.plan import Plan
@@ -193,6 +194,25 @@ class Request:
         selectors = parse_spec(self.target.spec) if self.target.spec else ()
         rungs = any(isinstance(rung, LinearMap) for rung in self.target.rungs)
         return rungs or any(selector.kind == "linear" for selector in selectors)
+
+    @cached_property
+    def rung_kinds(self) -> set[str]:
+        """What attention layers that stay become by the spec or the plan: "window", "agent"."""
+        if self.selection.plan:
+            plan = Plan.read(self.selection.plan)
+            return {kind for kind, layers in (("window", plan.windows), ("agent", plan.agents)) if layers}
+        return {item.kind for item in parse_spec(self.target.spec) if item.rung} if self.target.spec else set()
+
+    @cached_property
+    def named_layers(self) -> list[Layer] | None:
+        """The layers to drop, where the spec or the plan names them all; numbers from the end stay negative."""
+        if self.selection.plan:
+            return Plan.read(self.selection.plan).layers
+        items = parse_spec(self.target.spec) if self.target.spec else ()
+        if not items or any(item.indices is None or item.stack or item.rung for item in items):
+            return None
+        pairs = [(item.indices or (), ("attn", "mlp") if item.kind == "block" else item.kinds) for item in items]
+        return [Layer(kind, i) for indices, kinds in pairs for i in indices for kind in kinds]
 
     @property
     def drops(self) -> bool:

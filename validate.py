@@ -129,7 +129,8 @@ def validate(request: Request) -> None:
     config = read_config(folder) if folder else None
     if config:
         check_keep(request.target.keep, request.target.spec, config)
-    facts = ExportFacts(request.model, is_gguf(request.model), config, _may_pack(kinds))
+    drops = (_may_pack(kinds), request.named_layers, bool(request.repairs))
+    facts = ExportFacts(request.model, is_gguf(request.model), config, *drops)
     FORMATS[request.export.format].checker()(facts)
 
 
@@ -193,6 +194,8 @@ def _check_format(request: Request, kinds: set[str] | None) -> None:
     if request.maps and not form.maps:
         able = ", ".join(other for other, kind in FORMATS.items() if kind.maps)
         raise PlanError(f"--format {name} has no place for linear maps, which are asked for; give --format {able}")
+    if (rungs := request.rung_kinds) and not form.rungs:
+        raise form.without_rungs(name, "window" in rungs)
     mapping = [repair for repair in request.repairs if REPAIRS[repair].maps]
     if mapping and not form.maps and (kinds is None or "attn" in kinds):
         raise PlanError(

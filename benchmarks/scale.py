@@ -4,7 +4,7 @@
     python benchmarks/scale.py --table              8B, 13B and 70B on GPUs, by the formula
 
 Random Llamas of width 1,024 and 2,048 with 4 and 8 blocks, MLP 3.5 times as wide, each in a process of its own:
-`--quality best` of a quarter of the attention layers, and the refits of a given plan.  Passes are counted by the
+`--quality best` of two attention layers, and the refits of a given plan.  Passes are counted by the
 engine; memory is what the process takes beyond the model's weights.
 """
 
@@ -77,7 +77,7 @@ def measure(setting: Setting) -> Cost:
         return Keeper(host=HOLD << 20)
 
     run("refit", "attn=1")  # libraries load what they need
-    best, extra = run("best", f"attn:{max(1, setting.blocks // 4)}")
+    best, extra = run("best", "attn:2")
     refit, _ = run("refit", f"attn={setting.blocks - 2},{setting.blocks - 1}")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return Cost(round(best, 2), round(refit, 2), round(extra / 2**20, 1), round(weights / 2**20, 1))

@@ -186,7 +186,7 @@ class Architecture:
         return self.stack(layer.stack).blocks[layer.index]
 
     def branches(self, layer: Layer) -> tuple[Branch, ...]:
-        """The branches that go when `layer` is dropped: one, or all of a block's."""
+        """The branches that are removed when `layer` is dropped: one, or all of a block's."""
         block = self.block(layer)
         if layer.kind == "block":
             return block.branches

@@ -107,6 +107,8 @@ class Artifact(FrozenRecord):
             return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise DropformerError(f"{path} does not exist; expected a {cls.kind} file") from None
+        except IsADirectoryError:
+            raise DropformerError(f"{path} is a folder; give the {cls.kind}.json that is in it") from None
         except (OSError, UnicodeDecodeError) as error:
             raise DropformerError(f"{path} cannot be read as a {cls.kind}: {error}") from None
         except ValidationError as error:

@@ -88,20 +88,20 @@ def map_blocks(
     Blocks that must keep their numbers (`StackOutline.fixed`) stay, skipped or not; with `shorten=False` all do.
     """
     dropped = set(dropped)
-    gone = set(outline.branch_layers(dropped)) - set(mapped or {})
+    removed = set(outline.branch_layers(dropped)) - set(mapped or {})
     stacks = {}
     for stack in outline.stacks:
-        kept = [_block(stack, i, gone, Layer("block", i, stack.name) in dropped) for i in range(stack.blocks)]
+        kept = [_block(stack, i, removed, Layer("block", i, stack.name) in dropped) for i in range(stack.blocks)]
         fixed = stack.fixed if shorten else stack.blocks
         rest = kept[fixed:]
         stacks[stack.name] = (*kept[:fixed], *(_paired(stack, rest) or (b for b in rest if not b.empty)))
     return BlockMap(stacks, mapped or {}, rungs or {})
 
 
-def _block(stack: StackOutline, index: int, gone: set[Layer], whole: bool) -> MappedBlock:
+def _block(stack: StackOutline, index: int, removed: set[Layer], whole: bool) -> MappedBlock:
     """A block less its dropped branches.  A plain one is empty without them, any other if dropped as a whole."""
     branches, rest = stack.of_block(index), stack.block(index)
-    skipped = tuple(b.kind for b in branches if Layer(b.kind, index, stack.name) in gone)
+    skipped = tuple(b.kind for b in branches if Layer(b.kind, index, stack.name) in removed)
     bare = bool(branches) and len(skipped) == len(branches) and not rest.kept
     return MappedBlock(index, index, skipped, bare and (whole or rest.plain))
 

@@ -16,7 +16,7 @@ from dropformer.prune.window import Window
 
 PublishedLists = Callable[[str, int], Sequence[int]]
 Pick = Callable[[Sequence[Layer], int, Sequence[Layer]], Sequence[Layer]]
-"""Selects `count` of the free layers, given those that are dropped already: (free, count, gone) -> layers."""
+"""Selects `count` of the free layers, given those that are dropped already: (free, count, dropped) -> layers."""
 
 
 def choose(
@@ -70,19 +70,19 @@ def check_possible(
     selectors = parse_spec(spec)
     named = [selector for selector in selectors if selector.indices is not None or selector.published]
     drops, windows = ([str(s) for s in named if bool(s.rung) == stays] for stays in (False, True))
-    gone = choose_forms(outline, ",".join(drops), None, keep, published)[0] if drops else []
+    removed = choose_forms(outline, ",".join(drops), None, keep, published)[0] if drops else []
     if windows:
-        choose_windows(outline, ",".join(windows), gone, None, keep)
+        choose_windows(outline, ",".join(windows), removed, None, keep)
     asked: dict[tuple[str, tuple[str, ...]], int] = {}
     for selector in selectors:
         if selector in named:
             continue
-        free, key = _candidates(outline, selector, keep, gone), (selector.stack, selector.kinds)
+        free, key = _candidates(outline, selector, keep, removed), (selector.stack, selector.kinds)
         before = 0 if selector.rung else asked.get(key, 0)
         count = before + _count(outline, selector, free[before:])
         if not selector.rung:
             asked[key] = count
-            check_attention_left(outline, [*gone, *free] if count == len(free) else gone)
+            check_attention_left(outline, [*removed, *free] if count == len(free) else removed)
 
 
 def choose_windows(
@@ -119,9 +119,9 @@ def _published(selector: Selector, published: PublishedLists | None) -> Sequence
 
 
 def _candidates(outline: Outline, selector: Selector, keep: Sequence[int], chosen: Sequence[Layer]) -> list[Layer]:
-    gone = set(outline.branch_layers(chosen))
+    removed = set(outline.branch_layers(chosen))
     layers = unprotected(outline, selector.kinds, selector.stack, keep)
-    return [layer for layer in layers if not gone.intersection(outline.branch_layers([layer]))]
+    return [layer for layer in layers if not removed.intersection(outline.branch_layers([layer]))]
 
 
 def unprotected(outline: Outline, kinds: Sequence[str], stack: str, keep: Sequence[int]) -> list[Layer]:
@@ -196,13 +196,13 @@ def _top(
 
 def check_attention_left(outline: Outline, chosen: Sequence[Layer]) -> None:
     """Raises PlanError where no attention, or none with keys and values, is left."""
-    gone = set(outline.branch_layers(chosen))
+    removed = set(outline.branch_layers(chosen))
     for stack in outline.stacks:
         attention = outline.layers("attn", stack.name)
-        if attention and gone.issuperset(attention):
+        if attention and removed.issuperset(attention):
             raise PlanError("the plan drops every attention layer, and a model without any mixes no tokens; keep one")
         with_keys = {layer for layer in attention if outline.branch(layer).kv}
-        if with_keys and gone.issuperset(with_keys):
+        if with_keys and removed.issuperset(with_keys):
             raise PlanError(
                 f"the plan drops every layer with keys and values ({', '.join(map(str, sorted(with_keys)))}), and "
                 "transformers' cache then has no way to tell how long a text is; keep one"

@@ -125,14 +125,14 @@ class Outline(FrozenRecord):
     def dropped_blocks(self, layers: Iterable[Layer]) -> set[tuple[str, int]]:
         """(stack, index) of each block that is dropped as such, or that is the identity without its branches."""
         layers = list(layers)
-        gone = self.branch_layers(layers)
+        removed = self.branch_layers(layers)
         blocks = {(layer.stack, layer.index) for layer in layers if layer.kind == "block"}
-        return blocks | {place for place in {(layer.stack, layer.index) for layer in gone} if self._empty(*place, gone)}
+        return blocks | {(l.stack, l.index) for l in removed if self._empty(l.stack, l.index, removed)}
 
-    def _empty(self, stack: str, index: int, gone: Sequence[Layer]) -> bool:
+    def _empty(self, stack: str, index: int, removed: Sequence[Layer]) -> bool:
         """Is a block the identity without these branches?"""
         part = self.stack(stack)
-        rest, lost = part.block(index), {l.kind for l in gone if (l.stack, l.index) == (stack, index)}
+        rest, lost = part.block(index), {l.kind for l in removed if (l.stack, l.index) == (stack, index)}
         return rest.plain and not rest.kept and lost == {branch.kind for branch in part.of_block(index)}
 
     def kv_per_token(self, dropped: Iterable[Layer] = ()) -> int:

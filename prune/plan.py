@@ -124,8 +124,8 @@ class Plan(Artifact):
 
     def unrepaired(self) -> Plan:
         """The same drops without the repairs, whose weights a plan does not hold."""
-        gone = self.outline.dropped_parameters(self.layers)
-        savings = self.savings.model_copy(update={"parameters_after": self.savings.parameters - gone})
+        removed = self.outline.dropped_parameters(self.layers)
+        savings = self.savings.model_copy(update={"parameters_after": self.savings.parameters - removed})
         return self.model_copy(update={"repairs": [], "not_repaired": [], "savings": savings})
 
 

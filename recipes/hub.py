@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 
 from dropformer.progress import Tell, silent
 from dropformer.prune.errors import CheckpointError, ModelError, reason
-from dropformer.prune.files.side_files import REWRITTEN, sort_side_files, weights_of
+from dropformer.prune.files.side_files import REWRITTEN, check_no_adapter, sort_side_files, weights_of
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -68,6 +68,7 @@ def _online_or_cached(fetch: Fetch, model: str, revision: str | None, progress: 
         # Without network this fails at once, while the downloads below would retry for half a minute.
         info = huggingface_hub.model_info(model, revision=revision)
         names = [file.rfilename for file in info.siblings or []]
+        check_no_adapter(names, model)
         if fetch is not _config:
             _refuse_pickles(model, names)
         progress(f"fetching {model} from the Hugging Face Hub")

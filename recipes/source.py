@@ -12,6 +12,7 @@ from dropformer.progress import Tell, silent
 from dropformer.prune.errors import CheckpointError, ModelError
 from dropformer.prune.files import open_checkpoint
 from dropformer.prune.files.config_json import read_config
+from dropformer.prune.files.side_files import check_no_adapter
 from dropformer.prune.formats.record import need_dense
 from dropformer.prune.spec import check_drop, check_stacks, parse_spec
 from dropformer.recipes.hub import fetch_config, fetch_snapshot, is_hub_id
@@ -52,6 +53,7 @@ def open_source(name: str, revision: str | None = None, progress: Tell | None = 
     is a branch, tag or commit of a Hub model.  Raises ModelError, CheckpointError or OutputError.
     """
     tell = progress or silent
+    _check_named(name)
     path = Path(name).expanduser()
     if path.exists():
         _no_revision(name, revision, "is a local path")
@@ -73,6 +75,7 @@ def open_config(name: str, revision: str | None = None, progress: Tell | None = 
     path = Path(name).expanduser()
     if path.is_dir():
         _no_revision(name, revision, "is a local path")
+        check_no_adapter([file.name for file in path.iterdir()], name)
         read_config(path, name)
         return Source(called(name), path, None, None, "folder")
     known = recipes().get(name)
@@ -91,6 +94,7 @@ def locate(name: str) -> Path | None:
 
     Raises the errors of `open_source` that show without network.
     """
+    _check_named(name)
     path = Path(name).expanduser()
     if path.is_dir():
         return check_folder(path, name)
@@ -156,6 +160,11 @@ def _split_revision(name: str, revision: str | None) -> tuple[str, str | None]:
     return model, tail
 
 
+def _check_named(name: str) -> None:
+    if not name.strip():  # as a path it would be the current folder
+        raise ModelError(f"the model's name is empty; expected {ACCEPTED}")
+
+
 def _unknown(name: str) -> ModelError:
     if name.lower().endswith(".gguf") or name.startswith((".", "/", "~")):
         return ModelError(f"{name} does not exist; expected {ACCEPTED}")
@@ -165,11 +174,7 @@ def _unknown(name: str) -> ModelError:
 def check_folder(folder: Path, name: str) -> Path:
     """`folder`, if it has config.json and safetensors.  Raises CheckpointError otherwise."""
     files = sorted(path.name for path in folder.iterdir())
-    if "adapter_config.json" in files and "config.json" not in files:
-        raise CheckpointError(
-            f"{name} is an adapter, not a model; merge it into its model first (peft: merge_and_unload(), then "
-            "save_pretrained)"
-        )
+    check_no_adapter(files, name)
     if "config.json" not in files:
         raise CheckpointError(f"{name} has no config.json{_hint(folder)}")
     read_config(folder, name)

@@ -2,8 +2,13 @@
 
 import pytest
 from command import run
+from gguf_families import family_gguf, tiny_model
 
+from dropformer.api import plan_unscored
+from dropformer.prune.artifact import ModelRef
 from dropformer.prune.choosing import check_possible
+from dropformer.prune.discovery.discover import discover
+from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import PlanError
 from dropformer.prune.outline import BranchOutline, Outline, StackOutline
 
@@ -44,6 +49,47 @@ def test_a_sweep_and_an_analysis_that_stops_early_are_refused_as_soon(lettered, 
     assert status == 2 and "every attention layer" in err
     say = ("analyze", lettered, "--until-stable", "attn=1,attn:9", "--out", here / "a", "-q")
     assert run(*say, capsys=capsys)[0] == 2
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (("--drop", "attn:2"), "leaves blocks without one; add --dense"),
+        (("--drop", "attn=1,mlp=2"), "leaves blocks without one; add --dense"),
+        (("--drop", "block=0,attn=-1"), "leaves blocks without one; add --dense"),
+        (("--plan", "attention.json"), "leaves blocks without one; add --dense"),
+        (("--drop", "block:1", "--quality", "best"), "repairs are written for llama and qwen2 alone"),
+        (("--drop", "attn:1", "--quality", "best", "--dense"), "writes no repaired weights"),
+        (("--drop", "window:1@16"), "--format gguf holds no attention windows"),
+        (("--plan", "window.json", "--dense"), "--format gguf-dense holds no attention windows"),
+    ],
+)
+def test_what_a_gguf_file_cannot_hold_is_refused_before_its_model_is_opened(
+    monkeypatch, capsys, here, qwen3_file, options, says
+):
+    def opened(*_, **__):
+        raise AssertionError("the model was opened")
+
+    monkeypatch.setattr("dropformer.job.open_model", opened)
+    options = [here / option if option.endswith(".json") else option for option in options]
+    command = ("--model", qwen3_file, *options, "--format", "gguf", "--no-measure", "--out", here / "out", "-q")
+    status, out, err = run(*command, capsys=capsys)
+    assert status == 2 and says in err and out == "" and err.count("\n") == 1, err
+
+
+def test_pairs_that_a_gguf_file_can_lose_are_not_refused(capsys, here, qwen3_file):
+    command = ("--model", qwen3_file, "--drop", "mlp=1,attn=2", "--format", "gguf", "--no-measure", "--out", here / "o")
+    assert run(*command, "-q", capsys=capsys)[0] == 0
+
+
+@pytest.fixture
+def qwen3_file(here):
+    """A tiny GGUF file of Qwen 3, and plans of it."""
+    model = tiny_model("qwen3", 4)
+    outline = summarize(model, discover(model))
+    for name, spec in (("attention", "attn=1"), ("window", "window=1@16")):
+        plan_unscored(ModelRef(name="dense.gguf"), outline, spec, (), None).write(here / f"{name}.json")
+    return family_gguf(here / "dense.gguf", model)
 
 
 def outline(attending):

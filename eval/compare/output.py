@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 
 from markupsafe import Markup, escape
@@ -13,6 +11,7 @@ from dropformer.eval.compare.comparison import Comparison, kind_title
 from dropformer.eval.compare.pictures import agreement, heatmaps, over_training
 from dropformer.eval.html import Section, page, paragraph, picture, table
 from dropformer.prune.architecture import KIND_NAMES
+from dropformer.prune.files.folder import new_files
 from dropformer.prune.files.output_paths import check_out
 
 JSON = "compare.json"
@@ -21,17 +20,13 @@ PICTURES = {"heatmaps.png": heatmaps, "training.png": over_training, "agreement.
 
 
 def write(found: Comparison, out: Path) -> Path:
-    """Write all files into `out`, each atomically; returns the page's path.  Raises OutputError."""
+    """Write all files into `out` together; returns the page's path.  Raises OutputError."""
     check_out(out, JSON)
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".compare-", dir=out) as scratch:
-        folder = Path(scratch)
+    with new_files(out) as folder:
         for name, draw in PICTURES.items():
             draw(found, folder / name)
         (folder / "compare.html").write_text(html(found, folder), encoding="utf-8")
         found.write(folder / JSON)
-        for name in (*PICTURES, "compare.html", JSON):
-            shutil.move(folder / name, out / name)
     return out / "compare.html"
 
 

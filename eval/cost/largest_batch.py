@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from torch import nn
 
@@ -39,9 +40,9 @@ def with_batch(models: Mapping[str, nn.Module], setting: Setting, static: bool =
     first, *rest = sorted(models, key=lambda name: per_token[name], reverse=True)
     held = whole if static else per_token[first]
     guess = free_bytes(gpus.pop()) // max(1, int(HEADROOM * held * tokens))
-    batch = largest_batch(lambda n: fits(first, n), guess)
+    batch = largest_batch(partial(fits, first), guess)
     for name in rest if batch else ():
-        batch = largest_batch(lambda n, name=name: fits(name, n), batch, most=batch)  # type: ignore[misc]
+        batch = largest_batch(partial(fits, name), batch, most=batch)
     if not batch:
         raise EvaluationError(f"{setting} does not fit in this GPU's memory even at batch 1; use fewer tokens")
     return replace(setting, batch=batch)

@@ -18,6 +18,7 @@ from dropformer.metrics.draft.search import draft_in_place, surgery_in_place
 from dropformer.metrics.repair.base import Repair, check_fitted
 from dropformer.prune.draft.generation import DRAFT_TOKENS, set_drafting
 from dropformer.prune.errors import CalibrationError
+from dropformer.prune.files.folder import new_files
 from dropformer.prune.plan import Plan
 
 PLACES = 8
@@ -75,10 +76,10 @@ class DraftEvaluation:
         """Write draft.json, and a plot of speed-up over drafted tokens."""
         from dropformer.eval.draft.picture import PNG, draw_speedup
 
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "draft.json").write_text(self.to_json() + "\n", encoding="utf-8")
         expected = curve(self.acceptance.mean, self.steps.cost, lambda _: self.steps.verify_cost)
-        draw_speedup(expected, self.steps.cost, folder / PNG, (self.tokens, self.run.speedup))
+        with new_files(folder) as made:
+            (made / "draft.json").write_text(self.to_json() + "\n", encoding="utf-8")
+            draw_speedup(expected, self.steps.cost, made / PNG, (self.tokens, self.run.speedup))
 
     def lines(self) -> list[str]:
         """Lines for the terminal."""

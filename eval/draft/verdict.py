@@ -94,6 +94,6 @@ def engine_lines(model: str, folder: str, tokens: int) -> list[str]:
     config = f'{{"method": "draft_model", "model": "{folder}", "num_speculative_tokens": {tokens}}}'
     return [
         f"vLLM: vllm serve {model} --speculative-config '{config}'",
-        f"llama.cpp: llama-server -m MODEL.gguf -md DRAFT.gguf --draft-max {tokens} (a draft of drops alone, written "
-        "with --format gguf --plan)",
+        f"llama.cpp: llama-server -m MODEL.gguf -md DRAFT.gguf --spec-type draft-simple --spec-draft-n-max {tokens} "
+        "(DRAFT.gguf: a draft of drops alone, by --plan and --format gguf)",
     ]

@@ -16,6 +16,7 @@ from dropformer.metrics.analysis.distributed import own_device
 from dropformer.metrics.offload.process_memory import shown
 from dropformer.progress import Progress
 from dropformer.prune.files.config_json import read_config
+from dropformer.prune.files.folder import new_files
 from dropformer.prune.loading.device import input_device
 from dropformer.prune.plan import Plan
 from dropformer.prune.surgery.views import share_equal
@@ -32,10 +33,11 @@ class EvaluationRun:
     pictures: list[Picture]
 
     def write(self, folder: Path, sweep: Path | None = None) -> None:
-        """Write report.json and report.html, with a sweep's figures if its file is given."""
-        self.found.write(folder / "report.json")
+        """Write report.json and report.html together, with a sweep's figures if its file is given."""
         page = html(self.found, self.pictures, Sweep.read(sweep) if sweep else None)
-        (folder / "report.html").write_text(page, encoding="utf-8")
+        with new_files(folder) as made:
+            self.found.write(made / "report.json")
+            (made / "report.html").write_text(page, encoding="utf-8")
 
 
 def evaluate_models(

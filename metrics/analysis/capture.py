@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dropformer.metrics.analysis.similarity import alike, cosine, distance, distances, norm, norms
+from dropformer.metrics.analysis.similarity import cosine, distance, distances, norm, norms, stackable
 from dropformer.prune.architecture import Architecture, Block, Branch, Layer, Tap
 from dropformer.prune.discovery.proof import on_tap
 
@@ -95,7 +95,7 @@ class Capture:
         columns, batch = list(found), len(next(iter(found.values()))[0]) if found else 0
         sums = torch.full((batch, len(self.layers)), torch.nan, dtype=torch.float64)
         tokens = torch.zeros((batch, len(self.layers)), dtype=torch.int64)
-        for numbers in alike([parts[0] for parts in found.values()]):
+        for numbers in stackable([parts[0] for parts in found.values()]):
             group = [columns[number] for number in numbers]
             total, counted = self._sum(cosine(*map(torch.stack, zip(*(found[i] for i in group), strict=True))))
             sums[:, group], tokens[:, group] = total.T.cpu(), counted[:, None].cpu()

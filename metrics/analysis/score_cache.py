@@ -23,7 +23,10 @@ def keep(scores: Scores, path: Path) -> str | None:
     try:
         scores.write(path)
     except (OutputError, OSError) as error:
-        return f"the scores are not kept for another run: {error}; DROPFORMER_CACHE=FOLDER keeps them in another folder"
+        return (
+            f"warning: the scores are not kept for another run: {error}; DROPFORMER_CACHE=FOLDER keeps them in another "
+            "folder"
+        )
     return None
 
 

@@ -51,7 +51,7 @@ def cosine(distance: Tensor, x_norm: Tensor, y_norm: Tensor) -> Tensor:
     return torch.where(product > 0, found, 0.0 * apart).clamp(-1, 1)  # not 0.0 alone: NaN stays NaN
 
 
-def alike(tensors: Sequence[Tensor]) -> list[list[int]]:
+def stackable(tensors: Sequence[Tensor]) -> list[list[int]]:
     """The numbers of those that can be stacked: of one shape and type, on one device."""
     groups: dict[tuple[torch.device, torch.dtype, torch.Size], list[int]] = {}
     for number, tensor in enumerate(tensors):
@@ -66,7 +66,7 @@ def _together(function: Callable[..., Tensor], *columns: Sequence[Tensor]) -> li
     512 tokens than the device to take it.
     """
     found: dict[int, Tensor] = {}
-    for rows in alike(columns[0]):
+    for rows in stackable(columns[0]):
         first = columns[0][rows[0]]
         if first.device.type == "cpu" or first.nbytes > STACKED or len(rows) == 1:
             found |= {row: function(*(column[row] for column in columns)) for row in rows}

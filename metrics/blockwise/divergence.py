@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +14,9 @@ from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import Variant, dropped_forms, skipped_at
 from dropformer.metrics.calibration.batching import busy_tokens
 from dropformer.prune.architecture import Architecture, Layer
-from dropformer.prune.loading.parts import replaced
+from dropformer.prune.loading.parts import output_embeddings, replaced
+
+LOGITS = 64 << 20  # bytes of logits that are held at a time
 
 
 def kl_divergence(dense: Tensor, changed: Tensor) -> Tensor:
@@ -56,9 +58,11 @@ class DenseReference:
                 for batch, streams in enumerate(self.streams):
                     streams.append(keep(runner.step(block, batch, streams[-1])))
             self._log_probs = [
-                keep(self._log_probabilities(batch, streams[-1]).half()) for batch, streams in enumerate(self.streams)
+                keep(torch.cat([part.half() for part in self._log_probabilities(batch, streams[-1])], 1))
+                for batch, streams in enumerate(self.streams)
             ]
-            self.divergence = self._joined([self._rows(b, log_probs) for b, log_probs in enumerate(self._log_probs)])
+            known = ((batch, len(self._parts(batch)[0])) for batch in range(len(runner)))
+            self.divergence = self._joined([self._rows(b, self._log_probs[b].split(size, 1)) for b, size in known])
 
     def compare_each(self, variants: Sequence[Variant], batches: Sequence[int] | None = None) -> list[Divergence]:
         """The divergence of each variant, on some of the batches (None: all).
@@ -66,7 +70,7 @@ class DenseReference:
         All variants pass a block before the next one is entered.  Each starts from the dense stream before its first
         changed block; variants with the same replacements in a block run it as one batch, up to what keeps the device
         busy.  Time: per variant a forward pass from its first changed block on.  Memory: one stream per variant, one
-        block's replacements, and one batch's log-probabilities.
+        block's replacements, and `LOGITS` bytes of logits a few times over.
         """
         with torch.inference_mode():
             firsts = [first_changed(self.runner, variant.paths) for variant in variants]
@@ -121,26 +125,42 @@ class DenseReference:
             return torch.arange(0, start.shape[1] - 1, self.stride, device=start.device)
         return scored[:, 1:].any(0).nonzero()[:: self.stride, 0].to(start.device)
 
-    def _log_probabilities(self, batch: int, stream: Tensor) -> Tensor:
-        return torch.log_softmax(self.runner.logits(batch, stream, self._positions(batch)).float(), -1)
+    def _log_probabilities(self, batch: int, stream: Tensor) -> Iterator[Tensor]:
+        """In float32 at the scored positions, [B, some, V] at a time."""
+        for some in self._parts(batch):
+            yield torch.log_softmax(self.runner.logits(batch, stream, some).float(), -1)
+
+    def _parts(self, batch: int) -> Sequence[Tensor]:
+        """Positions whose logits are held together."""
+        positions, head = self._positions(batch), output_embeddings(self.runner.model)
+        if head is None or not self.runner.picks_logits:
+            return [positions]
+        row = 4 * head.get_parameter("weight").shape[0] * len(self.runner.start(batch))
+        return positions.split(max(1, LOGITS // row))
 
     def _joined(self, parts: Sequence[tuple[Tensor, Tensor]]) -> Divergence:
         kl, nll = (torch.cat([part[i].cpu() for part in parts]) for i in (0, 1))
         return Divergence(kl, nll)
 
-    def _rows(self, batch: int, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    def _rows(self, batch: int, log_probs: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """Mean KL and negative log-likelihood of each window over its scored positions, [B] float64."""
-        positions, inputs = self._positions(batch), self.runner.batches[batch]
-        labels = inputs["input_ids"][:, positions + 1].to(log_probs.device)
-        log_probs = log_probs.float()
-        nll = -log_probs.gather(-1, labels[..., None])[..., 0].double()
-        dense = self._log_probs[batch].to(log_probs.device)
-        dense = torch.log_softmax(dense.float(), -1)  # renormalized after rounding to half precision
-        kl = kl_divergence(dense, log_probs).double()
-        scored = self.scored[batch]
+        found, start = list[tuple[Tensor, Tensor]](), 0
+        for part in log_probs:
+            found.append(self._errors(batch, slice(start, start + part.shape[1]), part.float()))
+            start += part.shape[1]
+        kl, nll = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+        positions, scored = self._positions(batch), self.scored[batch]
         weight = torch.ones_like(nll) if scored is None else scored[:, positions.to(scored.device) + 1].to(nll)
         share = weight / weight.sum(1, keepdim=True).clamp_min(1)
         return (kl * share).sum(1), (nll * share).sum(1)
+
+    def _errors(self, batch: int, part: slice, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        """KL and negative log-likelihood at some of the scored positions, [B, some] each in float64."""
+        labels = self.runner.batches[batch]["input_ids"][:, self._positions(batch)[part] + 1].to(log_probs.device)
+        nll = -log_probs.gather(-1, labels[..., None])[..., 0].double()
+        dense = self._log_probs[batch][:, part].to(log_probs.device)
+        dense = torch.log_softmax(dense.float(), -1)  # renormalized after rounding to half precision
+        return kl_divergence(dense, log_probs).double(), nll
 
 
 def dropped_modules(model: nn.Module, architecture: Architecture, layers: Iterable[Layer]) -> dict[str, nn.Module]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dropformer.metrics.calibration.generated import Writer, written_windows
 from dropformer.metrics.calibration.images import PIXELS, pictures
-from dropformer.metrics.calibration.settings import Calibration, CalibrationRef
+from dropformer.metrics.calibration.settings import Calibration, CalibrationRef, context_of
 from dropformer.metrics.calibration.text import writes_itself
 from dropformer.metrics.calibration.windows import Windows, windows
 from dropformer.prune.errors import CalibrationError, ModelError
@@ -42,8 +42,13 @@ def default_settings(model: Any, default: Calibration) -> Calibration:
     """Default calibration settings, clamped to the model's maximum length; random pixels for an image model."""
     if takes_pictures(model):
         return replace(default, name=PIXELS)
-    limit = longest_text(model) if model is not None else None
-    return replace(default, length=min(default.length, limit or default.length))
+    limits = (longest_text(model), _context(model)) if model is not None else ()
+    return replace(default, length=min([default.length, *filter(None, limits)]))
+
+
+def _context(model: Any) -> int | None:
+    config = getattr(model, "config", None)
+    return context_of(config) if hasattr(config, "to_dict") else None
 
 
 def text_windows(calibration: Calibration, writer: Writer) -> Windows:

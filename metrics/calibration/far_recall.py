@@ -17,7 +17,7 @@ TOLD, ASKED = "\n{} keeps key {} at {}.\n", "\nWhich key does {} keep? Key {}. W
 def far_recall(body: Tensor, tokenizer: Any, tail: int, seed: int = 0) -> Tensor:
     """A text [T] as long as the body, of whose last `tail` tokens two thirds ask for facts and repeat passages.
 
-    The first third goes on with the body, so that prose counts too.  What is asked for is told at even distances,
+    The first third continues with the body, so that prose counts too.  What is asked for is told at even distances,
     from the beginning of the text on.
     """
     tail = 2 * tail // 3

@@ -151,7 +151,7 @@ def draft_in_place(
     """
     surgery = surgery_in_place(outline, layers, windows, repair)
     rounded = {name: tensor.to(model.dtype) for name, tensor in surgery.tensors.items()}
-    return apply_surgery(sharing_copy(model), replace(surgery, tensors=rounded)), sources_of(surgery)  # type: ignore[return-value]
+    return apply_surgery(sharing_copy(model), replace(surgery, tensors=rounded)), sources_of(surgery)
 
 
 def surgery_in_place(

@@ -37,14 +37,20 @@ class Distilling:
     """Training settings.
 
     `rate`: the largest step of a weight, relative to its tensor's root mean square, which is taken as at least
-    `floor`.  `epochs`: passes over the windows to fit on.  `tokens`: of a step, a window at least.
+    `floor`.  `epochs`: passes over the windows to fit on (None: three, or as many as make `steps` steps).  `tokens`:
+    of a step, a window at least.
     """
 
-    epochs: int = 3
+    epochs: int | None = None
+    steps: int = 96
     tokens: int = 512
     rate: float = 5e-3
     warm_up: int = 8
     floor: float = 1e-2
+
+    def passes(self, batches: int) -> int:
+        """Passes over so many batches, one batch per step."""
+        return self.epochs or max(3, -(-self.steps // max(1, batches)))
 
 
 def fit_blocks(context: RepairContext, how: Distilling | None = None) -> Changes:
@@ -54,7 +60,7 @@ def fit_blocks(context: RepairContext, how: Distilling | None = None) -> Changes
     passes.  Memory: four streams of all windows, which the keeper may move to files, 20 bytes per parameter of one
     block, and the activations of one batch.
     """
-    how = how or Distilling(context.training.get("epochs", Distilling.epochs))
+    how = how or Distilling(context.training.get("epochs"))
     context = context.in_steps(how.tokens)
     touched = [g.index for g in context.dropped]
     found = aims(context.architecture, context.runner.stack, context.branches, touched)
@@ -177,10 +183,10 @@ class Lesson:
     def epochs(self, learned: Mapping[str, nn.Parameter], batches: Sequence[int], how: Distilling) -> Iterator[int]:
         """Train, one batch per step, domains shuffled; yields after each epoch."""
         optimizer = scaled_adam(learned.values(), how.rate, how.floor)
-        steps = how.epochs * len(batches)
-        for epoch in range(how.epochs):
+        epochs = how.passes(len(batches))
+        for epoch in range(epochs):
             for n, k in enumerate(shuffled(len(batches), epoch)):
-                set_rate(optimizer, epoch * len(batches) + n, steps, how.warm_up)
+                set_rate(optimizer, epoch * len(batches) + n, epochs * len(batches), how.warm_up)
                 with torch.enable_grad():
                     self.loss(batches[k]).backward()
                 nn.utils.clip_grad_norm_(learned.values(), 1.0)

@@ -81,7 +81,7 @@ REPAIRS: Registry[RepairEntry] = Registry(
         "distill": RepairEntry(
             "blocks around each gap trained one by one to give the dense stream, in whatever form they have",
             f"{_HERE}.distill:fit_blocks",
-            per_epoch=0.5,
+            per_epoch=0.9,
             epochs=3,
             trains=("epochs",),
         ),

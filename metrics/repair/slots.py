@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dropformer.prune.architecture import Architecture, Block, Branch, Layer, Tap
-from dropformer.prune.discovery.dataflow import ADDS, KEEPS_PLACE, SCALES, Flow, Term, alike
+from dropformer.prune.discovery.dataflow import ADDS, KEEPS_PLACE, SCALES, Flow, Term, same_per_token
 from dropformer.prune.discovery.replay import traceable
 from dropformer.prune.discovery.trace import Call, Op, Trace, tracing
 from dropformer.prune.samples.inputs import sample_inputs
@@ -99,7 +99,8 @@ class _Reader:
             return BranchOutput(seen, None, "a norm of the residual stream itself follows it in its block")
         if not slots:
             maker = self._makers(terms)
-            return BranchOutput(seen, None, f"its output comes from {maker}, not from a linear module or a norm")
+            why = f"its output comes from {maker}, not from a linear module or a norm; --repair distill trains it"
+            return BranchOutput(seen, None, why)
         return BranchOutput(seen, max(slots, key=lambda slot: slot.kind == "linear"))
 
     def _owner(self, term: Term) -> Branch | None:
@@ -165,7 +166,7 @@ class _Reader:
             return []
         from_stream = [v for v in op.inputs if v in self.flow.reach]
         shapes = [self.flow.trace.values[v].shape for v in (value, *from_stream)]
-        if op.name in KEEPS_PLACE and len(from_stream) == 1 and alike(*shapes):
+        if op.name in KEEPS_PLACE and len(from_stream) == 1 and same_per_token(*shapes):
             return [(from_stream[0], scale)]
         if op.name in ADDS and len(from_stream) == 2 and not op.numbers:
             return [(v, scale) for v in from_stream]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dropformer.prune.architecture import BranchKind, Tap, has_zeros, within
-from dropformer.prune.discovery.dataflow import Flow, Term, alike
+from dropformer.prune.discovery.dataflow import Flow, Term, same_per_token
 from dropformer.prune.discovery.norms import is_inside, norm_after_sum, replaced_paths
 from dropformer.prune.discovery.trace import Call
 
@@ -122,9 +122,9 @@ class BranchReader:
 
     def _leaving(self, value: int, modules: Forms) -> int:
         """`value`, or the stream where it leaves the replaced module that made it."""
-        gone = set(replaced_paths(self.path, modules))
+        removed = set(replaced_paths(self.path, modules))
         for call in self.flow.calls:
-            if call.path in gone and call.first <= self.flow.made[value] < call.last:
+            if call.path in removed and call.first <= self.flow.made[value] < call.last:
                 return next((v for v in call.outputs.values() if v in self.flow.stream), value)
         return value
 
@@ -214,9 +214,9 @@ class BranchReader:
         shape = self.flow.trace.values[value].shape
         shapes: dict[int | str, Any] = {key: self.flow.trace.values[v].shape for key, v in call.inputs.items()}
         hidden = "hidden_states" if "hidden_states" in shapes else next(iter(shapes), None)
-        if hidden is not None and alike(shapes[hidden], shape):
+        if hidden is not None and same_per_token(shapes[hidden], shape):
             return word
-        like = next((key for key, s in shapes.items() if alike(s, shape)), None)
+        like = next((key for key, s in shapes.items() if same_per_token(s, shape)), None)
         if like is not None:
             return f"{word}:{like}"
         if hidden is not None and shapes[hidden][:-1] == shape[:-1]:
@@ -238,7 +238,7 @@ class BranchReader:
         return any(c.keywords & CACHES and any(within(c.path, p) for p in paths) for c in self.flow.calls)
 
     def _tap(self, value: int, modules: Forms) -> Tap | None:
-        """Where a hook sees this value: at the outermost module, outside of those that are gone."""
+        """Where a hook sees this value: at the outermost module, outside of those that are removed."""
         found: list[tuple[int, int, Tap]] = []
         for v in self.flow.sights(value):
             for call in [self.flow.call, *self.flow.calls]:

@@ -222,7 +222,7 @@ class Flow:
 
     def _like(self, value: int, others: Iterable[int], seen: Sequence[int]) -> list[int]:
         values = self.trace.values
-        return [v for v in others if v not in seen and alike(values[value].shape, values[v].shape)]
+        return [v for v in others if v not in seen and same_per_token(values[value].shape, values[v].shape)]
 
     def reaches(self, value: int, goals: set[int]) -> bool:
         """Does `value` become one of `goals` by operations, outside the module that made it, that keep zero zero?"""
@@ -271,7 +271,7 @@ class Flow:
         return False
 
 
-def alike(one: torch.Size, other: torch.Size) -> bool:
+def same_per_token(one: torch.Size, other: torch.Size) -> bool:
     """The same numbers per token, though tokens may be flattened into rows: [B, T, D] and [B * T, D]."""
     same = one.numel() == other.numel()
     return one == other or (same and bool(one) and bool(other) and one[-1] == other[-1])

@@ -34,6 +34,8 @@ from dropformer.prune.samples.inputs import sample_inputs
 def _own_dtype(model: Any) -> str:
     """Advice for quantized weights that are run in another dtype than the checkpoint's."""
     stored = getattr(getattr(model, "config", None), "quantization_config", None) is not None
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}  # dequantized on loading
+    stored = stored or len(dtypes) > 1
     return "; quantized weights compute in the checkpoint's own dtype: --dtype auto" if stored else ""
 
 
@@ -134,7 +136,7 @@ class _StackReader:
         for block in paths:
             hand_on_missing(self.replay, self.trace, block)
         blocks = tuple(self._block(index, block) for index, block in enumerate(paths))
-        return Stack(name, path, blocks, fixed_blocks(self.trace, paths))
+        return Stack(name, path, blocks, fixed_blocks(self.trace, self.model, paths))
 
     def _made_by(self, stacks: list[str], blocks: list[str]) -> set[int]:
         """Values that come from other stacks: what a decoder's cross-attention reads of its encoder."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -20,21 +20,42 @@ from torch import nn
 from dropformer.prune.architecture import Stack, within
 from dropformer.prune.discovery.dataflow import CARRIES, stream_ends
 from dropformer.prune.discovery.replay import traceable
+from dropformer.prune.discovery.stacks import signature
 from dropformer.prune.discovery.trace import Call, Trace, tracing
 from dropformer.prune.samples.modalities import modalities, with_modality
 
+TOLD = {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx"}  # attributes that tell a block's number
 LISTS = {"layer_types", "layers_block_type", "layer_rope_theta", "block_types"}  # by block in the config: they follow
 
 
-def fixed_blocks(trace: Trace, blocks: Sequence[str]) -> int:
+def fixed_blocks(trace: Trace, model: nn.Module, blocks: Sequence[str]) -> int:
     """How many of a stack's leading blocks must keep their numbers, as one forward pass shows.
 
-    That is up to the last block after which anything but the next block reads or changes the stream.  Blocks that
-    the pass does not run, or runs several times, are passed over.
+    That is up to the last block after which anything but the next block reads or changes the stream, and up to the
+    last that is given other tensors beside the stream than the block before it that is made alike.  Blocks that the
+    pass does not run, or runs several times, are passed over.
     """
     calls = [(i, found[0]) for i, path in enumerate(blocks) if len(found := trace.calls_of(path)) == 1]
     touched = [i for (i, one), (_, two) in pairwise(calls) if _touched(trace, one, two)]
-    return max(touched, default=-1) + 1
+    return max([*(i + 1 for i in touched), _given_otherwise(trace, model, calls)], default=0)
+
+
+def _given_otherwise(trace: Trace, model: nn.Module, calls: Iterable[tuple[int, Call]]) -> int:
+    """The last block that is given other tensors than one that is made alike; 0 where there is none.
+
+    The stream, and what an earlier block made and the model hands on, are not compared.
+    """
+    made: set[int] = set()
+    last: dict[str, dict[int | str, int]] = {}
+    found = 0
+    for i, call in calls:
+        ends = stream_ends(trace, call)
+        given = {key: v for key, v in call.inputs.items() if v not in made and not (ends and key == ends[0])}
+        kind = repr(signature(model.get_submodule(call.path)))
+        found = i if last.get(kind, given) != given else found
+        last[kind] = given
+        made.update(call.outputs.values())
+    return found
 
 
 def _touched(trace: Trace, one: Call, two: Call) -> bool:
@@ -73,47 +94,58 @@ def fixed_by_modality(model: nn.Module, stacks: Sequence[Stack]) -> dict[str, in
 def _seen(model: nn.Module, stack: Stack, inputs: Mapping[str, Any]) -> int:
     with tracing(model) as trace, torch.no_grad():
         model(**inputs)
-    return fixed_blocks(trace, [block.path for block in stack.blocks])
+    return fixed_blocks(trace, model, [block.path for block in stack.blocks])
 
 
 def reads_numbers(model: nn.Module, path: str) -> bool:
-    """Does the module that owns a stack use a block's number in its forward pass, other than to pick from the
-    config's lists by block?  Read off its source; yes where there is none to read."""
+    """May the module that owns a stack act by a block's place in its forward pass?
+
+    Read off its source: no, where the blocks run in turn from the first on, and their number serves only to pick from
+    the config's lists by block.  Yes for everything else, and where there is no source to read.
+    """
     owner, _, leaf = path.rpartition(".")
     try:
         source = textwrap.dedent(inspect.getsource(type(model.get_submodule(owner)).forward))
         tree = ast.parse(source)
     except (OSError, TypeError, SyntaxError):
         return True
-    return any(_uses(tree, name) for name in _numbers(tree, leaf)) or _picks(tree, leaf)
-
-
-def _numbers(tree: ast.AST, leaf: str) -> Iterator[str]:
-    """Names of loop variables that count the blocks of `self.<leaf>`."""
-    for node in ast.walk(tree):
-        if not isinstance(node, (ast.For, ast.comprehension)) or not isinstance(node.iter, ast.Call):
-            continue
-        if getattr(node.iter.func, "id", "") in ("enumerate", "range") and _mentions(node.iter, leaf):
-            target = node.target.elts[0] if isinstance(node.target, ast.Tuple) else node.target
-            if isinstance(target, ast.Name):
-                yield target.id
+    loops = [n for n in ast.walk(tree) if isinstance(n, (ast.For, ast.comprehension)) and _mentions(n.iter, leaf)]
+    in_turn = sum(_in_turn(loop.iter, leaf) for loop in loops)
+    if not in_turn or in_turn != sum(isinstance(n, ast.Attribute) and n.attr == leaf for n in ast.walk(tree)):
+        return True
+    return any(_counts(loop) for loop in loops) or _uses(tree, {name for loop in loops for name in _numbers(loop)})
 
 
 def _mentions(node: ast.AST, leaf: str) -> bool:
-    return any(isinstance(n, ast.Attribute) and n.attr in (leaf, "num_hidden_layers") for n in ast.walk(node))
+    return any(isinstance(n, ast.Attribute) and n.attr == leaf for n in ast.walk(node))
 
 
-def _uses(tree: ast.AST, name: str) -> bool:
-    """Is a number used but to pick from one of LISTS?"""
+def _in_turn(node: ast.expr, leaf: str) -> bool:
+    """Is it `self.layers`, as a whole or as far as the config says, numbered or not?"""
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "enumerate" and len(node.args) == 1:
+        node = node.args[0]
+    if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Slice):
+        if node.slice.lower or node.slice.step or not isinstance(node.slice.upper, ast.Attribute):
+            return False
+        node = node.value
+    return isinstance(node, ast.Attribute) and node.attr == leaf
+
+
+def _numbers(loop: ast.For | ast.comprehension) -> Iterator[str]:
+    """The name under which a loop over blocks counts them."""
+    if isinstance(loop.iter, ast.Call) and isinstance(loop.target, ast.Tuple):
+        yield from (n.id for n in ast.walk(loop.target.elts[0]) if isinstance(n, ast.Name))
+
+
+def _counts(loop: ast.AST) -> bool:
+    """Does a loop keep a count of its own, as in `i += 1`?"""
+    added = (n.value for n in ast.walk(loop) if isinstance(n, ast.AugAssign))
+    return any(isinstance(value, ast.Constant) and isinstance(value.value, int) for value in added)
+
+
+def _uses(tree: ast.AST, names: Collection[str]) -> bool:
+    """Is a block's number, of these names or told by the block itself, used but to pick from one of LISTS?"""
     picks = [n for n in ast.walk(tree) if isinstance(n, ast.Subscript) and getattr(n.value, "attr", "") in LISTS]
     allowed = {id(n) for pick in picks for n in ast.walk(pick.slice)}
-    loads = (n for n in ast.walk(tree) if isinstance(n, ast.Name) and n.id == name and isinstance(n.ctx, ast.Load))
-    return any(id(n) not in allowed for n in loads)
-
-
-def _picks(tree: ast.AST, leaf: str) -> bool:
-    """Is a single block taken by its number, as in `self.layers[0]`?"""
-    return any(
-        isinstance(n, ast.Subscript) and getattr(n.value, "attr", "") == leaf and not isinstance(n.slice, ast.Slice)
-        for n in ast.walk(tree)
-    )
+    loads = (n for n in ast.walk(tree) if isinstance(getattr(n, "ctx", None), ast.Load) and id(n) not in allowed)
+    return any(getattr(n, "id", "") in names or getattr(n, "attr", "") in TOLD for n in loads)

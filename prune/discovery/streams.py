@@ -45,9 +45,11 @@ def hand_on_missing(replay: Replay, trace: Trace, path: str) -> None:
     """
     for call in trace.calls_of(path)[:1]:
         ends = stream_ends(trace, call)
-        for key in sorted(_unseen(call), key=str) if ends else ():
+        if ends is None:
+            return
+        for key in sorted(_unseen(call), key=str):
             args, kwargs = replay.inputs(path)
-            stream = {**dict(enumerate(args)), **kwargs}[ends[0]]  # type: ignore[index]
+            stream = {**dict(enumerate(args)), **kwargs}[ends[0]]
             try:
                 with tracing(replay.model) as second:
                     replay.model.get_submodule(path)(*args[:key], stream.clone(), *args[key + 1 :], **kwargs)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from dropformer.prune.architecture import Architecture, Block, Branch, Stack, owns
 from dropformer.prune.discovery.positions import fixed_by_modality
 from dropformer.prune.discovery.replay import traceable
+from dropformer.prune.discovery.stacks import signature
 from dropformer.prune.loading.described import auto_names, native_class
 from dropformer.prune.outline import BlockOutline, BranchOutline, Outline, StackOutline
 from dropformer.prune.samples.inputs import sample_inputs
@@ -97,7 +98,7 @@ def _rest(model: nn.Module, stack: Stack) -> list[BlockOutline]:
 
 
 def branch_parameters(model: nn.Module, block: Block, branch: Branch) -> int:
-    """Parameters that go with a branch; each shared one counts once."""
+    """Parameters that are removed with a branch; each shared one counts once."""
     return _counted(_parameters(model, block, branch))
 
 
@@ -129,28 +130,3 @@ def _cache_elements(model: nn.Module, architecture: Architecture) -> dict[int, i
         held = [getattr(layer, name, None) for name in ("keys", "values")]
         elements[index] = sum(t.numel() for t in held if isinstance(t, torch.Tensor)) // tokens
     return elements
-
-
-def signature(block: nn.Module) -> dict[str, Any]:
-    """For each module of a block, by its path, what `settings` says."""
-    return {name: settings(module) for name, module in block.named_modules()}
-
-
-def settings(module: nn.Module) -> Any:
-    """A module's class, its plain settings (its number apart) and its own parameters' shapes."""
-    plain = {
-        key: value
-        for key, value in vars(module).items()
-        if key not in ("layer_idx", "training") and not key.startswith("_") and _plain(value)
-    }
-    shapes = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
-    return type(module).__name__, plain, shapes
-
-
-def _plain(value: Any) -> bool:
-    """Is a setting a value, or a collection of values, such as Zamba 2's table of positions?"""
-    if isinstance(value, dict):
-        return bool(value) and all(_plain(v) for v in (*value, *value.values()))
-    if isinstance(value, (list, tuple)):
-        return bool(value) and all(map(_plain, value))
-    return isinstance(value, (int, float, str, bool))

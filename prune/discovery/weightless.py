@@ -14,7 +14,8 @@ from typing import Any
 from torch import nn
 
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.discovery.summarize import all_alike, signature, summarize
+from dropformer.prune.discovery.stacks import signature
+from dropformer.prune.discovery.summarize import all_alike, summarize
 from dropformer.prune.files.config_json import BLOCK_COUNTS
 from dropformer.prune.loading.parts import text_config
 from dropformer.prune.outline import BlockOutline, BranchOutline, Outline, StackOutline

@@ -27,6 +27,8 @@ def _answer(facts: CheckpointFacts, command: str, bias: str | None) -> Answer:
         if why := _unable(facts, bias):
             return Answer(False, why=why, instead="export with --format dense")
         return Answer(True, command, READ, "", facts.saves)
+    if facts.format != "dropformer":
+        return Answer(False, why=f"was not tried with {facts.format} files", instead="export with --format dense")
     instead = "export with --format dense" if facts.lacks_alone else "load it in transformers"
     if facts.fits_deci:
         instead = f"export with --format deci, or {instead.removeprefix('export with ')}"
@@ -34,7 +36,7 @@ def _answer(facts: CheckpointFacts, command: str, bias: str | None) -> Answer:
 
 
 def _unable(facts: CheckpointFacts, bias: str | None) -> str | None:
-    """What of this DeciLM the engine would refuse or get wrong."""
+    """What in this DeciLM the engine would refuse or compute wrongly."""
     config = facts.config
     if any("ffn_mult" not in block["ffn"] for block in config["block_configs"]):
         return f"takes MLPs whose width is a multiple of 256, not {config['intermediate_size']}"

@@ -72,7 +72,8 @@ def read_facts(folder: Path) -> CheckpointFacts:
     if not folder.is_dir():
         raise CheckpointError(f"{shown(folder)} is no folder; give the folder of a checkpoint, or a .gguf file")
     record = read_object(folder / RECORD) if (folder / RECORD).exists() else {}
-    if found := next(iter(sorted(folder.glob("*.gguf"))), None):
+    found = next(iter(sorted(folder.glob("*.gguf"))), None)
+    if found and not any(folder.glob("*.safetensors")):  # else llama.cpp's converter made it of them
         return _gguf(found, record)
     if (folder / "model.onnx").exists():
         family = read_config(folder)["model_type"] if (folder / CONFIG).exists() else "?"

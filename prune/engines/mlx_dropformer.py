@@ -18,7 +18,7 @@ BaseModel, BaseArgs = _get_classes(BASE)
 
 
 def note_tokens(x: mx.array, cache: Any) -> None:
-    """Tell a dropped attention's cache how long the text is, by keys of no width: masks are made from some entry."""
+    """Record the text's length in a dropped attention's cache entry, as keys of width 0: masks may be made from it."""
     if cache is not None:
         empty = mx.zeros((x.shape[0], 1, x.shape[1], 0), x.dtype)
         cache.update_and_fetch(empty, empty)
@@ -66,7 +66,7 @@ class Model(BaseModel):  # type: ignore[misc, valid-type]
 
 
 def stop_where_counted(args: Any) -> None:
-    """Stop where mlx-lm tells kinds of attention by block number, and the number no longer tells them."""
+    """Raise ValueError where mlx-lm derives attention types from block numbers that pruning has changed."""
     kinds = CONFIG.get("layer_types") or []
     every = getattr(args, "sliding_window_pattern", None)
     if hasattr(args, "layer_types") or (not every and len(set(kinds)) < 2):
@@ -74,8 +74,8 @@ def stop_where_counted(args: Any) -> None:
     counted = [(i + 1) % every == 0 for i in range(len(kinds))] if every else None
     if counted != [kind == "full_attention" for kind in kinds]:
         raise ValueError(
-            f"mlx-lm tells the windows of {CONFIG['base_model_type']} by block number, and after the dropped blocks "
-            "the numbers no longer tell them; load it in transformers, or drop attention and MLP layers alone"
+            f"mlx-lm gives windows to blocks of {CONFIG['base_model_type']} by their number, which dropped blocks have "
+            "changed; load it in transformers, or drop attention and MLP layers alone"
         )
 
 

@@ -12,6 +12,8 @@ from dropformer.prune.registry import Registry, imported
 
 _HERE = "dropformer.prune.engines"
 TRANSFORMERS = "load it in transformers"
+NO_WINDOWS = "does not give single layers the windows that config.json names"
+SLIDING = "sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,21 @@ ENGINES: Registry[Engine] = Registry(
 )
 
 
-WINDOWED = {"transformers": None, "vllm": ("ministral",), "vllm-plugin": ("ministral",)}
+WINDOWED = {"transformers": None, "vllm": ("ministral", "smollm3"), "vllm-plugin": ("ministral", "smollm3")}
 """The engines that give windows to single layers of a plain model as its config says, and the families tried in them;
 others give them to all layers, to none, or by block number."""
+ALL_OR_NONE = {"vllm": ("qwen2", "qwen3"), "vllm-plugin": ("qwen2", "qwen3")}
+"""Families of a plain model that an engine gives windows in every layer, and refuses where some have none."""
 
 
 def _answer(name: str, engine: Engine, facts: CheckpointFacts) -> Answer:
-    if facts.stock_windows and (name not in WINDOWED or facts.family not in (WINDOWED[name] or (facts.family,))):
-        return Answer(False, why="does not give single layers the windows that config.json names", instead=TRANSFORMERS)
+    tried = WINDOWED.get(name, ())
+    if facts.stock_windows and tried is not None and facts.family not in tried:
+        everywhere = set(facts.config.get("layer_types") or ()) == {SLIDING}
+        whole = facts.family in ALL_OR_NONE.get(name, ())
+        if not (whole and everywhere):
+            why = f"gives {facts.family} windows in every layer or in none" if whole else NO_WINDOWS
+            return Answer(False, why=why, instead=TRANSFORMERS)
     return imported(engine.answer)(facts)
 
 

@@ -16,6 +16,7 @@ NO_SINKS = {
     "first tokens": "its attention has no window that keeps the first tokens",
     "constants": "its sinks are constants from the first token on, and folded windows have them once those are gone",
 }
+WINDOWS_TRIED = ("llama", "granite", "qwen3")
 INSTALL = "pip install --no-deps dropformer beside vLLM"
 
 
@@ -57,8 +58,8 @@ def with_plugin(facts: CheckpointFacts) -> Answer:
     note = f"tried with {version}"
     if facts.family not in known["right"]:
         note = f"not tried with {version}: it loads where vLLM has the family; compare its first answers"
-    if facts.windows and facts.family != "llama":
-        note += "; windows were tried with Llama alone: compare its first answers"
+    if facts.windows and facts.family not in WINDOWS_TRIED:
+        note += f"; windows were tried with {', '.join(WINDOWS_TRIED)}: compare its first answers"
     return Answer(True, f"vllm serve {facts.path}", note, "", facts.saves)
 
 

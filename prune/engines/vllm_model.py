@@ -1,4 +1,4 @@
-"""Pruned models in vLLM: its own class of the family, less the modules that the checkpoint's config drops.
+"""Pruned models in vLLM: its own class of the family, without the modules that the checkpoint's config drops.
 
 `DropformerQwen3ForCausalLM` and every other twin is made when it is first asked for (PEP 562): a subclass of vLLM's
 class that builds the dense model, then replaces each dropped module by `Zeros` or `PassNorm` and takes its entries
@@ -164,10 +164,10 @@ def find(model: nn.Module, path: str) -> tuple[nn.Module, str] | None:
     """
     mapper = getattr(model, "hf_to_vllm_mapper", None)
     mapped = mapper.map_name(path + ".weight").removesuffix(".weight") if mapper else path
-    owner: nn.Module = model
+    owner: Any = model
     *parents, last = mapped.split(".")
     for part in parents:
-        owner = getattr(owner, part, None)  # type: ignore[assignment]
+        owner = getattr(owner, part, None)
         if isinstance(owner, PPMissingLayer):
             return None
     names = [name for name in (last, *ALIASES.get(last, ())) if isinstance(getattr(owner, name, None), nn.Module)]

@@ -179,7 +179,7 @@ def _rename(temporary: Path, out: Path) -> None:
         temporary.rename(out)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise OutputError(f"{shown(out, 1000)}: appeared meanwhile; remove it or name another") from None
+            raise _appeared(out) from None
         raise cannot_write(out, error) from None
     _flush_one(out.parent)
 
@@ -188,13 +188,15 @@ def _move(file: Path, out: Path) -> None:
     """Rename a file, never over an existing one; without hard links a race remains."""
     try:
         os.link(file, out)
-    except FileExistsError:
-        raise OutputError(f"{shown(out, 1000)}: appeared meanwhile; remove it or name another") from None
     except OSError:
         if os.path.lexists(out):
-            raise OutputError(f"{shown(out, 1000)}: appeared meanwhile; remove it or name another") from None
+            raise _appeared(out) from None
         file.rename(out)
     _flush_one(out.parent)
+
+
+def _appeared(out: Path) -> OutputError:
+    return OutputError(f"{shown(out, 1000)}: appeared meanwhile; remove it or name another")
 
 
 def _remove_left_overs(parent: Path) -> None:

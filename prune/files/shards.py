@@ -150,7 +150,7 @@ def _open(folder: Path) -> Checkpoint:
     side = list_side_files(folder)
     file_behind(folder, CONFIG)
     check_counts(read_object(folder / CONFIG), tensors.values(), _line(folder))
-    check_no_adapter(side, _line(folder))
+    check_no_adapter((*side.carried, CONFIG), _line(folder))
     return Checkpoint(folder, shards, tensors, index_metadata)
 
 

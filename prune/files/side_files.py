@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -34,6 +35,7 @@ UNTOLD = (".git", ".cache", ".gitattributes", ".gitignore", "__pycache__", ".DS_
 """Files of version control, downloads and editors: neither copied nor listed."""
 
 ADAPTER = "adapter_config.json"
+MERGE = "merge it first (peft: merge_and_unload(), then save_pretrained)"
 MODULE_FOLDER = re.compile(r"\d+_\w+")  # 1_Pooling, 2_Dense: sentence-transformers' modules
 MOST_FILES = 10_000
 JSON_BYTES = 128 << 20
@@ -59,11 +61,13 @@ class SideFiles:
         return f"not copied, as weights of the dense model or beside them: {named}{more}"
 
 
-def sort_side_files(names: Iterable[str], modules: Collection[str] = ()) -> SideFiles:
+def sort_side_files(
+    names: Iterable[str], modules: Collection[str] = (), shards: Collection[str] | None = None
+) -> SideFiles:
     """Sort the files of a model's folder into copied and left behind.
 
     modules: folders named by modules.json of sentence-transformers, copied with their weights.  Neither are the
-    safetensors shards at the top and the files in `REWRITTEN`.
+    files in `REWRITTEN` and the model's own safetensors (`shards`; None: all at the top).
     """
     names = sorted(name for name in names if not any(_untold(part) for part in PurePosixPath(name).parts))
     heavy = {PurePosixPath(name).parts[0] for name in names if "/" in name and _is_weight(name)}
@@ -72,7 +76,8 @@ def sort_side_files(names: Iterable[str], modules: Collection[str] = ()) -> Side
     left: list[str] = []
     for name in names:
         top = PurePosixPath(name).parts[0]
-        if name in REWRITTEN or ("/" not in name and name.endswith((".safetensors", ".safetensors.index.json"))):
+        own = name.endswith(".safetensors") if shards is None else name in shards
+        if name in REWRITTEN or ("/" not in name and (own or name.endswith(".safetensors.index.json"))):
             continue
         stays = top in heavy if "/" in name else _is_weight(name)
         (left if stays and top not in whole else carried).append(name)
@@ -106,16 +111,18 @@ def list_side_files(folder: Path) -> SideFiles:
             )
         if name.endswith(".json"):
             _check_json(path, shown(folder / name, 1000), TOKENIZER_VALUES if "token" in name else MAX_VALUES)
-    return sort_side_files(names, _module_folders(folder))
+    return sort_side_files(names, _module_folders(folder), _shards(folder))
 
 
-def check_no_adapter(side: SideFiles, where: object) -> None:
-    """Raises CheckpointError for an adapter beside the weights, which transformers would apply on loading."""
-    if (found := ADAPTER) in side.carried:
+def check_no_adapter(names: Collection[str], where: object) -> None:
+    """Raises CheckpointError for an adapter among a model's files, which transformers would apply on loading."""
+    if ADAPTER in names and "config.json" in names:
         raise CheckpointError(
-            f"{where}: {found} is an adapter beside the model, which transformers applies on loading; merge it first "
-            "(peft: merge_and_unload(), then save_pretrained), or move it out of the folder"
+            f"{where}: {ADAPTER} is an adapter beside the model, which transformers applies on loading; {MERGE}, or "
+            "move it out of the folder"
         )
+    if ADAPTER in names:
+        raise CheckpointError(f"{where} is an adapter, not a model; {MERGE.replace('it', 'it into its model', 1)}")
 
 
 def copy_side_files(source: Path, target: Path) -> SideFiles:
@@ -135,6 +142,16 @@ def _is_weight(name: str) -> bool:
 
 def _untold(part: str) -> bool:
     return part in UNTOLD or part.startswith(TEMPORARY)
+
+
+def _shards(folder: Path) -> set[str]:
+    """The files that hold the model, by its index; whatever is wrong with that is told where it is opened."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.is_file():
+        return {"model.safetensors"}
+    with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError, OSError):
+        return set(map(str, json.loads(index.read_bytes())["weight_map"].values()))
+    return set()
 
 
 def _module_folders(folder: Path) -> set[str]:

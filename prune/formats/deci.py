@@ -66,7 +66,7 @@ def deci_config(config: Mapping[str, Any], surgery: Surgery, parameters: Collect
 
 
 def deci_renaming(surgery: Surgery, names: Mapping[str, str], prefix: str) -> Callable[[str], str | None]:
-    """What each tensor of the source is called in the deci checkpoint; None for those that go.
+    """The name of each tensor of the source in the deci checkpoint; None for removed ones.
 
     `names` maps the source's tensors to parameters of the model, `prefix` is its trunk's (`model`).
     """

@@ -71,7 +71,7 @@ def _replaced(writing: ExportJob, silent: Mapping[str, str]) -> Iterator[tuple[s
         for parameter in writing.parameters(tensor):
             if writer := next((name for name in silent if _part_of(parameter, name)), None):
                 written.add(silent[writer])
-                if beside_weight(tensor):
+                if parameter != writer and beside_weight(tensor):
                     continue
                 byte = zero_byte(writing.config, tensor, span.dtype)
                 fill = fills[byte] if byte in fills else fills.setdefault(byte, _filled(most, byte))

@@ -92,8 +92,8 @@ def plain_writing(plan: Plan, source: Checkpoint, how: ExportOptions) -> ExportJ
     names = {name: name for name in source.tensors}
     prefix = outline.stacks[0].path.partition(".")[0]
     writing = ExportJob(source, read_config(source.folder), surgery, names, prefix, outline.autos, how)
-    gone = sum(math.prod(span.shape) for name, span in source.tensors.items() if writing.rename(name) is None)
-    return writing if gone == outline.dropped_parameters(plan.layers) else None
+    removed = sum(math.prod(span.shape) for name, span in source.tensors.items() if writing.rename(name) is None)
+    return writing if removed == outline.dropped_parameters(plan.layers) else None
 
 
 def asked_writing(plan: Plan, source: Checkpoint, how: ExportOptions, repair: Any = None) -> ExportJob:
@@ -105,10 +105,10 @@ def asked_writing(plan: Plan, source: Checkpoint, how: ExportOptions, repair: An
     model = weightless(source.folder, how.trust_remote_code)
     mapped = repair.mapped if repair else None
     surgery = plan_surgery(plan.outline, plan.layers, model, mapped, plan.rungs, source.folder)
-    if repair:
+    if repair and (named := repair.named(plan.outline, surgery.block_map)):
         from dropformer.prune.surgery.stored_tensors import stored_dtype
 
-        named, dtype = repair.named(plan.outline, surgery.block_map), stored_dtype(source.folder)
+        dtype = stored_dtype(source.folder)
         surgery = replace(surgery, tensors={name: tensor.to(dtype) for name, tensor in named.items()})
     return writing_of(type(model), surgery, source, how)
 

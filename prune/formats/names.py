@@ -16,7 +16,7 @@ from dropformer.prune.outline import Outline, StackOutline
 def renaming(
     outline: Outline, block_map: BlockMap, names: Mapping[str, str], prefix: str
 ) -> Callable[[str], str | None]:
-    """What each tensor of the files is called in the pruned checkpoint; None for those that go."""
+    """The name of each tensor of the files in the pruned checkpoint; None for removed ones."""
 
     def rename(tensor: str) -> str | None:
         parameter = names[tensor]

@@ -5,11 +5,12 @@ A new one is one file with its `write`, and one entry in FORMATS.  Light: what w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dropformer.prune.architecture import Layer
 from dropformer.prune.errors import OutputError, PlanError
 from dropformer.prune.loading.deci.families import check_family
 from dropformer.prune.registry import Registry, imported
@@ -40,13 +41,16 @@ class ExportFacts:
     """What is known of an export before the model is opened.
 
     `gguf`: the model comes as a .gguf file; `config`: its config.json, None where it must be fetched first;
-    `may_pack`: the blocks that remain may form a stock, shorter model.
+    `may_pack`: the blocks that remain may form a stock, shorter model; `layers`: those to drop, None until scores
+    tell; `repairs`: others get new weights.
     """
 
     model: str
     gguf: bool = False
     config: Mapping[str, Any] | None = None
     may_pack: bool = False
+    layers: Collection[Layer] | None = None
+    repairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,12 @@ class Format:
     def check_rungs(self, name: str, block_map: BlockMap) -> None:
         """Raises PlanError for a plan with windows or agents that the format, of this name, cannot hold."""
         if block_map.rungs and not self.rungs:
-            able = ", ".join(other for other, kind in FORMATS.items() if kind.rungs)
-            what = "attention windows" if block_map.windows else "agents"
-            raise PlanError(f"--format {name} holds no {what}, which this plan has; give --format {able}")
+            raise self.without_rungs(name, bool(block_map.windows))
+
+    def without_rungs(self, name: str, windows: bool) -> PlanError:
+        able = ", ".join(other for other, kind in FORMATS.items() if kind.rungs)
+        what = "attention windows" if windows else "agents"
+        return PlanError(f"--format {name} holds no {what}, which this plan has; give --format {able}")
 
     def loading(self, packed: bool, limited: bool = False, windowed: bool = False) -> str:
         """How a checkpoint is loaded; `limited`: notes of its record name engines that would read it wrongly.
@@ -174,7 +181,7 @@ FORMATS: Registry[Format] = Registry(
             "Dropped layers are zeros, so the .gguf file runs wherever the dense one does, gives the pruned model's "
             "outputs, and saves neither bytes nor time.",
             help="the same as --format gguf --dense",
-            check=f"{_HERE}.gguf.export:check",
+            check=f"{_HERE}.gguf.export:check_zeros",
             saves=False,
             sides=False,
             links=False,

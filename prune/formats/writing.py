@@ -78,7 +78,7 @@ class ExportJob:
 
     @cached_property
     def rename(self) -> Callable[[str], str | None]:
-        """What each tensor of the source is called in the pruned checkpoint; None for those that go."""
+        """The name of each tensor of the source in the pruned checkpoint; None for removed ones."""
         return renaming(self.outline, self.block_map, self.names, self.prefix)
 
     @cached_property

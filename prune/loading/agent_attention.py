@@ -32,7 +32,7 @@ BIAS = re.compile("relative|position_bias|rel_pos")
 
 
 class NoAgents(ValueError):
-    """An attention whose sum over keys does not go through agents."""
+    """An attention that cannot be computed through agents."""
 
 
 def through_agents(
@@ -55,7 +55,7 @@ def through_agents(
 
 
 def check(module: Any, query: Tensor, key: Tensor, kwargs: dict[str, Any]) -> None:
-    """Raises NoAgents for attention that is causal, or to other tokens, or that more than a softmax decides."""
+    """Raises NoAgents for causal attention, for cross-attention, and for terms beside the softmax of scores (OTHER)."""
     name = type(module).__name__
     if kwargs.get("is_causal"):
         raise NoAgents(f"{name} is causal, and agents are averages of all tokens, later ones too")

@@ -18,6 +18,7 @@ from transformers.models.auto import modeling_auto
 
 from dropformer.prune.errors import CheckpointError, shown
 from dropformer.prune.files.config_json import PREDICTING
+from dropformer.prune.files.side_files import MERGE
 from dropformer.prune.loading import modeling
 from dropformer.prune.loading.modeling import DropformerConfig, DropformerRemoteConfig
 from dropformer.prune.loading.parts import text_config
@@ -54,6 +55,9 @@ def predicting_blocks(config: Any) -> range:
     return range(blocks, blocks + depth) if type(blocks) is int else range(0)
 
 
+ADAPTED = ("lora_", ".base_layer.", "base_model.model.")  # in names of weights that PEFT saved with its adapter
+
+
 def check_whole(path: Path, info: dict[str, Any], beyond: range = range(0)) -> None:
     """Raises CheckpointError for transformers' loading info that names missing, unexpected or misfit tensors.
 
@@ -65,6 +69,8 @@ def check_whole(path: Path, info: dict[str, Any], beyond: range = range(0)) -> N
             numbers = {name: re.search(r"(?:^|\.)layers\.(\d+)\.", name) for name in found}
             found = [name for name, match in numbers.items() if not (match and int(match[1]) in beyond)]
         if found:
+            if any(part in str(name) for part in ADAPTED for name in info.get("unexpected_keys") or []):
+                raise CheckpointError(f"{path}: its weights were saved with an adapter among them; {MERGE}")
             what = problem.replace("_", " ")
             raise CheckpointError(
                 f"{path} does not hold the model its config describes: {len(found)} {what}, the first {found[0]}; "

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def load(
 
 
 def default_dtype(fields: Mapping[str, Any], on_cpu: bool) -> torch.dtype | str:
-    """What a model computes in where nobody said: float32 on a CPU, the checkpoint's own dtype elsewhere.
+    """The dtype of a model where none is given: float32 on a CPU, the checkpoint's own dtype elsewhere.
 
     Quantized weights are computed with in the checkpoint's own dtype on a CPU too: their layers do not cast.
     """
@@ -93,7 +94,7 @@ def default_dtype(fields: Mapping[str, Any], on_cpu: bool) -> torch.dtype | str:
 
 @contextmanager
 def one_line_errors(path: Path) -> Iterator[None]:
-    """What transformers, or a config's values, make go wrong inside the `with` becomes a CheckpointError."""
+    """Errors of transformers inside the `with`, or from a config's values, become CheckpointErrors of one line."""
     try:
         yield
     except DropformerError:
@@ -114,9 +115,15 @@ def _why(path: Path, error: Exception) -> str:
             f"{path}: transformers {transformers.__version__} has no model of type {kind}, and config.json names no "
             "code (auto_map) that would build it"
         )
-    if isinstance(error, KeyError) and (fields := [k for k, v in read_config(path).items() if v == error.args[0]]):
+    if isinstance(error, KeyError) and (fields := _holding(read_config(path), error.args[0])):
         said = f"{shown(error.args[0])} is no value of `{fields[0]}` in config.json"
     return f"{path} cannot be loaded: {type(error).__name__}: {said}"
+
+
+def _holding(config: Mapping[str, Any], value: object) -> list[str]:
+    """The fields of a config, at any depth, that have a value."""
+    inner = [_holding(section, value) for section in config.values() if isinstance(section, dict)]
+    return [*(key for key, held in config.items() if held == value), *chain(*inner)]
 
 
 def check_size(path: Path, fields: Mapping[str, Any], config: PreTrainedConfig, trust_remote_code: bool) -> None:
@@ -190,7 +197,7 @@ def read_model_config(path: Path, trust_remote_code: bool = False) -> PreTrained
 
 
 def _learn(path: Path, fields: dict[str, Any], trust_remote_code: bool) -> None:
-    """Have transformers know a type by the code beside the checkpoint.  Raises CheckpointError where it is not
+    """Register a model type from the code beside the checkpoint.  Raises CheckpointError where it is not
     trusted."""
     if not trust_remote_code:
         raise CheckpointError(f"{path} {OWN_CODE}")
@@ -198,7 +205,7 @@ def _learn(path: Path, fields: dict[str, Any], trust_remote_code: bool) -> None:
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """What loads a config's model with the head it was saved with: an Auto class, else the named class itself."""
+    """The class that loads a config's model with the head it was saved with: an Auto class, or the named class."""
     base = modeling.base_config_class(config)
     pruned = modeling.pruned_config_class(base)  # registers with every Auto class
     architecture = (getattr(config, "architectures", None) or [""])[0].removeprefix("Dropformer")

@@ -53,7 +53,7 @@ def learn_own_code(fields: dict[str, Any], path: Any, **hub: Any) -> None:
 
 
 def hub_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Of what `from_pretrained` was given what finds files on the Hub."""
+    """Those of `from_pretrained`'s options that locate files on the Hub."""
     return {key: kwargs[key] for key in HUB if kwargs.get(key) is not None}
 
 

@@ -1,4 +1,4 @@
-"""What is asked of any live model: its text config and embeddings, evaluation mode, other modules for a while."""
+"""Helpers for any live model: text config, embeddings, caches, evaluation mode, temporarily replaced modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Silence libraries for a moment: loggers, transformers' progress bars, whatever prints to stdout or stderr."""
+"""Silences libraries temporarily: loggers, transformers' progress bars, whatever prints to stdout or stderr."""
 
 from __future__ import annotations
 

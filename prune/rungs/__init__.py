@@ -1,1 +1,1 @@
-"""The rungs between an attention layer and nothing: what each keeps, costs, and is written as."""
+"""The forms between an attention layer and nothing: what each keeps and costs."""

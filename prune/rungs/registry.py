@@ -22,44 +22,27 @@ class Rung(Protocol):
 
 @dataclass(frozen=True)
 class RungEntry:
-    """One rung: `parse` makes it from what follows its name, or is "module:name" of that.
-
-    `written`: what a checkpoint holds of it; `engines`: what loads that besides dropformer and transformers.
-    """
+    """One rung: `parse` makes it from what follows its name, or is "module:name" of that."""
 
     summary: str
     parse: str | Callable[[str], Rung]
-    written: str
-    engines: str
 
 
 _HERE = "dropformer.prune.rungs"
 RUNGS: Registry[RungEntry] = Registry(
     "rungs",
     {
-        "drop": RungEntry(
-            "nothing: the residual stream passes",
-            f"{_HERE}.drop:parse",
-            "no tensor of the layer",
-            "vLLM, SGLang and TensorRT-LLM as DeciLM, llama.cpp, ONNX Runtime",
-        ),
+        "drop": RungEntry("nothing: the residual stream passes", f"{_HERE}.drop:parse"),
         "linear": RungEntry(
             "a linear map with bias in its place (arXiv 2505.21077), fitted on the calibration text",
             f"{_HERE}.linear:parse",
-            "a matrix and a bias, after the layer's own norm",
-            "llama.cpp, ONNX Runtime",
         ),
         "window": RungEntry(
-            "the last W tokens and the first S (arXiv 2309.17453), as in window:512+4",
-            f"{_HERE}.window:parse",
-            "all of the layer, byte for byte, and its window in config.json",
-            "those that load the stock class, for windows of one width without sinks",
+            "the last W tokens and the first S (arXiv 2309.17453), as in window:512+4", f"{_HERE}.window:parse"
         ),
         "agent": RungEntry(
             "N averaged queries between queries and keys of an encoder (arXiv 2312.08874), as in agent:49",
             f"{_HERE}.agent:parse",
-            "all of the layer, byte for byte, and the number of agents in config.json",
-            "none",
         ),
     },
 )

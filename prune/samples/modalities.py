@@ -7,6 +7,7 @@ shows.  Batches are made from the config and the model's own feature extractors,
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,13 +22,21 @@ from dropformer.prune.samples.inputs import random_pixels, sample_inputs
 Inputs = dict[str, Any]
 
 
+# Arguments of a forward pass that take more than text, whatever the config says.
+ARGUMENTS = {
+    "image": re.compile(r"pixel|image|visual|vision|video"),
+    "audio": re.compile(r"audio|speech|input_features"),
+}
+
+
 def modalities(model: nn.Module) -> tuple[str, ...]:
     """What a model reads beside text, of "image" and "audio"; none for a model of images or audio alone."""
     config = getattr(model, "config", None)
     if config is None or getattr(model, "main_input_name", "input_ids") != "input_ids":
         return ()
-    kinds = ("image", "audio")
-    return tuple(k for k in kinds if hasattr(model, f"get_{k}_features") or _section(config, k) is not None)
+    taken = " ".join(inspect.signature(model.forward).parameters)
+    told = {kind for kind in ARGUMENTS if hasattr(model, f"get_{kind}_features") or _section(config, kind) is not None}
+    return tuple(kind for kind, name in ARGUMENTS.items() if kind in told or name.search(taken))
 
 
 def sample_batches(model: nn.Module) -> list[Inputs]:

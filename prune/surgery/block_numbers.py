@@ -1,7 +1,7 @@
 """Numbers of blocks inside settings: as `layers.3` in names and patterns, as keys, in pairs and in nested lists.
 
-What is known follows the blocks to their new numbers, or is removed with them.  What may be a number of a block and is
-not known raises ArchitectureError naming its place, so that the blocks stay where they are: nothing is passed over.
+Known settings are renumbered, or removed with their blocks.  Anything else that may hold a block's number raises
+ArchitectureError naming its place, and the blocks then keep their numbers.
 
     quantization_config.modules_to_not_convert: ["model.layers.3.mlp.up_proj"]    block 1 dropped: layers.2
     generation_config.json, alignment_heads:    [[2, 0], [3, 1]]                  block 2 dropped: [[2, 1]]
@@ -19,16 +19,24 @@ from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.outline import Outline, StackOutline
 from dropformer.prune.surgery.name_patterns import loose_number, number_part
 
-LEAVES = ("layers", "layer", "blocks", "block", "h")  # what lists of blocks are called, beside the stack's own name
-NEUTRAL = {"model", "language_model", "base_model", "module", "transformer", "re", "weight"}  # parts that tell no stack
-# Parts of a name that tell of blocks of another stack: towers, and multi-token prediction.
+LEAVES = ("layers", "layer", "blocks", "block", "h")  # usual names of lists of blocks, beside the stack's own
+NEUTRAL = {
+    "model",
+    "language_model",
+    "base_model",
+    "module",
+    "transformer",
+    "re",
+    "weight",
+}  # parts that identify no stack
+# Parts of a name that mark blocks of another stack: towers, and multi-token prediction.
 OTHERS = re.compile(r"vision|visual|image|audio|speech|vit\b|mtp|nextn|eagle|predict|projector|resampler|qformer", re.I)
 PAIRS = {"alignment_heads": ("decoder", "cross")}  # [block, head]: of which stack, and of which of its branches
 LEADING = {"assistant_early_exit"}  # how many leading blocks run
 STATES = {"dola_layers"}  # numbers of hidden states: 0 is the embeddings', i that after block i - 1
 # Nested lists, and dictionaries keyed by numbers, that name no block.
 NOT_BLOCKS = re.compile(
-    r"token|label|_ids$|_sizes?$|pinpoints|resolution|section|kernel|stride|shape|bins|scales?$|factor|dims?$|ratio"
+    r"token|label|(?<!layer)(?<!block)_ids$|_sizes?$|pinpoints|resolution|section|kernel|stride|shape|bins|scales?$|factor|dims?$|ratio"
     r"|axial|padding|thresholds?|limit|mean|std|pooling|depths|heads$|channels"
 )
 
@@ -102,7 +110,7 @@ class BlockNumbers:
         return text
 
     def _speaks_of(self, stack: StackOutline, before: str, leaf: str, place: str, text: str) -> bool:
-        """Is it this stack's block that the name tells?  Raises ArchitectureError where that is not clear."""
+        """Does the name refer to a block of this stack?  Raises ArchitectureError where that is not clear."""
         *path, own = stack.path.split(".")
         words = set(re.findall(r"[A-Za-z]\w*", before.replace("\\", " "))) - NEUTRAL
         foreign = words - set(path)
@@ -135,7 +143,7 @@ class BlockNumbers:
 
     def _new_number(self, stack: StackOutline, old: int, module: str) -> int | None:
         """The new number of a block, or of a module's half of it; None where it is dropped.  Raises ValueError where
-        its halves part and no module is named."""
+        its halves get different numbers and no module is named."""
         named = new_name(self.outline, self.block_map, f"{stack.path}.{old}.{module}")
         if named is None:
             return None
@@ -157,14 +165,14 @@ class BlockNumbers:
             kept = [sum(b.source < i for b in self._writer_blocks()) for i in value]
             return sorted(set(kept))
         if self.moved:
-            self.check_unknown(key, value)
+            self.check_settings(value, "", key)
         return value
 
     def _blocks(self, stack: StackOutline) -> tuple[MappedBlock, ...]:
         return self.block_map.stacks[stack.name]
 
     def _stays(self, numbers: Iterable[int]) -> bool:
-        """Is each of these blocks, of any stack, where it was?"""
+        """Does each of these blocks, of any stack, keep its number?"""
         stacks = self.block_map.stacks.values()
         return all(i < len(blocks) and blocks[i].source == blocks[i].mlp == i for i in numbers for blocks in stacks)
 
@@ -204,7 +212,7 @@ class BlockNumbers:
         Raises ArchitectureError for a list of what may be block numbers, and for a number that a field named after
         layers holds.
         """
-        named = f"{place}.{key}" if key else place
+        named = ".".join(filter(None, (place, key)))
         if isinstance(value, Mapping):
             self.check_unknown(key, value, place)
             for inner, item in value.items():

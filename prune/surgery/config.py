@@ -82,7 +82,7 @@ def completed(config: dict[str, Any], full: dict[str, Any], outline: Outline) ->
 
 
 def without_heads(config: dict[str, Any], outline: Outline, stacks: set[str]) -> dict[str, Any]:
-    """config.json of a model whose stacks' multi-token prediction heads go."""
+    """config.json of a model without its stacks' multi-token prediction heads."""
     new = copy.deepcopy(config)
     for section in (section for stack in outline.stacks if stack.name in stacks for section in _sections(new, stack)):
         section |= dict.fromkeys(section.keys() & set(PREDICTING), 0)
@@ -90,7 +90,7 @@ def without_heads(config: dict[str, Any], outline: Outline, stacks: set[str]) ->
 
 
 def _sections(config: dict[str, Any], stack: StackOutline) -> list[dict[str, Any]]:
-    """Where a config may speak of the stack: its own section, and the top level around it."""
+    """The parts of a config that may describe the stack: its own section, and the top level around it."""
     own = _section(config, stack)
     return [own] if own is config else [own, config]
 
@@ -104,6 +104,8 @@ def _check_numbers(section: dict[str, Any], stack: StackOutline, numbers: BlockN
             numbers.check_settings(value, key)
         elif key not in KEYED and not (isinstance(value, dict) and (key.endswith("_config") or OTHERS.search(key))):
             numbers.check_unknown(key, value)
+            if value is True and "layer_idx" in key:
+                raise ArchitectureError(f"blocks stay where they are: {key} makes them act by their numbers")
             if type(value) is int and ONE_BLOCK.search(key) and not OTHERS.search(key) and key not in LAST:
                 _check_one(key, value, stack, numbers)
 
@@ -237,7 +239,7 @@ def _needs_own_code(config: dict[str, Any]) -> bool:
 
 
 def _check_two_caches(config: dict[str, Any], stack: StackOutline, skips: dict[int, list[str]]) -> None:
-    """Raise ArchitectureError where attentions that move up in a decoder's cache would find entries of another kind."""
+    """Raise ArchitectureError where attentions that move up in a decoder's cache would use entries of another type."""
     several = len(set(config.get("layer_types") or ())) > 1
     if several and stack.name == "decoder" and any("attention" in names for names in skips.values()):
         raise ArchitectureError(

@@ -1,4 +1,4 @@
-"""Which blocks the number in a module's name or pattern tells, and the same blocks under new numbers.
+"""Which blocks the number in a module's name or pattern stands for, and the same blocks under new numbers.
 
 Settings name modules as plain names, globs or regular expressions.  With 12 blocks, and block 1 dropped:
 
@@ -43,7 +43,7 @@ class NumberPart:
 
     @property
     def rest(self) -> str:
-        """The module of the block that the name goes on with, as far as it is written out."""
+        """The module within the block that the name continues with, as far as it is written out."""
         named = self.text[self.end :].replace("\\.", ".").lstrip(".")
         return re.split(r"[*?\\(\[|+$^{]", named)[0].rstrip(".")
 
@@ -74,7 +74,7 @@ class NumberPart:
 
 
 def number_part(text: str, at: int, escaped: bool) -> NumberPart | None:
-    """The number behind a separator that ends at `at`; None where nothing stands there.
+    """The number behind a separator that ends at `at`; None where there is none.
 
     escaped: the separator is `\\.`, so that a bare dot further on is a wildcard.  Raises ValueError for a pattern
     that cannot be read.

@@ -1,4 +1,4 @@
-"""Fields that say by a rule what a list says block by block: they must agree once blocks are renumbered.
+"""Fields that give by a rule (every Nth block) what a list gives per block: both must agree after renumbering.
 
 transformers reads the list; vLLM, SGLang and llama.cpp read the field of some families.
 
@@ -55,7 +55,7 @@ COUNTED = {
 
 
 def settled_patterns(config: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """A pruned config whose pattern fields say what its lists by block say, and a note for each that cannot."""
+    """A pruned config whose pattern fields agree with its lists per block, and a note for each that cannot."""
     new, notes = dict(config), []
     for key, value in config.items():
         if isinstance(value, dict) and not key.startswith(("vision", "audio")):
@@ -87,7 +87,7 @@ def counted_wrongly(config: dict[str, Any], every: int) -> bool:
 
 
 def _counted(config: dict[str, Any]) -> list[str]:
-    """A note where an engine counts kinds of attention by block numbers that no longer tell them."""
+    """A note where an engine derives attention types from block numbers, which pruning has changed."""
     every, engines = COUNTED.get(str(config.get("model_type")), (0, ""))
     if not every or not counted_wrongly(config, every):
         return []

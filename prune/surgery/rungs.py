@@ -1,4 +1,4 @@
-"""Can the attention layers of a plan take the windows and agents that it gives them?  Asked before anything changes."""
+"""Checks that the attention layers of a plan support the windows and agents that it gives them, before any change."""
 
 from __future__ import annotations
 

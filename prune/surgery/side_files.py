@@ -1,4 +1,4 @@
-"""Files beside the weights that may name or count blocks: read, followed, written."""
+"""Files beside the weights that may name or count blocks: read, renumbered, written."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MOST = 500_000  # values
 
 
 def followed_files(folder: Path, outline: Outline, block_map: BlockMap, own: Collection[str] = ()) -> dict[str, str]:
-    """The files in a folder whose settings change with the blocks' numbers, by name, as they are to be.
+    """New contents, by name, of the files in a folder whose settings change with the blocks' numbers.
 
     `own`: files that were written for the pruned model and are right.  Raises ArchitectureError naming the file and the
     field for what cannot be followed.

@@ -46,11 +46,13 @@ def stock_windows(config: Mapping[str, Any], outline: Outline, block_map: BlockM
         return _ministral(full, config, fields)
     if "use_sliding_window" in full:
         fields["use_sliding_window"] = True
+    if "max_window_layers" in full:  # engines that know nothing of layer_types; vLLM stops where it is below the count
+        fields["max_window_layers"] = types.index(SLIDING)
     return {**config, **fields}
 
 
 def _types(full: Mapping[str, Any]) -> list[str] | None:
-    """What each block's attention is; None where windows are not told by block, or there are other kinds."""
+    """Each block's attention type; None where they are not listed per block, or there are others than these two."""
     count = full["num_hidden_layers"]
     if full["model_type"] in AS_MINISTRAL:
         return None if full.get("sliding_window") else [FULL] * count

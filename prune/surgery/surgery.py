@@ -1,4 +1,4 @@
-"""Take layers out of a live model: the dropped branches cost nothing and hold no KV cache."""
+"""Removal of layers from a live model: dropped branches cost nothing and hold no KV cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from dropformer.prune.architecture import Layer
 from dropformer.prune.block_map import BlockMap, Surgery, map_blocks, skipped_modules
-from dropformer.prune.discovery.summarize import settings
+from dropformer.prune.discovery.stacks import settings
 from dropformer.prune.errors import ArchitectureError, reason
 from dropformer.prune.loading.described import config_from
 from dropformer.prune.loading.device import hooks_of
@@ -28,6 +28,8 @@ from dropformer.prune.surgery.rungs import check_rungs
 from dropformer.prune.surgery.side_files import followed_files
 from dropformer.prune.window import Window
 
+M = TypeVar("M", bound=nn.Module)
+
 
 def plan_surgery(
     outline: Outline,
@@ -37,10 +39,10 @@ def plan_surgery(
     rungs: Mapping[Layer, Window | Agents] | None = None,
     folder: Path | None = None,
 ) -> Surgery:
-    """Decide how `layers` leave: the shortest form whose blocks come out as they are now.
+    """How `layers` are removed: by the shortest model that reproduces the remaining blocks.
 
     A shortened model is used only if a model built from its config has the same modules and settings
-    in every block; else blocks stay, empty, where they are, as they do in any module that is not a
+    in every block; else emptied blocks keep their places, as they do in any module that is not a
     transformers model.  `model` may be on the meta device.  `mapped`: those of the layers that leave a linear
     map behind (`BlockMap.mapped`); `rungs`: attention layers that stay and attend to less.  `folder`: where
     the model's files lie, whose settings must follow as well.  Raises PlanError for a rung on a module that takes
@@ -62,23 +64,28 @@ def plan_surgery(
 
 
 def _held(outline: Outline, block_map: BlockMap) -> str:
-    """Why blocks that lost everything stay among the first, where they do."""
+    """Why empty blocks among the first cannot be removed; "" where there are none."""
     for stack in outline.stacks:
         if stack.fixed and any(block.empty for block in block_map.stacks[stack.name][: stack.fixed]):
             return f"the model acts on the residual stream between the first {stack.fixed} blocks of {stack.path}"
     return ""
 
 
-def apply_surgery(model: nn.Module, surgery: Surgery) -> nn.Module:
-    """Perform a surgery on the model itself, which is changed and returned.
+def apply_surgery(model: M, surgery: Surgery) -> M:
+    """Apply a surgery to the model in place, and return it.
 
     A transformers model becomes a subclass of its native class (or stays what it is when it packs) and
     its config follows; any other module only has the dropped branches' modules replaced.
     """
-    if not isinstance(model, PreTrainedModel):
+    if isinstance(model, PreTrainedModel):
+        _restructure(model, surgery)
+    else:
         skip_modules(model, skipped_modules(surgery.outline, surgery.block_map))
-        _install(model, surgery.tensors)
-        return model
+    _install(model, surgery.tensors)
+    return model
+
+
+def _restructure(model: PreTrainedModel, surgery: Surgery) -> None:
     fields = pruned_config(model.config.to_dict(), surgery.outline, surgery.block_map)
     generation = followed_generation(model, surgery.outline, surgery.block_map)
     for stack in surgery.outline.stacks:
@@ -91,8 +98,6 @@ def apply_surgery(model: nn.Module, surgery: Surgery) -> nn.Module:
         model.__class__ = pruned_model_class(type(model), type(model.config))
         empty_cache_entries(model.config)
         number_attentions(model)
-    _install(model, surgery.tensors)
-    return model
 
 
 def followed_generation(model: PreTrainedModel, outline: Outline, block_map: BlockMap) -> GenerationConfig | None:

@@ -18,12 +18,12 @@ from dropformer.prune.discovery.replay import traceable
 from dropformer.prune.loading.device import hooks_of
 from dropformer.prune.outline import Outline
 from dropformer.prune.samples.modalities import sample_batches
-from dropformer.prune.surgery.surgery import apply_surgery, plan_surgery
+from dropformer.prune.surgery.surgery import M, apply_surgery, plan_surgery
 
 OFFLOADED = ("weights_map", "tied_params_map")  # what a hook of accelerate holds tensors in
 
 
-def sharing_copy(model: nn.Module) -> nn.Module:
+def sharing_copy(model: M) -> M:
     """A copy of the module tree whose parameters and buffers are the same tensors, so it takes no memory.
 
     Offloaded weights, which accelerate's hooks hold in maps, are shared as well.
@@ -77,7 +77,7 @@ def without(model: nn.Module, outline: Outline, layers: Sequence[Layer]) -> Any:
 
 
 def proven(model: nn.Module, surgery: Surgery) -> Surgery:
-    """The surgery, or one that leaves every block at its place where blocks at their new places give other outputs.
+    """The surgery; or, where renumbered blocks give other outputs, one that keeps every block at its place.
 
     Both are run on a tiny batch of each modality that the model takes.  Time: two forward passes a batch; memory:
     none for weights.

@@ -1,6 +1,7 @@
 """Which parameters of a branch write into the residual stream: with these at zero the branch adds exactly zero.
 
-From what a branch gives back the trace leads to the parameters that make it: through views, sums, norms and products.
+The trace is followed from a branch's output to the parameters that it is made of: through views, sums, norms and
+products.
 
     down_proj(silu(gate_proj(x)) * up_proj(x))      down_proj.weight, and its bias
     gamma * (o_proj(a) + b)                         o_proj.weight and b, not the scale gamma

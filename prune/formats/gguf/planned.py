@@ -56,14 +56,22 @@ def planned(header: GgufHeader, name: str, surgery: Surgery, zeros: bool, record
     if source.architecture in OUTSIDE and not source.experts:
         return _as_deci(read_dense(header, name), blocks, surgery, path, record)
     if not is_stock(blocks):
-        raise CheckpointError(
-            f"{name}: llama.cpp gives every block of {shown(source.architecture)} an attention and an MLP, and this "
-            "plan leaves blocks without one; add --dense (zeros in their place: loads, saves nothing), or drop whole "
-            "blocks or pairs (block:N, joint:N with --packable)"
-        )
+        raise unpaired(source)
     if surgery.tensors:
-        raise CheckpointError(f"{name}: repairs are written for {' and '.join(OUTSIDE)} alone; leave out --repair")
+        raise no_repairs(source)
     return PlannedFile(source.architecture, stock_pairs(source, blocks, record), renumbered(source, blocks))
+
+
+def unpaired(source: GgufSource) -> CheckpointError:
+    return CheckpointError(
+        f"{source.name}: llama.cpp gives every block of {shown(source.architecture)} an attention and an MLP, and this "
+        "plan leaves blocks without one; add --dense (zeros in their place: loads, saves nothing), or drop whole "
+        "blocks or pairs (block:N, joint:N with --packable)"
+    )
+
+
+def no_repairs(source: GgufSource) -> CheckpointError:
+    return CheckpointError(f"{source.name}: repairs are written for {' and '.join(OUTSIDE)} alone; leave out --repair")
 
 
 def _as_deci(dense: Dense, blocks: Sequence[GgufBlock], surgery: Surgery, path: str, record: str | None) -> PlannedFile:

@@ -75,11 +75,6 @@ def write_gguf(
     return GgufReport(plan.architecture, _report(dense, pieces, target), plan.stand_ins)
 
 
-def check_gguf(source: Path, surgery: Surgery, zeros: bool = False) -> None:
-    """Raises what `write_gguf` would raise for this source and surgery, before anything is written."""
-    planned(read_gguf_header(source), source.name, surgery, zeros)
-
-
 @contextmanager
 def _opened(source: Path, target: Path) -> Iterator[tuple[int, int]]:
     """Descriptors of the dense file and of the new one, in which nothing is yet."""

@@ -16,12 +16,14 @@ from dropformer.prune.formats.gguf.source import GgufSource
 WRITERS = {"attn": ("attn_output.",), "mlp": ("ffn_down.", "ffn_down_exps.", "ffn_down_shexp.")}
 """How the names of what writes to the stream begin, after `blk.N.`"""
 
+NO_REPAIRS = "--format gguf --dense writes no repaired weights; leave out --repair or --dense"
+
 
 def check_zeros(surgery: Surgery) -> None:
     """Raises PlanError for a plan that zeros cannot express."""
     check_expressible(surgery, "gguf --dense")
     if surgery.tensors:
-        raise PlanError("--format gguf --dense writes no repaired weights; leave out --repair or --dense")
+        raise PlanError(NO_REPAIRS)
 
 
 def silenced(source: GgufSource, surgery: Surgery) -> list[GgufPiece]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dropformer.metrics.blockwise import divergence
 from dropformer.metrics.blockwise.divergence import DenseReference, dropped_modules
 from dropformer.metrics.blockwise.runner import BlockRunner
 from dropformer.metrics.blockwise.variant import variant
@@ -50,6 +51,20 @@ def test_resuming_at_the_first_changed_block_gives_the_whole_passs_damage(tiny, 
         )
     torch.testing.assert_close(resumed.nll, losses.double().mean(1), rtol=1e-5, atol=1e-5)
     assert resumed.mean_kl > 10 * abs(again.mean_kl)  # and the model is whole again
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_a_few_logits_at_a_time_give_what_all_at_once_give(tiny, ids, monkeypatch, stride):
+    model, architecture, runner = stepper_of(tiny, "llama", ids)
+    found = []
+    for limit in (1 << 20, 4 * 64 * 2):  # of 64 words: all positions, or two at a time
+        monkeypatch.setattr(divergence, "LOGITS", limit)
+        dense = DenseReference(runner, stride)
+        assert (len(dense._parts(0)) == 1) == (limit == 1 << 20)
+        found += [(dense.divergence, *dense.compare_each([variant(model, architecture, [Layer("attn", 1)])]))]
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close((one.kl, one.nll), (other.kl, other.nll))
+    assert float(found[0][1].kl.min()) > 0
 
 
 def test_padding_changes_nothing(tiny, ids):

@@ -74,6 +74,11 @@ def test_blocks_around_gaps_are_trained_towards_where_the_next_branch_reads(tiny
     }
 
 
+def test_few_windows_are_passed_more_often_unless_someone_says_how_often():
+    assert [Distilling().passes(n) for n in (12, 48, 0)] == [8, 3, 96]
+    assert Distilling(epochs=2).passes(12) == 2
+
+
 def test_routers_are_left_alone(improver):
     _, changes, _ = distilled(improver, [Layer("attn", 1)], Distilling(rate=2e-2, epochs=2), family="mixtral")
     names = {name.partition(".mlp.")[2] for name in changes.tensors if ".mlp." in name}

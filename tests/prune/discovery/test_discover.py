@@ -273,3 +273,10 @@ def test_the_language_stack_of_a_multimodal_model_is_found_and_its_vision_tower_
     architecture = discover(model)
     prove(model, architecture)
     assert [(stack.name, stack.path) for stack in architecture.stacks] == [("", "language_model.layers")]
+
+
+def test_weights_of_two_types_are_told_which_dtype_computes(tiny):
+    model = tiny("llama")
+    model.model.layers[0].mlp.to(torch.bfloat16)
+    with pytest.raises(ArchitectureError, match="--dtype auto"):
+        discover(model)

@@ -86,3 +86,104 @@ def test_a_convolution_after_the_first_block_keeps_it_in_place():
 def test_a_trunk_that_reads_the_number_of_a_block_is_known_by_its_source(family, reads):
     model = multimodal(family)
     assert reads_numbers(model, api.outline(model).stacks[0].path) is reads
+
+
+class Add(torch.nn.Module):
+    """A block of one MLP that may add something of its own."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.layer_idx, self.mlp = number, torch.nn.Linear(8, 8)
+
+    def forward(self, x, also=None):
+        return x + self.mlp(x if also is None else x + also)
+
+
+class Trunk(torch.nn.Module):
+    def __init__(self, blocks=4):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(map(Add, range(blocks)))
+        self.first = torch.nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Sliced(Trunk):
+    def forward(self, x):
+        for layer in self.layers[:2]:
+            x = layer(x)
+        x = x.tanh()
+        for layer in self.layers[2:]:
+            x = layer(x)
+        return x
+
+
+class Counted(Trunk):
+    def forward(self, x, images=None):
+        count = 0
+        for layer in self.layers:
+            x = layer(x) if images is None else layer(x) + images[count]
+            count += 1  # noqa: SIM113
+        return x
+
+
+class Zipped(Trunk):
+    def forward(self, x, images=()):
+        for layer, image in zip(self.layers, images, strict=True):
+            x = layer(x) + image
+        return x
+
+
+class Told(Trunk):
+    def forward(self, x, images=None):
+        for layer in self.layers:
+            x = layer(x) if images is None or layer.layer_idx > 1 else layer(x) + images
+        return x
+
+
+class Elsewhere(Trunk):
+    def forward(self, x, images=None):
+        return self.run(x, images)
+
+    def run(self, x, images):
+        for i, layer in enumerate(self.layers):
+            x = layer(x) if images is None or i else layer(x) + images
+        return x
+
+
+class Numbered(Trunk):
+    def forward(self, x):
+        for _, layer in enumerate(self.layers[: self.depth]):
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    "trunk, reads",
+    [(Trunk, False), (Numbered, False), *((trunk, True) for trunk in (Sliced, Counted, Zipped, Told, Elsewhere))],
+)
+def test_a_trunk_that_does_not_just_run_its_blocks_in_turn_may_act_by_their_numbers(trunk, reads):
+    assert reads_numbers(trunk(), "layers") is reads
+
+
+class FirstOnly(Trunk):
+    """Its first block is told more than the others, beside the stream."""
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            x = layer(x, None if i else self.first)
+        return x
+
+
+def test_blocks_that_are_alike_and_given_other_tensors_keep_their_numbers():
+    stack = discover(FirstOnly(), {"x": torch.ones(1, 2, 8)}).stacks[0]
+    assert stack.fixed == 1
+    assert discover(Trunk(), {"x": torch.ones(1, 2, 8)}).stacks[0].fixed == 0
+
+
+def test_a_forward_pass_that_takes_images_is_searched_whatever_the_config_says():
+    model = tiny_model("layoutlmv3", transformers.AutoModelForTokenClassification)
+    assert "image" in modalities(model)

@@ -41,6 +41,27 @@ def test_the_plugin_of_vllm_takes_windows_whose_first_tokens_are_not_kept(pruned
     assert found["loads"] is able and ("first tokens" in found["why"]) is not able
 
 
+@pytest.mark.parametrize(
+    ("family", "spec", "able"),
+    [
+        ("qwen3", "window=0,1,2,3@5", True),
+        ("qwen3", "window=1@5", False),
+        ("llama", "window=1@5", True),
+        ("smollm3", "window=1@5", True),
+    ],
+)
+def test_vllm_takes_a_stock_qwen_with_windows_in_every_layer_or_none(pruned, family, spec, able):
+    found = engines(pruned(family, spec))["engines"]
+    assert found["vllm"]["loads"] is found["vllm-plugin"]["loads"] is able
+    assert able or "in every layer or in none" in found["vllm"]["why"]
+
+
+def test_a_gguf_file_that_was_converted_into_a_checkpoints_folder_does_not_hide_the_checkpoint(pruned):
+    folder = pruned("llama", "attn=1")
+    (folder / "converted.gguf").write_bytes(b"GGUF")
+    assert engines(folder)["format"] == "dropformer"
+
+
 def test_formats_that_lack_layers_alone_are_no_way_out_for_windows(pruned):
     for entry in engines(pruned("llama", "attn=3,window=1@5+2"))["engines"].values():
         assert not any(word in entry["instead"] for word in ("deci", "dense", "gguf", "pip install")), entry

@@ -70,6 +70,13 @@ def test_what_no_stock_class_computes_is_written_as_our_own_type(tiny, tmp_path,
     assert not exported.record["stock_windows"]
 
 
+def test_no_stock_model_with_windows_says_that_all_of_its_layers_are_full(tiny, tmp_path):
+    """vLLM would take the width for every layer where `max_window_layers` is the number of layers."""
+    written(tiny("qwen3", max_window_layers=4), tmp_path, "window=1,2@5")
+    fields = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert fields["model_type"] == "qwen3" and fields["max_window_layers"] == 1
+
+
 def test_dropped_blocks_and_windows_make_a_shorter_stock_model(tiny, tmp_path):
     pruned, _ = written(tiny("llama", initializer_range=0.3), tmp_path, f"block=1,window=2@{WIDTH}")
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()

@@ -149,6 +149,8 @@ def test_files_that_count_the_blocks_follow(tmp_path):
         ("skip.toml", 'skip = ["model.layers.3.mlp"]'),
         ("imatrix.dat", "\x00\x01blk.3.ffn_down.weight\x00"),
         ("params.json", '{"n_layers": 40}'),
+        ("draft.json", '{"eagle_layer_ids": [1, 3, 5]}'),
+        ("generation_config.json", '{"exit_layer": 4, "eos_token_id": 2}'),
     ],
 )
 def test_a_file_that_names_blocks_in_an_unknown_way_leaves_them_in_place(tmp_path, name, content):
