@@ -50,7 +50,7 @@ class Distilling:
 
     def passes(self, batches: int) -> int:
         """Passes over so many batches, one batch per step."""
-        return self.epochs or max(3, -(-self.steps // max(1, batches)))
+        return max(3, -(-self.steps // max(1, batches))) if self.epochs is None else self.epochs
 
 
 def fit_blocks(context: RepairContext, how: Distilling | None = None) -> Changes:
