@@ -68,8 +68,8 @@ def _held(outline: Outline, block_map: BlockMap) -> str:
     for stack in outline.stacks:
         if stack.fixed and any(block.empty for block in block_map.stacks[stack.name][: stack.fixed]):
             return (
-                f"the model acts on the residual stream between the first {stack.fixed} blocks of {stack.path}, or gives "
-                "each of them tensors of its own"
+                f"the model acts on the residual stream between the first {stack.fixed} blocks of {stack.path}, or "
+                "gives each of them tensors of its own"
             )
     return ""
 
