@@ -262,6 +262,8 @@ class Flow:
         return any(op.name.endswith("_") and op.scope in scopes for op in self.ops.values()) or self._written_outside()
 
     def _written_outside(self) -> bool:
+        if not self.trace.in_place:
+            return False  # most families: their traces are not gone through once a block
         ends = {self.x, self.y}
         for op in self.trace.ops:
             if op.name.endswith("_") and (not ends.isdisjoint(op.inputs[:1]) or not ends.isdisjoint(op.outputs)):

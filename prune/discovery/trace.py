@@ -84,6 +84,11 @@ class Trace:
         """Value -> the last operation that reads it.  For a finished trace."""
         return {value: i for i, op in enumerate(self.ops) for value in op.inputs}
 
+    @cached_property
+    def in_place(self) -> list[Op]:
+        """The operations that write into a tensor that they are given.  For a finished trace."""
+        return [op for op in self.ops if op.name.endswith("_")]
+
     def calls_of(self, path: str) -> list[Call]:
         return [call for call in self.calls if call.path == path]
 
