@@ -1,7 +1,7 @@
 """A model's own draft: equality of text, and predicted against measured acceptance and speed-up.
 
     python benchmarks/draft.py [--quick] [--model FOLDER] [--context N] [--prompts N] [--windows N] [--drafts NAMES]
-        [--dropped 8] [--samples 16]
+        [--window 256] [--drafted 4] [--dropped 8] [--samples 16]
 
 Drafts of the same model: `windows` on every attention layer; and, at the same cost, as many attention layers dropped
 by `similarity`, by a greedy `search` on KL, and by that search with refits and distillation (`distilled`).  Each row
@@ -24,6 +24,7 @@ from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.windows import windows
 from dropformer.metrics.repair.base import Repair
 from dropformer.metrics.search.strategy import Strategy
+from dropformer.prune.draft.generation import DRAFT_TOKENS
 from dropformer.prune.plan import Plan
 from dropformer.prune.spec import named_layers
 from dropformer.selection import improve
@@ -40,7 +41,7 @@ def rows(given: argparse.Namespace, context: int, prompts: int, count: int) -> l
     found = []
     for name in given.drafts.split(","):
         plan, repair = PLANS[name](opened, outline, given, context)
-        result = evaluate_on(text, plan, given.new, -(-prompts // count), repair)
+        result = evaluate_on(text, plan, given.new, -(-prompts // count), repair, given.drafted)
         spec = named_layers(plan.layers, plan.windowed)
         found.append({"draft": name, "spec": spec, "context": context, **result.numbers()})
         print(name, spec, *result.lines(), sep="\n  ", flush=True)
@@ -52,7 +53,7 @@ Made = tuple[Plan, Repair | None]
 
 def windowed(opened: Any, outline: Any, given: argparse.Namespace, context: int) -> Made:
     every = ",".join(str(layer.index) for layer in outline.layers("attn"))
-    spec = f"window={every}@{min(256, context // 4)}+4"
+    spec = f"window={every}@{given.window or min(256, context // 4)}+4"
     return api.plan_unscored(opened.ref, outline, spec, (), None), None
 
 
@@ -84,6 +85,8 @@ def main() -> None:
     parser.add_argument("--drafts", default=",".join(PLANS))
     parser.add_argument("--dropped", type=int, default=8, help="attention layers of the drafts that drop some")
     parser.add_argument("--samples", type=int, default=16, help="windows of 512 tokens to search and repair on")
+    parser.add_argument("--window", type=int, help="tokens that windowed layers see (default 256)")
+    parser.add_argument("--drafted", type=int, default=DRAFT_TOKENS, help="tokens drafted at a time")
     parser.add_argument("--temperature", type=float, default=0.0)
     given = parser.parse_args()
     context, prompts, count = given.context, given.prompts, given.windows

@@ -119,14 +119,19 @@ def dense_text(model: PreTrainedModel, data: Sequence[Windows], temperature: flo
 
 
 def evaluate_on(
-    text: DenseText, plan: Plan, new: int = 32, prompts: int = 1, repair: Repair | None = None
+    text: DenseText,
+    plan: Plan,
+    new: int = 32,
+    prompts: int = 1,
+    repair: Repair | None = None,
+    tokens: int | None = None,
 ) -> DraftEvaluation:
     """Measure the draft of a plan on windows that the dense model has read.
 
-    `prompts`: beginnings of each window to decode after, the longest `new` tokens short of it.  Raises
-    CalibrationError for windows too short.
+    `prompts`: beginnings of each window to decode after, the longest `new` tokens short of it.  `tokens`: drafted at
+    a time (None: as the plan says).  Raises CalibrationError for windows too short.
     """
-    model, drafted = text.model, plan.draft.tokens if plan.draft else DRAFT_TOKENS
+    model, drafted = text.model, tokens or (plan.draft.tokens if plan.draft else DRAFT_TOKENS)
     shortest = min(row.shape[1] for row in text.rows)
     if shortest < text.places[0] + max(new, drafted + 1) + 1:
         raise CalibrationError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,11 @@ class Changes:
             {**self.maps, **other.maps},
             tuple(dict.fromkeys((*self.unrepaired, *other.unrepaired))),
         )
+
+    def without(self, paths: Collection[str]) -> Changes:
+        """These without new parameters of the modules at some paths."""
+        left = {name: tensor for name, tensor in self.tensors.items() if name.rpartition(".")[0] not in paths}
+        return self if len(left) == len(self.tensors) else replace(self, tensors=left)
 
     @property
     def empty(self) -> bool:

@@ -37,7 +37,7 @@ class Distilling:
     """Training settings.
 
     `rate`: the largest step of a weight, relative to its tensor's root mean square, which is taken as at least
-    `floor`.  `epochs`: passes over the windows to fit on (None: three, or as many as make `steps` steps).  `tokens`:
+    `floor`.  `epochs`: passes over the windows to fit on (None: two, or as many as make `steps` steps).  `tokens`:
     of a step, a window at least.
     """
 
@@ -50,7 +50,7 @@ class Distilling:
 
     def passes(self, batches: int) -> int:
         """Passes over so many batches, one batch per step."""
-        return max(3, -(-self.steps // max(1, batches))) if self.epochs is None else self.epochs
+        return max(2, -(-self.steps // max(1, batches))) if self.epochs is None else self.epochs
 
 
 def fit_blocks(context: RepairContext, how: Distilling | None = None) -> Changes:

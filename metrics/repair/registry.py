@@ -30,8 +30,9 @@ class RepairEntry:
     `fit` is a `base.RepairMethod`, `foresee` a `base.ForesightMethod`, or "module:name" of one; without `foresee` a
     search measures unrepaired candidates.  `passes`: approximate forward passes, for the progress bar, and `per_epoch`
     those of each of its `epochs`.  `whole`: it trains through the whole model, so weights cannot be loaded block by
-    block.  `maps`: it replaces attention layers by linear maps, which not every export format can hold.  `trains`: the
-    fields of `Training` that it takes.
+    block.  `maps`: it replaces attention layers by linear maps, which not every export format can hold.  `afresh`: it
+    starts with norms as they were, without what earlier repairs made of their weights.  `trains`: the fields of
+    `Training` that it takes.
     """
 
     summary: str
@@ -39,6 +40,7 @@ class RepairEntry:
     foresee: str | Callable | None = None
     whole: bool = False
     maps: bool = False
+    afresh: bool = False
     passes: float = 1.0
     per_epoch: float = 0.0
     epochs: int = 0
@@ -81,8 +83,10 @@ REPAIRS: Registry[RepairEntry] = Registry(
         "distill": RepairEntry(
             "blocks around each gap trained one by one to give the dense stream, in whatever form they have",
             f"{_HERE}.distill:fit_blocks",
-            per_epoch=0.9,
-            epochs=3,
+            afresh=True,
+            passes=2.0,
+            per_epoch=1.2,
+            epochs=2,
             trains=("epochs",),
         ),
         "lora": RepairEntry(

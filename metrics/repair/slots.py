@@ -48,6 +48,11 @@ class BranchOutput:
     slot: OutputProjection | None
     reason: str = ""
 
+    @property
+    def closed(self) -> bool:
+        """Whether a projection writes it, which a closed form can refit."""
+        return self.slot is not None and self.slot.kind == "linear"
+
 
 def branch_outputs(model: nn.Module, architecture: Architecture) -> dict[Layer, BranchOutput]:
     """The output of every branch, from one small traced forward pass, also on the meta device."""

@@ -12,7 +12,6 @@ from torch import nn
 
 from dropformer.metrics.analysis.analyze import proven
 from dropformer.metrics.blockwise.divergence import DenseReference
-from dropformer.metrics.blockwise.gate import Gate, Gating
 from dropformer.metrics.blockwise.layer_metrics import MetricContext, Ranking
 from dropformer.metrics.blockwise.provider import InMemory, Source, provider_for
 from dropformer.metrics.blockwise.runner import BlockRunner, check_blockwise
@@ -20,13 +19,14 @@ from dropformer.metrics.blockwise.variant import Changes, Variant, variant
 from dropformer.metrics.blockwise.work import Work
 from dropformer.metrics.calibration.windows import Windows, named_texts
 from dropformer.metrics.offload.keeper import Keeper
-from dropformer.metrics.repair.base import Foresight, Repair, RepairContext, reasons
+from dropformer.metrics.repair.base import Foresight, Repair, RepairContext
 from dropformer.metrics.repair.linear import fit_maps
 from dropformer.metrics.repair.registry import REPAIRS
 from dropformer.metrics.repair.slots import branch_outputs
 from dropformer.metrics.search.budget import parse_budget
-from dropformer.metrics.search.calibration import GATE_SHARE, Batch, batches_of, gate_batches, search_size, shortened
+from dropformer.metrics.search.calibration import GATE_SHARE, Batch, batches_of, search_size, shortened
 from dropformer.metrics.search.registry import METRICS, SELECTIONS
+from dropformer.metrics.search.repairing import repaired
 from dropformer.metrics.search.select import KL, Greedily, refine
 from dropformer.metrics.search.selections import shortlist, within_budget
 from dropformer.metrics.search.strategy import Strategy, Target
@@ -173,7 +173,8 @@ class Improver:
         """Approximate block-steps (blocks x forward passes) of selection and repair, for a progress bar."""
         how = self.quality.under("kv:-1%" if budget else None)
         passes = (how.search_passes if how.searches else 1.0) if chooses else 0.0
-        passes += sum(REPAIRS[name].passes_of(how.training) for name in how.repair) + 3 / GATE_SHARE * bool(how.repair)
+        repairs = how.behind(all(output.closed for output in self.outputs.values()))
+        passes += sum(REPAIRS[name].passes_of(how.training) for name in repairs) + 3 / GATE_SHARE * bool(repairs)
         return max(1, round(self.work.blocks * passes))
 
     def prepare(self, candidates: Sequence[Layer], count: int) -> None:
@@ -236,39 +237,8 @@ class Improver:
     def repair(
         self, dropped: Sequence[Layer], other: Windows | None = None, maps: Sequence[Layer] = ()
     ) -> tuple[Repair, Variant]:
-        """Repair the model without `dropped` by each method, kept only if it lowers perplexity on `other` text.
-
-        `maps`: dropped layers that become linear maps, ungated.  Without `other` nothing is gated.  Also returns the
-        repaired model as a variant of the dense one.  Layers that could not be repaired are reported with the reason,
-        and recorded in the repair.
-        """
-        changes, gates, missed = self.maps(maps), list[Gate](), list[tuple[str, str]]()
-        gate = self._gating(other, dropped) if other is not None and self.quality.repair else None
-        with evaluating(self.model):
-            for name in self.quality.repair:
-                new: Changes = REPAIRS[name].method()(self.context(dropped, changes))
-                for line in reasons(new.unrepaired):
-                    self.tell(f"{name}: {line}")
-                missed += [(f"{name}: {layer}", why) for layer, why in new.unrepaired]
-                if new.empty:
-                    self.tell(f"{name}: found nothing to change here")
-                    continue
-                tried = changes | new
-                if gate is not None:
-                    gates.append(gate(name, changes, tried))
-                    self.tell(str(gates[-1]))
-                if gate is None or gates[-1].passed:
-                    changes = tried
-        repair = Repair(changes.tensors, changes.maps, tuple(gates), tuple(missed), self.work.passes)
-        return repair, variant(self.model, self.architecture, dropped, changes)
-
-    def _gating(self, other: Windows, dropped: Sequence[Layer]) -> Gating:
-        """The gate, on few windows, so that it is cheap beside the calibration."""
-        inputs, scored = gate_batches(other, self.bench.runner.tokens, _device(self.model))
-        with evaluating(self.model):
-            runner = self.bench.runner.like(inputs, self.architecture)
-            dense = DenseReference(runner, self.quality.stride, scored)
-        return Gating(dense, lambda changes: variant(self.model, self.architecture, dropped, changes))
+        """Repair the model without `dropped`, gated on `other` text: `repairing.repaired`."""
+        return repaired(self, dropped, other, maps)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 from dropformer.prune.block_map import Surgery
+from dropformer.prune.draft.grouped_queries import grouped_queries
 from dropformer.prune.draft.shared_cache import view_of
 from dropformer.prune.errors import ModelError
 from dropformer.prune.loading.window_attention import first_real
@@ -92,6 +93,7 @@ def speculation(draft: PreTrainedModel, surgery: Surgery, counts: list[tuple[int
 
         stand_in = copy.copy(model)
         stand_in.__class__ = Drafted
-        return stand_in._assisted_decoding(input_ids, assistant_model=draft, **kwargs)
+        with grouped_queries(model):
+            return stand_in._assisted_decoding(input_ids, assistant_model=draft, **kwargs)
 
     return decode
