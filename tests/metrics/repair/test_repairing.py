@@ -1,0 +1,47 @@
+"""Which repairs a drop gets: closed forms before a projection, distilled blocks where there is none."""
+
+import pytest
+
+from dropformer.metrics.search.strategy import quality
+from dropformer.prune.architecture import Layer
+
+
+def told(improver, name, layers, **settings):
+    found, said = improver(quality(name), **settings), []
+    found.tell = said.append
+    repair, _ = found.repair([Layer.parse(layer) for layer in layers])
+    return repair, said
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo2", "mixtral"])
+@pytest.mark.parametrize("name", ["best", "healed"])
+def test_where_no_projection_is_before_the_gap_blocks_are_distilled(improver, family, name):
+    repair, said = told(improver, name, ["attn:2"], family=family)
+    assert any(line.startswith("no projection before a gap to refit (mlp:1), so blocks are distilled") for line in said)
+    assert any(line.startswith("distill: block 1") for line in said) and not any("refit-all" in line for line in said)
+    projections = {name for name, tensor in repair.tensors.items() if tensor.ndim >= 2}
+    assert {"1", "2"} <= {name.split(".")[2] for name in projections}
+
+
+def test_where_a_projection_is_closed_forms_repair(improver):
+    repair, said = told(improver, "best", ["attn:2"])
+    assert repair.tensors and not any("distill" in line for line in said)
+
+
+def test_whoever_names_repairs_gets_these():
+    named = quality("best", repair="refit,refit-all")
+    assert named.behind(closed=False) == ("refit", "refit-all")
+    assert quality("best").behind(closed=False) == ("refit", "distill")
+    assert quality("healed").behind(closed=False) == ("refit", "distill", "lora")
+
+
+def test_distillation_starts_with_norms_as_they_were(improver):
+    """Scales that a refit gave to norms elsewhere are gone; those of the trained blocks are trained from the dense."""
+    alone, repair = improver(quality(repair="distill"), family="gemma3_text"), None
+    want, _ = alone.repair([Layer("attn", 2)])
+    after = improver(quality(repair="refit-all,distill"), family="gemma3_text")
+    repair, _ = after.repair([Layer("attn", 2)])
+    assert repair.tensors.keys() == want.tensors.keys()
+    assert all((repair.tensors[name] == tensor).all() for name, tensor in want.tensors.items())
+    scaled, _ = improver(quality(repair="refit-all"), family="gemma3_text").repair([Layer("attn", 2)])
+    assert scaled.tensors.keys() - want.tensors.keys()
