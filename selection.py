@@ -17,6 +17,7 @@ from dropformer.metrics.calibration.settings import Calibration, check_length
 from dropformer.metrics.calibration.windows import Windows, named_texts
 from dropformer.metrics.offload.process_memory import PeakMemory
 from dropformer.metrics.repair.base import Repair, reasons
+from dropformer.metrics.repair.registry import REPAIRS
 from dropformer.metrics.search.budget import Latency
 from dropformer.metrics.search.calibration import tokens_read
 from dropformer.metrics.search.improve import Improver
@@ -156,7 +157,7 @@ def measured(model: nn.Module, improver: Improver, progress: Progress) -> Latenc
 
 def refined(plan: Plan, improver: Improver) -> Plan:
     """The plan after the improver's rounds of swaps."""
-    layers = improver.refined(plan.layers, plan.keep, plan.mapped)
+    layers = improver.refined(plan.layers, plan.keep, plan.mapped, plan.rungs)
     if set(layers) == set(plan.layers):
         return plan
     fields: dict[str, Any] = {
@@ -234,10 +235,10 @@ def fit(
 ) -> tuple[Plan, Repair]:
     """Fit a plan's linear maps and folded sinks, and repair by these methods, for `drop(model, plan, repair)`.
 
-    `texts`: as for `improve`.  Raises a DropformerError.
+    `texts`: as for `improve`; methods apply in their own order, as on the command line.  Raises a DropformerError.
     """
     opened = model if isinstance(model, LoadedModel) else open_model(model)
-    how = Strategy(repair=tuple(repair))
+    how = Strategy(repair=REPAIRS.in_order([repair] if isinstance(repair, str) else repair))
     texts = texts or [default_settings(opened.model, replace(recipe_calibration(opened.recipe), samples=SAMPLES))]
     need_tokenizer(opened)
     improver = Improver(opened.model, [text_windows(text, writer(opened, Silent())) for text in texts], how)

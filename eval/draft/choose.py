@@ -14,7 +14,7 @@ from dropformer.eval.draft.options import DraftOptions, parse_rungs
 from dropformer.metrics.analysis.analyze import analyze_model
 from dropformer.metrics.analysis.window_loss import TIMES, window_losses
 from dropformer.metrics.calibration.windows import Windows, named_texts
-from dropformer.metrics.draft.acceptance import DenseText, spread
+from dropformer.metrics.draft.acceptance import DenseText, shortest, spread
 from dropformer.metrics.draft.formula import PAYS, Verify, best, curve
 from dropformer.metrics.draft.search import Candidate, DraftSearch, Rung, draft_in_place
 from dropformer.metrics.repair.base import Repair
@@ -74,7 +74,7 @@ def choose_draft(
     Time: two forward passes for rankings, one over the windows, and a few passes of DEPTH tokens per draft.  Raises
     ModelError, PlanError, CalibrationError or EvaluationError.
     """
-    length, outline = data[0].ids.shape[1], proven_outline(opened.model)
+    length, outline = shortest(data), proven_outline(opened.model)
     if not writes_text(opened.model) or len(outline.stacks) != 1:
         raise ModelError(f"{opened.ref.name} is no decoder of one stack, and only such a model drafts for itself")
     device = hardware(options.hardware)
@@ -83,13 +83,20 @@ def choose_draft(
     kernels = "sdpa" if options.hardware == "cpu" else "fused"
     steps = Steps(cost_of(opened.model), device, workload, kernels)
     with progress.stage("ranking layers"):
-        rungs = rankings(opened, options, keep, outline, data)
-    with progress.stage(f"reading {sum(map(len, data))} windows of {length:,} tokens"):
+        rungs = rankings(opened, options, keep, outline, data, progress)
+    longest = max(max(windows.lengths()) for windows in data)
+    if longest < options.context:
+        progress.say(
+            f"acceptance is measured within {longest:,} tokens, all that the texts have; costs are at --context"
+        )
+    with progress.stage(f"reading {sum(map(len, data))} windows of up to {longest:,} tokens"):
         text = DenseText(opened.model, data, spread(length, PLACES, length // 2), options.temperature)
     search = DraftSearch(text, outline, steps.draft, steps.verify, options.most)
     with progress.stage("measuring drafts") as tick:
         found = search(rungs, tick)
     plan, repair, pair, timed = _plan(opened, outline, options, found, data, keep), None, None, None
+    if repaired and not found.layers:
+        progress.say("the draft drops no layer, so there is nothing to repair")
     if repaired and found.layers:
         fitted, new = repaired(plan)
         pair = found, search.measured(found.layers, found.windows, new)
@@ -119,18 +126,26 @@ def _at_cost(found: Candidate, cost: float, verify: Verify) -> Candidate:
 
 
 def rankings(
-    opened: LoadedModel, options: DraftOptions, keep: Sequence[int], outline: Outline, data: Sequence[Windows]
+    opened: LoadedModel,
+    options: DraftOptions,
+    keep: Sequence[int],
+    outline: Outline,
+    data: Sequence[Windows],
+    progress: Progress,
 ) -> list[Rung]:
     """Rankings on a few windows of each text: by similarity for drops, by the loss under a window for windows."""
     wanted, found = parse_rungs(options.rungs), []
     stack = outline.stacks[0].name
     similarity: dict[Layer, float] = {}
     if options.most != 0 and any(isinstance(rung, str) for rung in wanted):
-        batches = [{"input_ids": windows.ids[:1, : min(1024, windows.ids.shape[1])]} for windows in data]
+        batches = [{"input_ids": windows.ids[:1, : min(1024, windows.lengths()[0])]} for windows in data]
         similarity = analyze_model(opened.model, batches, ref=opened.ref).similarity()
     for rung in wanted:
         if isinstance(rung, Window):
-            short = min(data[0].ids.shape[1], TIMES * rung.width)
+            short = min(shortest(data), TIMES * rung.width)
+            if short <= rung.width + rung.sinks:
+                progress.say(f"window:{rung} is left out: it holds all of a text of {short:,} tokens")
+                continue
             batches = [{"input_ids": windows.ids[:1, :short]} for windows in data]
             losses = window_losses(opened.model, outline, batches, rung, stack)
             kept = set(unprotected(outline, ("attn",), stack, keep))

@@ -97,7 +97,7 @@ def measured_steps(
             new = ids[:, length : length + count]
             calls[name] = lambda m=model, x=new, past=past: m(input_ids=x, past_key_values=past, use_cache=True)
         for name, call in calls.items():
-            with grouped_queries(dense):  # as `speculation` runs them
+            with grouped_queries():  # as `speculation` runs them
                 _, found = clock.timed(call)
             if turn:
                 took[name].append(found.wall)

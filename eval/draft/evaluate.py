@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from dropformer.eval.draft.cost import MeasuredSteps, measured_steps
 from dropformer.eval.draft.measure import DraftRun, run_draft
 from dropformer.metrics.calibration.windows import Windows
-from dropformer.metrics.draft.acceptance import Acceptance, DenseText, spread
+from dropformer.metrics.draft.acceptance import Acceptance, DenseText, shortest, spread
 from dropformer.metrics.draft.formula import curve, speedup
 from dropformer.metrics.draft.search import draft_in_place, surgery_in_place
 from dropformer.metrics.repair.base import Repair, check_fitted
@@ -105,7 +105,7 @@ class DraftEvaluation:
 def evaluate_draft(
     model: PreTrainedModel, plan: Plan, data: Sequence[Windows], new: int = 32, repair: Repair | None = None
 ) -> DraftEvaluation:
-    """Measure the draft of a plan on windows of one length, whose last `new` tokens are decoded anew.
+    """Measure the draft of a plan on windows, whose last `new` tokens are decoded anew.
 
     Time: a forward pass over the windows and the decoding.  Raises CalibrationError for windows too short.
     """
@@ -114,7 +114,7 @@ def evaluate_draft(
 
 def dense_text(model: PreTrainedModel, data: Sequence[Windows], temperature: float) -> DenseText:
     """The dense model's reference for all drafts of it."""
-    length = data[0].ids.shape[1]
+    length = shortest(data)
     return DenseText(model, data, spread(length, PLACES, min(64, length // 4)), temperature)
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from dropformer.eval.draft.evaluate import DraftEvaluation, evaluate_draft
+from dropformer.metrics.calibration.data import text_windows
+from dropformer.metrics.calibration.generated import Writer
 from dropformer.metrics.calibration.settings import Calibration, check_length
-from dropformer.metrics.calibration.windows import windows
 from dropformer.metrics.repair.base import Repair
-from dropformer.prune.block_map import new_name
+from dropformer.prune.block_map import map_blocks, new_name
 from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.loading.device import input_device
 from dropformer.prune.loading.load import load
@@ -32,22 +34,40 @@ def evaluate_pair(model: str, path: Path, text: Calibration, new: int, place: Pl
     if opened.tokenizer is None:
         raise ModelError(f"{opened.ref.name} has no tokenizer, so acceptance cannot be measured on text")
     check_length(opened.model.config, text.length, opened.ref.name)
-    repair = stored_repair(opened.model, plan, path) if plan.repairs else None
-    return evaluate_draft(opened.model, plan, [windows(text, opened.tokenizer)], new, repair)
+    repair = stored_repair(opened.model, plan, path, place.trust_remote_code) if plan.repairs else None
+    data = text_windows(text, Writer(opened.model, opened.tokenizer, opened.ref.fingerprint))
+    return evaluate_draft(opened.model, plan, [data], new, repair)
 
 
-def stored_repair(dense: PreTrainedModel, plan: Plan, path: Path) -> Repair:
+def stored_repair(dense: PreTrainedModel, plan: Plan, path: Path, trust_remote_code: bool = False) -> Repair:
     """The tensors of the checkpoint beside a plan.json that are not the dense model's.  Raises PlanError."""
     if not (path.parent / "config.json").is_file():
         raise PlanError(
             f"{path} is of a repaired draft ({', '.join(plan.repairs)}), whose weights lie in its checkpoint; give the "
             "plan.json in that folder"
         )
-    pruned = dict(load(path.parent, dense.dtype, input_device(dense)).named_parameters())
-    block_map = plan_surgery(plan.outline, plan.layers, dense, None, plan.rungs).block_map
-    found = {}
-    for name, own in dense.named_parameters():
-        new = new_name(plan.outline, block_map, name)
-        if new in pruned and not torch.equal(own, pruned[new]):
-            found[name] = pruned[new].detach()
+    model = load(path.parent, dense.dtype, input_device(dense), trust_remote_code=trust_remote_code)
+    held = dict(model.named_parameters())
+    names = _names(dense, plan, held)
+    found = {
+        name: held[names[name]].detach()
+        for name, own in dense.named_parameters()
+        if name in names and not torch.equal(own, held[names[name]])
+    }
+    if not found:
+        raise PlanError(f"{path.parent} holds no repaired weights of {path}; give the plan.json in the draft's folder")
     return Repair(found)
+
+
+def _names(dense: PreTrainedModel, plan: Plan, held: Collection[str]) -> dict[str, str]:
+    """The dense model's names of the kept parameters -> a checkpoint's, whose blocks stayed (as with zeros) or moved.
+
+    Raises PlanError for the checkpoint of another model.
+    """
+    still = map_blocks(plan.outline, plan.layers, False, rungs=plan.rungs)
+    for block_map in (still, plan_surgery(plan.outline, plan.layers, dense, None, plan.rungs).block_map):
+        pairs = ((name, new_name(plan.outline, block_map, name)) for name, _ in dense.named_parameters())
+        found = {name: new for name, new in pairs if new}
+        if set(found.values()) <= set(held):
+            return found
+    raise PlanError("the checkpoint beside the plan.json is of another model; give the plan.json in the draft's folder")

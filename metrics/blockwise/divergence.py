@@ -119,11 +119,22 @@ class DenseReference:
         return max(float((half - dense).norm() / dense.norm()) for half in twice.split(len(dense))) <= exact
 
     def _positions(self, batch: int) -> Tensor:
-        """Every `stride`-th position whose next token is scored."""
-        start, scored = self.runner.start(batch), self.scored[batch]
-        if scored is None:
+        """Every `stride`-th position whose next token is scored, in any of the batch's windows."""
+        start, counts = self.runner.start(batch), self._counts(batch)
+        if counts is None:
             return torch.arange(0, start.shape[1] - 1, self.stride, device=start.device)
-        return scored[:, 1:].any(0).nonzero()[:: self.stride, 0].to(start.device)
+        return counts.any(0).nonzero()[:, 0].to(start.device)
+
+    def _counts(self, batch: int) -> Tensor | None:
+        """Which positions count in each window, [B, T - 1] bool; None: the same in all.
+
+        Example, stride 2: of 0 1 1 1 0 1 scored next tokens 0 1 0 1 0 0 count, whatever the batch's other windows have.
+        """
+        scored = self.scored[batch]
+        if scored is None:
+            return None
+        following = scored[:, 1:]
+        return following & ((following.cumsum(1) - 1) % self.stride == 0)
 
     def _log_probabilities(self, batch: int, stream: Tensor) -> Iterator[Tensor]:
         """In float32 at the scored positions, [B, some, V] at a time."""
@@ -149,8 +160,8 @@ class DenseReference:
             found.append(self._errors(batch, slice(start, start + part.shape[1]), part.float()))
             start += part.shape[1]
         kl, nll = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
-        positions, scored = self._positions(batch), self.scored[batch]
-        weight = torch.ones_like(nll) if scored is None else scored[:, positions.to(scored.device) + 1].to(nll)
+        counts = self._counts(batch)
+        weight = torch.ones_like(nll) if counts is None else counts.to(nll)[:, self._positions(batch).to(nll.device)]
         share = weight / weight.sum(1, keepdim=True).clamp_min(1)
         return (kl * share).sum(1), (nll * share).sum(1)
 

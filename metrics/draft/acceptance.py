@@ -119,9 +119,14 @@ class DenseText:
     ) -> None:
         self.model, self.temperature, self.places = model, temperature, list(places)
         self.domains = tuple(windows.ref.name for windows in data for _ in range(len(windows)))
-        self.rows = [row[None].to(input_device(model)) for windows in data for row in windows.ids]
-        if min(row.shape[1] for row in self.rows) <= max(self.places):
-            raise CalibrationError(f"windows of {self.rows[0].shape[1]} tokens end before {max(self.places) + 1}")
+        device = input_device(model)
+        self.rows = [
+            row[None, :length].to(device)  # without padding
+            for windows in data
+            for row, length in zip(windows.ids, windows.lengths(), strict=True)
+        ]
+        if (length := shortest(data)) <= max(self.places):
+            raise CalibrationError(f"windows of {length} tokens end before {max(self.places) + 1}; give longer texts")
         self.dice = torch.Generator().manual_seed(0)
         with torch.inference_mode(), evaluating(model):
             self.kept = [self._read(row) for row in self.rows]
@@ -178,6 +183,11 @@ def shortened(cache: Cache, length: int) -> Cache:
             first, entry.cumulative_length = max(0, length - entry.sliding_window + 1), length
         entry.keys, entry.values = entry.keys[..., first:length, :], entry.values[..., first:length, :]
     return made
+
+
+def shortest(data: Sequence[Windows]) -> int:
+    """Tokens in the shortest window, without padding."""
+    return min(length for windows in data for length in windows.lengths())
 
 
 def spread(length: int, count: int, first: int) -> list[int]:

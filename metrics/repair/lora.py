@@ -145,7 +145,7 @@ class Lesson:
 
         Summed, so that those of 16 bits are not too small to be told from zero.
         """
-        positions = self._positions(batch, turn % self.stride)
+        positions, counted = self._positions(batch, turn % self.stride), self.dense.counted[batch]
         stream = self.before[batch]
         with torch.enable_grad():
             for block in range(self.first, len(self.student.blocks)):
@@ -155,18 +155,23 @@ class Lesson:
                 self._head(batch, end, some)
             stream.backward(end.grad)
         self._count(batch)
-        return len(positions) * len(end)
+        return len(positions) * len(end) if counted is None else int(counted[:, positions.to(counted.device) + 1].sum())
 
     def _head(self, batch: int, end: Tensor, positions: Tensor) -> None:
         """Add the gradient at the stream's end of the KL at some positions.
 
-        In logits z of the student, with probabilities p of it and q of the dense model, it is p - q.
+        In logits z of the student, with probabilities p of it and q of the dense model, it is p - q; and 0 in windows
+        where the next token does not count.
         """
+        counted = self.dense.counted[batch]
         with torch.no_grad():
             goal = torch.softmax(self.dense.logits(batch, self.after[batch], positions).float(), -1)
         logits = self.student.logits(batch, end, positions)
         found = torch.softmax(logits.detach().float(), -1)
-        logits.backward(found.sub_(goal.to(found.device)).to(logits.dtype))
+        change = found.sub_(goal.to(found.device))
+        if counted is not None:
+            change *= counted[:, positions.to(counted.device) + 1, None].to(change)
+        logits.backward(change.to(logits.dtype))
 
     def _parts(self, batch: int, positions: Tensor) -> Sequence[Tensor]:
         """Positions whose logits are held together."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -203,20 +203,33 @@ class Improver:
             layers, maps = choose_forms(self.outline, request.spec, scores, request.keep, request.published, pick)
             return self.refined(layers, request.keep, maps), maps, scores
 
-    def refined(self, layers: Sequence[Layer], keep: Sequence[int] = (), maps: Sequence[Layer] = ()) -> list[Layer]:
+    def refined(
+        self,
+        layers: Sequence[Layer],
+        keep: Sequence[int] = (),
+        maps: Sequence[Layer] = (),
+        cheaper: Collection[Layer] = (),
+    ) -> list[Layer]:
         """The layers after the strategy's rounds of swaps, which keep the number of each kind.
 
-        Raises PlanError for swaps of layers of which some become linear maps.
+        `cheaper`: layers that stay and attend to less; none of them is dropped.  Raises PlanError for swaps of layers
+        of which some become linear maps.
         """
-        if not self.quality.refine:
+        if not self.quality.refine or not layers:
             return list(layers)
         if maps:
             raise PlanError("--refine swaps dropped layers, and would not know which are to be maps; leave one out")
-        candidates = unprotected(self.outline, sorted({layer.kind for layer in layers}), "", keep)
+        if cheaper:
+            self.tell("swaps are measured with whole attention in the layers that attend to less")
+        kinds = sorted({layer.kind for layer in layers})
+        candidates = [c for c in unprotected(self.outline, kinds, "", keep) if self._owns_none(c, cheaper)]
         with evaluating(self.model):
             candidates = [*layers, *(c for c in shortlist(self, candidates, len(layers)) if c not in layers)]
             self.prepare(candidates, len(layers))
             return list(refine(layers, candidates, self.cost, self.quality.refine).layers)
+
+    def _owns_none(self, layer: Layer, others: Collection[Layer]) -> bool:
+        return not set(self.outline.branch_layers([layer])).intersection(others)
 
     def expect(self, evaluations: float) -> None:
         """Announce a search's passes over its windows, which determine how many tokens these have."""

@@ -93,7 +93,7 @@ def speculation(draft: PreTrainedModel, surgery: Surgery, counts: list[tuple[int
 
         stand_in = copy.copy(model)
         stand_in.__class__ = Drafted
-        with grouped_queries(model):
+        with grouped_queries():
             return stand_in._assisted_decoding(input_ids, assistant_model=draft, **kwargs)
 
     return decode

@@ -7,23 +7,21 @@ key-value head are rows of one head instead (grouped-query attention, arXiv 2305
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NAME = "dropformer_grouped"
 ROWS = 32  # tokens of a pass up to which copies would cost more than attention itself
 FURTHER = ("position_bias", "softcap", "cache", "s_aux")  # arguments of transformers' sdpa that need its own code
 
 
 def grouped_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
+    sdpa: Callable, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **given: Any
 ) -> tuple[Tensor, Tensor | None]:
     """As transformers' sdpa: queries [B, H, T, D], keys and values [B, H', S, D], mask [B, 1, T, S] -> [B, T, H, D].
 
@@ -32,9 +30,9 @@ def grouped_attention(
     """
     heads, tokens = query.shape[1:3]
     groups = heads // key.shape[1]
-    mask = attention_mask
-    if mask is None or mask.shape[1] != 1 or groups == 1 or tokens > ROWS or any(map(given.get, FURTHER)):
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **given)
+    mask, further = attention_mask, any(given.get(name) is not None for name in FURTHER)
+    if mask is None or mask.shape[1] != 1 or groups == 1 or tokens > ROWS or further:
+        return sdpa(module, query, key, value, attention_mask, **given)
     rows = query.reshape(len(query), heads // groups, groups * tokens, -1)
     found = scaled_dot_product_attention(
         rows, key, value, mask.repeat(1, 1, groups, 1), given.get("dropout") or 0.0, scale=given.get("scaling")
@@ -43,16 +41,14 @@ def grouped_attention(
 
 
 @contextmanager
-def grouped_queries(model: Any) -> Iterator[None]:
-    """Inside the `with` a decoder that computes attention by transformers' sdpa computes it by `grouped_attention`."""
-    config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation != "sdpa":
-        yield
-        return
-    AttentionInterface.register(NAME, grouped_attention)
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    config._attn_implementation_internal = NAME
+def grouped_queries() -> Iterator[None]:
+    """Inside the `with` transformers' sdpa is `grouped_attention`.
+
+    A model's settings stay: some families' code asks whether its attention is "sdpa" before it makes a mask.
+    """
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = partial(grouped_attention, sdpa)
     try:
         yield
     finally:
-        config._attn_implementation_internal = "sdpa"
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa

@@ -6,12 +6,16 @@ from pathlib import Path
 import pytest
 
 from dropformer.cli import app
-from dropformer.eval.draft.options import parse_rungs
+from dropformer.eval.draft.choose import choose_draft
+from dropformer.eval.draft.options import DraftOptions, parse_rungs
 from dropformer.eval.draft.run import evaluate_pair
 from dropformer.metrics.calibration.settings import Calibration
+from dropformer.metrics.calibration.windows import windows
+from dropformer.progress import Silent
 from dropformer.prune.errors import DropformerError, PlanError
 from dropformer.prune.plan import Plan
 from dropformer.prune.window import Window
+from dropformer.recipes.opening import open_model
 from dropformer.recipes.placement import Placement
 
 RUN = ["--draft", "--context", "96", "--rungs", "mlp,window:16+2", "--calibration", "builtin", "-q"]
@@ -60,6 +64,38 @@ def test_a_repaired_draft_is_measured_again_and_kept_where_it_is_faster(lettered
         (here / "plan.json").write_text((here / "draft" / "plan.json").read_text())
         with pytest.raises(PlanError, match="whose weights lie in its checkpoint"):
             evaluate_pair(str(lettered), here / "plan.json", Calibration("builtin", 1, 96), 4, Placement())
+
+
+class Told(Silent):
+    """Keeps what is said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def chosen(folder, text, rungs, repaired=None):
+    """What is said in a search for a draft behind 64 tokens."""
+    opened, told = open_model(str(folder)), Told()
+    options = DraftOptions(context=64, rungs=rungs, hardware="a6000")
+    data = [windows(Calibration(str(text), 2, 64), opened.tokenizer)]
+    return choose_draft(opened, options, data, (), told, repaired), told.lines
+
+
+def test_a_draft_of_windows_alone_has_nothing_to_repair_and_says_so(lettered):
+    found, said = chosen(lettered, "builtin", "window:16+2", lambda plan: pytest.fail("repaired"))
+    assert found.plan.windows and said == ["the draft drops no layer, so there is nothing to repair"]
+
+
+def test_short_answers_are_read_without_their_padding_and_their_length_is_said(lettered, here):
+    rows = [{"prompt": "a" * (8 + n), "completion": "b c d" * 4} for n in range(12)]
+    (here / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, said = chosen(lettered, here / "chat.jsonl", "mlp,window:40+2")
+    assert found.plan.layers and 0 < found.best.acceptance <= 1
+    assert [line.partition(" ")[0] for line in said] == ["window:40+2", "acceptance"]
+    assert "holds all of a text of" in said[0] and "all that the texts have" in said[1]
 
 
 def test_repairs_that_a_draft_cannot_have_are_refused(lettered, here):

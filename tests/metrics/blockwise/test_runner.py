@@ -78,6 +78,17 @@ def test_padding_changes_nothing(tiny, ids):
     torch.testing.assert_close(long.divergence.nll, short.divergence.nll, rtol=1e-3, atol=1e-3)
 
 
+def test_windows_that_share_a_batch_count_as_they_do_alone(tiny, ids):
+    """Short answers at different places of their windows: a stride over those of all would miss some."""
+    model, architecture, _ = stepper_of(tiny, "llama", ids)
+    scored = torch.zeros_like(ids, dtype=torch.bool)
+    scored[0, 3:6] = scored[1, 8:] = True
+    alone = BlockRunner(model, architecture, [{"input_ids": row[None]} for row in ids])
+    both = BlockRunner(model, architecture, [{"input_ids": ids}])
+    want, found = DenseReference(alone, 4, [row[None] for row in scored]), DenseReference(both, 4, [scored])
+    torch.testing.assert_close(found.divergence.nll, want.divergence.nll, rtol=1e-3, atol=1e-3)
+
+
 def test_a_model_of_two_stacks_is_refused(tiny):
     from transformers import T5Config, T5ForConditionalGeneration
 

@@ -8,7 +8,7 @@ import torch
 from dropformer import api
 from dropformer.metrics.calibration.settings import CalibrationRef
 from dropformer.metrics.calibration.windows import Windows
-from dropformer.metrics.draft.acceptance import DEPTH, Acceptance, DenseText, Rounds, shortened, spread
+from dropformer.metrics.draft.acceptance import DEPTH, Acceptance, DenseText, Rounds, shortened, shortest, spread
 from dropformer.metrics.draft.formula import one_step
 from dropformer.metrics.draft.search import DraftSearch, Rung, draft_in_place, surgery_in_place
 from dropformer.prune.architecture import Layer
@@ -60,6 +60,20 @@ def test_a_draft_that_is_the_dense_model_is_always_accepted(tiny, family):
     assert found.overlap.shape == (2, 3, DEPTH) and found.mean == pytest.approx(1, abs=2e-3)
     assert found.by_domain == pytest.approx({"a": 1, "b": 1}, abs=2e-3) and list(found.by_position) == PLACES
     assert found.rounds(3).tokens == pytest.approx(4, abs=0.01)
+
+
+def test_padding_is_not_read(dense):
+    whole = text(2)
+    real = whole.padding.clone()
+    real[1, 40:] = False
+    draft, sources = draft_in_place(dense, api.outline(dense), [layer("mlp:1")], {})
+    padded = Windows(whole.ids.where(real, torch.zeros(())).long(), real, real, whole.ref)
+    read = DenseText(dense, [padded], PLACES)
+    assert [row.shape[1] for row in read.rows] == [50, 40] and shortest([padded]) == 40
+    found = read.acceptance(draft, sources)
+    assert found.mean == pytest.approx(DenseText(dense, [whole], PLACES).acceptance(draft, sources).mean, abs=1e-6)
+    with pytest.raises(CalibrationError, match="windows of 40 tokens end before 46"):
+        DenseText(dense, [padded], [45])
 
 
 def test_at_temperature_0_acceptance_is_greedy_agreement(dense):

@@ -81,6 +81,23 @@ def test_logits_in_parts_teach_what_all_of_them_teach(opened):
         torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_tokens_that_do_not_count_in_a_window_teach_nothing_even_where_they_count_in_another(opened):
+    model, architecture, _ = opened()
+    modules = dropped_modules(model, architecture, [Layer("attn", 1)])
+    ids = torch.randint(3, 64, (2, 24), generator=torch.Generator().manual_seed(3))
+    counted, other = torch.zeros_like(ids, dtype=torch.bool), ids.clone()
+    counted[0, 1:12] = counted[1, 12:] = True
+    other[0, 12:] = ids[0, 12:].flip(0)  # behind all that counts in this window
+
+    def taught(rows):
+        runner = BlockRunner(model, architecture, [{"input_ids": rows}])
+        runner.counted = [counted]
+        return heal(runner, modules, 1, Healing(rank=2, rate=1e-2, stride=1))
+
+    one, two = taught(ids), taught(other)
+    assert all(torch.allclose(one[name], two[name], atol=1e-5) for name in one)
+
+
 def test_blocks_that_run_again_teach_what_kept_activations_teach(opened):
     model, architecture, runner = opened()
     modules = dropped_modules(model, architecture, [Layer("attn", 1)])

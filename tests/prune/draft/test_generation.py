@@ -12,7 +12,7 @@ from dropformer.prune.errors import ModelError, OutputError
 
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 SPECS = ["block=1", "window=0,2@6+2", "attn=1,window=0,3@6+2"]
-FAMILIES = ["qwen3", "gemma3_text", "gpt_neox", "cohere"]
+FAMILIES = ["qwen3", "gemma3_text", "gpt_neox", "cohere", "falcon"]  # falcon's own code asks whether it has sdpa
 
 
 def plan(dense, spec):

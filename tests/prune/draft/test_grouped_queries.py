@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dropformer.prune.draft.grouped_queries import NAME, grouped_queries
+from dropformer.prune.draft.grouped_queries import grouped_attention, grouped_queries
 
 
 def step(model, ids, mask=None):
@@ -32,20 +32,25 @@ def test_the_logits_are_those_of_sdpa_and_the_model_is_as_before(tiny, family, m
         want = step(model, ids), step(model, ids, mask)
         assert calls.count(3) == 2 * model.config.num_hidden_layers
         calls.clear()
-        with grouped_queries(model):
-            assert model.config._attn_implementation == NAME
+        with grouped_queries():
             found = step(model, ids), step(model, ids, mask)
     assert not calls.count(3) and calls.count(37)  # the prompt is read as before
     for one, other in zip(want, found, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
-    assert model.config._attn_implementation == "sdpa"
 
 
-def test_other_implementations_stay_and_an_error_leaves_the_model_as_it_was(tiny):
-    eager = tiny("llama", attn_implementation="eager")
-    with grouped_queries(eager):
-        assert eager.config._attn_implementation == "eager"
-    model = tiny("llama")
-    with pytest.raises(RuntimeError), grouped_queries(model):
+def test_a_bias_by_position_is_left_to_sdpa(tiny):
+    def sdpa(module, *given, **more):
+        return "sdpa", more["position_bias"]
+
+    heads, mask, bias = torch.zeros(1, 4, 3, 8), torch.ones(1, 1, 3, 9, dtype=torch.bool), torch.zeros(1, 4, 3, 9)
+    keys = torch.zeros(1, 2, 9, 8)
+    assert grouped_attention(sdpa, None, heads, keys, keys, mask, position_bias=bias) == ("sdpa", bias)
+
+
+def test_an_error_leaves_sdpa_as_it_was():
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    with pytest.raises(RuntimeError), grouped_queries():
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] != before
         raise RuntimeError
-    assert model.config._attn_implementation == "sdpa"
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] == before
