@@ -141,13 +141,14 @@ def draft(
 
     `tokens` defaults to the plan's.  The draft shares every kept tensor with the dense model, which is unchanged.
     `model.generate(assistant_model=draft)` gives the dense model's text, and so does
-    `model.generate(custom_generate=speculate_with(draft))`, which also shares the KV cache.  Raises as `drop`, and
-    ModelError for a model that generates no text.
+    `model.generate(custom_generate=speculate_with(draft))`, which also shares the KV cache.  Raises as `drop`,
+    PlanError for less than one token, and ModelError for a model that generates no text.
     """
     made = drop(model, plan, repair)
     if not isinstance(made, PreTrainedModel) or not made.can_generate():
         raise ModelError(f"{type(made).__name__} generates no text, so nothing can be drafted for it")
-    set_drafting(made, tokens or (plan.draft.tokens if plan.draft else DRAFT_TOKENS))
+    planned = plan.draft.tokens if plan.draft else DRAFT_TOKENS
+    set_drafting(made, planned if tokens is None else tokens)
     return made
 
 

@@ -14,7 +14,7 @@ from transformers.generation.candidate_generator import AssistedCandidateGenerat
 from dropformer.prune.block_map import Surgery
 from dropformer.prune.draft.grouped_queries import grouped_queries
 from dropformer.prune.draft.shared_cache import view_of
-from dropformer.prune.errors import ModelError
+from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.loading.window_attention import first_real
 
 DRAFT_TOKENS = 4  # default number of drafted tokens per round
@@ -52,7 +52,12 @@ class DraftedCandidates(AssistedCandidateGenerator):
 
 
 def set_drafting(draft: PreTrainedModel, tokens: int) -> None:
-    """Draft `tokens` tokens in every round, whatever their probability; the dense model's settings stay."""
+    """Draft `tokens` tokens in every round, whatever their probability; the dense model's settings stay.
+
+    Raises PlanError for less than one.
+    """
+    if tokens < 1:
+        raise PlanError(f"a draft is of one token a round or more, and tokens is {tokens}")
     settings = draft.generation_config = copy.deepcopy(draft.generation_config)
     settings.num_assistant_tokens, settings.num_assistant_tokens_schedule = tokens, "constant"
     settings.assistant_confidence_threshold = 0.0

@@ -66,6 +66,17 @@ def test_published_lists_go_with_every_way_of_choosing(improver):
     assert layers == [Layer("attn", 2), Layer("attn", 1)]
 
 
+def test_swaps_drop_no_layer_that_attends_to_less(improver):
+    found = improver(Strategy(refine=1, stride=1))
+    layers = found.outline.layers("attn")
+    start = next(layer for layer in layers if found.refined([layer]) != [layer])
+    others = {layer for layer in layers if layer != start}
+    assert found.refined([start], cheaper=others) == [start]
+    block = Layer("block", start.index)
+    assert found.refined([block], cheaper=others) == [block]
+    assert found.refined([], cheaper=others) == []
+
+
 def test_iterative_ranks_by_the_metric_that_is_asked_for(improver):
     reverse = MetricEntry("the least similar first", lambda bench: {k: -v for k, v in mean_similarity(bench).items()})
     with METRICS.having("reverse", reverse):

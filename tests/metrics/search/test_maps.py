@@ -92,6 +92,16 @@ def test_a_plan_with_maps_is_not_followed_without_their_weights(tiny):
         api.drop(model, plan)
 
 
+@pytest.mark.parametrize("repair", [("refit-all", "linear", "refit"), "refit"])
+def test_repairs_are_fitted_in_their_own_order_whatever_order_they_are_named_in(model, here, repair):
+    opened = dropformer.open_model(model)
+    plan = api.plan_unscored(opened.ref, api.outline(opened.model), "attn=2", (), None)
+    _, found = dropformer.fit(opened, plan, [dropformer.Calibration("builtin", 3, 16)], repair)
+    wanted = ["refit"] if repair == "refit" else ["linear", "refit", "refit-all"]
+    tried = [gate.method for gate in found.gates]
+    assert tried and tried == [name for name in wanted if name in tried]
+
+
 def test_fit_gives_a_plan_its_maps_and_counts_them(model, here):
     opened = dropformer.open_model(model)
     plan = api.plan_unscored(opened.ref, api.outline(opened.model), "attn=0,linear=2", (), None)

@@ -8,7 +8,7 @@ import dropformer
 from dropformer import api
 from dropformer.eval.cost.memory import parameter_bytes
 from dropformer.prune.artifact import ModelRef
-from dropformer.prune.errors import ModelError, OutputError
+from dropformer.prune.errors import ModelError, OutputError, PlanError
 
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 SPECS = ["block=1", "window=0,2@6+2", "attn=1,window=0,3@6+2"]
@@ -125,3 +125,5 @@ def test_what_cannot_be_drafted_is_refused(llama, tiny):
         dropformer.speculate_with(llama)
     with pytest.raises(ModelError, match="generates no text"):
         dropformer.draft(llama.model, plan(llama.model, "attn=1"))
+    with pytest.raises(PlanError, match="one token a round or more, and tokens is 0"):
+        drafted(llama, "attn=1", tokens=0)
