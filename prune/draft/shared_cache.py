@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
 from dropformer.prune.errors import ModelError
 from dropformer.prune.loading.parts import empty_cache, windows_of
@@ -27,7 +27,7 @@ def view_of(cache: Cache, draft: nn.Module, sources: Sequence[int], first: Tenso
 
     sources: the dense block whose attention each block of the draft has.  first: the first real slot of each row,
     [B], if rows are padded on the left.  Time and memory: a copy of S + W tokens per windowed layer.  Raises ModelError
-    for a cache with entries that are written in place (static, linear attention).
+    for a cache with entries that hold more than keys and values, or are written in place (linear attention, static).
     """
     view = empty_cache(draft)
     modules: dict[str, Any] = dict(draft.named_modules())
@@ -35,12 +35,16 @@ def view_of(cache: Cache, draft: nn.Module, sources: Sequence[int], first: Tenso
     for index, entry in enumerate(view.layers):
         if type(entry) in SHARED:
             view.layers[index] = _entry(cache.layers[sources[index]], windows.get(index), first)
+        elif not isinstance(entry, DummyLayer):  # which holds nothing
+            raise _unshared(entry)
     return view
 
 
 def recording_cache(model: nn.Module) -> DynamicCache:
-    """An empty cache that keeps tokens beyond a sliding window, which `shortened` needs."""
+    """An empty cache that keeps tokens beyond a sliding window, which `shortened` needs.  Raises as `view_of`."""
     cache = empty_cache(model)
+    if other := next((e for e in cache.layers if type(e) not in SHARED and not isinstance(e, DummyLayer)), None):
+        raise _unshared(other)
     cache.activate_past_recording()
     return cache
 
@@ -48,10 +52,7 @@ def recording_cache(model: nn.Module) -> DynamicCache:
 def _entry(dense: Any, window: Window | None, first: Tensor | None) -> Any:
     """The draft's entry for a dense entry."""
     if type(dense) not in SHARED:
-        raise ModelError(
-            f"a draft cannot share a cache of {type(dense).__name__}, which is written in place; give it a cache of "
-            "its own with assistant_model=draft"
-        )
+        raise _unshared(dense)
     if window is None or type(dense) is not DynamicLayer or dense.get_seq_length() <= window.width + window.sinks:
         return copy.copy(dense)
     entry = WindowLayer(window)
@@ -65,3 +66,10 @@ def _entry(dense: Any, window: Window | None, first: Tensor | None) -> Any:
         places = sink_slots(first, window.sinks, dense.keys)
         entry.sink_keys, entry.sink_values = tokens_at(dense.keys, places), tokens_at(dense.values, places)
     return entry
+
+
+def _unshared(entry: Any) -> ModelError:
+    return ModelError(
+        f"a draft cannot share a cache of {type(entry).__name__}, which holds more than keys and values or is written "
+        "in place; give it a cache of its own with assistant_model=draft"
+    )

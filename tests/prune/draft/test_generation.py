@@ -114,6 +114,16 @@ def _surprise(log_p, drawn):
     return float((of_each.gather(1, drawn[:, None])[:, 0] - entropy).sum() / variance.sum().sqrt())
 
 
+def test_a_cache_of_more_than_keys_and_values_is_not_shared(tiny):
+    from dropformer.prune.draft.shared_cache import recording_cache, view_of
+
+    hybrid = tiny("lfm2", layer_types=["conv", "full_attention"] * 2)
+    with pytest.raises(ModelError, match="cannot share a cache of LinearAttentionLayer"):
+        recording_cache(hybrid)
+    with torch.no_grad(), pytest.raises(ModelError, match="cannot share a cache of LinearAttentionLayer"):
+        view_of(hybrid(some_ids(9), use_cache=True).past_key_values, drafted(hybrid, "mlp=1"), range(4))
+
+
 def test_what_cannot_be_drafted_is_refused(llama, tiny):
     draft = drafted(llama, "attn=1")
     shared = dropformer.speculate_with(draft)
