@@ -50,6 +50,10 @@ RULES = (
         "with --rungs, which are chosen by the damage of each in one pass of the whole model",
     ),
     Rule(
+        lambda r: r.target.spec and r.rung_kinds, STRATEGY, "beside windows or agents in --drop, which no search or "
+        "repair knows", "repair the plan that --dry-run --json prints, by --plan",
+    ),
+    Rule(
         lambda r: r.scoring.memory, ("text", "seconds", "measure", "dry_run"),
         "with --memory, which writes a checkpoint and measures nothing",
     ),

@@ -64,6 +64,8 @@ DROP = ("--drop", "attn:1")
         ((*DROP, "--metric", "angular", "--quality", "best"), "leave it out or add --select one-shot"),
         (("--budget", "kv:-25%", "--metric", "angular"), "--metric has no effect with --budget"),
         (("--budget", "kv:-25%", "--select", "greedy"), "--select has no effect with --budget"),
+        (("--drop", "window=1@8+2", "--repair", "refit"), "--repair has no effect beside windows or agents in --drop"),
+        (("--drop", "attn=1,window=2@8", "--refine", "1"), "repair the plan that --dry-run --json prints, by --plan"),
         ((*DROP, "--no-measure", "--text", "builtin"), "--text has no effect with --no-measure"),
     ],
 )

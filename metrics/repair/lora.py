@@ -58,12 +58,17 @@ def fit_adapters(context: RepairContext) -> Changes:
     runner = context.in_steps(how.tokens).runner
     run = partial(heal, runner, found.modules(), first_changed(runner, found.paths), progress=_Tenths(context.tell))
     try:
-        return Changes(run(how))
+        return _changes(run(how), context)
     except torch.OutOfMemoryError:
         context.tell("lora: out of memory, so again from the start, with blocks run again in the backward pass")
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the failed pass's tensors were freed with its stack frames
-    return Changes(run(replace(how, room=0, logits=how.logits // 4)))
+    return _changes(run(replace(how, room=0, logits=how.logits // 4)), context)
+
+
+def _changes(tensors: dict[str, Tensor], context: RepairContext) -> Changes:
+    missed = () if tensors else context.dropped
+    return Changes(tensors, unrepaired=tuple((str(layer), "no linear module or norm follows it") for layer in missed))
 
 
 class _Tenths:
@@ -99,6 +104,8 @@ def heal(
         stack.enter_context(flags(runner.model, modules.values()))
         behind = [block.path for block in runner.blocks[first:]]
         learned = adapters(student, behind, how.rank)
+        if not learned:
+            return {}
         again = behind if activations(learned, runner) > how.room else []
         stack.enter_context(replaced(student, learned))
         stack.enter_context(recomputing(student, again))

@@ -81,6 +81,11 @@ def test_logits_in_parts_teach_what_all_of_them_teach(opened):
         torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_behind_the_last_block_nothing_is_left_to_heal(opened):
+    model, architecture, runner = opened()
+    assert heal(runner, dropped_modules(model, architecture, [Layer("block", 3)]), 3, HOW) == {}
+
+
 def test_tokens_that_do_not_count_in_a_window_teach_nothing_even_where_they_count_in_another(opened):
     model, architecture, _ = opened()
     modules = dropped_modules(model, architecture, [Layer("attn", 1)])
