@@ -63,7 +63,7 @@ def validate_evaluation(facts: EvaluationFacts) -> None:
     if facts.text:
         check_name(facts.text)
     if facts.out:
-        check_out(facts.out, "report.html")
+        check_out(facts.out, "draft.json" if "draft" in facts.given else "report.html")
     BACKENDS.in_order([facts.backend])
     for option, others, advice in NEEDED:
         idle = [other for other in others if other in facts.given]

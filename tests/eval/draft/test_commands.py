@@ -1,13 +1,16 @@
 """`prune evaluate M --draft PLAN` and `prune estimate M --draft`, as a person types them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from command import run
 
 from dropformer import api
 from dropformer.eval.draft.evaluate import lengths
+from dropformer.eval.report.arguments import EvaluationFacts, validate_evaluation
 from dropformer.metrics.draft.formula import speedup
+from dropformer.prune.errors import OutputError
 from dropformer.prune.plan import DraftRef
 
 
@@ -62,6 +65,15 @@ def test_what_cannot_be_measured_is_one_line(planned, capsys, more, said):
     model, plan = planned("attn=2")
     status, _, err = run("evaluate", model, *more, "--draft", plan, "--text", "builtin", capsys=capsys)
     assert status == 2 and said in err and err.count("\n") <= 4, err
+
+
+def test_figures_are_written_again_into_the_folder_of_an_earlier_run(lettered, here):
+    (here / "said").mkdir()
+    (here / "said" / "draft.json").write_text("{}")
+    facts = EvaluationFacts([str(lettered)], (), "builtin", "fast", None, None, None, here / "said")
+    validate_evaluation(replace(facts, given=frozenset({"draft", "out"})))
+    with pytest.raises(OutputError, match="holds no report.html"):
+        validate_evaluation(replace(facts, given=frozenset({"out"})))
 
 
 def test_a_plan_of_other_weights_is_refused(planned, capsys):
