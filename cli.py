@@ -70,7 +70,7 @@ def estimate(
     if draft:
         from dropformer.eval.draft.estimate import draft_estimate
 
-        pays = draft_estimate(cost, drop, workload, device)
+        pays = draft_estimate(cost, drop, workload, device, lists)
         console.show(pays.to_json() if as_json else None, *pays.lines())
         return
     found = costs.estimate(cost, drop, device, workload, lists)

@@ -12,7 +12,7 @@ from dropformer.eval.cost.roofline import Workload
 from dropformer.eval.draft.cost import Steps
 from dropformer.metrics.draft.formula import PAYS, best, needed_acceptance
 from dropformer.prune.architecture import BRANCH_KINDS, Layer
-from dropformer.prune.choosing import choose, choose_windows
+from dropformer.prune.choosing import PublishedLists, choose_forms, choose_windows
 from dropformer.prune.errors import PlanError
 from dropformer.prune.spec import folds, parse_spec, without_windows
 
@@ -48,8 +48,12 @@ class DraftEstimate:
         return [*lines, *(f"{a:10.2f}  {g:7}  {gives:8.2f}" for a, (g, gives) in self.curve.items())]
 
 
-def draft_estimate(cost: ModelCost, spec: str, workload: Workload, device: Hardware) -> DraftEstimate:
+def draft_estimate(
+    cost: ModelCost, spec: str, workload: Workload, device: Hardware, published: PublishedLists | None = None
+) -> DraftEstimate:
     """The estimate of a draft by its drop spec; a count takes the deepest layers.  Raises PlanError.
+
+    `published`: a recipe's lists.
 
     In a verifying pass weights and cache are read once for all drafted tokens; FLOPs are counted per token.
     """
@@ -61,7 +65,7 @@ def draft_estimate(cost: ModelCost, spec: str, workload: Workload, device: Hardw
             "sinks; drop layers, or give windows such as 256+4"
         )
     drops = without_windows(spec)
-    layers = choose(cost.outline, drops, depth) if drops else []
+    layers = choose_forms(cost.outline, drops, depth, published=published)[0] if drops else []
     windows = decoder_windows(choose_windows(cost.outline, spec, layers, depth))
     steps = Steps(cost, device, workload)
     c = steps.draft(layers, windows)

@@ -72,7 +72,7 @@ def test_figures_are_written_again_into_the_folder_of_an_earlier_run(lettered, h
     (here / "said" / "draft.json").write_text("{}")
     facts = EvaluationFacts([str(lettered)], (), "builtin", "fast", None, None, None, here / "said")
     validate_evaluation(replace(facts, given=frozenset({"draft", "out"})))
-    with pytest.raises(OutputError, match="holds no report.html"):
+    with pytest.raises(OutputError, match=r"holds no report\.html"):
         validate_evaluation(replace(facts, given=frozenset({"out"})))
 
 
@@ -96,6 +96,16 @@ def test_estimate_tells_from_which_acceptance_on_a_draft_pays(capsys):
     assert gives == pytest.approx(speedup(0.9, drafted, found["cost"]), rel=0.02)
     status, printed, _ = run(*words, "--batch", "8", "--draft", capsys=capsys)
     assert "pays from an acceptance of" in printed
+
+
+def test_estimate_takes_a_recipes_published_lists_for_a_draft_too(capsys):
+    words = ["estimate", "llama-2-13b", "--hardware", "h100-sxm", "--draft", "--json", "--drop"]
+    costs = []
+    for spec in ("published:attn:8", "attn:8"):
+        status, printed, said = run(*words, spec, capsys=capsys)
+        assert status == 0, said
+        costs.append(json.loads(printed)["cost"])
+    assert costs[0] == pytest.approx(costs[1])
 
 
 def test_estimate_says_where_no_acceptance_would_pay(capsys):
