@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from dropformer.metrics.calibration.images import check_texts
 from dropformer.metrics.calibration.text import check_name
 from dropformer.metrics.repair.registry import REPAIRS
 from dropformer.metrics.search.registry import SELECTIONS
-from dropformer.prune.errors import DropformerError, OutputError, PlanError
+from dropformer.prune.errors import DropformerError, EvaluationError, OutputError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.files.output_paths import check_empty, check_out, check_place
 from dropformer.prune.formats.registry import FORMATS, ExportFacts
@@ -113,6 +114,8 @@ def validate(request: Request) -> None:
             "this job runs in one process; launch `analyze` on many, and give its scores with --scores"
         )
     check_effects(request)
+    if not isfinite(request.report.seconds):
+        raise EvaluationError(f"--seconds {request.report.seconds} never ends; expected a number, 0 for no measurement")
     if request.draft:
         check_options(request.draft)
         if maps := [name for name in request.repairs if REPAIRS[name].maps]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 
 from dropformer.eval.cost.hardware import HARDWARE
 from dropformer.prune.errors import EvaluationError, PlanError
@@ -12,6 +13,7 @@ from dropformer.prune.rungs.window import Windowed
 from dropformer.prune.window import Window
 
 RUNGS = "block,attn,mlp,window:256+4"
+COLDEST = 0.01  # temperature but 0; logits over much less overflow
 KINDS = ("block", "attn", "mlp")
 
 
@@ -52,7 +54,11 @@ def parse_rungs(text: str) -> list[str | Window]:
 
 
 def check_options(options: DraftOptions) -> None:
-    """Raises PlanError for rungs that make no draft, EvaluationError for unknown hardware."""
+    """Raises PlanError for rungs that make no draft, EvaluationError for unknown hardware or no such temperature."""
     parse_rungs(options.rungs)
+    if options.temperature and not (COLDEST <= options.temperature and isfinite(options.temperature)):
+        raise EvaluationError(
+            f"--temperature {options.temperature} is none; expected 0, which is greedy, or {COLDEST} and more"
+        )
     if options.hardware not in ("cpu", *HARDWARE):
         raise EvaluationError(f"hardware `{options.hardware}` is unknown; expected cpu or {', '.join(HARDWARE)}")

@@ -18,6 +18,7 @@ from dropformer.prune.errors import ModelError, PlanError
 from dropformer.prune.loading.device import input_device
 from dropformer.prune.loading.load import load
 from dropformer.prune.plan import Plan
+from dropformer.prune.samples.inputs import writes_text
 from dropformer.prune.surgery.surgery import plan_surgery
 from dropformer.recipes.opening import open_model
 from dropformer.recipes.placement import Placement
@@ -31,6 +32,8 @@ def evaluate_pair(model: str, path: Path, text: Calibration, new: int, place: Pl
     plan, opened = Plan.read(path), open_model(model, None, place)
     if plan.model.fingerprint != opened.ref.fingerprint:
         raise PlanError(f"{path} was made for other weights than {opened.ref.name}; plan this model")
+    if not writes_text(opened.model):
+        raise ModelError(f"{opened.ref.name} writes no text token by token, so nothing is drafted for it")
     if opened.tokenizer is None:
         raise ModelError(f"{opened.ref.name} has no tokenizer, so acceptance cannot be measured on text")
     check_length(opened.model.config, text.length, opened.ref.name)

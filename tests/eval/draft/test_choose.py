@@ -12,7 +12,7 @@ from dropformer.eval.draft.run import evaluate_pair
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.windows import windows
 from dropformer.progress import Silent
-from dropformer.prune.errors import DropformerError, PlanError
+from dropformer.prune.errors import DropformerError, EvaluationError, PlanError
 from dropformer.prune.plan import Plan
 from dropformer.prune.window import Window
 from dropformer.recipes.opening import open_model
@@ -105,6 +105,18 @@ def test_repairs_that_a_draft_cannot_have_are_refused(lettered, here):
     ):
         with pytest.raises(DropformerError, match=said):
             prune(lettered, *more)
+
+
+@pytest.mark.parametrize("temperature", ["nan", "inf", "1e-40"])
+def test_temperatures_that_are_none_are_refused(lettered, here, temperature):
+    with pytest.raises(EvaluationError, match=f"--temperature {temperature} is none; expected 0"):
+        prune(lettered, "--temperature", temperature)
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf"])
+def test_a_measurement_without_end_is_refused(lettered, here, seconds):
+    with pytest.raises(EvaluationError, match=f"--seconds {seconds} never ends"):
+        prune(lettered, "--seconds", seconds)
 
 
 @pytest.mark.parametrize("text", ["depth", "window", "", "window:0"])

@@ -99,7 +99,7 @@ def test_estimate_tells_from_which_acceptance_on_a_draft_pays(capsys):
 
 
 def test_estimate_takes_a_recipes_published_lists_for_a_draft_too(capsys):
-    words = ["estimate", "llama-2-13b", "--hardware", "h100-sxm", "--draft", "--json", "--drop"]
+    words = ["estimate", "mistral-7b", "--hardware", "h100-sxm", "--draft", "--json", "--drop"]
     costs = []
     for spec in ("published:attn:8", "attn:8"):
         status, printed, said = run(*words, spec, capsys=capsys)
