@@ -56,7 +56,7 @@ def parse_rungs(text: str) -> list[str | Window]:
 def check_options(options: DraftOptions) -> None:
     """Raises PlanError for rungs that make no draft, EvaluationError for unknown hardware or no such temperature."""
     parse_rungs(options.rungs)
-    if options.temperature and not (COLDEST <= options.temperature and isfinite(options.temperature)):
+    if options.temperature and not (options.temperature >= COLDEST and isfinite(options.temperature)):
         raise EvaluationError(
             f"--temperature {options.temperature} is none; expected 0, which is greedy, or {COLDEST} and more"
         )
