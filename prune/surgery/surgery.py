@@ -19,7 +19,7 @@ from dropformer.prune.errors import ArchitectureError, reason
 from dropformer.prune.loading.described import config_from
 from dropformer.prune.loading.device import hooks_of
 from dropformer.prune.loading.modeling import empty_cache_entries, number_attentions, pruned_model_class
-from dropformer.prune.loading.skipped_modules import skip_modules
+from dropformer.prune.loading.skipped_modules import LinearReplacement, skip_modules
 from dropformer.prune.outline import Outline, StackOutline
 from dropformer.prune.rungs.agent import Agents
 from dropformer.prune.surgery.block_numbers import BlockNumbers
@@ -122,16 +122,21 @@ def followed_generation(model: PreTrainedModel, outline: Outline, block_map: Blo
 
 
 def _install(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a model new parameters; tensors that it shares with the dense model stay as they are."""
+    """Give a model new parameters; tensors that it shares with the dense model stay as they are.
+
+    Each keeps the dtype of the one it replaces (some families have a few in float32); a linear map has the model's.
+    """
     like = next(model.parameters())
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
-        old = getattr(model.get_submodule(owner), leaf)
-        if old.is_meta and _offload_instead(model.get_submodule(owner), leaf, tensor.to("cpu", old.dtype, copy=True)):
+        module = model.get_submodule(owner)
+        old = getattr(module, leaf)
+        dtype = like.dtype if isinstance(module, LinearReplacement) else old.dtype
+        if old.is_meta and _offload_instead(module, leaf, tensor.to("cpu", dtype, copy=True)):
             continue
         device = like.device if old.is_meta else old.device
-        new = nn.Parameter(tensor.to(device, like.dtype, copy=True), requires_grad=old.requires_grad)
-        setattr(model.get_submodule(owner), leaf, new)
+        new = nn.Parameter(tensor.to(device, dtype, copy=True), requires_grad=old.requires_grad)
+        setattr(module, leaf, new)
 
 
 def _offload_instead(module: nn.Module, leaf: str, tensor: Tensor) -> bool:

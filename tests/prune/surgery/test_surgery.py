@@ -1,6 +1,7 @@
 """A cut model computes what the dense one does with the branches zeroed, at no cost and with no cache."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,17 @@ def test_dropping_equals_zeroing_the_branch(tiny, ids, family, spec):
     small, surgery = pruned(model, spec)
     want = zeroed(model, list(surgery.layers))(ids).logits
     torch.testing.assert_close(small(ids).logits, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_repaired_tensor_keeps_the_dtype_of_the_one_that_it_replaces(tiny):
+    model = tiny("llama").to(torch.bfloat16)
+    model.model.layers[3].input_layernorm.float()
+    outline = summarize(model, discover(model))
+    surgery = plan_surgery(outline, choose(outline, "attn=1"), model)
+    names = ["model.layers.3.input_layernorm.weight", "model.layers.3.mlp.up_proj.weight"]
+    new = {name: torch.ones_like(model.get_parameter(name), dtype=torch.float32) for name in names}
+    small = apply_surgery(copy.deepcopy(model), replace(surgery, tensors=new))
+    assert [small.get_parameter(name).dtype for name in names] == [torch.float32, torch.bfloat16]
 
 
 def test_dropped_parameters_are_gone(tiny):
