@@ -13,10 +13,10 @@ from dropformer.eval.report.arguments import idle_options, leave_out
 from dropformer.metrics.analysis.distributed import world
 from dropformer.metrics.analysis.scores import Scores
 from dropformer.metrics.calibration.images import check_texts
-from dropformer.metrics.calibration.text import check_name
+from dropformer.metrics.calibration.text import check_name, writes_itself
 from dropformer.metrics.repair.registry import REPAIRS
 from dropformer.metrics.search.registry import SELECTIONS
-from dropformer.prune.errors import DropformerError, EvaluationError, OutputError, PlanError
+from dropformer.prune.errors import CalibrationError, DropformerError, EvaluationError, OutputError, PlanError
 from dropformer.prune.files.config_json import read_config
 from dropformer.prune.files.output_paths import check_empty, check_out, check_place
 from dropformer.prune.formats.registry import FORMATS, ExportFacts
@@ -132,6 +132,12 @@ def validate(request: Request) -> None:
         check_empty(request.folder)
     spec = request.target.spec or request.scoring.until_stable
     check_texts(request.calibration.texts)
+    texts = (*request.calibration.texts, request.selection.gate)
+    if request.scoring.memory and (written := next(filter(writes_itself, texts), None)):
+        raise CalibrationError(
+            f"`{written}` is written by the whole model, which --memory does not load; name another text, or leave out "
+            "--memory"
+        )
     folder = check_model(request.model, spec, dense=request.drops)
     config = read_config(folder) if folder else None
     if config:

@@ -112,6 +112,8 @@ LINEAR = ("--repair", "linear")
         ((*DROP, "--text", ""), "text `` is unknown"),
         ((*DROP, "--text", "no.txt"), "no.txt does not exist"),
         ((*DROP, *LINEAR, "--gate", "nowhere"), "text `nowhere` is unknown"),
+        ((*DROP, "--quality", "best", "--memory", "2GiB", "--calibration", "self"), "which --memory does not load"),
+        ((*DROP, "--quality", "best", "--memory", "2GiB", "--gate", "self"), "`self` is written by the whole model"),
         ((*DROP, "--format", "gguf"), "--format gguf cuts a .gguf file"),
         ((*DROP, "--keep", "0,4"), "--keep names block 4, but the blocks are 0 to 3"),
         (("--budget", "kv:-25%", "--keep", "-5"), "--keep names block -5, but the blocks are 0 to 3"),
