@@ -86,8 +86,10 @@ class DraftEvaluation:
         found, run = self.acceptance, self.run
         predicted = found.rounds(self.tokens).acceptance
         without, with_draft = run.tokens_per_second
+        equal = f"{sum(run.equal)} of {len(run.equal)} equal to that of the dense model alone"
+        sampled = f"sampled at temperature {found.temperature:g}, so not compared with the dense model's"
         return [
-            f"text: {sum(run.equal)} of {len(run.equal)} equal to that of the dense model alone",
+            f"text: {sampled if found.temperature else equal}",
             f"acceptance {predicted:.3f} predicted, {run.acceptance:.3f} in the run; greedy agreement "
             f"{float(found.agreement.mean()):.3f}",
             "by position: " + ", ".join(f"{place:,}: {a:.3f}" for place, a in found.by_position.items()),

@@ -4,11 +4,15 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from command import run
 
 from dropformer import api
-from dropformer.eval.draft.evaluate import lengths
+from dropformer.eval.draft.cost import MeasuredSteps
+from dropformer.eval.draft.evaluate import DraftEvaluation, lengths
+from dropformer.eval.draft.measure import DraftRun
 from dropformer.eval.report.arguments import EvaluationFacts, validate_evaluation
+from dropformer.metrics.draft.acceptance import Acceptance
 from dropformer.metrics.draft.formula import speedup
 from dropformer.prune.errors import OutputError
 from dropformer.prune.plan import DraftRef
@@ -50,6 +54,16 @@ def test_what_evaluate_prints_names_the_figures(planned, capsys, tmp_path):
     assert status == 0 and "text: 1 of 1 equal" in printed
     for words in ("acceptance", "by position", "a draft step costs", "tokens/s", "speed-up", "memory"):
         assert words in printed
+
+
+@pytest.mark.parametrize(
+    "temperature, said", [(0.0, "text: 1 of 1 equal"), (0.7, "sampled at temperature 0.7, so not")]
+)
+def test_sampled_texts_are_not_called_equal(temperature, said):
+    ones = torch.ones(1, 2, 4, dtype=torch.float64)
+    found = Acceptance(ones, ones, torch.tensor([8, 20]), ("builtin",), temperature)
+    run = DraftRun([True], [4], [1.0], [0.5], [(2, 2)], 1, 1, 1, 1)
+    assert said in DraftEvaluation(2, found, MeasuredSteps(1.0, 0.5, 1.2), run).lines()[0]
 
 
 @pytest.mark.parametrize(
