@@ -1,5 +1,7 @@
 """A draft's repaired weights, read from the checkpoint beside its plan."""
 
+import copy
+
 import pytest
 import torch
 
@@ -28,10 +30,12 @@ def test_repaired_weights_are_found_where_blocks_moved_and_where_they_did_not(re
     assert found.tensors.keys() == {NAME} and torch.equal(found.tensors[NAME], new)
 
 
-def test_a_plan_beside_weights_without_its_repairs_is_refused(repaired, tmp_path, llama_folder, tiny):
+def test_a_plan_beside_weights_without_its_repairs_is_refused(repaired, tmp_path, llama_folder):
     opened, plan, _ = repaired
     with pytest.raises(PlanError, match="holds no repaired weights"):
         stored_repair(opened.model, plan, llama_folder / "plan.json")
-    tiny("llama", num_hidden_layers=2).save_pretrained(tmp_path / "other")
+    small = copy.deepcopy(opened.model.config)
+    small.num_hidden_layers = 2
+    type(opened.model)(small).save_pretrained(tmp_path / "other")
     with pytest.raises(PlanError, match="of another model"):
         stored_repair(opened.model, plan, tmp_path / "other" / "plan.json")
