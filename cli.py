@@ -185,7 +185,8 @@ def prune(
         asked.ExportOptions(asked.chosen_format(format, dense), link, verify, trust_remote_code=trust_remote_code),
         out, revision, dry_run, given,
         DraftOptions(
-            context_tokens or DraftOptions.context, batch, max_drop, rungs or RUNGS, temperature, hardware, write_anyway
+            context_tokens or DraftOptions.context, batch, max_drop, RUNGS if rungs is None else rungs, temperature,
+            hardware, write_anyway,
         ) if draft else None,
     )  # fmt: skip
     validate.validate(request)

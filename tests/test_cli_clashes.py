@@ -125,6 +125,7 @@ LINEAR = ("--repair", "linear")
         ((*DROP, "--format", "dense", "--quality", "linear"), "--format dense has no place for linear maps"),
         (("--budget", "kv:-25%", "--format", "dense", *LINEAR), "--format dense has no place for linear maps"),
         (("--drop", ""), "drop spec `` cannot be read"),
+        (("--draft", "--rungs", ""), "--rungs names none"),
     ],
 )
 def test_an_argument_known_to_be_wrong_is_refused_before_the_model_is_opened(unopened, here, capsys, options, said):
