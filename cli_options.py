@@ -104,7 +104,7 @@ Rungs = Annotated[
 _AT = "Tokens at which a --budget counts the KV cache (8192 with --rungs, else 2048), or behind which to draft."
 BudgetContext = Annotated[int | None, _choice("--context", min=64, help=_AT)]
 RepairMethods = Annotated[Text, _choice("--repair", help=f"By commas: {', '.join(REPAIRS)}.")]
-Epochs = Annotated[int | None, _choice(min=1, help="Passes that lora (2) and distill (3 or more) train for.")]
+Epochs = Annotated[int | None, _choice(min=1, help="Passes that lora (2) and distill (2 or more) train for.")]
 Rank = Annotated[int | None, _choice(min=1, help="Rank of lora's adapters; 16.")]
 Gate = Annotated[str, _choice(help="Validation text: a repair that does not help on it is rejected.")]
 Packable = Annotated[
