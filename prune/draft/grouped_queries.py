@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-ROWS = 32  # tokens of a pass up to which copies would cost more than attention itself
+ROWS = 16  # tokens of a pass up to which such copies cost more than attention itself
 FURTHER = ("position_bias", "softcap", "cache", "s_aux")  # arguments of transformers' sdpa that need its own code
 
 
