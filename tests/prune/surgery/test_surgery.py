@@ -49,8 +49,8 @@ def test_dropping_equals_zeroing_the_branch(tiny, ids, family, spec):
 
 def test_a_repaired_tensor_keeps_the_dtype_of_the_one_that_it_replaces(tiny):
     model = tiny("llama").to(torch.bfloat16)
-    model.model.layers[3].input_layernorm.float()
     outline = summarize(model, discover(model))
+    model.model.layers[3].input_layernorm.float()
     surgery = plan_surgery(outline, choose(outline, "attn=1"), model)
     names = ["model.layers.3.input_layernorm.weight", "model.layers.3.mlp.up_proj.weight"]
     new = {name: torch.ones_like(model.get_parameter(name), dtype=torch.float32) for name in names}
