@@ -107,16 +107,15 @@ def test_repairs_that_a_draft_cannot_have_are_refused(lettered, here):
             prune(lettered, *more)
 
 
-@pytest.mark.parametrize("temperature", ["nan", "inf", "1e-40"])
+@pytest.mark.parametrize("temperature", ["inf", "1e-40"])
 def test_temperatures_that_are_none_are_refused(lettered, here, temperature):
     with pytest.raises(EvaluationError, match=f"--temperature {temperature} is none; expected 0"):
         prune(lettered, "--temperature", temperature)
 
 
-@pytest.mark.parametrize("seconds", ["nan", "inf"])
-def test_a_measurement_without_end_is_refused(lettered, here, seconds):
-    with pytest.raises(EvaluationError, match=f"--seconds {seconds} never ends"):
-        prune(lettered, "--seconds", seconds)
+def test_a_measurement_without_end_is_refused(lettered, here):
+    with pytest.raises(EvaluationError, match="--seconds inf never ends"):
+        prune(lettered, "--seconds", "inf")
 
 
 @pytest.mark.parametrize("text", ["depth", "window", "", "window:0"])
