@@ -21,7 +21,7 @@ from dropformer.metrics.search.far_text import Fitted, tail_of
 from dropformer.metrics.search.fold import Constants, fit_folds
 from dropformer.metrics.search.improve import Improver
 from dropformer.metrics.search.ladder import check_rungs
-from dropformer.metrics.search.rungs import mapped_modules, read_texts, rung_plan
+from dropformer.metrics.search.rungs import PASSES, mapped_modules, read_texts, rung_plan
 from dropformer.progress import Progress
 from dropformer.prune.architecture import Layer, of_images
 from dropformer.prune.block_map import attention_path
@@ -150,8 +150,10 @@ def plan_of_rungs(
         with progress.stage("fitting linear maps"):
             maps = mapped_modules(improver, free)
     constants = _constants(opened, request, outline, free, progress)
-    with progress.stage(f"KL of {', '.join(map(str, target.rungs))}"):
+    blocks = outline.stacks[0].blocks
+    with progress.stage(f"KL of {', '.join(map(str, target.rungs))}", round(PASSES * blocks)) as tick:
         search = read_texts(opened.model, outline, target.rungs, texts, target.keep, Fitted(maps, constants))
+        search.tick = lambda passes: tick(min(round(passes * blocks), round(PASSES * blocks)), 0)
         plan = rung_plan(search, opened.ref, target, calibration=named)
     tried = ", ".join(f"{kl:.4f}" for kl in search.history)
     progress.say(f"KL of the plans at the end of the texts: {tried}; {search.passes:.1f} forward passes")

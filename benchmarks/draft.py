@@ -6,22 +6,27 @@
 Drafts of the same model: `windows` on every attention layer; and, at the same cost, as many attention layers dropped
 by `similarity`, by a greedy `search` on KL, and by that search with refits and distillation (`distilled`).  Each row
 says what the text and the clock predicted before anything was decoded, and what decoding gave.  Prompts are beginnings
-of a few windows of held-out text, each of which the dense model reads once.  The last line is JSON.
+of a few windows of held-out text, each of which the dense model reads once.  transformers' dense step copies its whole
+cache, so a step behind a static cache, which copies nothing, is timed beside it.  The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import time
 from functools import partial
 from typing import Any
 
 import torch
+from transformers import StaticCache
 
 from dropformer import api
 from dropformer.eval.draft.evaluate import dense_text, evaluate_on
 from dropformer.metrics.calibration.settings import Calibration
 from dropformer.metrics.calibration.windows import windows
+from dropformer.metrics.draft.acceptance import DenseText, shortened
 from dropformer.metrics.repair.base import Repair
 from dropformer.metrics.search.strategy import Strategy
 from dropformer.prune.draft.generation import DRAFT_TOKENS
@@ -30,6 +35,7 @@ from dropformer.prune.spec import named_layers
 from dropformer.selection import improve
 
 NEW = 16
+REPEATS = 9  # of timed steps
 
 
 def rows(given: argparse.Namespace, context: int, prompts: int, count: int) -> list[dict[str, Any]]:
@@ -38,14 +44,34 @@ def rows(given: argparse.Namespace, context: int, prompts: int, count: int) -> l
     text = dense_text(
         opened.model, [windows(Calibration("heldout", count, context), opened.tokenizer)], given.temperature
     )
-    found = []
+    found, static = [], static_step(text)
+    print(f"a dense step behind a static cache takes {static:.3f} of one behind a growing cache", flush=True)
     for name in given.drafts.split(","):
         plan, repair = PLANS[name](opened, outline, given, context)
         result = evaluate_on(text, plan, given.new, -(-prompts // count), repair, given.drafted)
         spec = named_layers(plan.layers, plan.windowed)
-        found.append({"draft": name, "spec": spec, "context": context, **result.numbers()})
+        found.append({"draft": name, "spec": spec, "context": context, "static_step": static, **result.numbers()})
         print(name, spec, *result.lines(), sep="\n  ", flush=True)
     return found
+
+
+@torch.inference_mode()
+def static_step(text: DenseText) -> float:
+    """The median time of a dense step behind a static cache of a text, over one behind transformers' growing cache."""
+    model, length = text.model, text.rows[0].shape[1] - REPEATS - 1
+    growing, static = (
+        shortened(text.kept[0][0], length),
+        StaticCache(config=model.config, max_cache_len=length + REPEATS),
+    )
+    for index, entry in enumerate(growing.layers):
+        static.update(entry.keys, entry.values, index)
+    took: dict[str, list[float]] = {"growing": [], "static": []}
+    for at in range(length, length + REPEATS):
+        for name, cache in (("growing", growing), ("static", static)):
+            start = time.perf_counter()
+            model(input_ids=text.rows[0][:, at : at + 1], past_key_values=cache, use_cache=True)
+            took[name].append(time.perf_counter() - start)
+    return statistics.median(took["static"]) / statistics.median(took["growing"])
 
 
 Made = tuple[Plan, Repair | None]

@@ -23,6 +23,7 @@ METHODS: dict[str, Strategy] = {
     "best": quality("best"),
     "healed": quality("healed"),
     "distill": quality(repair="distill"),
+    "best then lora": quality("best", repair="refit,refit-all,lora"),
     "best then distill": quality("best", repair="refit,refit-all,distill"),
     "greedy then linear": replace(quality("linear"), aware=False),
     "linear": quality("linear"),

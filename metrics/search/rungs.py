@@ -41,7 +41,8 @@ LEAST, MOST = 0.2, 5.0  # bounds of the factor by which a round changes a layer'
 class RungSearch:
     """The cost of each action per layer, in nats of KL at the ends of these texts.
 
-    `kl`: of the last plan found; `history`: of each plan measured on the way; `map_size`: parameters of a linear map.
+    `kl`: of the last plan found; `history`: of each plan measured on the way; `map_size`: parameters of a linear map;
+    `tick`: told the passes so far after each measurement.
     Several budgets share the costs of the layers alone.
     """
 
@@ -51,6 +52,7 @@ class RungSearch:
     map_size: int = 0
     kl: float = 0.0
     history: list[float] = field(default_factory=list)
+    tick: Callable[[float], None] = lambda passes: None
     _alone: dict[Layer, dict[Action, float]] = field(default_factory=dict)
     _works: list[float] = field(default_factory=list)
 
@@ -60,7 +62,9 @@ class RungSearch:
         return sum(text.work for text in self.texts) / len(self.texts)
 
     def measured(self, actions: Mapping[Layer, Action]) -> float:
-        return sum(text.kl(actions) for text in self.texts) / len(self.texts) if actions else 0.0
+        found = sum(text.kl(actions) for text in self.texts) / len(self.texts) if actions else 0.0
+        self.tick(self.passes)
+        return found
 
     def alone(self) -> dict[Layer, dict[Action, float]]:
         """Each layer's costs alone: measured for a drop, a map and the narrowest window, scaled for wider windows."""

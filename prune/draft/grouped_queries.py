@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "dropformer_grouped"
-ROWS = 32  # tokens of a pass up to which copies would cost more than attention itself
+ROWS = 16  # tokens of a pass up to which such copies cost more than attention itself
 FURTHER = ("position_bias", "softcap", "cache", "s_aux")  # arguments of transformers' sdpa that need its own code
 
 

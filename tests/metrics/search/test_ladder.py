@@ -84,12 +84,16 @@ def test_a_plan_of_rungs_meets_its_budget_and_keeps_an_attention(tiny):
     model = tiny("llama", initializer_range=0.3, max_position_embeddings=200)
     outline, texts = api.outline(model), [torch.arange(200) % 61 + 3, torch.arange(200) % 7 + 3]
 
+    told = []
+
     def made(budget, keep=(), rungs="drop,window:6+2"):
         target = Target(budget=budget, keep=keep, context=CONTEXT, rungs=parse_rungs(rungs))
         search = read_texts(model, outline, target.rungs, texts, keep)
+        search.tick = told.append
         return rung_plan(search, ModelRef(name="tiny"), target), search
 
     plan, search = made("kv:-90%")
+    assert told == sorted(told) and told[0] > 1 and told[-1] == search.passes
     assert plan.kv_share(CONTEXT) <= 0.1 + 1e-9 and len(plan.layers) == 3 and len(plan.windows) == 1
     assert search.kl == min(search.history) and 1 < search.passes <= PASSES
     kept, _ = made("kv:-50%", keep=(0,))
