@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dropformer.eval.draft.choose import DraftFound
+from dropformer.eval.draft.engines import engine_lines
 from dropformer.eval.draft.options import DraftOptions
 from dropformer.metrics.draft.formula import PAYS, needed_cost
 
@@ -17,7 +18,7 @@ def lines_of(found: DraftFound, options: DraftOptions | None, model: str, writte
     lines = verdict(found, options or DraftOptions())
     if not written:
         return [*lines, "nothing was written" + ("" if found.pays else "; --write-anyway writes it")]
-    return [*lines, f"wrote {written}", *engine_lines(model, str(written), found.best.tokens)]
+    return [*lines, f"wrote {written}", *engine_lines(model, written, found.plan, found.best.tokens)]
 
 
 def verdict(found: DraftFound, options: DraftOptions) -> list[str]:
@@ -86,14 +87,4 @@ def add_to_card(found: DraftFound, folder: Path) -> list[str]:
         "step).",
         "",
         f"![Speed-up over drafted tokens]({PNG})",
-    ]
-
-
-def engine_lines(model: str, folder: str, tokens: int) -> list[str]:
-    """Commands that run the pair: vLLM with a folder or id, llama.cpp with two GGUF files."""
-    config = f'{{"method": "draft_model", "model": "{folder}", "num_speculative_tokens": {tokens}}}'
-    return [
-        f"vLLM: vllm serve {model} --speculative-config '{config}'",
-        f"llama.cpp: llama-server -m MODEL.gguf -md DRAFT.gguf --spec-type draft-simple --spec-draft-n-max {tokens} "
-        "(DRAFT.gguf: a draft of drops alone, by --plan and --format gguf)",
     ]
