@@ -2,27 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import nn
 
 from dropformer.metrics.blockwise.divergence import DenseReference
 from dropformer.metrics.blockwise.gate import Gate, Gating
+from dropformer.metrics.blockwise.layer_metrics import MetricContext
 from dropformer.metrics.blockwise.variant import Changes, Variant, variant
+from dropformer.metrics.blockwise.work import Work
 from dropformer.metrics.calibration.windows import Windows
 from dropformer.metrics.repair.base import Repair, RepairContext, reasons
 from dropformer.metrics.repair.gaps import gaps
 from dropformer.metrics.repair.registry import REPAIRS
+from dropformer.metrics.repair.slots import BranchOutput
 from dropformer.metrics.search.calibration import gate_batches
-from dropformer.prune.architecture import Layer
+from dropformer.metrics.search.strategy import Strategy
+from dropformer.progress import Tell
+from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.loading.device import input_device
 from dropformer.prune.loading.parts import evaluating
 
-if TYPE_CHECKING:
-    from dropformer.metrics.search.improve import Improver
+
+class Repaired(Protocol):
+    """The part of `Improver` that repairs use."""
+
+    model: nn.Module
+    quality: Strategy
+    tell: Tell
+    architecture: Architecture
+    outputs: Mapping[Layer, BranchOutput]
+    bench: MetricContext
+    work: Work
+
+    def maps(self, layers: Sequence[Layer]) -> Changes: ...
+
+    def context(self, dropped: Sequence[Layer] = (), before: Changes | None = None) -> RepairContext: ...
 
 
 def repaired(
-    improver: Improver, dropped: Sequence[Layer], other: Windows | None = None, maps: Sequence[Layer] = ()
+    improver: Repaired, dropped: Sequence[Layer], other: Windows | None = None, maps: Sequence[Layer] = ()
 ) -> tuple[Repair, Variant]:
     """Repair the improver's model without `dropped` by each method of its strategy, gated on `other` text.
 
@@ -52,7 +72,7 @@ def repaired(
     return repair, variant(improver.model, improver.architecture, dropped, changes)
 
 
-def _repairs(improver: Improver, context: RepairContext) -> tuple[str, ...]:
+def _repairs(improver: Repaired, context: RepairContext) -> tuple[str, ...]:
     """The strategy's repairs of a drop, with a line where some take the place of others."""
     before = gaps(context.architecture, context.branches)
     found = improver.quality.behind(all(context.outputs[layer].closed for layer in before))
@@ -62,11 +82,11 @@ def _repairs(improver: Improver, context: RepairContext) -> tuple[str, ...]:
     return found
 
 
-def _norms(improver: Improver) -> set[str]:
+def _norms(improver: Repaired) -> set[str]:
     return {output.slot.path for output in improver.outputs.values() if output.slot and output.slot.kind == "norm"}
 
 
-def _gating(improver: Improver, other: Windows, dropped: Sequence[Layer]) -> Gating:
+def _gating(improver: Repaired, other: Windows, dropped: Sequence[Layer]) -> Gating:
     """The gate, on few windows, so that it is cheap beside the calibration."""
     inputs, scored = gate_batches(other, improver.bench.runner.tokens, input_device(improver.model))
     with evaluating(improver.model):
