@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import nn
@@ -30,11 +30,13 @@ class Repaired(Protocol):
 
     model: nn.Module
     quality: Strategy
-    tell: Tell
     architecture: Architecture
-    outputs: Mapping[Layer, BranchOutput]
+    outputs: dict[Layer, BranchOutput]
     bench: MetricContext
     work: Work
+
+    @property
+    def tell(self) -> Tell: ...
 
     def maps(self, layers: Sequence[Layer]) -> Changes: ...
 
