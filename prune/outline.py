@@ -14,7 +14,8 @@ class BranchOutline(FrozenRecord):
     """Branches of one kind that are alike: in which blocks, which modules they own, what each weighs.
 
     `modules` are paths relative to the block with the form each takes once dropped (`modeling.Skipped`);
-    `parameters` are those owned by one branch; `kv` counts the cache elements one token costs in it.
+    `parameters` are those owned by one branch; `kv` counts the cache elements one token costs in it, and
+    `window` how many tokens its cache holds at most (None: all).
     """
 
     kind: str
@@ -22,6 +23,11 @@ class BranchOutline(FrozenRecord):
     modules: dict[str, Any]
     parameters: int
     kv: int = 0
+    window: int | None = None
+
+    def held(self, context: int) -> int:
+        """Tokens in its cache after `context` of them."""
+        return context if self.window is None else min(context, self.window)
 
 
 class BlockOutline(FrozenRecord):
@@ -139,3 +145,9 @@ class Outline(FrozenRecord):
         """Cache elements that one token costs, over all stacks, without the dropped layers."""
         total = sum(branch.kv * len(branch.blocks) for stack in self.stacks for branch in stack.branches)
         return total - sum(self.branch(layer).kv for layer in self.branch_layers(dropped))
+
+    def kv_at(self, context: int, dropped: Iterable[Layer] = ()) -> int:
+        """Cache elements of a sequence of `context` tokens; a layer with a sliding window holds no more than that."""
+        total = sum(b.kv * b.held(context) * len(b.blocks) for stack in self.stacks for b in stack.branches)
+        lost = [self.branch(layer) for layer in self.branch_layers(dropped)]
+        return total - sum(branch.kv * branch.held(context) for branch in lost)

@@ -111,7 +111,8 @@ class Plan(Artifact):
         if not self.savings.kv:
             return 1.0
         windows = sum(self.outline.branch(layer).kv * window.held(context) for layer, window in self.windowed.items())
-        return (self.savings.kv_after * context + windows) / (self.savings.kv * context)
+        kept = self.outline.kv_at(context, [*self.layers, *self.windowed])
+        return (kept + windows) / self.outline.kv_at(context)
 
     def dropped(self) -> dict[str, Any]:
         """{attention: [..], mlp: [..], blocks: [..]} in original indices; one such entry a stack where several."""

@@ -98,11 +98,11 @@ def meter(
             raise PlanError(f"budget `{budget}` needs the time that each layer takes (`layer_latency`)")
         shares = {layer: latency.seconds.get(layer, 0.0) / latency.total for layer in sizes}
         return Meter(budget, {layer: share * (1 - stays[layer] / sizes[layer]) for layer, share in shares.items()})
-    weight = {"params": (1, 0), "kv": (0, 1), "decode": (1, context)}[budget.what]
-    whole = weight[0] * outline.parameters + weight[1] * outline.kv_per_token()
+    weight = {"params": (1, 0), "kv": (0, 1), "decode": (1, 1)}[budget.what]
+    whole = weight[0] * outline.parameters + weight[1] * outline.kv_at(context)
     if not whole:
         raise PlanError(f"budget `{budget}` counts the KV cache, and this model has none; use params:-20%")
-    kv = {layer: outline.kv_per_token() - outline.kv_per_token([layer]) for layer in sizes}
+    kv = {layer: outline.kv_at(context) - outline.kv_at(context, [layer]) for layer in sizes}
     saved = {layer: weight[0] * (sizes[layer] - stays[layer]) + weight[1] * kv[layer] for layer in sizes}
     return Meter(budget, {layer: amount / whole for layer, amount in saved.items()})
 

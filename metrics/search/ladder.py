@@ -63,11 +63,11 @@ def saved_share(outline: Outline, layer: Layer, rung: Rung, budget: Budget, cont
     if budget.what == "measured":
         raise PlanError(f"budget `{budget}` times layers, and rungs are told by bytes: use decode, kv or params")
     weights, cache = {"params": (1, 0), "kv": (0, 1), "decode": (1, 1)}[budget.what]
-    whole = weights * outline.parameters + cache * context * outline.kv_per_token()
+    whole = weights * outline.parameters + cache * outline.kv_at(context)
     if not whole:
         raise PlanError(f"budget `{budget}` counts the KV cache, and this model has none; use params:-20%")
     branch, owned = outline.branch(layer), outline.dropped_parameters([layer])
-    freed = cache * branch.kv * (context - rung.held(context))
+    freed = cache * branch.kv * max(0, branch.held(context) - rung.held(context))
     left = map_size if map_size and isinstance(rung, LinearMap) else rung.parameters(owned)
     return (weights * (owned - left) + freed) / whole
 

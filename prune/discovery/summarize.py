@@ -29,21 +29,23 @@ def summarize(model: nn.Module, architecture: Architecture) -> Outline:
     return Outline(stacks=stacks, parameters=sum(p.numel() for p in model.parameters()), autos=autos)
 
 
-def _stack(model: nn.Module, stack: Stack, kv: dict[int, int], fixed: int) -> StackOutline:
+def _stack(model: nn.Module, stack: Stack, kv: dict[int, tuple[int, int | None]], fixed: int) -> StackOutline:
     caches = _caches(model, stack)
     groups: dict[tuple, list[int]] = defaultdict(list)
     samples: dict[tuple, dict[str, Any]] = {}
     for block in stack.blocks:
         for branch in block.branches:
             entries = range(block.index * caches, (block.index + 1) * caches) if branch.kind == "attn" else ()
-            cache = sum(kv.get(entry, 0) for entry in entries)
+            held = [kv[entry] for entry in entries if entry in kv]
+            cache, window = sum(elements for elements, _ in held), max((w for _, w in held if w), default=None)
             fields = {
                 "kind": branch.kind,
                 "modules": branch.modules,
                 "parameters": branch_parameters(model, block, branch),
                 "kv": cache,
+                "window": window if all(w for _, w in held) else None,
             }
-            key = (branch.kind, repr(branch.modules), fields["parameters"], cache)
+            key = (branch.kind, repr(branch.modules), fields["parameters"], cache, fields["window"])
             groups[key].append(block.index)
             samples[key] = fields
     branches = [BranchOutline(blocks=blocks, **samples[key]) for key, blocks in groups.items()]
@@ -113,8 +115,11 @@ def _counted(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() for p in {id(p): p for p in parameters}.values())
 
 
-def _cache_elements(model: nn.Module, architecture: Architecture) -> dict[int, int]:
-    """Cache elements per token of each entry, read off the cache of a tiny forward pass; none where that fails."""
+def _cache_elements(model: nn.Module, architecture: Architecture) -> dict[int, tuple[int, int | None]]:
+    """Cache elements per token of each entry, and its sliding window, off the cache of a tiny forward pass.
+
+    None where that fails.
+    """
     inputs = sample_inputs(model)
     if "input_ids" not in inputs:
         return {}
@@ -125,8 +130,9 @@ def _cache_elements(model: nn.Module, architecture: Architecture) -> dict[int, i
         return {}
     tokens = inputs["input_ids"].numel()
     cache = getattr(cache, "self_attention_cache", cache)
-    elements = {}
+    found = {}
     for index, layer in enumerate(getattr(cache, "layers", [])):
         held = [getattr(layer, name, None) for name in ("keys", "values")]
-        elements[index] = sum(t.numel() for t in held if isinstance(t, torch.Tensor)) // tokens
-    return elements
+        elements = sum(t.numel() for t in held if isinstance(t, torch.Tensor)) // tokens
+        found[index] = elements, getattr(layer, "sliding_window", None)
+    return found

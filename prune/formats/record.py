@@ -66,8 +66,9 @@ def provenance(plan: Plan, block_map: BlockMap, copied: CopyReport, format: str)
     before = _sizes(saved.parameters, copied.bytes_before, saved.kv * width)
     after = _sizes(saved.parameters_after, copied.bytes_after, saved.kv_after * width)
     if plan.windows:
-        before |= {KV_AT: round(saved.kv * CONTEXT * width)}
-        after |= {KV_AT: round(saved.kv * CONTEXT * plan.kv_share(CONTEXT) * width)}
+        cached = plan.outline.kv_at(CONTEXT) * width
+        before |= {KV_AT: round(cached)}
+        after |= {KV_AT: round(cached * plan.kv_share(CONTEXT))}
     record = {
         "schema": 1,
         "artifact": "dropformer",

@@ -139,3 +139,16 @@ def test_a_round_puts_each_layer_back_and_keeps_the_better_plan():
 
     found = {layer.index for layer in searched(search, weigh)}
     assert 2 in found and len(found) == 2 and len(search.history) == 2 and search.kl < search.history[0]
+
+
+def test_a_familys_own_windows_count_as_what_they_hold(tiny):
+    """At 64 tokens three layers of 16 and one of 64 hold 112, and a window of 6 + 2 in that one saves 56 of them."""
+    kinds = ["sliding_attention"] * 3 + ["full_attention"]
+    model = tiny("gemma3_text", layer_types=kinds, sliding_window=16, max_position_embeddings=200)
+    outline, own = api.outline(model), Layer("attn", 3)
+    kv = outline.branch(own).kv
+    assert outline.kv_at(64) == 112 * kv and outline.kv_at(4) == 16 * kv and outline.kv_per_token() == 4 * kv
+    assert saved_share(outline, own, WINDOW, parse_budget("kv:-50%"), 64) == pytest.approx(56 / 112)
+    assert saved_share(outline, Layer("attn", 0), DROP, parse_budget("kv:-50%"), 64) == pytest.approx(16 / 112)
+    plan = api.plan_unscored(ModelRef(name="tiny"), outline, "window=3@6+2,attn=0", (), None)
+    assert plan.kv_share(64) == pytest.approx((112 - 56 - 16) / 112)
