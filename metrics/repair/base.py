@@ -153,10 +153,8 @@ class Repair:
     @property
     def cost(self) -> str:
         """The cost of selection and repair as a line."""
-        return (
-            f"choosing and repairing took {self.passes:.1f} forward passes over the calibration windows and at most "
-            f"{shown(self.extra_bytes)} beside the model"
-        )
+        beside = f" and at most {shown(self.extra_bytes)} beside the model" if self.extra_bytes else ""
+        return f"choosing and repairing took {self.passes:.1f} forward passes over the calibration windows{beside}"
 
     def named(self, outline: Outline, block_map: BlockMap) -> dict[str, Tensor]:
         """The tensors by the pruned model's parameter names."""
