@@ -1,10 +1,10 @@
 """Blockwise distillation around each gap, in order of depth, so that the pruned stream follows the dense one.
 
-The dense and the pruned model run side by side, block by block, on the same windows.  A block that lost a branch, or
-precedes a gap, is trained to map its pruned input stream to the dense stream where the next kept branch reads it, so
-errors of earlier blocks do not compound.  Gradients stay within one block and reach what closed-form refits do not:
-experts, norms after a projection, and everything before the projection.  Puzzle (arXiv 2411.19146) also distils
-replaced layers one by one, on the dense stream.
+The dense and the pruned model run side by side, block by block, on the same windows.  A block that lost a branch,
+precedes a gap or follows a dropped block is trained to map its pruned input stream to the dense stream where the next
+kept branch reads it, so errors of earlier blocks do not compound.  Gradients stay within one block and reach what
+closed-form refits do not: experts, norms after a projection, and everything before the projection.  Puzzle (arXiv
+2411.19146) also distils replaced layers one by one, on the dense stream.
 """
 
 from __future__ import annotations
@@ -75,13 +75,14 @@ def aims(
 ) -> dict[int, StreamSite]:
     """Block to train -> its target site in the dense stream, by depth.
 
-    Trained are blocks that lost some of their branches, blocks before a gap, and `touched` ones.  Example, attention 5
-    and all of block 8 dropped: the target of block 4 is after attention 5, of block 5 after block 5, of block 7 after
-    block 8.
+    Trained are blocks that lost some of their branches, blocks before a gap, those behind a whole block's, and
+    `touched` ones.  Example, attention 5 and all of block 8 dropped: the target of block 4 is after attention 5, of
+    block 5 after block 5, of block 7 after block 8, of block 9 after block 9.
     """
     places = sites(architecture, stack, dropped, ())
     found = {site.block: target(places, n) for n, site in enumerate(places) if site.alive}  # a block's last one wins
     lost = {place.block for place in places if not place.alive} | set(touched)
+    lost |= {min(later) for gone in lost - found.keys() if (later := [block for block in found if block > gone])}
     return {block: aim for block, aim in found.items() if block in lost or aim.block != block}
 
 
