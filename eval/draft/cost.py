@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -76,29 +76,33 @@ class MeasuredSteps:
 def measured_steps(
     models: tuple[PreTrainedModel, PreTrainedModel, Sequence[int]], ids: Tensor, cache: Cache, drafted: int
 ) -> MeasuredSteps:
-    """Time the steps after the dense model's cache of `ids` [1, T], interleaved, after one warm-up.
+    """Time dense steps and rounds of a draft after the dense model's cache of `ids` [1, T], in turn, after one warm-up.
 
+    Each cache owns its memory and is cut back after a step, as in a run: a step that grows a cache which something
+    else holds too takes new memory from the system every time, which costs as much again.
     models: dense, draft, and the draft's sources as `view_of` takes them.
     """
     dense, draft, sources = models
     length, clock = ids.shape[1] - drafted - 1, Clock(gpus_of(dense))
-    took: dict[str, list[float]] = {"dense": [], "draft": [], "verify": [], "view": []}
+    took: dict[str, list[float]] = {"dense": [], "view": [], "draft": [], "verify": []}
+    alone, behind = (shortened(cache, length) for _ in range(2))
+    for past in (alone, behind):
+        past.activate_past_recording()
+
+    def read(model: PreTrainedModel, past: Cache, start: int, end: int) -> None:
+        model(input_ids=ids[:, start:end], past_key_values=past, use_cache=True)
+
     for turn in range(REPEATS + 1):
-        behind = shortened(cache, length)
-        view, making = clock.timed(partial(view_of, behind, draft, sources))
-        calls: dict[str, Callable] = {}
-        if turn:
-            took["view"].append(making.wall)
-        for name, model, past, count in (
-            ("dense", dense, behind, 1),
-            ("draft", draft, view, 1),
-            ("verify", dense, shortened(cache, length), drafted + 1),
-        ):
-            new = ids[:, length : length + count]
-            calls[name] = lambda m=model, x=new, past=past: m(input_ids=x, past_key_values=past, use_cache=True)
-        for name, call in calls.items():
-            with grouped_queries():  # as `speculation` runs them
-                _, found = clock.timed(call)
-            if turn:
-                took[name].append(found.wall)
+        with grouped_queries():  # as `speculation` runs them
+            found = {"dense": clock.timed(partial(read, dense, alone, length, length + 1))[1].wall}
+            view, making = clock.timed(partial(view_of, behind, draft, sources))
+            steps = [
+                clock.timed(partial(read, draft, view, at, at + 1))[1].wall for at in range(length, length + drafted)
+            ]
+            found |= {"view": making.wall, "draft": statistics.mean(steps)}
+            found["verify"] = clock.timed(partial(read, dense, behind, length, length + drafted + 1))[1].wall
+        alone.crop(-1)
+        behind.crop(-drafted - 1)
+        for name, seconds in found.items() if turn else ():
+            took[name].append(seconds)
     return MeasuredSteps(**{name: statistics.median(values) for name, values in took.items()})
