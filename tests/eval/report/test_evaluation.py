@@ -90,7 +90,7 @@ def test_a_cliff_is_said_with_where_it_lies(found):
 
 def test_the_page_stands_alone(found):
     page = html(found)
-    assert "http" not in page.split("<body", 1)[1] and "streamed" in page
+    assert "://" not in page.split("<body", 1)[1] and "streamed" in page
 
 
 def test_the_page_has_the_pictures_and_tables_of_what_was_measured(found):
