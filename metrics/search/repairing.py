@@ -70,6 +70,8 @@ def repaired(
                 improver.tell(str(gates[-1]))
             if gate is None or gates[-1].passed:
                 changes = tried
+                if REPAIRS[name].afresh:  # what closed forms could not repair is repaired
+                    missed = [(layer, why) for layer, why in missed if layer.startswith(f"{name}: ")]
     repair = Repair(changes.tensors, changes.maps, tuple(gates), tuple(missed), improver.work.passes)
     return repair, variant(improver.model, improver.architecture, dropped, changes)
 

@@ -18,6 +18,7 @@ def test_where_no_projection_is_before_the_gap_blocks_are_distilled(improver, fa
     repair, said = told(improver, "best", ["attn:2"], family=family)
     assert any(line.startswith("no projection before a gap to refit (mlp:1), so blocks are distilled") for line in said)
     assert any(line.startswith("distill: block 1") for line in said) and not any("refit-all" in line for line in said)
+    assert not repair.unrepaired
     projections = {name for name, tensor in repair.tensors.items() if tensor.ndim >= 2}
     assert {"1", "2"} <= {name.split(".")[2] for name in projections}
 
