@@ -59,10 +59,8 @@ def rows(given: argparse.Namespace, context: int, prompts: int, count: int) -> l
 def static_step(text: DenseText) -> float:
     """The median time of a dense step behind a static cache of a text, over one behind transformers' growing cache."""
     model, length = text.model, text.rows[0].shape[1] - REPEATS - 1
-    growing, static = (
-        shortened(text.kept[0][0], length),
-        StaticCache(config=model.config, max_cache_len=length + REPEATS),
-    )
+    growing = shortened(text.kept[0][0], length)
+    static = StaticCache(config=model.config, max_cache_len=length + REPEATS)
     for index, entry in enumerate(growing.layers):
         static.update(entry.keys, entry.values, index)
     took: dict[str, list[float]] = {"growing": [], "static": []}

@@ -143,8 +143,7 @@ class Outline(FrozenRecord):
 
     def kv_per_token(self, dropped: Iterable[Layer] = ()) -> int:
         """Cache elements that one token costs, over all stacks, without the dropped layers."""
-        total = sum(branch.kv * len(branch.blocks) for stack in self.stacks for branch in stack.branches)
-        return total - sum(self.branch(layer).kv for layer in self.branch_layers(dropped))
+        return self.kv_at(1, dropped)
 
     def kv_at(self, context: int, dropped: Iterable[Layer] = ()) -> int:
         """Cache elements of a sequence of `context` tokens; a layer with a sliding window holds no more than that."""

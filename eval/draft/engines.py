@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dropformer.prune.engines.facts import read_facts
 from dropformer.prune.engines.llamacpp import ANY_LAYER
@@ -14,11 +16,11 @@ from dropformer.prune.plan import Plan
 
 def engine_lines(model: str, folder: Path, plan: Plan, tokens: int) -> list[str]:
     """A line for each engine.  model: as for `--model`; folder: the draft's checkpoint; tokens: drafted at a time."""
-    return [_vllm(model, folder, plan, tokens), _llamacpp(model, folder, tokens)]
-
-
-def _vllm(model: str, folder: Path, plan: Plan, tokens: int) -> str:
     answers = engines(folder)["engines"]
+    return [_vllm(answers, model, folder, plan, tokens), _llamacpp(answers["llama.cpp"], model, folder, tokens)]
+
+
+def _vllm(answers: Mapping[str, Any], model: str, folder: Path, plan: Plan, tokens: int) -> str:
     if not answers["vllm-plugin"]["loads"]:
         return f"vLLM: not with this draft: {answers['vllm-plugin']['why']}"
     beside = "" if answers["vllm"]["loads"] else " with dropformer installed"
@@ -26,8 +28,8 @@ def _vllm(model: str, folder: Path, plan: Plan, tokens: int) -> str:
     return f"vLLM{beside}: vllm serve {_served(model, plan)} --speculative-config {shlex.quote(config)}"
 
 
-def _llamacpp(model: str, folder: Path, tokens: int) -> str:
-    answer, facts = engines(folder)["engines"]["llama.cpp"], read_facts(folder)
+def _llamacpp(answer: Mapping[str, Any], model: str, folder: Path, tokens: int) -> str:
+    facts = read_facts(folder)
     dense = shlex.quote(model) if Path(model).expanduser().is_file() else "MODEL.gguf"
     made = answer["command"]
     if facts.family in ANY_LAYER and facts.lacks_alone and not facts.stock:

@@ -37,13 +37,13 @@ def _stack(model: nn.Module, stack: Stack, kv: dict[int, tuple[int, int | None]]
         for branch in block.branches:
             entries = range(block.index * caches, (block.index + 1) * caches) if branch.kind == "attn" else ()
             held = [kv[entry] for entry in entries if entry in kv]
-            cache, window = sum(elements for elements, _ in held), max((w for _, w in held if w), default=None)
+            cache, windows = sum(elements for elements, _ in held), [window for _, window in held if window]
             fields = {
                 "kind": branch.kind,
                 "modules": branch.modules,
                 "parameters": branch_parameters(model, block, branch),
                 "kv": cache,
-                "window": window if all(w for _, w in held) else None,
+                "window": max(windows) if windows and len(windows) == len(held) else None,
             }
             key = (branch.kind, repr(branch.modules), fields["parameters"], cache, fields["window"])
             groups[key].append(block.index)
