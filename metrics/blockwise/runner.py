@@ -26,7 +26,7 @@ from dropformer.prune.discovery.trace import outputs_of
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.loading.device import hooks_of
 from dropformer.prune.loading.parts import replaced
-from dropformer.prune.loading.skipped_modules import Skipped
+from dropformer.prune.loading.skipped_modules import stand_in
 
 SIMILARITY = "use --metric similarity with --select one-shot and no --repair"
 
@@ -74,7 +74,7 @@ class BlockRunner:
         """Tokens of each batch that a fit counts, [B, T] bool (None: all)."""
         self.work = work or Work(len(self.blocks), self.tokens)
         self.work.measure(model, [block.path for block in self.blocks])
-        self._passing = {block.path: Skipped(block.form) for block in self.blocks}
+        self._passing = {block.path: stand_in(model.get_submodule(block.path), block.form) for block in self.blocks}
         with torch.no_grad():
             self._calls = [self._record(batch) for batch in self.batches]
         if any(len(calls) != len(self.blocks) for calls in self._calls):
@@ -96,6 +96,11 @@ class BlockRunner:
     @property
     def tokens(self) -> int:
         return sum(batch["input_ids"].numel() for batch in self.batches if "input_ids" in batch) or 1
+
+    def real(self, batch: int) -> Tensor | None:
+        """The attention mask of a batch, [B, T], 0 at padding; None without one."""
+        mask = self.batches[batch].get("attention_mask")
+        return mask if mask is not None and mask.ndim == 2 else None
 
     def start(self, batch: int) -> Tensor:
         """The input stream of the first block, [B, T, D]."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.loading.device import OVERRIDES
-from dropformer.prune.loading.skipped_modules import Skipped, replacement
+from dropformer.prune.loading.skipped_modules import stand_in
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Variant:
         )
         for path, form in self.mapped.items():
             if path.startswith(below):
-                found[path] = replacement(form).to(device_of(self.model, path))
+                found[path] = stand_in(self.model.get_submodule(path), form).to(device_of(self.model, path))
         values: dict[str, dict[str, Tensor]] = {}
         inside = tuple(f"{path}." for path in self.dropped)  # a dropped module has no parameters
         for name, tensor in self.tensors.items():
@@ -104,7 +104,7 @@ def variant(
 
 def skipped_at(model: nn.Module, forms: Mapping[str, Any]) -> dict[str, nn.Module]:
     """Module path -> its replacement once it is dropped."""
-    return {path: Skipped(form).keep(model.get_submodule(path)) for path, form in forms.items()}
+    return {path: stand_in(model.get_submodule(path), form) for path, form in forms.items()}
 
 
 def dropped_forms(architecture: Architecture, layers: Iterable[Layer]) -> dict[str, Any]:

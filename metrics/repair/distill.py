@@ -174,7 +174,7 @@ class Lesson:
     def loss(self, batch: int) -> Tensor:
         """The squared error of the block's output relative to the target, tokens weighted as in a refit."""
         given = run_block(self.runner, self.block, self.module, batch, self.streams[batch]).float()
-        masks = padding(self.runner.batches[batch]), self.runner.counted[batch]
+        masks = self.runner.counted[batch], self.runner.real(batch)
         return relative_error(given, self.goals[batch].to(given.device), *masks)
 
     def error(self, batches: Sequence[int]) -> float:
@@ -205,19 +205,11 @@ def scaled_adam(parameters: Iterable[nn.Parameter], rate: float, floor: float) -
     return torch.optim.Adam(groups, betas=(0.9, 0.95))
 
 
-def relative_error(given: Tensor, goal: Tensor, real: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
-    """E w|x - y|^2 / E w|y|^2 for streams x, y [B, T, D], w: `token_weights` of y, 0 for padding."""
-    weight = token_weights(goal, counted)
-    if real is not None:
-        weight = weight * real.to(weight)
+def relative_error(given: Tensor, goal: Tensor, counted: Tensor | None = None, real: Tensor | None = None) -> Tensor:
+    """E w|x - y|^2 / E w|y|^2 for streams x, y [B, T, D], w: `token_weights` of y."""
+    weight = token_weights(goal, counted, real)
     goal = goal.float()
     return (weight * (given - goal).square().sum(-1)).sum() / (weight * goal.square().sum(-1)).sum()
-
-
-def padding(inputs: Mapping[str, Tensor]) -> Tensor | None:
-    """The attention mask [B, T], 0 at padding; None without one."""
-    mask = inputs.get("attention_mask")
-    return mask if mask is not None and mask.ndim == 2 else None
 
 
 def run_block(runner: BlockRunner, block: int, module: nn.Module, batch: int, stream: Tensor) -> Tensor:

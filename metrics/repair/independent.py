@@ -99,7 +99,7 @@ class IndependentRefit:
         outputs = {layer: self.outputs[layer] for layer in lost}
         found = observe(self.runner, block, batch, stream, slots, outputs)
         for one in opened:
-            one.note(found, self.runner.keeper.keep, self.runner.counted[batch])
+            one.note(found, self.runner, batch)
         return found.stream
 
     def _close(self, done: _Open) -> None:
@@ -126,22 +126,23 @@ class _Open:
         self._added: list[dict[int, Tensor]] = []
         self._at: dict[Layer, int] = {}
 
-    def note(self, found: Observation, keep: Callable[[Tensor], Tensor], counted: Tensor | None = None) -> None:
-        """Add one batch's observation; batches come in the same order in every block.  `counted`: tokens of the fit."""
+    def note(self, found: Observation, runner: BlockRunner, batch: int) -> None:
+        """Add one batch's observation; batches come in the same order in every block."""
+        keep = runner.keeper.keep
         slot = self.target.slot
         if slot.path in found.features:
             z = found.features[slot.path]
             self.constant = self.constant or float(z.float().square().mean().sqrt())
             self._z.append(keep(z))
-            self._weights.append(token_weights(found.after[slot.layer], counted))
+            self._weights.append(token_weights(found.after[slot.layer], runner.counted[batch], runner.real(batch)))
             self._added.append({})
         for layer in [layer for unit in self.target.units for layer in unit if layer in found.added]:
-            batch = self._at.get(layer, 0)
-            self._at[layer] = batch + 1
+            place = self._at.get(layer, 0)
+            self._at[layer] = place + 1
             for i in [i for i, unit in enumerate(self.target.units) if layer in unit]:
-                so_far = self._added[batch].get(i)
+                so_far = self._added[place].get(i)
                 added = found.added[layer]
-                self._added[batch][i] = keep(added if so_far is None else so_far.to(added.device) + added)
+                self._added[place][i] = keep(added if so_far is None else so_far.to(added.device) + added)
 
     def sums(self, groups: Sequence[Group]) -> dict[Group, MomentSums]:
         """The moments of each group; held tensors are released on the way."""

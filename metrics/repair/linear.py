@@ -20,6 +20,9 @@ from dropformer.prune.architecture import Architecture, Layer, has_zeros
 from dropformer.prune.loading.skipped_modules import replacement
 
 
+UNMAPPED = "it adds its output to the stream itself, so that no linear map can stand in its place"
+
+
 def linear_forms(model: nn.Module, architecture: Architecture, layer: Layer, width: int) -> dict[str, Any]:
     """Module path -> form for one attention layer that is replaced by a linear map of width x width.
 
@@ -53,6 +56,11 @@ def fit_maps(context: RepairContext) -> Changes:
     return _changes(context.dropped, context, _fitted(context, context.dropped))
 
 
+def mappable(architecture: Architecture, layer: Layer) -> bool:
+    """Is there a module whose output a map can take the place of?  Not in BLOOM, whose attention adds the stream."""
+    return any(has_zeros(form) for form in architecture.branches(layer)[0].modules.values())
+
+
 def foresee_maps(context: RepairContext, candidates: Sequence[Layer], count: int) -> Foresight:
     """A map for every attention layer among the candidates, from one dense pass."""
     known = _fitted(context, candidates)
@@ -60,7 +68,7 @@ def foresee_maps(context: RepairContext, candidates: Sequence[Layer], count: int
 
 
 def _fitted(context: RepairContext, layers: Iterable[Layer]) -> Fits:
-    targets = [map_target(context, layer) for layer in layers if layer.kind == "attn"]
+    targets = [map_target(context, layer) for layer in _attention(layers) if mappable(context.architecture, layer)]
     return fitted(context, targets, "linear")
 
 
@@ -77,14 +85,22 @@ def map_target(context: RepairContext, layer: Layer) -> RefitTarget:
 def _changes(layers: Sequence[Layer], context: RepairContext, known: Fits) -> Changes:
     tensors: dict[str, Tensor] = {}
     maps: dict[Layer, dict[str, Any]] = {}
-    for layer in (layer for layer in layers if layer.kind == "attn"):
+    unmapped: list[Layer] = []
+    for layer in _attention(layers):
+        if not mappable(context.architecture, layer):
+            unmapped.append(layer)
+            continue
         prefix = context.architecture.block(layer).path + "."
         forms, path = _map_of(context, layer)
         zeros = replacement(forms[path]).to(context.runner.start(0).dtype)
         tensors |= {f"{path}.{name}": p.detach() for name, p in zeros.named_parameters()}
         tensors |= known[path, frozenset([layer])].tensors
         maps[layer] = {name.removeprefix(prefix): form for name, form in forms.items()}
-    return Changes(tensors, maps)
+    return Changes(tensors, maps, tuple((str(layer), UNMAPPED) for layer in unmapped))
+
+
+def _attention(layers: Iterable[Layer]) -> list[Layer]:
+    return [layer for layer in layers if layer.kind == "attn"]
 
 
 def _map_of(context: RepairContext, layer: Layer) -> tuple[dict[str, Any], str]:

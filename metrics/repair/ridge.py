@@ -245,25 +245,28 @@ def _validated(
     return found
 
 
-def token_weights(stream: Tensor, counted: Tensor | None = None, share: float = 0.1) -> Tensor:
+def token_weights(
+    stream: Tensor, counted: Tensor | None = None, real: Tensor | None = None, share: float = 0.1
+) -> Tensor:
     """The weight of each token in a fit, [B, T] from the stream [B, T, D]; a window's sum to its number of tokens.
 
     `counted` [B, T] bool: tokens that count; others have weight 0, except attention sinks, which the counted tokens
-    attend to, and a window's weights sum to its counted tokens.  The weight is the inverse square of the stream's norm,
+    attend to, and a window's weights sum to its counted tokens.  `real` [B, T]: 0 at padding, which has weight 0 and
+    is no part of a median; the first token is the first that is no padding.  The weight is the inverse square of the stream's norm,
     since a norm follows, so that errors are relative.  Attention sinks (the first token, and any with 4 times the
     window's median norm) have huge norms and are few, but all later tokens attend to them: together they weigh
     `share`.  Without it a fit may break them (measured: perplexity 3.0 times dense instead of 1.4, in LOG.md).
     """
     size = stream.float().norm(dim=-1)
-    median = size.median(-1, keepdim=True).values
-    sink = size > 4 * median
-    sink[..., 0] = True
+    inside = torch.ones_like(size, dtype=torch.bool) if real is None else real.to(size.device).bool()
+    median = size.masked_fill(~inside, torch.nan).nanmedian(-1, keepdim=True).values
+    sink = inside & ((size > 4 * median) | (inside.cumsum(-1) == 1))
     least = (1e-3 * median).clamp_min(1e-15)  # a token without an embedding may start at zero
     inverse = size.maximum(least).square().reciprocal()
     weights = torch.zeros_like(size)
-    usual = ~sink if counted is None else ~sink & counted.to(sink.device)
-    total = size.shape[-1] if counted is None else counted.to(size).sum(-1, keepdim=True)
-    for chosen, part in ((usual, 1 - share), (sink, share)):
-        inside = torch.where(chosen, inverse, 0.0)
-        weights += part * total * inside / inside.sum(-1, keepdim=True).clamp_min(1e-30)
+    counts = inside if counted is None else inside & counted.to(inside.device)
+    total = counts.to(size).sum(-1, keepdim=True)
+    for chosen, part in ((counts & ~sink, 1 - share), (sink, share)):
+        some = torch.where(chosen, inverse, 0.0)
+        weights += part * total * some / some.sum(-1, keepdim=True).clamp_min(1e-30)
     return weights

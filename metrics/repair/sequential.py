@@ -158,7 +158,8 @@ class SequentialRefit:
                 lost = (goal.float() - after.float()) / slot.scale
                 kind = MomentSums if slot.kind == "linear" else ChannelSums
                 group = sums.setdefault(self.groups[batch], kind())
-                group.add(inputs_of(slot, module, z, constant), [lost], token_weights(goal, self.runner.counted[batch]))
+                weights = token_weights(goal, self.runner.counted[batch], self.runner.real(batch))
+                group.add(inputs_of(slot, module, z, constant), [lost], weights)
                 if not later and torch.equal(after, found.stream):
                     ends.append((self.runner.keeper.keep(z), self.runner.keeper.keep(after)))
             one = fit(sums, penalties=self.penalties, start=self._near(slot))[0]

@@ -20,7 +20,7 @@ from dropformer.metrics.blockwise.work import Work
 from dropformer.metrics.calibration.windows import Windows, named_texts
 from dropformer.metrics.offload.keeper import Keeper
 from dropformer.metrics.repair.base import Foresight, Repair, RepairContext
-from dropformer.metrics.repair.linear import fit_maps
+from dropformer.metrics.repair.linear import UNMAPPED, fit_maps, mappable
 from dropformer.metrics.repair.registry import REPAIRS
 from dropformer.metrics.repair.slots import branch_outputs
 from dropformer.metrics.search.budget import parse_budget
@@ -35,7 +35,7 @@ from dropformer.prune.architecture import Architecture, Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.choosing import choose_forms, unprotected
 from dropformer.prune.discovery.summarize import summarize
-from dropformer.prune.errors import ModelError, PlanError
+from dropformer.prune.errors import ArchitectureError, ModelError, PlanError
 from dropformer.prune.loading.parts import evaluating
 from dropformer.prune.outline import Outline
 from dropformer.prune.plan import Plan, make_plan
@@ -243,7 +243,13 @@ class Improver:
         return Greedily(self.quality.width, self.cost.ahead if together else None)
 
     def maps(self, layers: Sequence[Layer]) -> Changes:
-        """A linear map for each attention layer.  Time: a dense pass up to the last one that was not fitted before."""
+        """A linear map for each attention layer.  Time: a dense pass up to the last one that was not fitted before.
+
+        Raises ArchitectureError for a layer in whose place there can be none.
+        """
+        for layer in layers:
+            if not mappable(self.architecture, layer):
+                raise ArchitectureError(f"{layer} cannot become linear: {UNMAPPED}; drop it or give it a window")
         with evaluating(self.model):
             return fit_maps(self.context(layers)) if layers else Changes()
 

@@ -56,7 +56,7 @@ def repaired(
     gate = _gating(improver, other, dropped) if other is not None and improver.quality.repair else None
     with evaluating(improver.model):
         for name in _repairs(improver, improver.context(dropped, changes)):
-            base = changes.without(_norms(improver)) if REPAIRS[name].afresh else changes
+            base = changes.without(_norms(improver) - _mapped(improver, changes)) if REPAIRS[name].afresh else changes
             new: Changes = REPAIRS[name].method()(improver.context(dropped, base))
             for line in reasons(new.unrepaired):
                 improver.tell(f"{name}: {line}")
@@ -88,6 +88,12 @@ def _repairs(improver: Repaired, context: RepairContext) -> tuple[str, ...]:
 
 def _norms(improver: Repaired) -> set[str]:
     return {output.slot.path for output in improver.outputs.values() if output.slot and output.slot.kind == "norm"}
+
+
+def _mapped(improver: Repaired, changes: Changes) -> set[str]:
+    """Paths of modules whose parameters are a map's: in a sandwich, the norm behind the attention layer."""
+    forms = changes.maps.items()
+    return {f"{improver.architecture.block(layer).path}.{name}" for layer, inside in forms for name in inside}
 
 
 def _gating(improver: Repaired, other: Windows, dropped: Sequence[Layer]) -> Gating:

@@ -18,7 +18,7 @@ from dropformer.prune.discovery.dataflow import Flow, Term
 from dropformer.prune.discovery.trace import outputs_of
 from dropformer.prune.loading.device import is_offloaded
 from dropformer.prune.loading.parts import evaluating, replaced
-from dropformer.prune.loading.skipped_modules import Skipped, keep_settings
+from dropformer.prune.loading.skipped_modules import stand_in
 
 
 @contextmanager
@@ -50,16 +50,8 @@ class _OnMeta(TorchDispatchMode):
 @contextmanager
 def skipped(model: nn.Module, block: str, modules: Mapping[str, Any]) -> Iterator[None]:
     """Inside the `with`, these modules of a block are `Skipped`; the model's own are restored on exit."""
-    with replaced(model, {f"{block}.{name}": _skip(model, f"{block}.{name}", form) for name, form in modules.items()}):
+    with replaced(model, {f"{block}.{name}": stand_in(model.get_submodule(f"{block}.{name}"), form) for name, form in modules.items()}):
         yield
-
-
-def _skip(model: nn.Module, path: str, form: Any) -> Skipped:
-    """The module that takes the place of the one at a path."""
-    old = model.get_submodule(path)
-    new = Skipped(form).keep(old)
-    keep_settings(old, new)
-    return new
 
 
 @contextmanager

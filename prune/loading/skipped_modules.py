@@ -94,6 +94,13 @@ def replacement(form: Any) -> Skipped:
     return LinearReplacement(form) if isinstance(form, dict) and "linear" in form else Skipped(form)
 
 
+def stand_in(old: nn.Module, form: Any) -> Skipped:
+    """The module that a form describes, with the settings and the norm of the one that it replaces."""
+    new = replacement(form)
+    keep_settings(old, new.keep(old))
+    return new
+
+
 def hidden_states(args: tuple, kwargs: dict) -> torch.Tensor:
     """The hidden states among a module's inputs: named so, or the first tensor."""
     if isinstance(kwargs.get("hidden_states"), torch.Tensor):

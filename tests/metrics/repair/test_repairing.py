@@ -4,6 +4,7 @@ import pytest
 
 from dropformer.metrics.search.strategy import quality
 from dropformer.prune.architecture import Layer
+from dropformer.prune.errors import ArchitectureError
 
 
 def told(improver, name, layers, **settings):
@@ -45,3 +46,28 @@ def test_distillation_starts_with_norms_as_they_were(improver):
     assert all((repair.tensors[name] == tensor).all() for name, tensor in want.tensors.items())
     scaled, _ = improver(quality(repair="refit-all"), family="gemma3_text").repair([Layer("attn", 2)])
     assert scaled.tensors.keys() - want.tensors.keys()
+
+
+def test_distillation_keeps_a_map_that_stands_where_a_norm_was(improver):
+    layer = Layer("attn", 1)
+    repair, _ = improver(quality(repair="linear,distill"), family="gemma3_text").repair([layer])
+    path = "model.layers.1.post_attention_layernorm"
+    assert layer in repair.mapped and repair.tensors[f"{path}.weight"].ndim == 2
+    assert repair.tensors[f"{path}.weight"].abs().max() > 0 and repair.tensors[f"{path}.bias"].abs().max() > 0
+
+
+def test_a_layer_that_adds_the_stream_itself_takes_no_map_and_that_is_said(improver):
+    layer, found = Layer("attn", 1), improver(quality(repair="linear"), family="bloom")
+    repair, _ = found.repair([layer])
+    assert not repair.mapped and [name for name, _ in repair.unrepaired] == ["linear: attn:1"]
+    with pytest.raises(ArchitectureError, match="attn:1 cannot become linear"):
+        found.maps([layer])
+
+
+@pytest.mark.parametrize("name", ["best", "healed"])
+def test_a_block_that_its_model_asks_for_settings_is_passed_by_in_searches_too(improver, name):
+    """Nemotron-H reads `block_type` of each block before it runs it."""
+    found = improver(quality(name), family="nemotron_h")
+    layer = next(layer for layer in found.outputs if layer.kind == "attn")
+    repair, variant = found.repair([layer])
+    assert variant.dropped and (repair.tensors or repair.unrepaired)

@@ -66,6 +66,23 @@ def test_sinks_weigh_their_share_and_no_more():
     assert float(weights[:, 0].sum()) == pytest.approx(10, rel=1e-4)
 
 
+@pytest.mark.parametrize("before", [0, 30])
+def test_padding_on_either_side_changes_no_weight_and_has_none(before):
+    draw = torch.Generator().manual_seed(0)
+    stream = torch.randn(2, 20, 8, generator=draw)
+    stream[:, 7] *= 100  # a sink
+    counted = torch.rand(2, 20, generator=draw) > 0.3
+    padded, inside = torch.full((2, 60, 8), 50.0), torch.zeros(2, 60, dtype=torch.bool)
+    counts = inside.clone()
+    place = slice(before, before + 20)
+    padded[:, place], inside[:, place], counts[:, place] = stream, True, counted
+
+    weights = token_weights(padded, counts, inside)
+
+    assert torch.allclose(weights[:, place], token_weights(stream, counted))
+    assert weights[~inside].abs().max() == 0
+
+
 def test_a_huge_input_does_not_make_the_penalty_of_the_others_huge():
     draw = torch.Generator().manual_seed(0)
     z, huge = torch.randn(200, 3, generator=draw), torch.randn(200, 1, generator=draw) * 1e4
