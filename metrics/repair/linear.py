@@ -19,7 +19,6 @@ from dropformer.metrics.repair.slots import OutputProjection
 from dropformer.prune.architecture import Architecture, Layer, has_zeros
 from dropformer.prune.loading.skipped_modules import replacement
 
-
 UNMAPPED = "it adds its output to the stream itself, so that no linear map can stand in its place"
 
 

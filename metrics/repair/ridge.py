@@ -252,10 +252,10 @@ def token_weights(
 
     `counted` [B, T] bool: tokens that count; others have weight 0, except attention sinks, which the counted tokens
     attend to, and a window's weights sum to its counted tokens.  `real` [B, T]: 0 at padding, which has weight 0 and
-    is no part of a median; the first token is the first that is no padding.  The weight is the inverse square of the stream's norm,
-    since a norm follows, so that errors are relative.  Attention sinks (the first token, and any with 4 times the
-    window's median norm) have huge norms and are few, but all later tokens attend to them: together they weigh
-    `share`.  Without it a fit may break them (measured: perplexity 3.0 times dense instead of 1.4, in LOG.md).
+    is no part of a median.  The weight is the inverse square of the stream's norm, since a norm follows, so that
+    errors are relative.  Attention sinks (the first real token, and any with 4 times the window's median norm) have
+    huge norms and are few, but all later tokens attend to them: together they weigh `share`.  Without it a fit may
+    break them (measured: perplexity 3.0 times dense instead of 1.4, in LOG.md).
     """
     size = stream.float().norm(dim=-1)
     inside = torch.ones_like(size, dtype=torch.bool) if real is None else real.to(size.device).bool()

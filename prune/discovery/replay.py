@@ -50,7 +50,10 @@ class _OnMeta(TorchDispatchMode):
 @contextmanager
 def skipped(model: nn.Module, block: str, modules: Mapping[str, Any]) -> Iterator[None]:
     """Inside the `with`, these modules of a block are `Skipped`; the model's own are restored on exit."""
-    with replaced(model, {f"{block}.{name}": stand_in(model.get_submodule(f"{block}.{name}"), form) for name, form in modules.items()}):
+    with replaced(
+        model,
+        {f"{block}.{name}": stand_in(model.get_submodule(f"{block}.{name}"), form) for name, form in modules.items()},
+    ):
         yield
 
 
