@@ -185,9 +185,10 @@ def calibrated_on(opened: LoadedModel, request: Request, progress: Progress) -> 
     names = settings.name.split(",")
     if settings.samples < len(names):
         raise PlanError(f"{settings.samples} calibration windows are too few for {len(names)} texts; raise --samples")
-    each = settings.samples // len(names)
+    each, more = divmod(settings.samples, len(names))
+    parts = [replace(settings, name=name, samples=each + (n < more)) for n, name in enumerate(names)]
     pen = writer(opened, progress)
-    return [text_windows(replace(settings, name=name, samples=each), pen) for name in names]
+    return [text_windows(part, pen) for part in parts]
 
 
 def gate_windows(opened: LoadedModel, progress: Progress, name: str = GATE.name) -> Windows:

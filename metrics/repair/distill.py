@@ -132,7 +132,8 @@ class BlockDistillation:
         learned = trainable(module, self.context.model, path)
         lesson = Lesson(self.context.runner, block, module, streams, goals)
         fit_on = [b for b, group in enumerate(self.context.groups) if group is not None] or list(range(len(streams)))
-        validation = [b for b, group in enumerate(self.context.groups) if group is None] or fit_on
+        held = [b for b, group in enumerate(self.context.groups) if group is None]
+        validation = held or fit_on
         if not learned:
             self.missed["block", block] = "none of its parameters are its own floating-point numbers"
             return {}
@@ -147,7 +148,8 @@ class BlockDistillation:
             for name, p in learned.items():
                 p.copy_(kept[name])
         self.errors[block] = before, best
-        self.context.tell(f"distill: block {block}, error {before:.4f} -> {best:.4f} on validation windows")
+        where = "validation windows" if held else "the windows that it is trained on, as there are no others"
+        self.context.tell(f"distill: block {block}, error {before:.4f} -> {best:.4f} on {where}")
         if best >= before:
             return {}
         keep = self.context.runner.keeper.keep

@@ -77,10 +77,10 @@ def opened(tiny, windows):
 
 @pytest.fixture
 def improver(tiny, windows):
-    def made(quality, family="llama", dtype=torch.float32, **fields):
+    def made(quality, family="llama", dtype=torch.float32, rows=8, **fields):
         model = strengthen(tiny(family, **{**SIZES.get(family, {}), **fields})).to(dtype)
         ones = torch.ones_like(windows, dtype=torch.bool)
-        data = [Windows(part, ones[:4], ones[:4], REF) for part in (windows[:4], windows[4:])]
+        data = [Windows(part, ones[: len(part)], ones[: len(part)], REF) for part in windows[:rows].split(4)]
         return Improver(model, data, quality)
 
     return made

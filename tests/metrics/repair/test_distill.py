@@ -8,7 +8,7 @@ from dropformer.metrics.blockwise.variant import Changes
 from dropformer.metrics.repair.distill import Distilling, aims, fit_blocks
 from dropformer.metrics.repair.linear import fit_maps
 from dropformer.metrics.search.improve import Improver, improve
-from dropformer.metrics.search.strategy import Strategy, Target
+from dropformer.metrics.search.strategy import Strategy, Target, quality
 from dropformer.prune.architecture import Layer
 from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.discover import discover
@@ -89,6 +89,13 @@ def test_routers_are_left_alone(improver):
 def test_a_block_that_training_does_not_help_keeps_its_weights(improver):
     _, changes, said = distilled(improver, [Layer("attn", 1)], Distilling(rate=10.0, epochs=1))
     assert not changes.tensors and len(said) == 2 and all("on validation windows" in line for line in said)
+
+
+def test_it_says_where_a_window_has_no_other_to_be_validated_on(improver):
+    found, said = improver(quality(repair="distill"), rows=1), []
+    found.tell = said.append
+    found.repair([Layer("attn", 2)])
+    assert said and all("on the windows that it is trained on" in line for line in said if line.startswith("distill"))
 
 
 def test_maps_are_trained_further(improver):
