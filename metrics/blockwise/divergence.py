@@ -113,7 +113,7 @@ class DenseReference:
         try:
             with torch.inference_mode():
                 twice = self.runner.run(0, 0, torch.cat([self.streams[0][0]] * 2))
-        except (RuntimeError, ValueError, IndexError):  # the last from XLNet, whose windows are in the second dimension
+        except (RuntimeError, ValueError, IndexError):  # the last from XLNet: its second dimension is the batch
             return False
         dense = dense.to(twice.device)
         return max(float((half - dense).norm() / dense.norm()) for half in twice.split(len(dense))) <= exact
