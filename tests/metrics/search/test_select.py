@@ -69,7 +69,7 @@ def test_refining_the_worst_pair_never_makes_it_worse_and_finds_the_best(kl):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2", "qwen3_moe", "xlnet"])
 def test_candidates_measured_together_cost_what_they_cost_alone(tiny, ids, family):
-    """Whole blocks and a pair among them; by turns in BLOOM (biases count rows) and XLNet (streams begin with tokens)."""
+    """Whole blocks and a pair among them; by turns in BLOOM (biases count rows) and XLNet (tokens first)."""
     model = tiny(family, **SIZES.get(family, {}))
     with torch.no_grad():  # a random model's branches add almost nothing
         for name, p in model.named_parameters():
