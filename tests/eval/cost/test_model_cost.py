@@ -86,6 +86,14 @@ def test_a_window_bounds_what_a_layer_keeps_and_sees():
     assert long - short == 2 * 4 * 64 * 16
 
 
+def test_the_cost_is_the_same_inside_of_inference_mode():
+    kinds = ["sliding_attention", "full_attention"] * 2
+    model = build("gemma3_text", sliding_window=8, layer_types=kinds)
+    with torch.inference_mode():
+        inside = cost_of(model)
+    assert inside.blocks == cost_of(model).blocks and inside.kv_per_token > 0
+
+
 def test_a_token_uses_its_experts_only():
     cost = cost_of(build("mixtral", num_local_experts=8, num_experts_per_tok=2))
     expert = 3 * 64 * 96
