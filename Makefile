@@ -47,7 +47,7 @@ test: venv
 # vLLM pins versions of its own.  It brings torchvision and torchaudio of another build than a torch for the CPU.
 test-vllm: venv $(ENGINES)/vllm/.installed
 	DROPFORMER_VLLM_PYTHON=$(abspath $(ENGINES)/vllm/bin/python) $(BIN)/python -m pytest $(PYTEST_FLAGS) -m engine \
-	    tests/prune/engines/test_vllm.py tests/prune/engines/test_vllm_draft.py tests/prune/formats/test_deci_vllm.py
+	    tests/prune/engines/test_vllm.py tests/prune/formats/test_deci_vllm.py
 
 test-llamacpp: venv $(ENGINES)/llamacpp/.installed
 	DROPFORMER_LLAMACPP_PYTHON=$(abspath $(ENGINES)/llamacpp/bin/python) $(BIN)/python -m pytest $(PYTEST_FLAGS) -m engine \
