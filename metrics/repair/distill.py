@@ -37,8 +37,8 @@ class Distilling:
     """Training settings.
 
     `rate`: the largest step of a weight, relative to its tensor's root mean square, which is taken as at least
-    `floor`.  `epochs`: passes over the windows to fit on (None: two, or as many as make `steps` steps).  `tokens`:
-    of a step, a window at least.
+    `floor`.  `epochs`: passes over the windows to fit on (None: see `passes`).  `tokens`: of a step, a window at
+    least.  `spent`: forward passes of the whole model that training may take where more of it helps.
     """
 
     epochs: int | None = None
@@ -47,10 +47,17 @@ class Distilling:
     rate: float = 5e-3
     warm_up: int = 8
     floor: float = 1e-2
+    spent: float = 3.0
 
-    def passes(self, batches: int) -> int:
-        """Passes over so many batches, one batch per step."""
-        return max(2, -(-self.steps // max(1, batches))) if self.epochs is None else self.epochs
+    def passes(self, batches: int, share: float = 1.0) -> int:
+        """Passes over so many batches, one batch per step, where this share of the model's blocks is trained.
+
+        Two; as many as make `steps` steps; or up to four where few blocks are trained.  For example 4 of 18 blocks,
+        64 windows: a pass takes 3 * 4 / 18 forward passes of the model, so four fit into `spent`.
+        """
+        if self.epochs is not None:
+            return self.epochs
+        return max(2, -(-self.steps // max(1, batches)), min(4, int(self.spent / (3 * share))))
 
 
 def fit_blocks(context: RepairContext, how: Distilling | None = None) -> Changes:
@@ -139,7 +146,8 @@ class BlockDistillation:
             return {}
         best = before = lesson.error(validation)
         kept = {name: p.detach().clone() for name, p in learned.items()}
-        for _ in lesson.epochs(learned, fit_on, self.how):
+        passes = self.how.passes(len(fit_on), len(self.places) / len(self.context.runner.blocks))
+        for _ in lesson.epochs(learned, fit_on, self.how, passes):
             if (now := lesson.error(validation)) < best:
                 best = now
                 for name, p in learned.items():
@@ -183,10 +191,11 @@ class Lesson:
         with torch.no_grad():
             return sum(float(self.loss(batch)) for batch in batches) / len(batches)
 
-    def epochs(self, learned: Mapping[str, nn.Parameter], batches: Sequence[int], how: Distilling) -> Iterator[int]:
+    def epochs(
+        self, learned: Mapping[str, nn.Parameter], batches: Sequence[int], how: Distilling, epochs: int
+    ) -> Iterator[int]:
         """Train, one batch per step, domains shuffled; yields after each epoch."""
         optimizer = scaled_adam(learned.values(), how.rate, how.floor)
-        epochs = how.passes(len(batches))
         for epoch in range(epochs):
             for n, k in enumerate(shuffled(len(batches), epoch)):
                 set_rate(optimizer, epoch * len(batches) + n, epochs * len(batches), how.warm_up)

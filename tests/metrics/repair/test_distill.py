@@ -77,7 +77,8 @@ def test_blocks_around_gaps_are_trained_towards_where_the_next_branch_reads(tiny
 
 def test_few_windows_are_passed_more_often_unless_someone_says_how_often():
     assert [Distilling().passes(n) for n in (12, 48, 0)] == [8, 2, 96]
-    assert Distilling(epochs=2).passes(12) == 2
+    assert Distilling(epochs=2).passes(12, 0.1) == 2
+    assert [Distilling().passes(64, share) for share in (4 / 18, 7 / 18, 18 / 18)] == [4, 2, 2]
 
 
 def test_routers_are_left_alone(improver):
