@@ -68,7 +68,6 @@ def _own_tokens(model: nn.Module, outline: Outline) -> int:
     return found[0]
 
 
-@torch.inference_mode(False)  # the cache of a traced Gemma 3 comes out empty in it
 def cost_of(model: nn.Module) -> ModelCost:
     """The cost of a decoder, dense or pruned, with the attention windows of its plan.
 

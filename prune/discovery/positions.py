@@ -92,7 +92,7 @@ def fixed_by_modality(model: nn.Module, stacks: Sequence[Stack]) -> dict[str, in
 
 
 def _seen(model: nn.Module, stack: Stack, inputs: Mapping[str, Any]) -> int:
-    with tracing(model) as trace, torch.no_grad():
+    with tracing(model) as trace:
         model(**inputs)
     return fixed_blocks(trace, model, [block.path for block in stack.blocks])
 

@@ -25,12 +25,13 @@ from dropformer.prune.loading.skipped_modules import stand_in
 def traceable(model: nn.Module) -> Iterator[None]:
     """Inside the `with`: evaluation mode, no gradients, and torch's encoder layers without their fused path.
 
-    On the meta device, code that branches on a boolean tensor reads it as true.
+    On the meta device, code that branches on a boolean tensor reads it as true.  Inference mode is left: there
+    dispatch modes see whole what is made of other operations, so that no attention is found.
     """
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with evaluating(model), torch.no_grad(), _OnMeta() if _on_meta(model) else nullcontext():
+        with evaluating(model), torch.inference_mode(False), torch.no_grad(), _OnMeta() if _on_meta(model) else nullcontext():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

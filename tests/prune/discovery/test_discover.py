@@ -148,6 +148,13 @@ def test_a_model_without_weights_has_the_same_architecture(found, family):
     assert discover(meta) == architecture
 
 
+def test_inference_mode_changes_nothing(found):
+    for family in ("gemma3_text", "jamba"):
+        model, architecture = found(family)
+        with torch.inference_mode():
+            assert discover(model) == architecture
+
+
 def test_a_mixture_without_weights_is_discovered_in_bfloat16(found):
     model, architecture = found("mixtral")
     with torch.device("meta"):
