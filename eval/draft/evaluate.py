@@ -54,10 +54,11 @@ class DraftEvaluation:
         return speedup(1.0, self.tokens, self.steps.cost)
 
     def numbers(self) -> dict[str, object]:
+        """The figures for JSON; `equal` counts greedy texts, and is None where texts are sampled."""
         found, run = self.acceptance, self.run
         return {
-            "drafted": self.tokens, "temperature": found.temperature, "equal": sum(run.equal),
-            "prompts": len(run.equal),
+            "drafted": self.tokens, "temperature": found.temperature,
+            "equal": None if found.temperature else sum(run.equal), "prompts": len(run.tokens),
             "acceptance_predicted": found.rounds(self.tokens).acceptance, "acceptance_measured": run.acceptance,
             "greedy_agreement": float(found.agreement.mean()), "by_position": found.by_position,
             "by_domain": found.by_domain, "by_depth": found.by_depth, "cost": self.steps.cost,
@@ -134,10 +135,10 @@ def evaluate_on(
     a time (None: as the plan says).  Raises CalibrationError for windows too short.
     """
     model, drafted = text.model, tokens or (plan.draft.tokens if plan.draft else DRAFT_TOKENS)
-    shortest = min(row.shape[1] for row in text.rows)
-    if shortest < text.places[0] + max(new, drafted + 1) + 1:
+    length = min(row.shape[1] for row in text.rows)
+    if length < text.places[0] + max(new, drafted + 1) + 1:
         raise CalibrationError(
-            f"windows of {shortest} tokens are too short to decode {new} or draft {drafted} behind {text.places[0]}; "
+            f"windows of {length} tokens are too short to decode {new} or draft {drafted} behind {text.places[0]}; "
             "give longer ones"
         )
     check_fitted(plan, repair)

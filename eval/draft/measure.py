@@ -24,6 +24,7 @@ from dropformer.prune.loading.device import gpus_of
 class DraftRun:
     """Results of decoding after each prompt, without and with the draft; seconds of decoding alone.
 
+    equal: of each greedy text, whether it is the dense model's; empty where texts are sampled, and differ by chance.
     rounds: (drafted, accepted) of every round.  pair_bytes: parameters of both models, shared ones counted once;
     view_bytes: cache of the draft that is not shared with the dense model's, in a round.
     """
@@ -73,8 +74,7 @@ def run_draft(
     """Decode `new` tokens after each prompt [1, T], without and with the draft, in alternating order.
 
     prompts: each with the dense model's cache of it, or of a longer text that begins with it; None: it is read once
-    for both, untimed.  temperature 0: greedy, and `equal` compares the texts; else both sample and `equal` is all
-    true.  Time: two generations per prompt.
+    for both, untimed.  temperature 0: greedy; else both sample.  Time: two generations per prompt.
     """
     run = DraftRun([], [], [], [])
     clock = Clock(gpus_of(dense))
@@ -96,7 +96,8 @@ def run_draft(
 
             text, took = clock.timed(decode)
             found[drafted] = text, took.wall
-        run.equal.append(bool(temperature) or torch.equal(found[False][0], found[True][0]))
+        if not temperature:
+            run.equal.append(torch.equal(found[False][0], found[True][0]))
         run.tokens.append(found[False][0].shape[1] - prompt.shape[1])
         run.dense_seconds.append(found[False][1])
         run.drafted_seconds.append(found[True][1])

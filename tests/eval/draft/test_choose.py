@@ -49,7 +49,7 @@ def test_a_draft_is_written_anyway_with_a_plan_that_says_what_it_gives(lettered,
 
 def test_a_repaired_draft_is_measured_again_and_kept_where_it_is_faster(lettered, here, capsys):
     """Distilled, a tiny model's neighbours follow the dense stream a little better, or the draft stays as it was."""
-    more = ("--max-drop", "1", "--repair", "refit,distill", "--samples", "2", "--seconds", "0")
+    more = ("--max-drop", "1", "--repair", "refit,distill", "--samples", "2", "--seconds", "0", "--temperature", "0")
     prune(lettered, *more, "--write-anyway", "--out", "draft", "--json")
     found = json.loads(capsys.readouterr().out)
     before, after = found["repaired"]

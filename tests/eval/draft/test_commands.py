@@ -60,8 +60,10 @@ def test_what_evaluate_prints_names_the_figures(planned, capsys, tmp_path):
 def test_sampled_texts_are_not_called_equal(temperature, said):
     ones = torch.ones(1, 2, 4, dtype=torch.float64)
     found = Acceptance(ones, ones, torch.tensor([8, 20]), ("builtin",), temperature)
-    run = DraftRun([True], [4], [1.0], [0.5], [(2, 2)], 1, 1, 1, 1)
-    assert said in DraftEvaluation(2, found, MeasuredSteps(1.0, 0.5, 1.2), run).lines()[0]
+    run = DraftRun([] if temperature else [True], [4], [1.0], [0.5], [(2, 2)], 1, 1, 1, 1)
+    result = DraftEvaluation(2, found, MeasuredSteps(1.0, 0.5, 1.2), run)
+    assert said in result.lines()[0]
+    assert (result.numbers()["equal"], result.numbers()["prompts"]) == (None if temperature else 1, 1)
 
 
 @pytest.mark.parametrize(
