@@ -173,7 +173,7 @@ class Improver:
         """Approximate block-steps (blocks x forward passes) of selection and repair, for a progress bar."""
         how = self.quality.under("kv:-1%" if budget else None)
         passes = (how.search_passes if how.searches else 1.0) if chooses else 0.0
-        repairs = how.behind(all(output.closed for output in self.outputs.values()))
+        repairs = how.behind(self.outputs.values())
         passes += sum(REPAIRS[name].passes_of(how.training) for name in repairs) + 3 / GATE_SHARE * bool(repairs)
         return max(1, round(self.work.blocks * passes))
 

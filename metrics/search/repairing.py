@@ -79,7 +79,7 @@ def repaired(
 def _repairs(improver: Repaired, context: RepairContext) -> tuple[str, ...]:
     """The strategy's repairs of a drop, with a line where some take the place of others."""
     before = gaps(context.architecture, context.branches)
-    found = improver.quality.behind(all(context.outputs[layer].closed for layer in before))
+    found = improver.quality.behind(context.outputs[layer] for layer in before)
     if found != improver.quality.repair:
         where = ", ".join(str(layer) for layer in before if not context.outputs[layer].closed)
         improver.tell(f"no projection before a gap to refit ({where}), so blocks are distilled: {', '.join(found)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from dropformer.metrics.search.registry import METRICS, SELECTIONS
 from dropformer.prune.errors import PlanError
 
 if TYPE_CHECKING:
+    from dropformer.metrics.repair.slots import BranchOutput
     from dropformer.metrics.search.budget import Latency
     from dropformer.prune.choosing import PublishedLists
     from dropformer.prune.rungs.registry import Rung
@@ -50,13 +51,13 @@ class Strategy:
         found = {"one-shot": self.metric, "greedy": "greedy kl"}.get(self.select, f"{self.select} {self.metric}")
         return found + (", refined" if self.refine else "")
 
-    def behind(self, closed: bool) -> tuple[str, ...]:
-        """The repairs of a drop; `closed`: before each gap is a projection, which a closed form can refit.
+    def behind(self, outputs: Iterable[BranchOutput]) -> tuple[str, ...]:
+        """The repairs of a drop, from the branches' outputs before its gaps; where all are projections, as asked for.
 
         A norm's weights are all that a closed form can change behind a norm, and nothing among experts.  Training is
         worth more there (Gemma-3-270M less four attention layers: 1.28 times the perplexity, refitted norms 1.45).
         """
-        if closed or not self.trains:
+        if not self.trains or all(output.closed for output in outputs):
             return self.repair
         return REPAIRS.in_order({*self.repair, "distill"} - {"refit-all"})
 

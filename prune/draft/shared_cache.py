@@ -33,26 +33,22 @@ def view_of(cache: Cache, draft: nn.Module, sources: Sequence[int], first: Tenso
     modules: dict[str, Any] = dict(draft.named_modules())
     windows = {modules[path].layer_idx: window for path, window in windows_of(draft).items()}
     for index, entry in enumerate(view.layers):
-        if type(entry) in SHARED:
-            view.layers[index] = _entry(cache.layers[sources[index]], windows.get(index), first)
-        elif not isinstance(entry, DummyLayer):  # which holds nothing
-            raise _unshared(entry)
+        if _shared(entry) and _shared(dense := cache.layers[sources[index]]):
+            view.layers[index] = _entry(dense, windows.get(index), first)
     return view
 
 
 def recording_cache(model: nn.Module) -> DynamicCache:
     """An empty cache that keeps tokens beyond a sliding window, which `shortened` needs.  Raises as `view_of`."""
     cache = empty_cache(model)
-    if other := next((e for e in cache.layers if type(e) not in SHARED and not isinstance(e, DummyLayer)), None):
-        raise _unshared(other)
+    for entry in cache.layers:
+        _shared(entry)
     cache.activate_past_recording()
     return cache
 
 
 def _entry(dense: Any, window: Window | None, first: Tensor | None) -> Any:
     """The draft's entry for a dense entry."""
-    if type(dense) not in SHARED:
-        raise _unshared(dense)
     if window is None or type(dense) is not DynamicLayer or dense.get_seq_length() <= window.width + window.sinks:
         return copy.copy(dense)
     entry = WindowLayer(window)
@@ -68,8 +64,11 @@ def _entry(dense: Any, window: Window | None, first: Tensor | None) -> Any:
     return entry
 
 
-def _unshared(entry: Any) -> ModelError:
-    return ModelError(
+def _shared(entry: Any) -> bool:
+    """Is the entry one that two models can read?  False where it holds nothing.  Raises ModelError for others."""
+    if type(entry) in SHARED or isinstance(entry, DummyLayer):
+        return type(entry) in SHARED
+    raise ModelError(
         f"a draft cannot share a cache of {type(entry).__name__}, which holds more than keys and values or is written "
         "in place; give it a cache of its own with assistant_model=draft"
     )

@@ -2,6 +2,7 @@
 
 import pytest
 
+from dropformer.metrics.repair.slots import BranchOutput
 from dropformer.metrics.search.strategy import quality
 from dropformer.prune.architecture import Layer
 from dropformer.prune.errors import ArchitectureError
@@ -30,10 +31,10 @@ def test_where_a_projection_is_closed_forms_repair(improver):
 
 
 def test_whoever_names_repairs_gets_these():
-    named = quality("best", repair="refit,refit-all")
-    assert named.behind(closed=False) == ("refit", "refit-all")
-    assert quality("best").behind(closed=False) == ("refit", "distill")
-    assert quality("healed").behind(closed=False) == ("refit", "lora")
+    named, norm = quality("best", repair="refit,refit-all"), [BranchOutput((), None)]
+    assert named.behind(norm) == ("refit", "refit-all")
+    assert quality("best").behind(norm) == ("refit", "distill")
+    assert quality("healed").behind(norm) == ("refit", "lora")
 
 
 def test_distillation_starts_with_norms_as_they_were(improver):
