@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -67,35 +68,37 @@ def test_cached_generation_equals_uncached_with_the_first_attention_gone(dense):
     assert torch.equal(small.generate(ids, **fields), small.generate(ids, use_cache=False, **fields))
 
 
-def test_the_checkpoint_is_smaller_by_exactly_the_dropped_tensors(dense, scores, tmp_path):
-    plan = dropformer.plan(scores, "attn:4")
-    exported = dropformer.save(dropformer.drop(dense, plan), tmp_path / "small")
+@pytest.fixture(scope="module")
+def outcome(scores, tmp_path_factory) -> Iterator[job.Outcome]:
+    """The main job: four attention layers dropped, evaluated on two windows of held-out text."""
+    folder = tmp_path_factory.mktemp("job")
+    scores.write(folder / "scores.json")
+    chosen, report = SelectionOptions(scores=folder / "scores.json"), ReportOptions(seconds=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(scoring, "HELD_OUT", Calibration("heldout", samples=2, length=128))
+        yield job.run(Request("smollm2-135m", Target("attn:4"), chosen, report=report))
+
+
+def test_the_checkpoint_is_smaller_by_exactly_the_dropped_tensors(dense, outcome):
     prefixes = tuple(
-        f"model.layers.{layer.index}.{part}." for layer in plan.layers for part in ("self_attn", "input_layernorm")
+        f"model.layers.{layer.index}.{part}."
+        for layer in outcome.plan.layers
+        for part in ("self_attn", "input_layernorm")
     )
     with safe_open(dense.path / "model.safetensors", "pt") as file:
         names = list(file.keys())
         gone = sum(file.get_tensor(n).nbytes for n in names if n.startswith(prefixes))
         kept = sum(file.get_tensor(n).nbytes for n in names) - gone
-    with safe_open(tmp_path / "small" / "model.safetensors", "pt") as file:
+    with safe_open(outcome.out / "model.safetensors", "pt") as file:
         assert sum(file.get_tensor(n).nbytes for n in file.keys()) == kept  # noqa: SIM118
-    assert exported.copied.bytes_dropped == gone > 0
-    record = json.loads((tmp_path / "small" / "dropformer.json").read_text())
-    assert record["dropped"]["attention"] == sorted(layer.index for layer in plan.layers)
+    assert outcome.exported.copied.bytes_dropped == gone > 0
+    record = json.loads((outcome.out / "dropformer.json").read_text())
+    assert record["dropped"]["attention"] == sorted(layer.index for layer in outcome.plan.layers)
     assert record["after"]["kv_bytes_per_token"] * 30 == record["before"]["kv_bytes_per_token"] * 26
 
 
-def test_the_report_compares_both_on_text_that_was_not_calibrated_on(dense, scores, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    scores.write(tmp_path / "scores.json")
-    monkeypatch.setattr(scoring, "HELD_OUT", Calibration("heldout", samples=2, length=128))
-    request = Request(
-        "smollm2-135m",
-        Target("attn:4"),
-        SelectionOptions(scores=tmp_path / "scores.json"),
-        report=ReportOptions(seconds=1),
-    )
-    outcome = job.run(request)
+def test_the_report_compares_both_on_text_that_was_not_calibrated_on(outcome):
     assert outcome.out == Path("smollm2-135m-attn4")
     report = outcome.report
     assert (report.text.windows, report.text.length) == (2, 128)

@@ -14,7 +14,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import nn
 
 from dropformer.prune.architecture import Stack, within

@@ -28,10 +28,10 @@ def traceable(model: nn.Module) -> Iterator[None]:
     On the meta device, code that branches on a boolean tensor reads it as true.  Inference mode is left: there
     dispatch modes see whole what is made of other operations, so that no attention is found.
     """
-    fused = torch.backends.mha.get_fastpath_enabled()
+    fused, weightless = torch.backends.mha.get_fastpath_enabled(), _OnMeta() if _on_meta(model) else nullcontext()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with evaluating(model), torch.inference_mode(False), torch.no_grad(), _OnMeta() if _on_meta(model) else nullcontext():
+        with evaluating(model), torch.inference_mode(False), torch.no_grad(), weightless:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

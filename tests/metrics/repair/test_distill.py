@@ -14,11 +14,10 @@ from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.discover import discover
 
 HOW = Distilling(rate=2e-2, epochs=12)
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 FAMILIES: dict[str, dict] = {
     **{name: {} for name in ("llama", "gpt2", "gemma3_text", "olmo2", "gpt_neox", "phi", "mixtral", "bert")},
-    "qwen3_moe": EXPERTS,
-    "qwen3_next": {**EXPERTS, "linear_num_value_heads": 2, "linear_num_key_heads": 2, "head_dim": 8},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "qwen3_next": {},
 }
 REF = ModelRef(name="tiny")
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from family_sizes import SIZES
 
 from dropformer.metrics.blockwise.layer_metrics import mean_similarity
 from dropformer.metrics.calibration.settings import CalibrationRef
@@ -21,7 +22,7 @@ REF = CalibrationRef(name="ids", samples=8, length=24, seed=0, packed=True, skip
 @pytest.fixture
 def improver(tiny):
     def made(how: Strategy, family: str = "llama", scored=None) -> Improver:
-        model = tiny(family)
+        model = tiny(family, **SIZES.get(family, {}))
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if p.ndim > 1 and "embed" not in name:
