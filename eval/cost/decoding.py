@@ -15,7 +15,7 @@ from torch import nn
 from dropformer.eval.cost.counting import cost_of
 from dropformer.eval.cost.memory import kv_bytes
 from dropformer.eval.cost.speed import Quartiles
-from dropformer.eval.cost.timing import Clock, Setting, last_logits, prompt_of
+from dropformer.eval.cost.timing import Clock, Setting, carried, last_logits, prompt_of
 from dropformer.metrics.calibration.settings import context_of
 from dropformer.metrics.search.budget import Latency
 from dropformer.prune.architecture import Architecture, Layer
@@ -91,14 +91,14 @@ def layer_latency(model: nn.Module, architecture: Architecture, context: int = 2
     room = (context_of(model.config) or context + WARM + steps) - WARM - steps
     setting = Setting(prompt=max(1, min(context, room)), new=WARM + steps)
     output = model(input_ids=prompt_of(model, setting), use_cache=True, **last_logits(model))
-    past, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+    past, token = carried(output), output.logits[:, -1:].argmax(-1)
     clock = Clock(gpus_of(model))
     layers: dict[Layer, list[float]] = defaultdict(list)
     whole = []
     for _ in range(setting.new):
         with _timing(model, architecture, clock) as spans:
             begin = clock.now()
-            token = model(input_ids=token, past_key_values=past, use_cache=True).logits[:, -1:].argmax(-1)
+            token = model(input_ids=token, **past, use_cache=True).logits[:, -1:].argmax(-1)
             whole.append(clock.seconds(begin, clock.now()))
         for layer in spans:
             layers[layer].append(sum(clock.seconds(*span) for span in spans[layer]))

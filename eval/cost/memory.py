@@ -66,8 +66,6 @@ def layer_kv_bytes_per_token(model: nn.Module) -> list[int]:
     model cannot be run on token ids alone.
     """
     caches = [_prefill(model, length) for length in _LENGTHS]
-    if any(not hasattr(cache, "layers") and not hasattr(cache, "self_attention_cache") for cache in caches):
-        return []
     short, long = (layer_kv_bytes(cache) for cache in caches)
     step = _LENGTHS[1] - _LENGTHS[0]
     short += [0] * (len(long) - len(short))
@@ -88,8 +86,6 @@ def kv_bytes_at(model: nn.Module, context: int) -> int:
     Raises EvaluationError as `layer_kv_bytes_per_token`.
     """
     cache = _prefill(model, _LENGTHS[1])
-    if not hasattr(cache, "layers") and not hasattr(cache, "self_attention_cache"):
-        return 0
     total = 0.0
     for layer, held in zip(_layers(cache), layer_kv_bytes(cache), strict=True):
         if tokens := _tokens_held(layer):
@@ -156,7 +152,7 @@ def _prefill(model: nn.Module, length: int) -> Any:
 def _layers(cache: Any) -> list[Any]:
     if hasattr(cache, "self_attention_cache"):  # EncoderDecoderCache
         return _layers(cache.self_attention_cache) + _layers(cache.cross_attention_cache)
-    return list(cache.layers)
+    return list(getattr(cache, "layers", ()))  # none for a model without a cache, or with a state of its own (RWKV)
 
 
 def _bytes_of(values: Iterable[Any]) -> int:

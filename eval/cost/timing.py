@@ -103,7 +103,7 @@ def time_run(model: nn.Module, setting: Setting, step: Step | None = None, cache
         return model(input_ids=ids, past_key_values=cache, use_cache=True, **last_logits(model))
 
     output, prefill_took = clock.timed(prefill)
-    past, token = output.past_key_values, output.logits[:, -1:].argmax(-1)
+    past, token = carried(output), output.logits[:, -1:].argmax(-1)
     del output
 
     def decode() -> None:
@@ -111,10 +111,16 @@ def time_run(model: nn.Module, setting: Setting, step: Step | None = None, cache
         for _ in range(setting.new):
             if cache is not None and clock.gpus:
                 torch.compiler.cudagraph_mark_step_begin()
-            token = step(input_ids=token, past_key_values=past, use_cache=True).logits[:, -1:].argmax(-1)
+            token = step(input_ids=token, **past, use_cache=True).logits[:, -1:].argmax(-1)
 
     _, decode_took = clock.timed(decode)
-    return Run(prefill_took, decode_took, kv_bytes(past))
+    return Run(prefill_took, decode_took, kv_bytes(next(iter(past.values()), None)))
+
+
+def carried(output: Any) -> dict[str, Any]:
+    """The argument with which the next forward pass goes on: the KV cache, or Mamba's or RWKV's state."""
+    names = ("past_key_values", "cache_params", "state")
+    return next(({name: output[name]} for name in names if output.get(name) is not None), {})
 
 
 def last_logits(model: nn.Module) -> dict[str, int]:

@@ -25,7 +25,7 @@ from dropformer.prune.discovery.kind_names import kind_by_name
 from dropformer.prune.discovery.positions import fixed_blocks
 from dropformer.prune.discovery.replay import Replay, traceable
 from dropformer.prune.discovery.stacks import block_paths, find_stacks, stack_names
-from dropformer.prune.discovery.streams import continues, hand_on_missing, reversible_flows
+from dropformer.prune.discovery.streams import continues, hand_on_missing, hand_on_states, reversible_flows
 from dropformer.prune.discovery.trace import Call, Trace, tracing
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.samples.inputs import sample_inputs
@@ -71,6 +71,7 @@ def _discover(
     given = sample_inputs(model) if inputs is None else dict(inputs)
     with traceable(model):
         trace = _trace(model, given)
+        hand_on_states(model, trace, given)
         paths = paths or find_stacks(model, trace)
         blocks = [path for p in paths for path in block_paths(model, p)]
         _check_named(model, blocks[0], named)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from torch import nn
 
 from dropformer.prune.architecture import within
 from dropformer.prune.discovery.dataflow import ADDS, CARRIES, SCALES, Ends, Flow, stream_ends
@@ -57,6 +59,24 @@ def hand_on_missing(replay: Replay, trace: Trace, path: str) -> None:
                 continue
             for inner in (c for c in trace.calls if within(c.path, path)):
                 inner.passed |= {k: k for k in _unseen(inner) if _handed_on(second, inner.path, k)}  # type: ignore[misc]
+
+
+def hand_on_states(model: nn.Module, trace: Trace, inputs: Mapping[str, Any]) -> None:
+    """Note which modules hand on a recurrent state that the batch, run without a cache, did not have (RWKV).
+
+    Found by a second pass with a cache, for models that transformers calls stateful.
+    """
+    if not getattr(model, "_is_stateful", False) or "use_cache" not in inputs:
+        return
+    try:
+        with tracing(model) as cached:
+            model(**{**inputs, "use_cache": True})
+    except Exception:  # whatever the model's own code raises
+        return
+    handed = {call.path: call.passed for call in cached.calls}
+    for call in trace.calls:
+        unseen = {*call.keys} - call.outputs.keys() - call.passed.keys() - call.nested
+        call.passed |= {key: given for key, given in handed.get(call.path, {}).items() if key in unseen}
 
 
 def _unseen(call: Call) -> Collection[Any]:

@@ -3,12 +3,21 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BigBirdConfig, BigBirdForMaskedLM, ReformerConfig, ReformerModelWithLMHead
+from transformers import (
+    BigBirdConfig,
+    BigBirdForMaskedLM,
+    ReformerConfig,
+    ReformerModelWithLMHead,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 import dropformer
 from dropformer import api
+from dropformer.eval.cost.timing import Setting, time_run
 from dropformer.metrics.analysis.analyze import analyze_model
 from dropformer.prune.architecture import Layer
+from dropformer.prune.artifact import ModelRef
 from dropformer.prune.discovery.discover import discover
 from dropformer.prune.errors import ArchitectureError
 
@@ -70,6 +79,21 @@ def xl():
 
 def some_ids(batch, length=3 * SEGMENT):
     return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("spec", ["attn=1", "attn=3", "mlp=0", "block=1"])
+def test_a_state_is_handed_on_by_what_is_dropped(spec):
+    """RWKV's modules hand on one state for all blocks, which is None where nothing is cached."""
+    shape = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 4, "context_length": 32, "rescale_every": 0}
+    model = RwkvForCausalLM(RwkvConfig(**shape)).eval()
+    small = api.drop(model, api.plan_unscored(ModelRef(name="rwkv"), api.outline(model), spec, (), None))
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        whole, read = small(ids).logits, small(ids[:, :-1], use_cache=True)
+        step = small(ids[:, -1:], use_cache=True, state=read.state).logits
+    torch.testing.assert_close(step[:, -1], whole[:, -1])
+    run = time_run(small, Setting(prompt=8, new=2))
+    assert run.decode.wall > 0 and run.kv_bytes == 0
 
 
 @pytest.mark.parametrize("batch", [1, 3, LAYERS])
