@@ -14,6 +14,7 @@ from dropformer.prune.files.strict_json import read_object
 from dropformer.prune.loading.deci.families import DECI, FAMILIES, is_own_deci
 
 ZEROS = "nothing: dropped layers are zeros"
+WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # in the names of classes that write text
 RECORD, PRUNED, REMOTE = "dropformer.json", "dropformer", "dropformer_remote"
 
 
@@ -53,6 +54,11 @@ class CheckpointFacts:
     def stock(self) -> bool:
         """Is it a plain model of its family, in safetensors?"""
         return self.format in ("stock", "dense")
+
+    @property
+    def writes(self) -> bool:
+        """Does it write text?  An encoder or a vision model does not."""
+        return not self.architecture or any(word in self.architecture for word in WRITERS)
 
     @property
     def fits_deci(self) -> bool:

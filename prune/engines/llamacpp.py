@@ -21,8 +21,9 @@ def answer(facts: CheckpointFacts) -> Answer:
     if facts.stock:
         command = CONVERT.format(folder=facts.path)
         return Answer(True, command, "then as any model, where its converter has the family", "", facts.saves)
-    if facts.windows or facts.agents:
-        return Answer(False, why="it has no attention window or agents by layer", instead="load it in transformers")
+    if not facts.lacks_alone:
+        why = "it has no attention window, agents or linear map by layer"
+        return Answer(False, why=why, instead="load it in transformers")
     cut = "prune --model DENSE.gguf --plan plan.json --format gguf"
     dense = "export with --format dense and convert that, which saves nothing"
     if facts.family in ANY_LAYER:

@@ -49,7 +49,7 @@ def mlx(facts: CheckpointFacts) -> Answer:
     if facts.format != "dropformer" or "model_file" not in facts.config:
         return Answer(False, why=f"loads no {facts.format} checkpoint", instead="export with --format dropformer")
     if facts.windows:
-        return Answer(False, why="its attention has no window with first tokens", instead="load it in transformers")
+        return Answer(False, why="its attention has no window by layer", instead="load it in transformers")
     every = facts.config.get("sliding_window_pattern", facts.config.get("_sliding_window_pattern"))
     if isinstance(every, int) and counted_wrongly(dict(facts.config), every):
         why = "it tells windows by block number, and after the dropped blocks no number does"

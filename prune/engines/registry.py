@@ -62,7 +62,16 @@ ALL_OR_NONE = {"vllm": ("qwen2", "qwen3"), "vllm-plugin": ("qwen2", "qwen3")}
 """Families of a plain model that an engine gives windows in every layer, and refuses where some have none."""
 
 
+ENCODERS = ("transformers", "onnxruntime", "executorch")
+"""The engines that run encoders and vision models, pruned ones too."""
+POOLING = ("vllm", "vllm-plugin", "sglang", "llama.cpp")
+"""The engines that run some encoders of text as they are."""
+
+
 def _answer(name: str, engine: Engine, facts: CheckpointFacts) -> Answer:
+    pools = name in POOLING and facts.format != "dropformer" and "image_size" not in facts.config
+    if not facts.writes and name not in ENCODERS and not pools:
+        return Answer(False, why="runs models that write text", instead=TRANSFORMERS)
     tried = WINDOWED.get(name, ())
     if facts.stock_windows and tried is not None and facts.family not in tried:
         everywhere = set(facts.config.get("layer_types") or ()) == {SLIDING}

@@ -50,7 +50,7 @@ def with_plugin(facts: CheckpointFacts) -> Answer:
     if facts.agents:
         return Answer(False, why="agents are not carried over", instead="load it in transformers")
     if facts.maps:
-        return Answer(False, why="linear maps are not carried over", instead="prune without --repair linear")
+        return Answer(False, why="linear maps are not carried over", instead="load it in transformers")
     if moved := moved_windows(dict(facts.config), facts.family):
         return Answer(False, why=moved, instead="drop an even number of blocks between any two that stay")
     if why := {**known["refused"], **known["wrong"]}.get(facts.family):

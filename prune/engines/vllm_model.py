@@ -185,9 +185,7 @@ def standing_for(old: nn.Module, form: Any, transformers_backend: bool) -> nn.Mo
     if transformers_backend:
         return replacement(form)
     if isinstance(form, dict) and "linear" in form:
-        raise ValueError(
-            "linear maps in place of attention are not carried over to vLLM; prune without --repair linear"
-        )
+        raise ValueError("linear maps in place of attention are not carried over to vLLM; load it in transformers")
     if isinstance(old, LinearBase):
         return Zeros(2 if old.return_bias else 1, old.output_size_per_partition)
     if form == "input" or all(parameter.dim() < 2 for parameter in old.parameters()):

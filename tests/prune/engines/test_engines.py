@@ -5,8 +5,10 @@ import json
 import pytest
 from command import run
 
+from dropformer.prune.engines.facts import CheckpointFacts
 from dropformer.prune.engines.registry import ENGINES, Answer, Engine, engines
 from dropformer.prune.errors import CheckpointError
+from dropformer.prune.registry import imported
 
 
 def loads(folder, name: str) -> bool:
@@ -65,6 +67,26 @@ def test_a_gguf_file_that_was_converted_into_a_checkpoints_folder_does_not_hide_
 def test_formats_that_lack_layers_alone_are_no_way_out_for_windows(pruned):
     for entry in engines(pruned("llama", "attn=3,window=1@5+2"))["engines"].values():
         assert not any(word in entry["instead"] for word in ("deci", "dense", "gguf", "pip install")), entry
+
+
+def test_a_linear_map_has_no_way_out_but_transformers(tmp_path):
+    facts = CheckpointFacts(tmp_path, "dropformer", "llama", "DropformerLlamaForCausalLM", maps=True)
+    found = [imported(ENGINES[name].answer)(facts) for name in ("vllm-plugin", "llama.cpp", "sglang")]
+    assert {(one.loads, one.instead) for one in found} == {(False, "load it in transformers")}
+
+
+@pytest.mark.parametrize(
+    ("config", "able"),
+    [
+        ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, {"vllm", "llama.cpp", "tensorrt-llm", "mlx"}),
+        ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, {"vllm", "llama.cpp"}),
+        ({"model_type": "vit", "architectures": ["ViTForImageClassification"], "image_size": 16}, set()),
+    ],
+)
+def test_engines_that_write_text_are_not_offered_to_models_that_do_not(tmp_path, config, able):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    names = ("vllm", "llama.cpp", "tensorrt-llm", "mlx")
+    assert {name for name in names if loads(tmp_path, name)} == able and loads(tmp_path, "transformers")
 
 
 def test_every_engine_that_does_not_load_it_has_a_reason_and_a_way_out(pruned):
