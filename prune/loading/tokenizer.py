@@ -69,4 +69,18 @@ def _open(path: Path, trust_remote_code: bool) -> Any:
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         tokenizer("a b")  # settings of a wrong type are noticed here, not by a caller
-        return tokenizer
+    if not _has_vocabulary(tokenizer, path):
+        raise ModelError("its vocabulary is missing")
+    return tokenizer
+
+
+def _has_vocabulary(tokenizer: Any, path: Path) -> bool:
+    """Whether the files hold the words of a tokenizer that has any.
+
+    Without them transformers builds many tokenizers with special tokens alone, which read any text as unknown tokens
+    or as none.  Those of bytes name no files and need none.
+    """
+    names = set(tokenizer.vocab_files_names.values())
+    found = {file.name for pattern in ("tokenizer*.json", "*.model", "*.tiktoken") for file in path.glob(pattern)}
+    found -= {"tokenizer_config.json"}
+    return not names or bool(found) or any((path / name).exists() for name in names)
