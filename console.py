@@ -85,7 +85,7 @@ def show(as_json: str | None, *parts: Table | str) -> None:
 def show_outcome(outcome: Outcome, as_json: bool) -> None:
     """The report and the checkpoint of the main job."""
     report, exported = outcome.report, outcome.exported
-    notes = [*report_notes(report), done(outcome.out, exported.record, exported.max_difference)]
+    notes = [*report_notes(report, outcome.out), done(outcome.out, exported.record, exported.max_difference)]
     show(report.to_json() if as_json else None, report_table(report), *notes)
 
 

@@ -32,6 +32,13 @@ def test_the_whole_command_writes_a_checkpoint_and_a_report(model, here, capsys)
     assert dropformer.load(here / "llama-attn1").config.num_hidden_layers == 4
 
 
+def test_perplexity_of_texts_too_short_to_tell_what_windows_cost_says_so(model, here, capsys):
+    _, out, _ = run("--model", model, "--drop", "window=1@4+1", *SMALL, "--out", "out", capsys=capsys)
+    assert "tokens do not tell what windows cost at 8,192" in out
+    assert "`prune evaluate " in out and " out --long 8192`" in out
+    assert "cost at 8,192 tokens was not measured" in (here / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("name", [".", "../llama", "../llama/.", "inner/.."])
 def test_a_folder_is_called_by_its_name_however_it_is_reached(model, here, capsys, monkeypatch, name):
     (model / "inner").mkdir()

@@ -31,8 +31,8 @@ def _spread(value: str, stderr: float | None) -> str:
     return value if stderr is None else f"{value} ± {stderr:.2f}"
 
 
-def report_notes(report: Report) -> list[str]:
-    """How the numbers were measured."""
+def report_notes(report: Report, out: object = "OUT") -> list[str]:
+    """How the numbers were measured, and what they do not show.  out: where the checkpoint is."""
     notes = []
     if report.text:
         text = report.text
@@ -40,6 +40,11 @@ def report_notes(report: Report) -> list[str]:
         notes.append(
             f"perplexity: {text.windows} windows of {text.length} tokens of `{text.name}`, {seen}; "
             f"KL(dense || pruned) {report.kl:.4f} nats per token"
+        )
+    if report.text and (context := report.context_not_read):
+        notes.append(
+            f"note: texts of {report.text.length} tokens do not tell what windows cost at {context:,}; "
+            f"`prune evaluate {report.model.name} {out} --long {context}` does"
         )
     if report.outputs:
         notes += [str(report.outputs), "no perplexity and no decode speed: the model does not generate text"]

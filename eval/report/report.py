@@ -113,6 +113,12 @@ class Report(Artifact):
     def sides(self) -> tuple[Side, Side]:
         return self.dense, self.pruned
 
+    @property
+    def context_not_read(self) -> int | None:
+        """The tokens of `kv_context`, where perplexity is of shorter texts and so not what the windows cost there."""
+        short = self.text and self.kv_context and self.text.length < self.kv_context
+        return self.kv_context if short else None
+
     def ratio(self, figure: str) -> str:
         """The ratio of the pruned model's figure to the dense one's, with its spread; empty for sizes."""
         if figure == "perplexity" and self.dense.perplexity and self.pruned.perplexity:
@@ -234,6 +240,8 @@ def card_lines(report: Report) -> list[str]:
             f"Perplexity on {report.text.windows} windows of {report.text.length} tokens of `{report.text.name}`: "
             f"{report.dense.perplexity:.2f} dense, {report.pruned.perplexity:.2f} pruned ({ratio} times)."
         )
+        if context := report.context_not_read:
+            lines.append(f"What the windows cost at {context:,} tokens was not measured here.")
     if report.outputs:
         lines.append(f"{str(report.outputs).capitalize()}.")
     if report.speed and report.speed.decode_ratio:
