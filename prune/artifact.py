@@ -43,7 +43,8 @@ class ModelRef(FrozenRecord):
     """Which model an artifact speaks of.
 
     `name` is what it was called, `hub` its id on the Hugging Face Hub where it has one; `fingerprint` is that of
-    the weights' headers and a sample of bytes, `config` a hash of what config.json builds.
+    the weights' headers and a sample of bytes, `config` a hash of what config.json builds; `file` the quantized .gguf
+    file that the weights come from, where they are not those of the Hub.
     """
 
     name: str
@@ -53,6 +54,7 @@ class ModelRef(FrozenRecord):
     config: str | None = None
     model_type: str | None = None
     license: str | None = None
+    file: str | None = None
 
 
 class Artifact(FrozenRecord):

@@ -60,8 +60,10 @@ def open_model(
     source = open_source(str(name), revision, tell)
     licence = source.recipe.licence if source.recipe else None
     ref = reference(str(source.name), source.path, source.revision, licence, source.hub)
+    if source.quantized:
+        ref = ref.model_copy(update={"file": source.quantized})
     if tell:
-        tell(f"loading {source}")
+        tell(f"loading {source}" + (f", dequantized from {source.quantized}" if source.quantized else ""))
     model: Any = None
     if weights:
         model = load(source.path, torch_dtype(place.dtype), place.device, place.device_map, place.trust_remote_code)

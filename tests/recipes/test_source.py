@@ -80,7 +80,7 @@ def test_a_file_of_another_kind_is_refused(folder):
         open_source(str(folder / "model.safetensors"))
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "./model", "x.gguf", "~/nowhere"])
+@pytest.mark.parametrize("name", ["/no/such/folder", "./model", "x.gguf", "out/x.gguf", "~/nowhere"])
 def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name):
     with pytest.raises(ModelError, match="does not exist"):
         open_source(name)

@@ -5,8 +5,11 @@ import zipfile
 
 import pytest
 
+from dropformer.api import drop, plan_unscored, save
+from dropformer.prune.discovery.summarize import summarize
 from dropformer.prune.errors import CheckpointError, ModelError
 from dropformer.recipes import open_source
+from dropformer.recipes.opening import open_model
 from dropformer.recipes.recipe import Wheel, recipe
 from dropformer.recipes.wheel import fetch_wheel
 
@@ -84,6 +87,18 @@ def test_a_python_without_pip_is_told_so(tiny_wheel, monkeypatch):
     monkeypatch.setitem(sys.modules, "pip", None)  # how Python marks a module that cannot be imported
     with pytest.raises(ModelError, match=r"pip is missing .*ensurepip"):
         fetch_wheel(tiny_wheel)
+
+
+def test_weights_dequantized_from_a_wheel_are_not_passed_off_as_the_hubs(tiny, own_cache, tmp_path, monkeypatch):
+    file = tiny.write(tmp_path / "tiny.gguf", tiny.llama())
+    monkeypatch.setattr("dropformer.recipes.source.fetch_wheel", lambda wheel, tell: file)
+    told: list[str] = []
+    opened = open_model("smollm2-135m", tell=told.append)
+    assert told[-1] == "loading smollm2-135m, dequantized from SmolLM2-135M-Instruct.Q4_1.gguf"
+    plan = plan_unscored(opened.ref, summarize(opened.model, opened.architecture), "attn=1", (), None)
+    save(drop(opened, plan), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "The weights come from the quantized `SmolLM2-135M-Instruct.Q4_1.gguf`" in card
 
 
 def test_concurrent_runs_share_one_download(tiny_wheel, own_cache):
