@@ -202,13 +202,13 @@ def _check_format(request: Request, kinds: set[str] | None) -> None:
     """Raises OutputError or PlanError for an unknown format, or one that does not fit the run."""
     name = request.export.format
     form = FORMATS[name]
-    if form.runs and request.on_files:
-        raise OutputError(f"--format {name} runs the model, which a plan alone does not load; add --measure")
     if request.maps and not form.maps:
         able = ", ".join(other for other, kind in FORMATS.items() if kind.maps)
         raise PlanError(f"--format {name} has no place for linear maps, which are asked for; give --format {able}")
     if (rungs := request.rung_kinds) and not form.rungs:
         raise form.without_rungs(name, "window" in rungs)
+    if form.runs and request.on_files:
+        raise OutputError(f"--format {name} runs the model, which a plan alone does not load; add --measure")
     mapping = [repair for repair in request.repairs if REPAIRS[repair].maps]
     if mapping and not form.maps and (kinds is None or "attn" in kinds):
         raise PlanError(

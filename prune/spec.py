@@ -34,7 +34,7 @@ _ITEM = re.compile(
     r"(?::(?P<count>\d+)(?P<percent>%)?|=(?P<indices>-?\d+(?:,-?\d+)*))(?:@(?P<rung>\d+(?:\+(?:\d+|fold))?))?"
 )
 RUNGS: dict[str, tuple[type[Window] | type[Agents], str]] = {
-    "window": (Window, "windows and no others name their tokens, as in window:8@1024+4"),
+    "window": (Window, "a window names the tokens that it keeps, as in window:8@1024+4, and nothing else does"),
     "agent": (Agents, "only agent layers name a number of agents, as in agent:4@49"),
 }  # kinds of attention layers that stay: what stands behind @, and what is said where it does not
 

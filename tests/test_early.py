@@ -77,6 +77,12 @@ def test_what_a_gguf_file_cannot_hold_is_refused_before_its_model_is_opened(
     assert status == 2 and says in err and out == "" and err.count("\n") == 1, err
 
 
+def test_a_plan_that_a_format_cannot_hold_is_refused_before_what_the_format_needs(capsys, here, qwen3_file):
+    command = ("--model", qwen3_file, "--plan", here / "window.json", "--format", "onnx", "--out", here / "out")
+    status, _, err = run(*command, capsys=capsys)
+    assert status == 2 and "--format onnx holds no attention windows" in err
+
+
 def test_pairs_that_a_gguf_file_can_lose_are_not_refused(capsys, here, qwen3_file):
     command = ("--model", qwen3_file, "--drop", "mlp=1,attn=2", "--format", "gguf", "--no-measure", "--out", here / "o")
     assert run(*command, "-q", capsys=capsys)[0] == 0

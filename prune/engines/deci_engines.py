@@ -32,7 +32,10 @@ def _answer(facts: CheckpointFacts, command: str, bias: str | None) -> Answer:
     instead = "export with --format dense" if facts.lacks_alone else "load it in transformers"
     if facts.fits_deci:
         instead = f"export with --format deci, or {instead.removeprefix('export with ')}"
-    return Answer(False, why="of models with missing layers it has DeciLM alone", instead=instead)
+    why = "of models with missing layers it has DeciLM alone"
+    if not facts.lacks_alone:
+        why = "the architecture is dropformer's own, and DeciLM, which it has, holds missing layers alone"
+    return Answer(False, why=why, instead=instead)
 
 
 def _unable(facts: CheckpointFacts, bias: str | None) -> str | None:

@@ -19,6 +19,9 @@ def onnxruntime(facts: CheckpointFacts) -> Answer:
     if facts.format == "onnx":
         file = str(facts.folder / facts.file)
         return Answer(True, f"import onnxruntime; onnxruntime.InferenceSession({file!r})", saves=facts.saves)
+    if facts.windows or facts.agents:
+        why = f"the ONNX export holds no {'attention windows' if facts.windows else 'agents'}"
+        return Answer(False, why=why, instead="load it in transformers")
     return Answer(False, why="reads ONNX graphs alone", instead="export with --format onnx")
 
 
