@@ -35,6 +35,7 @@ def test_the_whole_command_writes_a_checkpoint_and_a_report(model, here, capsys)
 def test_perplexity_of_texts_too_short_to_tell_what_windows_cost_says_so(model, here, capsys):
     _, out, _ = run("--model", model, "--drop", "window=1@4+1", *SMALL, "--out", "out", capsys=capsys)
     assert "tokens do not tell what windows cost at 8,192" in out
+    assert "KV cache at 8,192 tokens" in out and "KV cache per token" not in out
     assert "`prune evaluate " in out and " out --long 8192`" in out
     assert "cost at 8,192 tokens was not measured" in (here / "out" / "README.md").read_text()
 

@@ -12,6 +12,8 @@ from dropformer.prune.window import CONTEXT, KV_AT
 if TYPE_CHECKING:
     from dropformer.eval.report.report import Report
 
+PER_TOKEN = "kv_bytes_per_token"  # no row where layers have windows: only beyond the widest is a token's cache constant
+
 
 def report_table(report: Report) -> Table:
     """Dense and pruned side by side."""
@@ -20,7 +22,7 @@ def report_table(report: Report) -> Table:
         table.add_column(name, justify="left" if not name else "right")
     for label, key, form in ROWS:
         before, after = getattr(report.dense, key), getattr(report.pruned, key)
-        if before is not None and after is not None:
+        if before is not None and after is not None and not (key == PER_TOKEN and report.kv_context):
             label = label.format(context=report.kv_context or 0)
             cells = (_spread(form(getattr(s, key)), getattr(s, f"{key}_stderr", None)) for s in report.sides)
             table.add_row(label, *cells, report.ratio(key) or relative_change(before, after))
@@ -64,12 +66,10 @@ def record_table(record: Mapping[str, Any]) -> Table:
     table = Table(title=f"{record['model']['name']}: {record['spec']}", title_justify="left")
     for name in ("", "dense", "pruned", "change"):
         table.add_column(name, justify="left" if not name else "right")
-    forms = {"parameters": "{:,}".format, "bytes": nbytes, "kv_bytes_per_token": nbytes, KV_AT: nbytes}
-    names = {
-        "bytes": "checkpoint",
-        "kv_bytes_per_token": "KV cache per token",
-        KV_AT: f"KV cache at {CONTEXT:,} tokens",
-    }
+    forms = {"parameters": "{:,}".format, "bytes": nbytes, PER_TOKEN: nbytes, KV_AT: nbytes}
+    if record["before"].get(KV_AT):
+        del forms[PER_TOKEN]
+    names = {"bytes": "checkpoint", PER_TOKEN: "KV cache per token", KV_AT: f"KV cache at {CONTEXT:,} tokens"}
     for key, form in forms.items():
         before, after = record["before"].get(key), record["after"].get(key)
         if before:
@@ -92,7 +92,7 @@ def nbytes(value: float) -> str:
 ROWS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("parameters", "parameters", lambda v: f"{v:,}"),
     ("checkpoint", "checkpoint_bytes", nbytes),
-    ("KV cache per token", "kv_bytes_per_token", nbytes),
+    ("KV cache per token", PER_TOKEN, nbytes),
     ("KV cache at {context:,} tokens", "kv_bytes", nbytes),
     ("perplexity", "perplexity", lambda v: f"{v:.2f}"),
     ("prefill tokens/s", "prefill_tokens_per_s", lambda v: f"{v:,.1f}"),

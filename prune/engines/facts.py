@@ -12,6 +12,7 @@ from dropformer.prune.errors import CheckpointError, shown
 from dropformer.prune.files.config_json import CONFIG, read_config
 from dropformer.prune.files.strict_json import read_object
 from dropformer.prune.loading.deci.families import DECI, FAMILIES, is_own_deci
+from dropformer.prune.window import CONTEXT, KV_AT
 
 ZEROS = "nothing: dropped layers are zeros"
 WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # in the names of classes that write text
@@ -148,7 +149,10 @@ def _saves(record: Mapping[str, Any]) -> str:
     before, after = record.get("before"), record.get("after")
     if not isinstance(before, dict) or not isinstance(after, dict):
         return ""
-    names = (("parameters", "parameters"), ("KV cache", "kv_bytes_per_token"))
+    cache = ("KV cache", "kv_bytes_per_token")
+    if before.get(KV_AT):  # with windows, a token's share is constant only beyond them all
+        cache = (f"KV cache at {CONTEXT:,} tokens", KV_AT)
+    names = (("parameters", "parameters"), cache)
     changes = [
         f"{word} {after[key] / before[key] - 1:+.1%}"
         for word, key in names

@@ -89,6 +89,11 @@ def test_engines_that_write_text_are_not_offered_to_models_that_do_not(tmp_path,
     assert {name for name in names if loads(tmp_path, name)} == able and loads(tmp_path, "transformers")
 
 
+def test_what_windows_save_is_said_of_a_context(pruned):
+    found = engines(pruned("llama", "window=1,2@5+2"))
+    assert "KV cache at 8,192 tokens -" in found["saves"]
+
+
 def test_every_engine_that_does_not_load_it_has_a_reason_and_a_way_out(pruned):
     for entry in engines(pruned("qwen3", "attn=1"))["engines"].values():
         assert entry["command"] if entry["loads"] else entry["why"] and entry["instead"], entry
