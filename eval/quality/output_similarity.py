@@ -56,6 +56,8 @@ def _vectors(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, bool]:
     logits = getattr(out, "logits", None)
     sizes = {getattr(config, "vocab_size", None), getattr(config, "num_labels", None)}
     first = out[0] if logits is None else logits
+    if not isinstance(first, Tensor):  # a backbone's feature maps [B, C, H, W]: the deepest
+        first = first[-1].movedim(1, -1)
     return first.float().flatten(0, -2), logits is not None and first.shape[-1] > 1 and first.shape[-1] in sizes
 
 

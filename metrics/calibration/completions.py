@@ -7,11 +7,11 @@ first, which perplexity on plain text does not show: calibrate and validate on t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dropformer.metrics.calibration.text import json_row
 from dropformer.prune.errors import CalibrationError, reason
 
 Row = tuple[list[int], list[bool]]  # token ids, and which of them are scored
@@ -30,10 +30,7 @@ def _first_row(name: str) -> dict[str, Any]:
     if path.suffix != ".jsonl" or not path.is_file():
         return {}
     with path.open("rb") as lines:
-        try:
-            first = json.loads(next(lines, b""))
-        except (ValueError, RecursionError):
-            return {}
+        first = json_row(next(lines, b""), f"{path}, line 1")
     return first if isinstance(first, dict) else {}
 
 
@@ -78,11 +75,8 @@ def _rows(name: str) -> Iterator[tuple[str, Any]]:
     """Each row's file and line, for error messages, and its content; None if it is not JSON."""
     with Path(name).open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                row = None
-            yield f"{name}, line {number}", row
+            where = f"{name}, line {number}"
+            yield where, json_row(line, where)
 
 
 def _tokens(row: Any, tokenizer: Any, where: str) -> Row:

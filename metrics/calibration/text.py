@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from dropformer.metrics.calibration.recall import recall
 from dropformer.prune.errors import CalibrationError, reason
@@ -118,13 +119,27 @@ def _txt(path: Path) -> Iterator[str]:
         raise CalibrationError(f"text file {path} is not UTF-8: {error}") from None
 
 
+def json_row(line: bytes, where: str) -> Any:
+    """The content of a line of a .jsonl file; None where it is no JSON.
+
+    Raises CalibrationError for half of a surrogate pair, which JSON can spell and no tokenizer takes.
+    """
+    try:
+        row = json.loads(line)
+        if b"\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise CalibrationError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff); remove it") from None
+    except (ValueError, RecursionError):
+        return None
+    return row
+
+
 def _jsonl(path: Path) -> Iterator[str]:
     with path.open("rb") as lines:  # json decodes, so an encoding error has a line number
         for number, line in enumerate(lines, 1):
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                text = None
+            row = json_row(line, f"{path}, line {number}")
+            text = row.get("text") if isinstance(row, dict) else None
             if not isinstance(text, str):
                 raise CalibrationError(
                     f'{path}, line {number}: expected a JSON object with a text under "text", the same in '

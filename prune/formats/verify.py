@@ -32,6 +32,7 @@ from dropformer.prune.loading.device import hooks_of, input_device
 from dropformer.prune.loading.load import build, load, read_model_config
 from dropformer.prune.loading.parts import evaluating, input_embeddings
 from dropformer.prune.loading.quiet import quiet_transformers
+from dropformer.prune.samples.inputs import first_output
 from dropformer.prune.samples.modalities import sample_batches
 from dropformer.prune.surgery.views import equal_bits
 
@@ -100,7 +101,7 @@ def _seeded(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """The first output, the same each time for a model that draws random numbers (Reformer's hash functions)."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return model(**inputs)[0].float()
+        return first_output(model(**inputs))
 
 
 def _in_pieces(folder: Path, checked: PreTrainedModel, surgery: Surgery) -> bool:

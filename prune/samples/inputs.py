@@ -70,6 +70,12 @@ def random_pixels(config: object, batch: int, seed: int = 0) -> Tensor:
     return torch.rand(batch, getattr(config, "num_channels", 3), height, width, generator=generator)
 
 
+def first_output(output: Any) -> Tensor:
+    """The first output in float32; that of a backbone, a tuple of feature maps, as one vector."""
+    first = output[0]
+    return first.float() if isinstance(first, Tensor) else torch.cat([part.float().flatten() for part in first])
+
+
 def reads_one_text(model: Any) -> bool:
     """Does a decoder with a classification head refuse batches, because its config names no padding token?"""
     config = getattr(model, "config", None)

@@ -18,6 +18,8 @@ from dropformer.prune.block_map import BlockMap, MappedBlock, new_name
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.outline import Outline, StackOutline
 from dropformer.prune.surgery.name_patterns import loose_number, number_part
+from dropformer.prune.surgery.readings import LEAVES as PARTS
+from dropformer.prune.surgery.readings import is_pattern, same_modules, the_number, words_of
 
 LEAVES = ("layers", "layer", "blocks", "block", "h")  # usual names of lists of blocks, beside the stack's own
 NEUTRAL = {
@@ -41,6 +43,7 @@ NOT_BLOCKS = re.compile(
 )
 
 LAYERS = re.compile(r"(^|_)(layer|block)s?(_|$)")  # fields that may count layers, or name one
+_LISTED = re.compile(r"\d+(\s*[,;:-]\s*\d+)*")  # numbers in a text: "3", "1,3,5", "0-3"
 
 
 # Texts that are no settings.
@@ -102,12 +105,40 @@ class BlockNumbers:
             return text
         if self.moved and loose_number(text) and not (OTHERS.search(text) or place.endswith("version")):
             raise ArchitectureError(f"blocks stay where they are: {place} has `{text}`, which may name one of them")
+        new = self._with_numbers(text, place)
+        if self.moved and is_pattern(text) and not same_modules(text, new, self._modules(text, new or text)):
+            raise ArchitectureError(f"blocks stay where they are: {place} has `{text}`, which names some of them")
+        if new is None:
+            raise _Gone
+        return new
+
+    def _with_numbers(self, text: str, place: str) -> str | None:
+        """A name or pattern with the number in it replaced; None where what it names is dropped."""
         for stack in self.outline.stacks:
             leaf = stack.path.rpartition(".")[2]
             names = "|".join(sorted({leaf, *LEAVES}, key=len, reverse=True))
             for match in reversed(list(re.finditer(rf"(?<![A-Za-z0-9_])({names})(\\*\.)", text))):
-                text = self._with_number(stack, text, match, place)
+                followed = self._with_number(stack, text, match, place)
+                if followed is None:
+                    return None
+                text = followed
         return text
+
+    def _modules(self, old: str, new: str) -> dict[str, str]:
+        """Kept modules that a pattern may name: as the dense model calls them -> as the pruned one does."""
+        told, words = {the_number(old), the_number(new)}, {*PARTS, *words_of(old)}
+        leaves, found = ["", *(f".{word}" for word in words)], {}
+        for stack in self.outline.stacks:
+            above = stack.path.rfind(".") + 1  # names are also written from the stack's own on
+            for number, block in enumerate(self._blocks(stack)):
+                if None not in told and not told & {block.source, block.mlp, number}:
+                    continue
+                for kind in {branch.kind for branch in stack.branches} - {*block.skipped}:
+                    source = block.mlp if kind == "mlp" else block.source
+                    for part in (module + leaf for module in stack.modules(kind, source) for leaf in leaves):
+                        before, after = f"{stack.path}.{source}.{part}", f"{stack.path}.{number}.{part}"
+                        found |= {before: after, before[above:]: after[above:]}
+        return found
 
     def _speaks_of(self, stack: StackOutline, before: str, leaf: str, place: str, text: str) -> bool:
         """Does the name refer to a block of this stack?  Raises ArchitectureError where that is not clear."""
@@ -124,7 +155,7 @@ class BlockNumbers:
             return False
         raise ArchitectureError(f"blocks stay where they are: {place} has `{text}`, which may name one of them")
 
-    def _with_number(self, stack: StackOutline, text: str, match: re.Match[str], place: str) -> str:
+    def _with_number(self, stack: StackOutline, text: str, match: re.Match[str], place: str) -> str | None:
         try:
             part = number_part(text, match.end(), len(match[2]) > 1)
             if part is None or not any(part.names(i) for i in range(stack.blocks)):
@@ -132,14 +163,11 @@ class BlockNumbers:
             if not self._speaks_of(stack, text[: match.start()], match[1], place, text):
                 return text
             new = {i: self._new_number(stack, i, part.rest) for i in range(stack.blocks)}
-            followed = part.follow(new, len(self._blocks(stack)))
+            return part.follow(new, len(self._blocks(stack)))
         except ValueError as error:
             if not self.moved:
                 return text
             raise ArchitectureError(f"blocks stay where they are: {place}: {error}") from None
-        if followed is None:
-            raise _Gone
-        return followed
 
     def _new_number(self, stack: StackOutline, old: int, module: str) -> int | None:
         """The new number of a block, or of a module's half of it; None where it is dropped.  Raises ValueError where
@@ -195,11 +223,11 @@ class BlockNumbers:
         """Raise ArchitectureError for a nested list or a numbered dictionary that may name blocks."""
         place = f"{place}.{key}" if place else key
         if isinstance(value, Mapping):
-            if _numbered(value, self._count) and not NOT_BLOCKS.search(key) and not self._stays(map(int, value)):
+            if _numbered(value, self._count) and not _exempt(key) and not self._stays(map(int, value)):
                 raise ArchitectureError(f"blocks stay where they are: {place} is keyed by what may be their numbers")
             for inner, item in value.items():
                 self.check_unknown(str(inner), item, place)
-        elif isinstance(value, (list, tuple)) and not NOT_BLOCKS.search(key):
+        elif isinstance(value, (list, tuple)) and not _exempt(key):
             nested = [v for v in value if isinstance(v, (list, tuple)) and v]
             firsts = [v[0] for v in nested]
             numbered = len(nested) == len(value) > 0 and all(type(v) is int and 0 <= v < self._count for v in firsts)
@@ -219,7 +247,7 @@ class BlockNumbers:
                 self.check_settings(item, named, str(inner))
         elif isinstance(value, (list, tuple)):
             self.check_unknown(key, value, place)
-            if not NOT_BLOCKS.search(key) and (
+            if not _exempt(key) and (
                 names_blocks(key, list(value), self._count, self._stays)
                 or (len(value) == self._count > 2 and LAYERS.search(key))
             ):
@@ -229,10 +257,17 @@ class BlockNumbers:
                     self.check_settings(item, named)
         elif type(value) is int and LAYERS.search(key) and not NOT_BLOCKS.search(key) and 0 <= value <= self._count:
             raise ArchitectureError(f"blocks stay where they are: {named} ({value}) may count or name them")
+        elif isinstance(value, str) and LAYERS.search(key) and _LISTED.fullmatch(value.strip()):
+            raise ArchitectureError(f"blocks stay where they are: {named} (`{value}`) may name some of them")
 
     @property
     def _count(self) -> int:
         return max(stack.blocks for stack in self.outline.stacks)
+
+
+def _exempt(key: str) -> bool:
+    """Does a name say that what it holds are no blocks?"""
+    return NOT_BLOCKS.search(key) is not None and LAYERS.search(key) is None
 
 
 def _numbered(value: Mapping[Any, Any], count: int) -> bool:

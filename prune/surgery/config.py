@@ -12,7 +12,7 @@ from dropformer.prune.block_map import BlockMap, MappedBlock, new_index, skipped
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.files.config_json import BLOCK_COUNTS, PREDICTING
 from dropformer.prune.outline import Outline, StackOutline
-from dropformer.prune.surgery.block_numbers import OTHERS, PAIRS, BlockNumbers, names_blocks
+from dropformer.prune.surgery.block_numbers import APART, OTHERS, PAIRS, BlockNumbers, names_blocks
 from dropformer.prune.surgery.patterns import settled_patterns
 
 # Numbers of blocks by stage, of which each is a stack.
@@ -102,12 +102,19 @@ def _check_numbers(section: dict[str, Any], stack: StackOutline, numbers: BlockN
             section[key] = numbers.pairs(key, value)
         elif isinstance(value, dict) and QUANTIZED.search(key):
             numbers.check_settings(value, key)
-        elif key not in KEYED and not (isinstance(value, dict) and (key.endswith("_config") or OTHERS.search(key))):
+        elif key not in KEYED and not (isinstance(value, dict) and (_of_a_model(value) or OTHERS.search(key))):
             numbers.check_unknown(key, value)
+            if isinstance(value, (dict, str)) and key not in APART:
+                numbers.check_settings(value, "", key)
             if value is True and "layer_idx" in key:
                 raise ArchitectureError(f"blocks stay where they are: {key} makes them act by their numbers")
             if type(value) is int and ONE_BLOCK.search(key) and not OTHERS.search(key) and key not in LAST:
                 _check_one(key, value, stack, numbers)
+
+
+def _of_a_model(section: dict[str, Any]) -> bool:
+    """Is a part of a config that of a model within the model, whose stacks are looked at by themselves?"""
+    return "model_type" in section or any(key in section for keys in BLOCK_COUNTS.values() for key in keys)
 
 
 def _check_one(key: str, value: int, stack: StackOutline, numbers: BlockNumbers) -> None:

@@ -36,6 +36,8 @@ TOKENS = (
     "LICEN",
     "NOTICE",
 )
+# Names of files that may be of one block: layer_3.npy, layers/3/mean.npy.
+NUMBERED = re.compile(r"(?<![a-z])(?:layers?|blocks?|blk)[_\-./ ]?\d+(?![A-Za-z\d])", re.I)
 LARGEST = 4 << 20  # bytes; settings are smaller
 MOST = 500_000  # values
 
@@ -48,6 +50,8 @@ def followed_files(folder: Path, outline: Outline, block_map: BlockMap, own: Col
     """
     numbers = BlockNumbers(outline, block_map)
     found = {}
+    if numbers.moved:
+        _check_names(folder)
     for name in (name for name in _names(folder) if name not in own):
         path = folder / name
         try:
@@ -67,6 +71,13 @@ def follow_files(folder: Path, outline: Outline, block_map: BlockMap, own: Colle
     """Rewrite the files in a pruned checkpoint's folder that name blocks by number, its `own` left out."""
     for name, text in followed_files(folder, outline, block_map, own).items():
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def _check_names(folder: Path) -> None:
+    """Raises ArchitectureError for a file that is copied and named after a block, and whose content is not read."""
+    for name in list_side_files(folder).carried:
+        if NUMBERED.search(name) and not name.endswith(".py"):
+            raise ArchitectureError(f"blocks stay where they are: {name} is named after one of them")
 
 
 def _names(folder: Path) -> Iterator[str]:

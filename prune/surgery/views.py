@@ -17,6 +17,7 @@ from dropformer.prune.block_map import Surgery, map_blocks
 from dropformer.prune.discovery.replay import traceable
 from dropformer.prune.loading.device import hooks_of
 from dropformer.prune.outline import Outline
+from dropformer.prune.samples.inputs import first_output
 from dropformer.prune.samples.modalities import sample_batches
 from dropformer.prune.surgery.surgery import M, apply_surgery, plan_surgery
 
@@ -97,7 +98,7 @@ def proven(model: nn.Module, surgery: Surgery) -> Surgery:
 
 def _output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     with traceable(model):
-        return model(**inputs)[0].float()
+        return first_output(model(**inputs))
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

@@ -7,10 +7,13 @@ import signal
 from contextlib import contextmanager
 
 import pytest
+import torch
 from command import bad, run
 from safetensors.torch import load_file, save_file
+from transformers import Dinov2Backbone, Dinov2Config
 
 from dropformer.prune.errors import CheckpointError
+from dropformer.prune.loading.load import load
 from dropformer.recipes.hub import fetch_snapshot
 
 FIRST = ("--drop", "attn=1", "--no-measure", "-q")
@@ -105,3 +108,16 @@ def test_an_unknown_value_deep_in_a_config_is_told_with_its_field(llama_folder, 
     path = llama_folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rope_parameters": {"rope_type": "none"}}))
     bad("--model", llama_folder, *FIRST, "--out", tmp_path / "out", capsys=capsys, here=tmp_path, said="`rope_type`")
+
+
+def test_a_backbone_that_returns_several_feature_maps_is_pruned_and_measured(here, capsys):
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+    Dinov2Backbone(Dinov2Config(**size, out_features=["stage2", "stage4"])).save_pretrained(here / "dense")
+    status, _, err = run("--model", here / "dense", "--drop", "block=2", "--out", here / "out", "-q", capsys=capsys)
+    assert status == 0, err
+    dense, pixels = Dinov2Backbone.from_pretrained(here / "dense").eval(), torch.rand(1, 3, 32, 32)
+    for scale in (dense.encoder.layer[2].layer_scale1, dense.encoder.layer[2].layer_scale2):
+        scale.lambda1.data.zero_()
+    maps, kept = dense(pixels).feature_maps, load(here / "out")(pixels).feature_maps
+    assert len(maps) == 2 and all(map(torch.allclose, maps, kept))

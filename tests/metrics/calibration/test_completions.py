@@ -69,6 +69,7 @@ def test_prompts_that_leave_no_room_for_a_completion_are_no_windows(tmp_path):
         ([PAIRS[0], {"prompt": "a"}], "line 2: expected a JSON object"),
         ([PAIRS[0], {"text": "prose"}], "line 2: expected a JSON object"),
         ([PAIRS[0], [1]], "line 2"),
+        ([PAIRS[0], {"prompt": "a", "completion": "\ud83d"}], "line 2: half of a surrogate pair"),
         ([TALKS[0], {"messages": "hello"}], "line 2: expected `messages` to be a list"),
         ([TALKS[0], {"messages": [{"role": "user", "content": "a"}]}], "one or more of them the assistant's"),
         ([{"text": "prose"}, PAIRS[0]], "line 2: expected a JSON object with a text"),

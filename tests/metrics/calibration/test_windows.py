@@ -130,6 +130,7 @@ def test_too_little_or_unknown_text_is_one_line(calibration, says):
         ("bad.txt", b"\xff\xfe\x00", "not UTF-8"),
         ("bad.parquet", b"not parquet", "cannot be read"),
         ("latin.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2"),
+        ("half.jsonl", b'{"text": "a"}\n{"text": "\\ud83d a"}\n', "line 2: half of a surrogate pair"),
         ("number.jsonl", b'{"text": 7}\n', "line 1"),
     ],
 )

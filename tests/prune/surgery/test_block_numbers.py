@@ -1,6 +1,7 @@
 """Numbers of blocks in names, patterns, pairs and keys follow the blocks, or the blocks stay where they are."""
 
 import json
+import time
 
 import pytest
 
@@ -147,6 +148,8 @@ def test_files_that_count_the_blocks_follow(tmp_path):
         ("exits.json", '{"exit_layers": [2, 5]}'),
         ("bits.json", '{"layer_bits": [4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 4, 8]}'),
         ("skip.toml", 'skip = ["model.layers.3.mlp"]'),
+        ("layer_3.npy", "x"),
+        ("steering/layers/3.npz", "x"),
         ("imatrix.dat", "\x00\x01blk.3.ffn_down.weight\x00"),
         ("params.json", '{"n_layers": 40}'),
         ("draft.json", '{"eagle_layer_ids": [1, 3, 5]}'),
@@ -154,7 +157,7 @@ def test_files_that_count_the_blocks_follow(tmp_path):
     ],
 )
 def test_a_file_that_names_blocks_in_an_unknown_way_leaves_them_in_place(tmp_path, name, content):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
     (tmp_path / name).write_text(content)
     found = numbers("block:1")
     with pytest.raises(ArchitectureError, match=name):
@@ -225,6 +228,9 @@ UNCLEAR += [
     "layers.3..5",
 ]
 UNCLEAR += ["re:model\\.\\w+\\.3\\.mlp", "re:.*layers\\.(3\\.mlp", "model.layers.0,model.layers.3"]
+UNCLEAR += ["re:.*layers[.]3[.].*", "re:.*(layers)\\.(3|4)\\..*", "-:.*\\.layers[.]3\\.", "*layers[.]3*"]  # other dots
+UNCLEAR += ["re:.*layers.1.*", "model.layers.1.*", "re:.*layers.1.", "re:.*layers\\.[^1].*"]  # 10 and 11 too
+UNCLEAR += ["model.layers.1"]  # and so by substring
 
 
 @pytest.mark.parametrize("pattern", UNCLEAR)
@@ -232,6 +238,27 @@ def test_a_pattern_that_cannot_follow_is_refused_by_name(pattern):
     with pytest.raises(ArchitectureError, match="ignore"):
         numbers("block:1").follow({"ignore": [pattern]})
     assert numbers("attn:1").follow({"ignore": [pattern]}) == {"ignore": [pattern]}
+
+
+def test_settings_with_a_pattern_for_every_module_take_seconds():
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    patterns = [f"+:.*\\.layers\\.{i}\\..*{kind}.*" for i in range(80) for kind in kinds]
+    start = time.process_time()
+    assert len(numbers("block:1", stacks=[outline(blocks=80)]).follow(patterns)) == 79 * 7
+    assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layer_scales": {str(i): 1.5 for i in range(12)}}, {"exit_config": {"exits": [1, 3]}},
+        {"nested": {"inner": {"exits": [1, 3]}}}, {"layers_to_skip": "3"}, {"drop_layers": "1,3-5"},
+    ],
+)  # fmt: skip
+def test_fields_of_a_config_that_may_name_blocks_leave_them_in_place(fields):
+    found = numbers("block:1")
+    with pytest.raises(ArchitectureError, match=next(iter(fields))):
+        pruned_config({"num_hidden_layers": 12, **fields}, found.outline, found.block_map)
 
 
 def aliases() -> str:
