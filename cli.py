@@ -225,6 +225,9 @@ def _carry_out(request: Request, quiet: bool, as_json: bool) -> None:
 def main() -> None:
     """Run the command; user errors end in one line on stderr and exit status 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for word in sys.argv[1:]:
+        if any("\ud800" <= letter <= "\udfff" for letter in word):  # no JSON, card or page could name it
+            _fail(f"`{ascii(word)[1:-1]}` is not UTF-8; rename the file, or give a link to it")
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except USAGE_ERRORS as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from dropformer.prune.errors import ModelError
+from dropformer.prune.errors import EvaluationError, ModelError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,10 @@ def own_device(device: str | None) -> str | None:
 
 
 def join(device: Any) -> None:
-    """Meet the other processes, if there are any; `device` decides how they talk."""
+    """Meet the other processes, if there are any; `device` decides how they talk.
+
+    Raises EvaluationError where the environment tells of others that cannot be met.
+    """
     import torch
     import torch.distributed as dist
     from accelerate import PartialState
@@ -51,7 +54,13 @@ def join(device: Any) -> None:
     if world() > 1 and not dist.is_initialized():
         if getattr(device, "type", None) == "cuda":
             torch.cuda.set_device(device)  # NCCL talks through the current device
-        PartialState(cpu=getattr(device, "type", str(device)) == "cpu")
+        try:
+            PartialState(cpu=getattr(device, "type", str(device)) == "cpu")
+        except (ValueError, RuntimeError) as error:  # torch's own DistError is a RuntimeError
+            raise EvaluationError(
+                f"WORLD_SIZE says that {world()} processes run, and they do not meet ({reason(error)}); start them "
+                "with `accelerate launch`, or unset it"
+            ) from None
 
 
 def gather(mine: Tensor) -> Tensor:

@@ -126,13 +126,21 @@ def check_no_adapter(names: Collection[str], where: object) -> None:
 
 
 def copy_side_files(source: Path, target: Path) -> SideFiles:
-    """Copy the side files of a model's folder; files that exist in `target` stay.  Raises as `list_side_files`."""
+    """Copy the side files of a model's folder; files that exist in `target` stay.
+
+    Raises as `list_side_files`, and for code of the model's own that has the name of other code in `target`.
+    """
     found = list_side_files(source)
     for name in found.carried:
         place = target / name
         if not os.path.lexists(place):
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file_behind(source, name), place)
+        elif name.endswith(".py") and place.read_bytes() != file_behind(source, name).read_bytes():
+            raise CheckpointError(
+                f"{shown(source / name, 1000)} has the name of code that pruned checkpoints carry; rename it there and "
+                "where it is imported"
+            )
     return found
 
 

@@ -187,11 +187,13 @@ class BlockNumbers:
     def _generation(self, key: str, value: Any) -> Any:
         if key in PAIRS and isinstance(value, list):
             return self.pairs(key, value)
-        if key in LEADING and isinstance(value, int):
+        if key in LEADING and _are_numbers([value]):
             return sum(b.source < value for b in self._writer_blocks())
-        if key in STATES and isinstance(value, list):
+        if key in STATES and isinstance(value, list) and _are_numbers(value):
             kept = [sum(b.source < i for b in self._writer_blocks()) for i in value]
             return sorted(set(kept))
+        if self.moved and key in {*LEADING, *STATES} and not (value is None or isinstance(value, str)):
+            raise ArchitectureError(f"blocks stay where they are: {key} has {value!r:.60}, which cannot be followed")
         if self.moved:
             self.check_settings(value, "", key)
         return value
@@ -215,6 +217,10 @@ class BlockNumbers:
         stack = next((s for s in self.outline.stacks if s.name in ("", name)), None)
         if stack is None:
             return value
+        if not all(isinstance(pair, (list, tuple)) and pair and _are_numbers(pair[:1]) for pair in value):
+            if not self.moved:
+                return value
+            raise ArchitectureError(f"blocks stay where they are: {key} is no list of pairs of a block and a head")
         blocks = self.block_map.stacks[stack.name]
         kept = {b.source: new for new, b in enumerate(blocks) if kind not in b.skipped and not b.empty}
         return [[kept[block], *rest] for block, *rest in value if block in kept]
@@ -268,6 +274,10 @@ class BlockNumbers:
 def _exempt(key: str) -> bool:
     """Does a name say that what it holds are no blocks?"""
     return NOT_BLOCKS.search(key) is not None and LAYERS.search(key) is None
+
+
+def _are_numbers(values: Iterable[Any]) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
 
 
 def _numbered(value: Mapping[Any, Any], count: int) -> bool:

@@ -121,3 +121,14 @@ def test_a_backbone_that_returns_several_feature_maps_is_pruned_and_measured(her
         scale.lambda1.data.zero_()
     maps, kept = dense(pixels).feature_maps, load(here / "out")(pixels).feature_maps
     assert len(maps) == 2 and all(map(torch.allclose, maps, kept))
+
+
+def test_a_name_that_is_no_unicode_is_one_line(llama_folder, here, capsys):
+    bad("--model", llama_folder, *FIRST, "--out", here / "caf\udce9", capsys=capsys, here=here, said="is not UTF-8")
+
+
+def test_processes_that_cannot_be_met_are_one_line(lettered, here, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    more = ("--samples", 1, "--length", 16, "--out", here / "scores", "-q")
+    bad("analyze", lettered, *more, capsys=capsys, here=here, said="WORLD_SIZE says that 2 processes run")

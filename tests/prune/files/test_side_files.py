@@ -43,6 +43,14 @@ def test_what_the_format_has_written_stays(tmp_path: Path) -> None:
     assert (target / "generation_config.json").read_text() == "new"
 
 
+def test_code_that_would_be_hidden_by_other_code_of_its_name_is_refused(tmp_path: Path) -> None:
+    source, target = folder_of(tmp_path / "a", "window_cache.py"), folder_of(tmp_path / "b", "window_cache.py")
+    copy_side_files(source, target)
+    (target / "window_cache.py").write_text("ours")
+    with pytest.raises(CheckpointError, match=r"window_cache\.py has the name of code"):
+        copy_side_files(source, target)
+
+
 def test_folders_that_modules_json_names_are_carried_with_their_weights(tmp_path: Path) -> None:
     folder_of(tmp_path, "head/model.safetensors", "other/model.safetensors")
     (tmp_path / "modules.json").write_text('[{"path": ""}, {"path": "head"}]')

@@ -112,6 +112,20 @@ def test_generation_settings_follow(tmp_path, field, value, after):
     assert json.loads(new)[field] == after if new else after == value
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("alignment_heads", [[1], [], ["x", 2]]), ("alignment_heads", [1, 2]), ("alignment_heads", [["x", 2]]),
+        ("dola_layers", ["x"]), ("dola_layers", [-1]), ("assistant_early_exit", -2), ("assistant_early_exit", True),
+        ("assistant_early_exit", 2.5),
+    ],
+)  # fmt: skip
+def test_generation_settings_of_another_form_leave_the_blocks_in_place(field, value):
+    with pytest.raises(ArchitectureError, match=field):
+        numbers("block:1").generation({field: value})
+    assert numbers("attn:1").generation({field: value}) == {field: value}
+
+
 def test_heads_of_a_dropped_cross_attention_are_left_out():
     cross = BranchOutline(kind="cross", blocks=list(range(4)), modules={"encoder_attn": "zeros"}, parameters=1)
     stack = outline("model.decoder.layers", 4).model_copy(update={"branches": [*outline(blocks=4).branches, cross]})
