@@ -39,7 +39,7 @@ def cost_of_config(config: PreTrainedConfig | Mapping[str, Any]) -> ModelCost:
             config = AutoConfig.for_model(**config)
         with torch.device("meta"):
             model = auto_class(config).from_config(config, dtype=torch.bfloat16).eval()
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError) as error:
         said = reason(error, 160)
         raise ModelError(f"the config builds no model ({said}); expected a decoder's or an encoder's") from error
     if writes_text(model):

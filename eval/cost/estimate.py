@@ -25,7 +25,9 @@ from dropformer.eval.cost.roofline import KERNELS, Side, Workload, launches, ste
 from dropformer.prune.architecture import Layer
 from dropformer.prune.choosing import PublishedLists, choose_forms, choose_windows
 from dropformer.prune.errors import ModelError, PlanError
+from dropformer.prune.files.config_json import CONFIG, check_plausible
 from dropformer.prune.files.output_paths import cache_folder
+from dropformer.prune.files.strict_json import read_object
 from dropformer.prune.outline import Outline
 from dropformer.prune.spec import without_windows
 from dropformer.prune.window import Window
@@ -158,6 +160,7 @@ def cost_of_name(name: str) -> ModelCost:
             return cost
         return _kept(json.dumps(dict(known.config), sort_keys=True), partial(_count, dict(known.config)))
     path = open_config(name).path
+    check_plausible(read_object(path / CONFIG), path)
     return _kept((path / "config.json").read_text(encoding="utf-8"), partial(_count, path))
 
 

@@ -28,6 +28,7 @@ DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 _COUNTED = re.compile(r"layers$|blocks$|depths?$|experts$|^n_layer$|hidden_groups$|stages$")
 _FREE = re.compile(r"^max_|window|^num_dense_layers$|^first_k")  # bounds and thresholds, which build no modules
 _ALWAYS_FINE = 512
+_MOST_BUILT = 4096  # blocks or experts of a model that is built from its config alone
 _LARGEST_NUMBER = 1 << 23  # for counts that build no modules: positions, buckets, heads
 
 
@@ -112,6 +113,13 @@ def check_counts(config: Mapping[str, Any], tensors: Iterable[TensorSpan], where
                 f"{where}: config.json says {shown(key)} is {shown(value)}, but the files hold {len(spans)} tensors; "
                 "get the model's own config.json"
             )
+
+
+def check_plausible(config: Mapping[str, Any], where: object) -> None:
+    """`check_counts` for a config without files beside it, by what no model has."""
+    for key, value in _numbers(config):
+        if _COUNTED.search(key) and not _FREE.search(key) and value > _MOST_BUILT:
+            raise CheckpointError(f"{where}: config.json says {shown(key)} is {shown(value)}, more than any model has")
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:

@@ -132,3 +132,10 @@ def test_processes_that_cannot_be_met_are_one_line(lettered, here, monkeypatch, 
     monkeypatch.setenv("RANK", "0")
     more = ("--samples", 1, "--length", 16, "--out", here / "scores", "-q")
     bad("analyze", lettered, *more, capsys=capsys, here=here, said="WORLD_SIZE says that 2 processes run")
+
+
+@pytest.mark.parametrize("field, value", [("num_hidden_layers", 10**7), ("hidden_size", -32)])
+def test_an_estimate_of_an_impossible_config_is_one_line_at_once(llama_folder, here, capsys, field, value):
+    path = llama_folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    bad("estimate", llama_folder, "--drop", "attn=1", capsys=capsys, here=here, said="config")
