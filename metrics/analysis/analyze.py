@@ -24,7 +24,7 @@ from dropformer.prune.discovery.trace import members_of
 from dropformer.prune.errors import CalibrationError
 from dropformer.prune.loading.device import input_device
 from dropformer.prune.loading.parts import evaluating, tensors_in
-from dropformer.prune.samples.inputs import as_head_reads
+from dropformer.prune.samples.inputs import as_head_reads, uncached
 
 Batch = Mapping[str, Tensor] | Tensor
 
@@ -170,7 +170,7 @@ def as_inputs(model: nn.Module, batch: Batch, device: torch.device | None = None
     moved = as_head_reads(moved, model)
     if two and "input_ids" in moved and "decoder_input_ids" not in moved:
         moved["decoder_input_ids"] = shifted(moved["input_ids"], model)
-    return moved | {"use_cache": False} if "use_cache" in names else moved
+    return moved | uncached(model)
 
 
 def shifted(ids: Tensor, model: nn.Module) -> Tensor:

@@ -40,12 +40,20 @@ def sample_inputs(model: nn.Module, batch: int = 2) -> dict[str, Any]:
     batch = 1 if reads_one_text(model) else batch
     batch *= getattr(config, "num_codebooks", 1) if getattr(config, "audio_channels", None) else 1  # MusicGen
     ids = torch.randint(0, vocab, (batch, length), generator=generator).to(device)
-    inputs: dict[str, Any] = as_head_reads({"input_ids": ids}, model)
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        inputs["use_cache"] = False  # a block must be callable again on the same inputs
+    inputs: dict[str, Any] = as_head_reads({"input_ids": ids}, model) | uncached(model)
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = inputs["input_ids"].clone()
     return inputs
+
+
+def uncached(model: Any) -> dict[str, Any]:
+    """The argument that keeps a model from making a cache: a block must be callable again on the same inputs.
+
+    Many models that write text (LLaVA, Qwen3-VL, Granite-MoE) do not name it and hand it on, as `generate` relies on.
+    """
+    takes = inspect.signature(model.forward).parameters
+    hands_on = any(p.kind is p.VAR_KEYWORD for p in takes.values()) and hasattr(model, "generate")
+    return {"use_cache": False} if "use_cache" in takes or hands_on else {}
 
 
 def _sparse_length(config: Any) -> int:

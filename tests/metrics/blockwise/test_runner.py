@@ -1,11 +1,14 @@
 """Block by block gives what the model gives, and resuming reuses what did not change."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import nn
 
 from dropformer.metrics.blockwise import divergence
 from dropformer.metrics.blockwise.divergence import DenseReference, dropped_modules
-from dropformer.metrics.blockwise.runner import BlockRunner
+from dropformer.metrics.blockwise.runner import BlockRunner, check_blockwise
 from dropformer.metrics.blockwise.variant import variant
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
@@ -29,6 +32,38 @@ def test_blocks_called_one_by_one_give_the_models_logits(tiny, ids, family):
         for batch in range(2):
             logits = runner.logits(batch, runner.run(0, batch, runner.start(batch)))
             torch.testing.assert_close(logits, model(ids[batch : batch + 1]).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "granitemoe", "granitemoehybrid"])  # the last two do not name `use_cache`
+def test_blocks_remember_nothing_of_an_earlier_call(tiny, ids, family):
+    hybrid = {"mamba_n_heads": 8, "mamba_d_head": 8, "layer_types": ["linear_attention", "full_attention"] * 2}
+    model = tiny(family, num_hidden_layers=4, **(hybrid if family == "granitemoehybrid" else {}))
+    runner = BlockRunner(model, discover(model), [{"input_ids": ids}])
+    with torch.inference_mode():
+        runner.run(0, 0, runner.start(0).flip(1))
+        found = runner.logits(0, runner.run(0, 0, runner.start(0)))
+        torch.testing.assert_close(found, model(ids, use_cache=False).logits)
+
+
+class Remembering(nn.Module):
+    """A block's attention that also adds what it gave before."""
+
+    def __init__(self, own: nn.Module) -> None:
+        super().__init__()
+        self.own, self.last = own, 0.0
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        now, *rest = self.own(*args, **kwargs)
+        self.last = (before := self.last) + now.detach()
+        return now + before, *rest
+
+
+def test_a_model_whose_blocks_remember_is_refused(tiny, ids):
+    model, architecture, runner = stepper_of(tiny, "llama", ids)
+    check_blockwise(runner, architecture)
+    model.model.layers[1].self_attn = Remembering(model.model.layers[1].self_attn)
+    with pytest.raises(ArchitectureError, match="keep some of it"):
+        check_blockwise(runner, architecture)
 
 
 def test_the_model_is_as_it_was_after_a_replacement(tiny, ids):
