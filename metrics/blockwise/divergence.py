@@ -10,18 +10,23 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from dropformer.metrics.blockwise.runner import BlockRunner
+from dropformer.metrics.blockwise.runner import BlockRunner, not_finite
 from dropformer.metrics.blockwise.variant import Variant, dropped_forms, skipped_at
 from dropformer.metrics.calibration.batching import busy_tokens
 from dropformer.prune.architecture import Architecture, Layer
+from dropformer.prune.errors import ModelError
 from dropformer.prune.loading.parts import output_embeddings, replaced
 
 LOGITS = 64 << 20  # bytes of logits that are held at a time
 
 
 def kl_divergence(dense: Tensor, changed: Tensor) -> Tensor:
-    """KL(dense || changed) per position, in nats, from log-probabilities in float32.  [..., V] -> [...]."""
-    return (dense.exp() * (dense - changed)).sum(-1)
+    """KL(dense || changed) per position, in nats, from log-probabilities in float32.  [..., V] -> [...].
+
+    A word that the dense model never writes, such as an image's in Chameleon, adds nothing: 0 log 0 is 0.
+    """
+    shares = dense.exp()
+    return torch.where(shares > 0, shares * (dense - changed), 0.0).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,8 @@ class DenseReference:
             ]
             known = ((batch, len(self._parts(batch)[0])) for batch in range(len(runner)))
             self.divergence = self._joined([self._rows(b, self._log_probs[b].split(size, 1)) for b, size in known])
+        if self.divergence.nll.isnan().any():
+            raise ModelError(not_finite(runner.model, runner.start(0).dtype))
 
     def compare_each(self, variants: Sequence[Variant], batches: Sequence[int] | None = None) -> list[Divergence]:
         """The divergence of each variant, on some of the batches (None: all).

@@ -23,7 +23,7 @@ from dropformer.metrics.blockwise.work import Work
 from dropformer.metrics.offload.keeper import Keeper
 from dropformer.prune.architecture import Architecture, Stack, Tap
 from dropformer.prune.discovery.trace import outputs_of
-from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.errors import ArchitectureError, ModelError
 from dropformer.prune.loading.device import hooks_of
 from dropformer.prune.loading.parts import replaced
 from dropformer.prune.loading.skipped_modules import stand_in
@@ -199,6 +199,14 @@ def _logits_of(output: Any) -> Tensor:
     return next(iter(outputs_of(output).values())) if logits is None else logits
 
 
+def not_finite(model: nn.Module, dtype: torch.dtype) -> str:
+    """What to say of logits that are no numbers."""
+    return (
+        f"{type(model).__name__} gives no finite logits in {str(dtype).removeprefix('torch.')}; compute in another "
+        "--dtype (float32 overflows last), and if it stays so, its weights are broken"
+    )
+
+
 def check_blockwise(runner: BlockRunner, architecture: Architecture) -> None:
     """Raises ArchitectureError if blocks called one by one do not give the model's logits.
 
@@ -212,7 +220,10 @@ def check_blockwise(runner: BlockRunner, architecture: Architecture) -> None:
         found = few.logits(0, few.run(0, 0, few.start(0))).float()
         whole = _logits_of(few.model(**few.batches[0])).float().to(found.device)
     allowed = 1e-3 if few.start(0).dtype == torch.float32 else 5e-2
-    if not float((found - whole).norm()) <= allowed * float(whole.norm()):
+    if whole.isnan().any():
+        raise ModelError(not_finite(runner.model, few.start(0).dtype))
+    told = whole > torch.finfo(few.start(0).dtype).min  # not words that the model never writes
+    if not float((found - whole)[told].norm()) <= allowed * float(whole[told].norm()):
         raise ArchitectureError(
             f"the blocks of {type(runner.model).__name__}, called one by one, do not give the model's logits: they "
             f"pass on more than the residual stream, or keep some of it; {SIMILARITY}"

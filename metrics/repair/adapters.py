@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from dropformer.prune.loading.parts import shared_parameters
 from dropformer.prune.loading.skipped_modules import Skipped
 
 SCALE = 2.0  # of a low-rank change, as alpha = 2 rank in LoRA
@@ -87,13 +88,13 @@ class Shift(nn.Module):
 def adapters(model: nn.Module, blocks: Sequence[str], rank: int) -> dict[str, Adapter | Shift]:
     """Module path -> an adapter for each linear module and each norm in the blocks at these paths.
 
-    Not for what is in the place of a dropped module, nor for a module that has several places.
+    Not for what is in the place of a dropped module, nor for weights that have several places.
     """
-    places = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
+    several = shared_parameters(model)
     generator = torch.Generator().manual_seed(0)
     found: dict[str, Adapter | Shift] = {}
     for path, module in _modules(model, blocks):
-        if places.count(id(module)) > 1:
+        if any(id(p) in several for p in module.parameters()):
             continue
         if isinstance(module, (nn.Linear, Conv1D)):
             found[path] = Adapter(module, rank, generator)

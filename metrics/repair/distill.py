@@ -29,7 +29,7 @@ from dropformer.prune.architecture import Architecture, Layer, Stack
 from dropformer.prune.discovery.replay import picked
 from dropformer.prune.discovery.trace import outputs_of
 from dropformer.prune.loading.device import OVERRIDES
-from dropformer.prune.loading.parts import replaced
+from dropformer.prune.loading.parts import replaced, shared_parameters
 
 
 @dataclass(frozen=True)
@@ -257,21 +257,16 @@ def _copy(block: nn.Module) -> nn.Module:
 def trainable(block: nn.Module, model: nn.Module, path: str) -> dict[str, nn.Parameter]:
     """The block's trainable parameters, with gradients enabled.
 
-    Without routers, whose choice of experts has no gradient, and without parameters shared with other blocks.
+    Without routers, whose choice of experts has no gradient, and without parameters that have several places.
     """
     experts = {len(p) for p in block.parameters() if p.ndim == 3 and min(p.shape[1:]) > 1}  # not convolutions
     experts |= {len(m) for m in block.modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
-    inside = {id(p) for p in model.get_submodule(path).parameters()}
-    shared = {id(p) for name, p in _everywhere(model) if not name.startswith(f"{path}.")} & inside
-    own = {name for name, p in model.get_submodule(path).named_parameters() if id(p) in shared}
+    several = shared_parameters(model)
+    shared = {name for name, p in model.get_submodule(path).named_parameters() if id(p) in several}
     found: dict[str, nn.Parameter] = {}
     for name, p in block.named_parameters():
         routes = p.ndim <= 2 and len(p) in experts and bool(experts)
-        if p.is_floating_point() and name not in own and not routes:
+        if p.is_floating_point() and name not in shared and not routes:
             p.requires_grad_(True)
             found[name] = p
     return found
-
-
-def _everywhere(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return model.named_parameters(remove_duplicate=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -86,6 +86,12 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
             undo.callback(setattr, owner, leaf, getattr(owner, leaf))
             setattr(owner, leaf, module)
         yield
+
+
+def shared_parameters(model: nn.Module) -> set[int]:
+    """The ids of the parameters that a model has in several places: tied embeddings, Zamba's shared attention."""
+    counts = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {one for one, count in counts.items() if count > 1}
 
 
 def twin_of(module: nn.Module) -> Any:

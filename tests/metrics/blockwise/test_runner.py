@@ -12,7 +12,7 @@ from dropformer.metrics.blockwise.runner import BlockRunner, check_blockwise
 from dropformer.metrics.blockwise.variant import variant
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
-from dropformer.prune.errors import ArchitectureError
+from dropformer.prune.errors import ArchitectureError, ModelError
 from dropformer.prune.loading.parts import replaced
 
 FAMILIES = ["llama", "gpt2", "gemma2", "gpt_neox", "mixtral"]
@@ -64,6 +64,38 @@ def test_a_model_whose_blocks_remember_is_refused(tiny, ids):
     model.model.layers[1].self_attn = Remembering(model.model.layers[1].self_attn)
     with pytest.raises(ArchitectureError, match="keep some of it"):
         check_blockwise(runner, architecture)
+
+
+class Masking(nn.Module):
+    """A head that never writes some words, as Chameleon's writes no images."""
+
+    def __init__(self, own: nn.Linear, low: float) -> None:
+        super().__init__()
+        self.own, self.low, self.weight = own, low, own.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        barred = torch.arange(len(self.weight)) < 3
+        return self.own(x).masked_fill(barred, self.low)
+
+
+@pytest.mark.parametrize("low", [-float("inf"), torch.finfo(torch.float32).min])
+def test_words_that_are_never_written_add_nothing_to_a_divergence(tiny, ids, low):
+    model = tiny("llama", num_hidden_layers=3)
+    model.lm_head = Masking(model.lm_head, low)
+    architecture = discover(model)
+    runner = BlockRunner(model, architecture, [{"input_ids": ids}])
+    check_blockwise(runner, architecture)
+    (found,) = DenseReference(runner).compare_each([variant(model, architecture, [Layer("mlp", 2)])])
+    assert found.kl.isfinite().all() and (found.kl > 0).all()
+
+
+def test_logits_that_are_no_numbers_are_refused(tiny, ids):
+    model, architecture, runner = stepper_of(tiny, "llama", ids)
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.nan
+    for measure in (DenseReference, lambda runner: check_blockwise(runner, architecture)):
+        with pytest.raises(ModelError, match="no finite logits in float32"):
+            measure(runner)
 
 
 def test_the_model_is_as_it_was_after_a_replacement(tiny, ids):

@@ -1,10 +1,14 @@
 """How branches write into the stream is read off the dataflow, in every dtype and on the meta device alike."""
 
+import copy
+
 import pytest
 import torch
 from family_sizes import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dropformer.metrics.repair.adapters import adapters
+from dropformer.metrics.repair.distill import trainable
 from dropformer.metrics.repair.slots import branch_outputs
 from dropformer.prune.architecture import Layer
 from dropformer.prune.discovery.discover import discover
@@ -35,6 +39,20 @@ def test_every_family_has_its_slots_and_a_reason_where_there_is_none(tiny, famil
     kinds = tuple(block[kind].slot and block[kind].slot.kind for kind in ("attn", "mlp") if kind in block)
     assert kinds == KINDS[family]
     assert all(output.reason for output in found.values() if output.slot is None)
+
+
+def test_weights_that_have_several_places_are_repaired_by_nothing(tiny):
+    model = tiny("llama")
+    first, later = model.model.layers[1].mlp.down_proj, model.model.layers[3].mlp.down_proj
+    later.weight = first.weight  # as Zamba's hybrid blocks share their attention
+    found = branch_outputs(model, discover(model))
+    assert Layer("mlp", 2) in found and not {Layer("mlp", 1), Layer("mlp", 3)} & found.keys()
+    places = [f"model.layers.{i}" for i in range(4)]
+    assert [path for path in adapters(model, places, 2) if "down_proj" in path] == [
+        "model.layers.0.mlp.down_proj", "model.layers.2.mlp.down_proj",
+    ]  # fmt: skip
+    taught = trainable(copy.deepcopy(model.model.layers[3]), model, "model.layers.3")
+    assert "mlp.up_proj.weight" in taught and "mlp.down_proj.weight" not in taught
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "mixtral", "phi"])
