@@ -192,7 +192,8 @@ def savings_line(plan: Plan) -> str:
 def done(out: Any, record: Mapping[str, Any], difference: float | None = None, ran: bool = True) -> str:
     """Where the checkpoint is, how it is loaded, and how it was checked; `ran`: reloading was part of the run."""
     form = FORMATS[record["format"]]
-    checked = form.checked if difference is None else f"reloaded, logits equal to {difference:.1e}"
+    copied = form.checked + (" or its repair's" if record["repairs"] and form.copies else "")
+    checked = copied if difference is None else f"reloaded, logits equal to {difference:.1e}"
     if ran and form.reloads and difference is None:
         checked += ", but there was not enough memory to reload it and compare logits"
     notes = "".join(f"\nnote: {note}" for note in record["notes"])

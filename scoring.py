@@ -104,7 +104,8 @@ def material(opened: LoadedModel, request: Request, progress: Progress) -> Calib
     if not takes_pictures(opened.model):
         check_length(read_config(opened.path), settings.length, opened.ref.name)
     data = calibration_data(opened.model, opened.tokenizer, opened.path, settings, opened.ref.fingerprint)
-    progress.say(f"calibration: {wording(data, opened)} ({_origin(said, opened)})")
+    warning = "warning: " if data.ref.name == PIXELS and not said.texts else ""
+    progress.say(f"{warning}calibration: {wording(data, opened)} ({_origin(said, opened)})")
     return data
 
 

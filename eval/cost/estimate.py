@@ -252,7 +252,7 @@ def estimate_lines(estimate: Estimate, published: float | None = None) -> list[s
     ]
     for name in KERNELS:
         speedup = estimate.speedup(name)
-        lines.append(side_by_side(f"time, {name}", *(_seconds(side, name) for side in sides)))
+        lines.append(side_by_side(f"prefill + decode, {name}", *(_seconds(side, name) for side in sides)))
         lines.append(
             f"  {KERNEL_TITLES[name]}: {speedup.generation:.2f}x in all "
             f"(prefill {speedup.prefill:.2f}x, decode {speedup.decode:.2f}x)"
@@ -270,7 +270,7 @@ def estimate_lines(estimate: Estimate, published: float | None = None) -> list[s
 
 def _seconds(side: Side, kernels: str) -> str:
     times = side.times[kernels]
-    return f"{times.prefill:.3g} s + {times.decode:.4g} s"
+    return f"{times.prefill:.3g} + {times.decode:.4g} s"
 
 
 def _bytes(count: int) -> str:

@@ -22,7 +22,7 @@ def report_table(report: Report) -> Table:
         table.add_column(name, justify="left" if not name else "right")
     for label, key, form in ROWS:
         before, after = getattr(report.dense, key), getattr(report.pruned, key)
-        if before is not None and after is not None and not (key == PER_TOKEN and report.kv_context):
+        if before is not None and after is not None and not (key == PER_TOKEN and (report.kv_context or not before)):
             label = label.format(context=report.kv_context or 0)
             cells = (_spread(form(getattr(s, key)), getattr(s, f"{key}_stderr", None)) for s in report.sides)
             table.add_row(label, *cells, report.ratio(key) or relative_change(before, after))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dropformer.console import report_table
+from dropformer.console import done, report_table
 from dropformer.eval.cost.speed import Quartiles
 from dropformer.eval.quality.perplexity import side_by_side
 from dropformer.eval.report.report import Ratio, Report, Side, SpeedRef, card_lines
@@ -57,3 +57,9 @@ def test_the_error_of_a_ratio_pairs_the_windows(tiny):
     assert found.pruned.value / found.dense.value == pytest.approx(ratio)
     assert found.ratio_stderr == pytest.approx(ratio * float(each.std()) / 2)
     assert side_by_side(model, other, ids[:1]).ratio_stderr is None
+
+
+@pytest.mark.parametrize(("repairs", "said"), [([], "bytes are the source's"), (["refit"], "source's or its repair's")])
+def test_repaired_weights_are_not_said_to_be_the_sources(repairs, said):
+    record = {"format": "dropformer", "notes": [], "packed": False, "stock_windows": False, "repairs": repairs}
+    assert done("out", record, ran=False).endswith(said)
