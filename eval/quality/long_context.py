@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from dropformer.eval.quality.head import SplitModel
 from dropformer.eval.quality.perplexity import losses_of
 from dropformer.eval.quality.probes import NAMES
+from dropformer.metrics.calibration.far_recall import plain_ids
 from dropformer.prune.errors import EvaluationError
 from dropformer.prune.loading.device import input_device
 from dropformer.prune.loading.parts import continued, empty_cache
@@ -79,7 +80,7 @@ class Needle:
 
 def text_tokens(context: int, tokenizer: Any) -> int:
     """Tokens of plain text in a long text for this context.  Raises EvaluationError where facts leave no room."""
-    left = context - ROOM - sum(len(_ids(tokenizer, sentence)) for sentence, _, _ in _facts(0))
+    left = context - ROOM - sum(len(plain_ids(tokenizer, sentence)) for sentence, _, _ in _facts(0))
     if left < ROOM:
         raise EvaluationError(f"facts from five depths do not fit into {context} tokens; give more, as in --long 2048")
     return left
@@ -93,7 +94,7 @@ def with_facts(ids: Tensor, tokenizer: Any, seed: int = 0) -> LongText:
     for depth in range(DEPTHS):
         facts = all_facts[depth * ASKED : (depth + 1) * ASKED]
         to = (2 * depth + 1) * len(ids) // (2 * DEPTHS)
-        told = _ids(tokenizer, "".join(sentence for sentence, _, _ in facts))
+        told = plain_ids(tokenizer, "".join(sentence for sentence, _, _ in facts))
         parts += [ids[at:to], told]
         scored += [torch.ones(to - at, dtype=torch.bool), torch.zeros(len(told), dtype=torch.bool)]
         found += [_fact(tokenizer, question, answer) for _, question, answer in facts]
@@ -112,7 +113,7 @@ def _facts(seed: int) -> list[tuple[str, str, str]]:
 
 
 def _fact(tokenizer: Any, question: str, answer: str) -> Fact:
-    asked, whole = _ids(tokenizer, question), _ids(tokenizer, question + answer)
+    asked, whole = plain_ids(tokenizer, question), plain_ids(tokenizer, question + answer)
     return Fact(asked, whole[len(asked) :])
 
 
@@ -121,10 +122,6 @@ def _told_apart(facts: Sequence[Fact]) -> tuple[Fact, ...]:
     while min(len(fact.answer) for fact in facts) > 1 and len({int(fact.answer[0]) for fact in facts}) == 1:
         facts = [Fact(torch.cat([fact.question, fact.answer[:1]]), fact.answer[1:]) for fact in facts]
     return tuple(facts)
-
-
-def _ids(tokenizer: Any, text: str) -> Tensor:
-    return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)
 
 
 @torch.inference_mode()

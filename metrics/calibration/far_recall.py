@@ -32,13 +32,14 @@ def far_recall(body: Tensor, tokenizer: Any, tail: int, seed: int = 0) -> Tensor
             asked.append(part[len(part) // 2 :][:ITEM])
         else:
             fact = next(drawn)
-            told += [_ids(tokenizer, TOLD.format(*fact)), part]
-            asked.append(_ids(tokenizer, ASKED.format(*fact)))
+            told += [plain_ids(tokenizer, TOLD.format(*fact)), part]
+            asked.append(plain_ids(tokenizer, ASKED.format(*fact)))
     told.append(body[count * step :])
     order = random.Random(seed).sample(range(count), count)
     end = torch.cat([asked[i] for i in order])[-tail:]
     return torch.cat([torch.cat(told)[: len(body) - len(end)], end])
 
 
-def _ids(tokenizer: Any, text: str) -> Tensor:
+def plain_ids(tokenizer: Any, text: str) -> Tensor:
+    """The tokens [T] of a text, without special ones."""
     return torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.long)

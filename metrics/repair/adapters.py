@@ -17,11 +17,20 @@ SCALE = 2.0  # of a low-rank change, as alpha = 2 rank in LoRA
 FLOOR = 1e-2  # the least root mean square that is assumed of a norm's weight
 
 
-class Adapter(nn.Module):
-    """A linear module with a low-rank change beside it, y = Wx + SCALE B A x: A [rank, in] random, B [out, rank] zero.
+class Around(nn.Module):
+    """Something around a module, for which it stands where a model asks that for its weight."""
 
-    Also stands for the module where a model asks it for its weight.
-    """
+    module: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+
+class Adapter(Around):
+    """A linear module with a low-rank change beside it, Wx + SCALE B A x: random A [rank, in], zero B [out, rank]."""
 
     def __init__(self, module: nn.Module, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -31,12 +40,6 @@ class Adapter(nn.Module):
         self.module = module
         self.down = nn.Parameter((draw * inner**-0.5).to(weight.device))
         self.up = nn.Parameter(torch.zeros(outer, rank, device=weight.device))
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -54,7 +57,7 @@ class Adapter(nn.Module):
         return {"weight": (weight.float() + step).to(weight.dtype).contiguous()}
 
 
-class Shift(nn.Module):
+class Shift(Around):
     """A norm whose parameters, a number a channel each, change by `steps`, zero at first."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -63,12 +66,6 @@ class Shift(nn.Module):
         self.steps = nn.ParameterDict(
             {name: nn.Parameter(torch.zeros_like(p, dtype=torch.float32)) for name, p in module.named_parameters()}
         )
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("module"), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self.module, self._shifted(), args, kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dropformer.prune.engines.facts import CheckpointFacts
-from dropformer.prune.engines.registry import Answer
+from dropformer.prune.engines.registry import TRANSFORMERS, Answer
 
 READ = "read, not run: compare its first answers"
 
@@ -29,7 +29,7 @@ def _answer(facts: CheckpointFacts, command: str, bias: str | None) -> Answer:
         return Answer(True, command, READ, "", facts.saves)
     if facts.format != "dropformer":
         return Answer(False, why=f"was not tried with {facts.format} files", instead="export with --format dense")
-    instead = "export with --format dense" if facts.lacks_alone else "load it in transformers"
+    instead = "export with --format dense" if facts.lacks_alone else TRANSFORMERS
     if facts.fits_deci:
         instead = f"export with --format deci, or {instead.removeprefix('export with ')}"
     why = "of models with missing layers it has DeciLM alone"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dropformer.prune.engines.facts import CheckpointFacts
-from dropformer.prune.engines.registry import Answer
+from dropformer.prune.engines.registry import TRANSFORMERS, Answer
 
 ANY_LAYER = ("llama", "mistral", "qwen2")  # whose .gguf files lose any layer
 PACKED = (  # whose .gguf files are pruned where the plan packs, or hold zeros: transformers reads them
@@ -23,7 +23,7 @@ def answer(facts: CheckpointFacts) -> Answer:
         return Answer(True, command, "then as any model, where its converter has the family", "", facts.saves)
     if not facts.lacks_alone:
         why = "it has no attention window, agents or linear map by layer"
-        return Answer(False, why=why, instead="load it in transformers")
+        return Answer(False, why=why, instead=TRANSFORMERS)
     cut = "prune --model DENSE.gguf --plan plan.json --format gguf"
     dense = "export with --format dense and convert that, which saves nothing"
     if facts.family in ANY_LAYER:

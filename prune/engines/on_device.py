@@ -5,7 +5,7 @@ from __future__ import annotations
 from shlex import quote
 
 from dropformer.prune.engines.facts import CheckpointFacts
-from dropformer.prune.engines.registry import Answer
+from dropformer.prune.engines.registry import TRANSFORMERS, Answer
 from dropformer.prune.formats.executorch import FAMILIES as EXECUTORCH_FAMILIES
 from dropformer.prune.surgery.patterns import counted_wrongly
 
@@ -34,7 +34,7 @@ def executorch(facts: CheckpointFacts) -> Answer:
         return Answer(True, command, note, "", facts.saves)
     if facts.windows or facts.maps:
         why = f"its Llama model has no {'attention window' if facts.windows else 'linear map'} by layer"
-        return Answer(False, why=why, instead="load it in transformers")
+        return Answer(False, why=why, instead=TRANSFORMERS)
     if facts.family in EXECUTORCH_FAMILIES:
         return Answer(False, why="its exporter reads params.json", instead="export with --format executorch")
     if facts.stock:
@@ -52,7 +52,7 @@ def mlx(facts: CheckpointFacts) -> Answer:
     if facts.format != "dropformer" or "model_file" not in facts.config:
         return Answer(False, why=f"loads no {facts.format} checkpoint", instead="export with --format dropformer")
     if facts.windows:
-        return Answer(False, why="its attention has no window by layer", instead="load it in transformers")
+        return Answer(False, why="its attention has no window by layer", instead=TRANSFORMERS)
     every = facts.config.get("sliding_window_pattern", facts.config.get("_sliding_window_pattern"))
     if isinstance(every, int) and counted_wrongly(dict(facts.config), every):
         why = "it tells windows by block number, and after the dropped blocks no number does"

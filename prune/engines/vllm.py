@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dropformer.prune.engines.facts import CheckpointFacts
-from dropformer.prune.engines.registry import Answer
+from dropformer.prune.engines.registry import TRANSFORMERS, Answer
 from dropformer.prune.surgery.patterns import counted_wrongly
 
 TRIED = Path(__file__).with_name("vllm_families.json")  # written by benchmarks/engines.py
@@ -29,7 +29,7 @@ def tried() -> dict[str, Any]:
 def stock(facts: CheckpointFacts) -> Answer:
     """vLLM without dropformer."""
     if facts.format == "dropformer":
-        instead = f"{INSTALL}{_or_deci(facts)}" if with_plugin(facts).loads else "load it in transformers"
+        instead = f"{INSTALL}{_or_deci(facts)}" if with_plugin(facts).loads else TRANSFORMERS
         return Answer(False, why="the architecture is dropformer's own", instead=instead)
     if facts.format == "deci":
         return Answer(True, f"vllm serve {facts.path} --trust-remote-code", "", "", facts.saves)
@@ -48,9 +48,9 @@ def with_plugin(facts: CheckpointFacts) -> Answer:
             False, why=NO_SINKS[facts.sinks], instead="load it in transformers, or give windows without sinks"
         )
     if facts.agents:
-        return Answer(False, why="agents are not carried over", instead="load it in transformers")
+        return Answer(False, why="agents are not carried over", instead=TRANSFORMERS)
     if facts.maps:
-        return Answer(False, why="linear maps are not carried over", instead="load it in transformers")
+        return Answer(False, why="linear maps are not carried over", instead=TRANSFORMERS)
     if moved := moved_windows(dict(facts.config), facts.family):
         return Answer(False, why=moved, instead="drop an even number of blocks between any two that stay")
     if why := {**known["refused"], **known["wrong"]}.get(facts.family):
