@@ -34,7 +34,7 @@ _ITEM = re.compile(
     r"(?::(?P<count>\d+)(?P<percent>%)?|=(?P<indices>-?\d+(?:,-?\d+)*))(?:@(?P<rung>\d+(?:\+(?:\d+|fold))?))?"
 )
 RUNGS: dict[str, tuple[type[Window] | type[Agents], str]] = {
-    "window": (Window, "a window names the tokens that it keeps, as in window:8@1024+4, and nothing else does"),
+    "window": (Window, "a window names the tokens that it keeps, as in window:8@1024+4"),
     "agent": (Agents, "only agent layers name a number of agents, as in agent:4@49"),
 }  # kinds of attention layers that stay: what stands behind @, and what is said where it does not
 
@@ -104,8 +104,10 @@ def _rung(text: str, kind: str, amount: str | None) -> Window | Agents | None:
     """What stands behind @.  Raises PlanError where something must, or must not."""
     if kind in RUNGS and amount:
         return RUNGS[kind][0].parse(amount)
-    if kind in RUNGS or amount:
-        raise PlanError(f"drop spec `{text}`: {RUNGS[kind if kind in RUNGS else 'window'][1]}")
+    if kind in RUNGS:
+        raise PlanError(f"drop spec `{text}`: {RUNGS[kind][1]}")
+    if amount:
+        raise PlanError(f"drop spec `{text}`: only windows and agents have an @, as in window:8@1024+4 or agent:4@49")
     return None
 
 

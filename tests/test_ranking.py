@@ -58,7 +58,7 @@ def test_an_evaluation_by_perplexity_is_refused_for_what_writes_no_text(vit, her
         ("window:1@16", "fits causal attention to text"),
         ("window=1@16", "is not causal"),
         ("agent:2", "agent:4@49"),
-        ("attn:2@16", "nothing else does"),
+        ("attn:2@16", "only windows and agents"),
         ("agent:2@16+4", "agents `16+4` cannot be read"),
         ("agent:9@16", "takes 9 layers"),
         ("attn=1,agent=1@16", "dropped by another item"),

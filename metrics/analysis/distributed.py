@@ -57,6 +57,7 @@ def join(device: Any) -> None:
         try:
             PartialState(cpu=getattr(device, "type", str(device)) == "cpu")
         except (ValueError, RuntimeError) as error:  # torch's own DistError is a RuntimeError
+            PartialState._reset_state()  # half of it is set: the next to ask would take it for met
             raise EvaluationError(
                 f"WORLD_SIZE says that {world()} processes run, and they do not meet ({reason(error)}); start them "
                 "with `accelerate launch`, or unset it"

@@ -127,7 +127,8 @@ class BlockNumbers:
     def _modules(self, old: str, new: str) -> dict[str, str]:
         """Kept modules that a pattern may name: as the dense model calls them -> as the pruned one does."""
         told, words = {the_number(old), the_number(new)}, {*PARTS, *words_of(old)}
-        leaves, found = ["", *(f".{word}" for word in words)], {}
+        leaves = ["", *(f".{word}" for word in words)]
+        found: dict[str, str] = {}
         for stack in self.outline.stacks:
             above = stack.path.rfind(".") + 1  # names are also written from the stack's own on
             for number, block in enumerate(self._blocks(stack)):

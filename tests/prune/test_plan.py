@@ -74,7 +74,7 @@ def test_a_published_list_is_taken_in_its_order():
         ("attn:101%", "more than all"),
         ("heads:3", "cannot be read"),
         ("published:linear:4", "published list"),
-        ("linear:2@256", "windows and no others"),
+        ("linear:2@256", "only windows and agents"),
         ("window:3@+fold", "cannot be read"),
         ("attn:2;mlp:1", "cannot be read"),
         ("", "cannot be read"),

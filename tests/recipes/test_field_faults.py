@@ -128,8 +128,11 @@ def test_a_name_that_is_no_unicode_is_one_line(llama_folder, here, capsys):
 
 
 def test_processes_that_cannot_be_met_are_one_line(lettered, here, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    # accelerate writes the last three into the environment, which they must leave with the test
+    launch = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": "29500"}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
     more = ("--samples", 1, "--length", 16, "--out", here / "scores", "-q")
     bad("analyze", lettered, *more, capsys=capsys, here=here, said="WORLD_SIZE says that 2 processes run")
 
