@@ -223,9 +223,9 @@ def _inputs(model: nn.Module, auto: str) -> tuple[dict[str, Any], str]:
     found = sample_inputs(model)
     if "input_ids" not in found:
         return found, ""
-    length = max(9, found["input_ids"].shape[1])
+    rows, length = found["input_ids"].shape[0], max(9, found["input_ids"].shape[1])
     ids = torch.randint(3, VOCAB, (2, length), generator=torch.Generator().manual_seed(1))
-    return {**found, "input_ids": ids.repeat(found["input_ids"].shape[0] // 2, 1)}, ""
+    return {**found, "input_ids": ids.repeat(-(-rows // 2), 1)[:rows]}, ""  # one row where a head knows no padding
 
 
 @torch.no_grad()

@@ -148,6 +148,14 @@ def test_a_model_without_weights_has_the_same_architecture(found, family):
     assert discover(meta) == architecture
 
 
+def test_an_attention_whose_name_tells_nothing_is_one_without_weights_too(tiny):
+    """Nemotron-H calls every layer `mixer`; without weights, operations alone tell attention from an MLP."""
+    model = tiny("nemotron_h", layers_block_type=["full_attention", "linear_attention", "moe", "full_attention"])
+    kinds = [str(layer) for layer in discover(model).layers() if layer.kind != "block"]
+    assert kinds == [str(layer) for layer in discover(model.to("meta")).layers() if layer.kind != "block"]
+    assert kinds == ["attn:0", "attn:1", "mlp:2", "attn:3"]
+
+
 def test_inference_mode_changes_nothing(found):
     for family in ("gemma3_text", "jamba"):
         model, architecture = found(family)
