@@ -21,7 +21,7 @@ def onnxruntime(facts: CheckpointFacts) -> Answer:
         return Answer(True, f"import onnxruntime; onnxruntime.InferenceSession({file!r})", saves=facts.saves)
     if facts.windows or facts.agents:
         why = f"the ONNX export holds no {'attention windows' if facts.windows else 'agents'}"
-        return Answer(False, why=why, instead="load it in transformers")
+        return Answer(False, why=why, instead=TRANSFORMERS)
     return Answer(False, why="reads ONNX graphs alone", instead="export with --format onnx")
 
 

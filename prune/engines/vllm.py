@@ -44,9 +44,7 @@ def with_plugin(facts: CheckpointFacts) -> Answer:
         return _plain(facts)
     known, version = tried(), f"vLLM {tried()['version']}"
     if facts.sinks:
-        return Answer(
-            False, why=NO_SINKS[facts.sinks], instead="load it in transformers, or give windows without sinks"
-        )
+        return Answer(False, why=NO_SINKS[facts.sinks], instead=f"{TRANSFORMERS}, or give windows without sinks")
     if facts.agents:
         return Answer(False, why="agents are not carried over", instead=TRANSFORMERS)
     if facts.maps:

@@ -18,8 +18,7 @@ from dropformer.prune.block_map import BlockMap, MappedBlock, new_name
 from dropformer.prune.errors import ArchitectureError
 from dropformer.prune.outline import Outline, StackOutline
 from dropformer.prune.surgery.name_patterns import loose_number, number_part
-from dropformer.prune.surgery.readings import LEAVES as PARTS
-from dropformer.prune.surgery.readings import is_pattern, same_modules, the_number, words_of
+from dropformer.prune.surgery.readings import PARTS, is_pattern, same_modules, the_number, words_of
 
 LEAVES = ("layers", "layer", "blocks", "block", "h")  # usual names of lists of blocks, beside the stack's own
 NEUTRAL = {

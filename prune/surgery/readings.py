@@ -17,7 +17,7 @@ _OPEN = re.compile(r"[A-Za-z]\.\d+$")  # as a substring, `layers.1` names block 
 _NUMBER = re.compile(r"\d|\\[dDwWbBsS]|[\[?{]")  # what may tell one number from another
 _CLOSED = re.compile(r"[^\d\[{?|]*\.(\d+)(?:\\\.(?![*+?{])|\.(?=[A-Za-z]))[^\d\[{?]*")  # one number between dots
 # What modules are called within a branch: patterns spell some of these in parts, as `(q|k|v)_proj`.
-LEAVES = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "up_proj", "gate_up_proj", "down_proj", "experts.0")
+PARTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "up_proj", "gate_up_proj", "down_proj", "experts.0")
 
 Reading = Callable[[str], bool]
 
